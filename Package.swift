@@ -1,0 +1,66 @@
+// swift-tools-version: 6.2
+import PackageDescription
+
+let strict: [SwiftSetting] = [
+    .enableUpcomingFeature("ExistentialAny"),
+    .enableUpcomingFeature("MemberImportVisibility"),
+]
+
+/// Targets over NIO, whose members come from many modules.
+let control: [SwiftSetting] = [.enableUpcomingFeature("ExistentialAny")]
+
+let package = Package(
+    name: "farcopy",
+    products: [
+        .executable(name: "farcopy", targets: ["farcopy"])
+    ],
+    dependencies: [
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0"),
+        .package(url: "https://github.com/apple/swift-log", from: "1.16.0"),
+        .package(url: "https://github.com/LebJe/TOMLKit", from: "0.6.0"),
+        .package(url: "https://github.com/hummingbird-project/hummingbird", from: "2.28.0"),
+        .package(url: "https://github.com/swift-server/async-http-client", from: "1.37.0"),
+    ],
+    targets: [
+        .systemLibrary(
+            name: "CLibURing", pkgConfig: "liburing", providers: [.apt(["liburing-dev"])]),
+        .systemLibrary(name: "CLibNBD", pkgConfig: "libnbd", providers: [.apt(["libnbd-dev"])]),
+
+        .target(name: "Base", swiftSettings: strict),
+        .target(name: "NBDProtocol", dependencies: ["Base"], swiftSettings: strict),
+        .target(name: "Volumes", dependencies: ["Base"], swiftSettings: strict),
+        .target(name: "Ring", dependencies: ["Base", "CLibURing"], swiftSettings: strict),
+        .target(
+            name: "NBDServer", dependencies: ["Base", "NBDProtocol", "Volumes", "Ring"],
+            swiftSettings: strict),
+        .target(
+            name: "Replication",
+            dependencies: ["Base", "Volumes", "Ring", "NBDServer", "CLibNBD"],
+            swiftSettings: strict),
+        .target(
+            name: "Control",
+            dependencies: [
+                "Base", "Volumes", "Ring", "NBDServer", "Replication",
+                .product(name: "Logging", package: "swift-log"),
+                .product(name: "TOMLKit", package: "TOMLKit"),
+                .product(name: "Hummingbird", package: "hummingbird"),
+                .product(name: "AsyncHTTPClient", package: "async-http-client"),
+            ], swiftSettings: control),
+        .executableTarget(
+            name: "farcopy",
+            dependencies: [
+                "Control",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                .product(name: "Logging", package: "swift-log"),
+            ], swiftSettings: control),
+        .target(
+            name: "Simulation", dependencies: ["Base", "Volumes", "Replication"],
+            swiftSettings: strict),
+        .executableTarget(
+            name: "simulate",
+            dependencies: ["Simulation"], swiftSettings: strict),
+
+        .testTarget(name: "BaseTests", dependencies: ["Base"], swiftSettings: strict),
+    ],
+    swiftLanguageModes: [.v6]
+)

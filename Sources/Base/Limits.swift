@@ -1,0 +1,66 @@
+// Limits.swift: every bound of the data path in one place, with the relations that must hold between them.
+
+/// The bounds of queues, buffers, names and waits. Sizes are bytes unless the name says otherwise.
+package enum Limits {
+    /// The largest payload of one READ or WRITE (NBD document, "Size constraints": clients may send up to this unasked).
+    package static let maximumPayload = 32 << 20
+    /// The longest data of one handshake option that is read into memory; longer ones are skipped.
+    package static let maximumOptionLength = 64 << 10
+    /// An option longer than this ends the connection instead of being skipped.
+    package static let maximumSkippedOptionLength = 1 << 20
+    /// The longest export name (NBD document, "Values": strings are at most 4096 bytes).
+    package static let maximumNameLength = 4096
+    /// A handshake that has not finished by then is ended, in seconds.
+    package static let handshakeSeconds = 10
+    /// A client that stops in the middle of a payload is ended after this long if others wait for memory, in seconds.
+    package static let stalledPayloadSeconds = 10
+
+    /// Connections of one reactor, in any phase.
+    package static let connectionsPerReactor = 1024
+    /// Requests of one connection between arrival and the last byte of their reply.
+    package static let requestsPerConnection = 256
+    /// Requests of one volume between arrival and the last byte of their reply.
+    package static let requestsPerVolume = 1024
+    /// Grain copies (preserve, restore, hand-over) of one volume that may be under way.
+    package static let copyJobsPerVolume = 128
+    /// The longest run of grains that one copy job moves.
+    package static let copyJobBytes = 1 << 20
+    /// A request that needs grains preserved is carried out in windows of this size.
+    package static let writeWindowBytes = 4 << 20
+    /// Receive buffer of one connection.
+    package static let receiveBuffer = 128 << 10
+    /// Replies gathered into one send.
+    package static let repliesPerSend = 64
+    /// Payload memory of one reactor (address space; pages are touched on demand).
+    package static let payloadPool = 256 << 20
+    /// Memory for copy jobs of one reactor, apart from payloads so that a write can always have its grains preserved.
+    package static let copyPool = 64 << 20
+    /// Messages waiting for one thread.
+    package static let mailboxCapacity = 4096
+    /// Entries of one submission queue.
+    package static let ringEntries = 1024
+
+    /// FlashCopies (recovery points included) of one volume.
+    package static let copiesPerVolume = 256
+    /// Volumes of one group.
+    package static let volumesPerGroup = 64
+    /// Acknowledgements are let go after this long even if the point could not be formed; the point is then given up.
+    package static let holdMilliseconds = 50
+
+    /// The smallest and the largest grain.
+    package static let minimumGrain = 4 << 10
+    package static let maximumGrain = 1 << 20
+    /// The largest bitmap that the default grain leads to.
+    package static let preferredBitmapBits = 1 << 28
+
+    /// Checks the relations between the bounds; called when a site starts and by a unit test.
+    package static func validate() {
+        invariant(maximumPayload <= payloadPool, "one payload fits the payload pool")
+        invariant(copyJobBytes >= maximumGrain, "a copy job moves at least one grain")
+        invariant(
+            copyPool >= copyJobBytes, "the copy pool holds at least one job")
+        invariant(writeWindowBytes >= copyJobBytes, "a window holds at least one job")
+        invariant(requestsPerConnection <= requestsPerVolume, "one connection fits a volume")
+        invariant(receiveBuffer > 4 * maximumNameLength, "a name fits the receive buffer")
+    }
+}

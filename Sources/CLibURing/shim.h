@@ -1,0 +1,49 @@
+// What Swift cannot import from liburing and glibc: macros that mention enumerators, variadic functions, and
+// functions that glibc shows only with _GNU_SOURCE.
+#pragma once
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+// The kernel's header before liburing's copy of it: other packages import the kernel's, and the two must agree.
+#include <linux/io_uring.h>
+#include <liburing.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+ssize_t preadv2(int, const struct iovec *, int, off_t, int);
+ssize_t pwritev2(int, const struct iovec *, int, off_t, int);
+
+// One buffer at an offset; RWF_NOWAIT when `nowait`. The negative errno on failure, as io_uring gives it.
+static inline long farcopy_pread(int fd, void *buffer, size_t length, off_t offset, int nowait) {
+    struct iovec piece = {buffer, length};
+    ssize_t done = nowait ? preadv2(fd, &piece, 1, offset, RWF_NOWAIT) : pread(fd, buffer, length, offset);
+    return done < 0 ? -errno : done;
+}
+static inline long farcopy_pwrite(int fd, const void *buffer, size_t length, off_t offset, int nowait) {
+    struct iovec piece = {(void *)buffer, length};
+    ssize_t done = nowait ? pwritev2(fd, &piece, 1, offset, RWF_NOWAIT) : pwrite(fd, buffer, length, offset);
+    return done < 0 ? -errno : done;
+}
+static inline int farcopy_block_device_size(int fd, unsigned long long *size) {
+    return ioctl(fd, BLKGETSIZE64, size) < 0 ? -errno : 0;
+}
+static inline int farcopy_is_tmpfs(int fd) {
+    struct statfs facts;
+    return fstatfs(fd, &facts) == 0 && facts.f_type == TMPFS_MAGIC;
+}
+static const int farcopy_rwf_dsync = RWF_DSYNC;
+static const int farcopy_punch_hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+static const int farcopy_zero_range = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
+static inline void farcopy_name_thread(const char *name) { prctl(PR_SET_NAME, name); }

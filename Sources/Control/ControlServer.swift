@@ -1,0 +1,201 @@
+// ControlServer.swift: the HTTP API of a site.
+
+import FoundationEssentials
+import HTTPTypes
+import Hummingbird
+import Logging
+import NIOCore
+
+package struct ControlServer: Sendable {
+    let site: Site
+    let logger: Logger
+
+    package init(site: Site, logger: Logger) {
+        self.site = site
+        self.logger = logger
+    }
+
+    /// Serves one address until the task is cancelled; calls `ready` once it listens.
+    package func run(_ address: Address, ready: @escaping @Sendable () -> Void) async throws {
+        ListeningSocket.removeStale(address)
+        let bind: BindAddress =
+            switch address {
+            case .unix(let path): .unixDomainSocket(path: path)
+            case .tcp(let host, let port): .hostname(host, port: Int(port))
+            }
+        var quiet = logger
+        quiet.logLevel = .error
+        let application = Application(
+            router: router(), configuration: .init(address: bind, serverName: nil),
+            onServerRunning: { _ in ready() }, logger: quiet)
+        try await application.run()
+    }
+
+    private func answer(_ value: some Encodable) throws -> Response {
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = [.sortedKeys, .prettyPrinted]
+        var bytes = [UInt8](try encoder.encode(value))
+        bytes.append(0x0A)
+        return Response(
+            status: .ok, headers: [.contentType: "application/json"],
+            body: ResponseBody(byteBuffer: ByteBuffer(bytes: bytes)))
+    }
+
+    /// Refusals in words, with their status; anything else is ours and says so.
+    private func guarded(_ body: () async throws -> Response) async -> Response {
+        let (status, words): (Int, String)
+        do {
+            return try await body()
+        } catch let error as SiteError {
+            (status, words) = (error.status, error.description)
+        } catch {
+            (status, words) = (500, "\(error)")
+        }
+        let bytes = (try? JSONEncoder().encode(ErrorAnswer(error: words))) ?? Data()
+        return Response(
+            status: .init(code: status), headers: [.contentType: "application/json"],
+            body: ResponseBody(byteBuffer: ByteBuffer(bytes: bytes)))
+    }
+
+    private func decode<Value: Decodable>(_ type: Value.Type, _ request: Request) async throws -> Value {
+        let buffer = try await request.body.collect(upTo: 1 << 20)
+        do {
+            return try JSONDecoder().decode(type, from: Data([UInt8](buffer: buffer)))
+        } catch {
+            throw SiteError("the request's body is not what this call takes: \(error)", status: 400)
+        }
+    }
+
+    private func router() -> Router<BasicRequestContext> {
+        let router = Router()
+        addStatus(router)
+        addGroups(router)
+        addFlashCopies(router)
+        addPeer(router)
+        return router
+    }
+
+    private func addStatus(_ router: Router<BasicRequestContext>) {
+        router.get("/v1/status") { request, _ in
+            await guarded {
+                try answer(try await site.status(group: request.uri.queryParameters["group"].map(String.init)))
+            }
+        }
+        router.get("/v1/events") { request, _ in
+            await guarded {
+                let group = request.uri.queryParameters["group"].map(String.init)
+                return try answer(site.events.list(group: group))
+            }
+        }
+        router.get("/metrics") { _, _ in
+            await guarded {
+                let text = Metrics.text(try await site.status())
+                return Response(
+                    status: .ok, headers: [.contentType: "text/plain; version=0.0.4"],
+                    body: ResponseBody(byteBuffer: ByteBuffer(string: text)))
+            }
+        }
+    }
+
+    private func addGroups(_ router: Router<BasicRequestContext>) {
+        router.get("/v1/groups/{group}/points") { _, context in
+            await guarded { try answer(try await site.points(try context.parameters.require("group"))) }
+        }
+        router.post("/v1/groups/{group}/cycle") { request, context in
+            await guarded {
+                let name = try context.parameters.require("group")
+                if request.uri.queryParameters["wait"] == "false" {
+                    try await site.request(name)
+                    return try answer(Done(done: "a point was asked for"))
+                }
+                return try answer(try await site.cycle(name))
+            }
+        }
+        router.post("/v1/groups/{group}/suspend") { _, context in
+            await guarded {
+                try await site.suspend(try context.parameters.require("group"))
+                return try answer(Done(done: "suspended"))
+            }
+        }
+        router.post("/v1/groups/{group}/resume") { _, context in
+            await guarded {
+                try await site.resume(try context.parameters.require("group"))
+                return try answer(Done(done: "resumed"))
+            }
+        }
+        router.post("/v1/groups/{group}/failover") { request, context in
+            await guarded {
+                var point: UInt64?
+                if let text = request.uri.queryParameters["point"] {
+                    guard let number = UInt64(text) else { throw SiteError("'\(text)' is no point", status: 400) }
+                    point = number
+                }
+                return try answer(
+                    try await site.failover(try context.parameters.require("group"), point: point).report)
+            }
+        }
+    }
+
+    private func addFlashCopies(_ router: Router<BasicRequestContext>) {
+        router.get("/v1/flashcopies") { _, _ in
+            await guarded { try answer(try await site.listFlashCopies()) }
+        }
+        router.post("/v1/flashcopies") { request, _ in
+            await guarded {
+                try answer(try await site.createFlashCopy(try await decode(FlashCopyRequest.self, request)))
+            }
+        }
+        router.post("/v1/flashcopies/withdraw") { request, _ in
+            await guarded {
+                try await site.withdrawFlashCopy(try await decode(FlashCopyRequest.self, request))
+                return try answer(Done(done: "withdrawn"))
+            }
+        }
+    }
+
+    private func addPeer(_ router: Router<BasicRequestContext>) {
+        router.post("/v1/peer/groups/{group}/session") { request, context in
+            await guarded {
+                let body = try await decode(SessionRequest.self, request)
+                return try answer(try await site.openSession(try context.parameters.require("group"), body))
+            }
+        }
+        router.post("/v1/peer/groups/{group}/commit") { request, context in
+            await guarded {
+                let body = try await decode(CommitRequest.self, request)
+                return try answer(try await site.commit(try context.parameters.require("group"), body))
+            }
+        }
+    }
+}
+
+struct Done: Codable, Sendable { var done: String }
+
+/// Prometheus text exposition, from the same figures as the status.
+enum Metrics {
+    static func text(_ status: StatusReport) -> String {
+        var lines: [String] = []
+        func family(_ name: String, _ help: String, _ values: [(String, Double?)]) {
+            lines.append("# HELP farcopy_\(name) \(help)")
+            lines.append("# TYPE farcopy_\(name) gauge")
+            for case (let labels, let value?) in values { lines.append("farcopy_\(name){\(labels)} \(value)") }
+        }
+        let groups = status.groups.sorted { $0.key < $1.key }
+        let volumes = status.volumes.sorted { $0.key < $1.key }
+        func each(_ value: (StatusReport.GroupReport) -> Double?) -> [(String, Double?)] {
+            groups.map { ("group=\"\($0.key)\"", value($0.value)) }
+        }
+        family("lag_seconds", "Age of the newest point that the remote has committed.", each(\.lagSeconds))
+        family("pending_bytes", "Bytes that differ from the newest committed point.", each { $0.pendingBytes.map(Double.init) })
+        family("point", "Number of the newest committed point.", each { $0.point.map { Double($0.id) } })
+        family("rate_bytes_per_second", "Bytes sent to the peer.", each(\.rateBytesPerSecond))
+        family("hold_seconds_p99", "Time that acknowledgements were held to form a point.", each(\.holdSecondsP99))
+        family(
+            "group_state", "1 for the state that the group is in.",
+            groups.map { ("group=\"\($0.key)\",state=\"\($0.value.state)\",role=\"\($0.value.role)\"", 1) })
+        family("volume_size_bytes", "Size of the volume.", volumes.map { ("volume=\"\($0.key)\"", Double($0.value.size)) })
+        family("volume_read_bytes", "Bytes read by clients.", volumes.map { ("volume=\"\($0.key)\"", Double($0.value.bytesRead)) })
+        family("volume_written_bytes", "Bytes written by clients.", volumes.map { ("volume=\"\($0.key)\"", Double($0.value.bytesWritten)) })
+        return lines.joined(separator: "\n") + "\n"
+    }
+}

@@ -1,0 +1,69 @@
+// GroupState.swift: one group of a site as the control plane holds it.
+
+import Replication
+import Synchronization
+
+/// The record's file, shared by the site and, while the group is primary, its replicator.
+final class GroupRecordFile: @unchecked Sendable {
+    // Safe because: the file is used under the mutex only.
+    private let lock = Mutex<Void>(())
+    private let file: DurableRecord<GroupRecord>
+    init(_ file: DurableRecord<GroupRecord>) { self.file = file }
+    func withLock<Result>(_ body: (DurableRecord<GroupRecord>) throws -> Result) rethrows -> Result {
+        try lock.withLock { _ in try body(file) }
+    }
+}
+
+final class GroupState {
+    let entry: Configuration.GroupEntry
+    /// Current while the group has no replicator; otherwise the replicator's copy counts.
+    var record: GroupRecord
+    let file: GroupRecordFile
+    var replicator: Replicator?
+    /// The session of the primary's replicator (secondary).
+    var session: UInt64?
+    /// When the peer was heard of last, in seconds since 1970 (secondary).
+    var heardAt: Double?
+    /// Sessions, commits and failovers come one after the other.
+    let turnstile = Turnstile()
+
+    init(entry: Configuration.GroupEntry, record: GroupRecord, file: DurableRecord<GroupRecord>) {
+        self.entry = entry
+        self.record = record
+        self.file = GroupRecordFile(file)
+    }
+
+    func save() throws { try file.withLock { try $0.save(record) } }
+
+    /// Whether this site is the group's primary and sends to a peer.
+    var isMirroring: Bool { record.role == .primary && record.failedOver == nil }
+
+    var interval: Interval {
+        switch entry.interval {
+        case .continuous: .continuous
+        case .manual: .manual
+        case .seconds(let seconds): .every(UInt64(seconds * 1e9))
+        }
+    }
+}
+
+/// What happened, for `farcopy events`; the newest thousand.
+final class EventLog: Sendable {
+    struct Entry: Codable, Sendable {
+        var at: Double
+        var group: String?
+        var text: String
+    }
+    private let entries = Mutex<[Entry]>([])
+
+    func add(group: String?, _ text: String) {
+        entries.withLock { entries in
+            if entries.count >= 1000 { entries.removeFirst(100) }
+            entries.append(Entry(at: realSeconds(), group: group, text: text))
+        }
+    }
+
+    func list(group: String?) -> [Entry] {
+        entries.withLock { $0.filter { group == nil || $0.group == group } }
+    }
+}

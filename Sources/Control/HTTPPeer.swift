@@ -1,0 +1,105 @@
+// HTTPPeer.swift: calls to a control API, the peer's or the local site's, over TCP or a unix socket.
+
+import AsyncHTTPClient
+import FoundationEssentials
+import NIOCore
+import Replication
+
+package struct ControlClient: Sendable {
+    let address: Address
+
+    package init(address: Address) { self.address = address }
+
+    private func url(_ path: String) -> String {
+        switch address {
+        case .unix(let socket):
+            let encoded = socket.utf8.map { byte in
+                let plain = (0x30...0x39).contains(byte) || (0x41...0x5A).contains(byte) || (0x61...0x7A).contains(byte)
+                return plain ? String(UnicodeScalar(byte)) : "%" + (byte < 16 ? "0" : "") + String(byte, radix: 16)
+            }.joined()
+            return "http+unix://\(encoded)\(path)"
+        case .tcp: return "http://\(address)\(path)"
+        }
+    }
+
+    /// - Throws: `SiteError` with the peer's words when it refuses; other errors when it cannot be reached.
+    package func call(
+        _ method: String, _ path: String, body: [UInt8]? = nil, seconds: Int64 = 30
+    ) async throws -> [UInt8] {
+        var request = HTTPClientRequest(url: url(path))
+        request.method = .init(rawValue: method)
+        if let body {
+            request.headers.add(name: "content-type", value: "application/json")
+            request.body = .bytes(ByteBuffer(bytes: body))
+        }
+        let response = try await HTTPClient.shared.execute(request, timeout: .seconds(seconds))
+        let bytes = try await response.body.collect(upTo: 16 << 20)
+        let answer = [UInt8](buffer: bytes)
+        guard (200..<300).contains(Int(response.status.code)) else {
+            let words = try? JSONDecoder().decode(ErrorAnswer.self, from: Data(answer))
+            throw SiteError(
+                words?.error ?? "the control API answered \(response.status)",
+                status: Int(response.status.code))
+        }
+        return answer
+    }
+
+    package func call<Answer: Decodable>(
+        _ method: String, _ path: String, _ body: some Encodable & Sendable, seconds: Int64 = 30
+    ) async throws -> Answer {
+        let answer = try await call(
+            method, path, body: [UInt8](try JSONEncoder().encode(body)), seconds: seconds)
+        return try JSONDecoder().decode(Answer.self, from: Data(answer))
+    }
+}
+
+struct ErrorAnswer: Codable, Sendable { var error: String }
+
+struct HTTPPeer: PeerClient {
+    let client: ControlClient
+    let group: String
+    let site: String
+    let siteID: String
+
+    init(address: Address, group: String, site: String, siteID: String) {
+        client = ControlClient(address: address)
+        self.group = group
+        self.site = site
+        self.siteID = siteID
+    }
+
+    /// A refusal in the peer's words; whatever else went wrong may mend itself.
+    private func ask<Answer: Decodable>(
+        _ path: String, _ body: some Encodable & Sendable
+    ) async throws -> Answer {
+        do {
+            return try await client.call("POST", path, body)
+        } catch let error as SiteError where error.status == 403 || error.status == 404 {
+            throw PeerRefusal(error.description)
+        } catch let error as SiteError {
+            throw error
+        } catch {
+            throw SiteError("the peer's control API at \(client.address) cannot be reached (\(error))")
+        }
+    }
+
+    func openSession(volumes: [(name: String, size: UInt64)], record: GroupRecord) async throws
+        -> (state: PeerState, exports: [String])
+    {
+        let answer: SessionAnswer = try await ask(
+            "/v1/peer/groups/\(group)/session",
+            SessionRequest(
+                site: site, siteID: siteID,
+                volumes: volumes.map { SessionRequest.Volume(name: $0.name, size: $0.size) },
+                generations: record.generations, lastCommitted: record.lastCommitted?.number))
+        return (answer.state, answer.exports)
+    }
+
+    func commit(session: UInt64, number: UInt64, previous: UInt64?, formedAt: Double) async throws -> Double {
+        let answer: CommitAnswer = try await ask(
+            "/v1/peer/groups/\(group)/commit",
+            CommitRequest(
+                siteID: siteID, session: session, number: number, previous: previous, formedAt: formedAt))
+        return answer.committedAt
+    }
+}

@@ -1,0 +1,344 @@
+// Site.swift: one `farcopy serve` process: its volumes, groups and exports, and what operators ask of them.
+//
+// An actor on a thread of its own, since it waits for the disk. It never touches an engine; it asks the reactor.
+//
+// Must be prevented:
+//   something is created or changed before the whole configuration was found good
+//   bitmaps are trusted after power loss
+//   an export shows a volume whose chain or point is not yet in place
+
+import Base
+import FoundationEssentials
+import Glibc
+import Logging
+import NBDServer
+import Replication
+import Ring
+import Volumes
+
+package actor Site {
+    package let configuration: Configuration
+    let logger: Logger
+    private let executor: ThreadExecutor
+    package nonisolated var unownedExecutor: UnownedSerialExecutor { executor.asUnownedSerialExecutor() }
+
+    let state: StateDirectory
+    private let siteRecordFile: DurableRecord<SiteRecord>
+    private(set) var siteRecord: SiteRecord
+    let exports = ExportDirectory()
+    private var reactors: [ReactorHandle] = []
+    private var greeter: ReactorHandle?
+    private(set) var volumes: [String: VolumeState] = [:]
+    private(set) var groups: [String: GroupState] = [:]
+    let events = EventLog()
+    let copyTurnstile = Turnstile()
+
+    /// Reads, checks and opens everything; hosts and resumes every volume. Listens on nothing yet.
+    package init(configuration: Configuration, logger: Logger) throws {
+        Limits.validate()
+        try Self.checkEverything(configuration)
+        self.configuration = configuration
+        self.logger = logger
+        executor = try ThreadExecutor(name: "site")
+        state = try StateDirectory(path: configuration.state)
+        var found: SiteRecord?
+        siteRecordFile = try DurableRecord(path: "\(configuration.state)/site.record", value: &found)
+        siteRecord =
+            try found
+            ?? SiteRecord(id: randomIdentity(), bootID: StateDirectory.bootID(), clean: true)
+    }
+
+    private static func checkEverything(_ configuration: Configuration) throws {
+        for address in configuration.control + configuration.listen { try ListeningSocket.check(address) }
+        for volume in configuration.volumes { try VolumeState.check(volume, state: configuration.state) }
+    }
+
+    // MARK: Starting
+
+    /// Brings everything back to where the last process left it, then exports it.
+    package func start() async throws {
+        let bootID = try StateDirectory.bootID()
+        let trusted = siteRecord.clean || siteRecord.bootID == bootID
+        siteRecord.bootID = bootID
+        siteRecord.clean = false
+        if !trusted {
+            logger.warning("the machine went down with the site running; primaries compare everything anew")
+        }
+        let count = max(1, min(sysconf(Int32(_SC_NPROCESSORS_ONLN)), 64))
+        for number in 0..<count { reactors.append(try Reactor.start(number: number, exports: exports)) }
+        let greeter = try Reactor.start(number: count, exports: exports)
+        self.greeter = greeter
+        listenForEvents()
+        for entry in configuration.groups { try openGroup(entry) }
+        for (index, entry) in configuration.volumes.enumerated() {
+            let volume = try VolumeState(entry, state: state, reactor: reactors[index % count])
+            volumes[entry.name] = volume
+            try await host(volume, trusted: trusted)
+        }
+        try siteRecordFile.save(siteRecord)
+        for address in configuration.listen {
+            for socket in try ListeningSocket.open(address) {
+                greeter.perform { $0.listen(on: socket) }
+            }
+        }
+        for group in groups.values where group.isMirroring { try await startReplication(group) }
+    }
+
+    private func listenForEvents() {
+        let deliver: @Sendable (String, VolumeEvent) -> Void = { [weak self] volume, event in
+            Task { [weak self] in await self?.volumeEvent(volume, event) }
+        }
+        for reactor in reactors { reactor.perform { $0.onEvent = deliver } }
+    }
+
+    private func openGroup(_ entry: Configuration.GroupEntry) throws {
+        try StateDirectory.makeDirectory(state.group(entry.name))
+        var found: GroupRecord?
+        let file = try DurableRecord<GroupRecord>(
+            path: "\(state.group(entry.name))/group.record", value: &found)
+        var record =
+            found
+            ?? GroupRecord(
+                role: entry.role == .primary ? .primary : .secondary,
+                generation: entry.role == .primary ? randomIdentity() : "")
+        if found == nil {
+            if record.role == .secondary {
+                record.generations = []
+                record.lineage = randomIdentity()
+            }
+            try file.save(record)
+        }
+        groups[entry.name] = GroupState(entry: entry, record: record, file: file)
+    }
+
+    private func host(_ volume: VolumeState, trusted: Bool) async throws {
+        let setup = volume.setup
+        let group = group(ofVolume: volume.name)
+        volume.number = await volume.reactor.run { $0.host(setup) }
+        try await resumeChain(volume, group, trusted: trusted)
+        try await resumeRole(volume, group, trusted: trusted)
+        await publish(volume, group)
+    }
+
+    func group(ofVolume name: String) -> GroupState? {
+        groups.values.first { $0.entry.volumes.contains(name) }
+    }
+
+    /// The chain, oldest first: recovery points from the group's record, FlashCopies from the volume's.
+    private func resumeChain(_ volume: VolumeState, _ group: GroupState?, trusted: Bool) async throws {
+        let points = group?.record.points ?? []
+        if !trusted {
+            for index in volume.record.copies.indices where volume.record.copies[index].state == .active {
+                volume.record.copies[index].state = .failed
+                volume.record.copies[index].reason = "lost when the machine went down"
+            }
+            try volume.recordFile.save(volume.record)
+        }
+        var links: [(order: UInt64, id: CopyID, durable: Bool, state: VolumeRecord.Copy.State)] =
+            points.map { ($0.order ?? $0.number, CopyID($0.number), true, .active) }
+        links += volume.record.copies.map { ($0.order, $0.id, false, $0.state) }
+        links.sort { $0.order < $1.order }
+        state.removeOrphans(volume.name, keeping: Set(links.map(\.id)))
+        volume.nextOrder = (links.last?.order ?? 0) + 1
+        for link in links {
+            // A point of the record whose files a crash prevented takes them now: it was recorded, so it is.
+            let missing = access("\(volume.directory)/copies/\(link.id).bitmap", F_OK) != 0
+            let files = try volume.openCopy(link.id, create: missing)
+            try await addCopy(
+                volume, link.id, files, durable: link.durable, resume: true,
+                failed: link.state == .failed)
+            if link.state == .withdrawing {
+                let (number, id) = (volume.number, link.id)
+                volume.reactor.perform { $0.hosted(number).volume.withdrawCopy(id) }
+            }
+        }
+    }
+
+    /// Puts a copy with its files into the volume's chain.
+    func addCopy(
+        _ volume: VolumeState, _ id: CopyID, _ files: (target: OpenFile, bitmap: MappedFile),
+        durable: Bool, resume: Bool = false, failed: Bool = false
+    ) async throws {
+        let number = volume.number
+        let count = volume.geometry.grainCount
+        let slots = await volume.reactor.run { reactor in
+            let hosted = reactor.hosted(number)
+            let targetFile = hosted.addFile(files.target)
+            let bitmapFile = hosted.addFile(files.bitmap.file, mapping: files.bitmap)
+            let copy = FlashCopy(
+                id: id, targetFile: targetFile, bitmapFile: bitmapFile,
+                preserved: Bitmap(memory: files.bitmap.memory, count: count), durable: durable)
+            if resume {
+                hosted.volume.resumeCopy(copy, failed: failed)
+            } else {
+                hosted.volume.addCopy(copy)
+            }
+            return (targetFile, bitmapFile)
+        }
+        volume.copies[id] = CopyFiles(
+            target: files.target, bitmap: files.bitmap, targetFile: slots.0, bitmapFile: slots.1)
+    }
+
+    private func resumeRole(_ volume: VolumeState, _ group: GroupState?, trusted: Bool) async throws {
+        let number = volume.number
+        let record = group?.record
+        let isSecondary = record?.role == .secondary
+        let isPrimary = record?.role == .primary
+        let held = trusted ? record?.held?.number : nil
+        let (target, bitmap, count) = (volume.pointTarget, volume.pointBitmap, volume.geometry.grainCount)
+        volume.pointTargetFile = await volume.reactor.run { reactor in
+            let hosted = reactor.hosted(number)
+            let targetFile = hosted.addFile(target)
+            hosted.writable = !isSecondary
+            hosted.volume.policy = isSecondary ? .copiesFirst : .hostFirst
+            hosted.volume.recording = isPrimary
+            if !trusted, isPrimary { hosted.volume.markAllChanged() }
+            if isPrimary, let held {
+                hosted.volume.resumePoint(
+                    number: held, targetFile: targetFile,
+                    preserved: Bitmap(memory: bitmap.memory, count: count))
+            } else if isPrimary {
+                hosted.volume.mergeOutOfSync()
+            }
+            return targetFile
+        }
+        if !trusted, let group, group.record.held != nil || group.record.forming != nil {
+            group.record.held = nil
+            group.record.forming = nil
+            try group.save()
+        }
+        if let failover = record?.failedOver, failover.restoring.contains(volume.name) {
+            try await startRestore(volume, from: CopyID(failover.point), fresh: false)
+        }
+    }
+
+    // MARK: Exports
+
+    /// Brings the directory of exports in line with what a volume has.
+    func publish(_ volume: VolumeState, _ group: GroupState?) async {
+        var entries: [String: ExportEntry] = [:]
+        let size = volume.geometry.size
+        func entry(_ kind: ExportEntry.Kind, readOnly: Bool, listed: Bool = true) -> ExportEntry {
+            ExportEntry(
+                size: size, kind: kind, readOnly: readOnly, reactor: volume.reactor,
+                volume: volume.number, listed: listed)
+        }
+        for copy in volume.record.copies where copy.state == .active {
+            entries["\(volume.name)@\(copy.name)"] = entry(.copy(copy.id), readOnly: true)
+        }
+        for point in group?.record.points ?? [] {
+            entries["\(volume.name)@\(point.number)"] = entry(.copy(CopyID(point.number)), readOnly: true)
+        }
+        if let group, group.record.role == .secondary {
+            if let newest = group.record.points.last {
+                entries[volume.name] = entry(.copy(CopyID(newest.number)), readOnly: true)
+            }
+            if let session = group.session {
+                entries[intakeName(volume.name, session)] = entry(
+                    .intake(session: session), readOnly: false, listed: false)
+            }
+        } else {
+            entries[volume.name] = entry(.volume, readOnly: false)
+        }
+        let name = volume.name
+        exports.replace(where: { $0 == name || $0.hasPrefix("\(name)@") }, with: entries)
+    }
+
+    /// The intake's name holds the session's secret, so that nobody else can open it.
+    func intakeName(_ volume: String, _ session: UInt64) -> String {
+        "\(volume)@secondary:\(String(session, radix: 16))"
+    }
+
+    // MARK: Replication
+
+    func startReplication(_ group: GroupState) async throws {
+        guard let peer = configuration.peers[group.entry.peer] else { return }
+        let replicator = try Replicator(record: group.record)
+        group.replicator = replicator
+        let members = group.entry.volumes.compactMap { volumes[$0] }
+        let name = group.entry.name
+        let site = configuration.site
+        let logger = logger
+        let events = events
+        let file = group.file
+        var address: NBDAddress
+        switch peer.nbd {
+        case .unix(let path): address = .unix(path: path)
+        case .tcp(let host, let port): address = .tcp(host: host, port: port)
+        }
+        replicator.start(
+            Replicator.Configuration(
+                group: name,
+                settings: Cycle.Settings(interval: group.interval, volumes: members.count),
+                volumes: members.map { volume in
+                    ReplicatedVolume(
+                        name: volume.name, reactor: volume.reactor, number: volume.number,
+                        geometry: volume.geometry, targetFile: volume.pointTargetFile,
+                        target: volume.pointTarget, preserved: volume.pointBitmap)
+                },
+                address: address,
+                peer: HTTPPeer(
+                    address: peer.control, group: name, site: site, siteID: siteRecord.id),
+                connectionsPerVolume: members.count > 8 ? 1 : 2,
+                save: { record in try file.withLock { try $0.save(record) } },
+                log: { text in
+                    logger.info("group \(name): \(text)")
+                    events.add(group: name, text)
+                }))
+    }
+
+    // MARK: Events
+
+    private func volumeEvent(_ name: String, _ event: VolumeEvent) {
+        guard let volume = volumes[name] else { return }
+        let group = group(ofVolume: name)
+        switch event {
+        case .pointGivenUp(let number, let errno):
+            let reason = "volume \(name) could not hold point \(number): \(String(cString: strerror(errno)))"
+            group?.replicator?.pointLost(reason)
+        case .copyFailed(let id, let errno): copyFailed(volume, id, errno)
+        case .copyWithdrawn(let id): copyWithdrawn(volume, id)
+        case .restoreFinished:
+            guard let group else { return }
+            group.record.failedOver?.restoring.removeAll { $0 == name }
+            saveOrStop(group)
+            note(group.entry.name, "volume \(name) holds all of its point again")
+        case .restoreFailed(let grain, let errno):
+            note(
+                group?.entry.name,
+                "volume \(name): grain \(grain) could not be restored: \(String(cString: strerror(errno)))")
+        }
+    }
+
+    func note(_ group: String?, _ text: String) {
+        logger.info("\(group.map { "group \($0): " } ?? "")\(text)")
+        events.add(group: group, text)
+    }
+
+    func saveOrStop(_ group: GroupState) {
+        do { try group.save() } catch { fatalError("farcopy: \(error)") }
+    }
+
+    // MARK: Stopping
+
+    /// Ends in order: nothing is lost, and the next start has nothing to repair.
+    package func stop() async {
+        for group in groups.values {
+            await group.replicator?.stop()
+            if let record = group.replicator?.status.record { group.record = record }
+        }
+        for reactor in reactors + (greeter.map { [$0] } ?? []) {
+            await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
+                Reactor.stop(reactor) { continuation.resume() }
+            }
+        }
+        do {
+            for volume in volumes.values { try volume.synchronize() }
+            siteRecord.clean = true
+            try siteRecordFile.save(siteRecord)
+        } catch {
+            logger.error("the stop is not clean: \(error)")
+        }
+        for address in configuration.listen { ListeningSocket.removeStale(address) }
+    }
+}

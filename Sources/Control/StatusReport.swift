@@ -1,0 +1,195 @@
+// StatusReport.swift: what `farcopy status` shows, as values.
+
+import Base
+import FoundationEssentials
+import Glibc
+import NBDServer
+import Replication
+import Volumes
+
+package struct StatusReport: Codable, Sendable {
+    package struct VolumeReport: Codable, Sendable {
+        package var size: UInt64
+        package var grain: Int
+        package var exports: [String]
+        package var restoringBytes: UInt64
+        package var bytesRead: UInt64
+        package var bytesWritten: UInt64
+        enum CodingKeys: String, CodingKey {
+            case size, grain, exports
+            case restoringBytes = "restoring_bytes"
+            case bytesRead = "bytes_read"
+            case bytesWritten = "bytes_written"
+        }
+    }
+
+    package struct PointReport: Codable, Sendable {
+        package var id: UInt64
+        package var formedAt: String
+        package var committedAt: String?
+        package var bytes: UInt64?
+        enum CodingKeys: String, CodingKey {
+            case id, bytes
+            case formedAt = "formed_at"
+            case committedAt = "committed_at"
+        }
+    }
+
+    package struct GroupReport: Codable, Sendable {
+        package var role: String
+        package var state: String
+        package var reason: String?
+        package var mode: String
+        package var peer: String
+        package var volumes: [String]
+        package var point: PointReport?
+        package var lagSeconds: Double?
+        package var pendingBytes: UInt64?
+        package var rateBytesPerSecond: Double?
+        package var etaSeconds: Double?
+        /// Acknowledgements were held this long for the newest point, and at the 99th percentile of the last thousand.
+        package var holdSeconds: Double?
+        package var holdSecondsP99: Double?
+        enum CodingKeys: String, CodingKey {
+            case role, state, reason, mode, peer, volumes, point
+            case lagSeconds = "lag_seconds"
+            case pendingBytes = "pending_bytes"
+            case rateBytesPerSecond = "rate_bytes_per_second"
+            case etaSeconds = "eta_seconds"
+            case holdSeconds = "hold_seconds"
+            case holdSecondsP99 = "hold_seconds_p99"
+        }
+    }
+
+    package var site: String
+    package var version: String
+    package var volumes: [String: VolumeReport]
+    package var groups: [String: GroupReport]
+}
+
+/// RFC 3339 in UTC with milliseconds.
+func timestamp(_ seconds: Double) -> String {
+    var whole = time_t(seconds.rounded(.down))
+    var parts = tm()
+    gmtime_r(&whole, &parts)
+    func two(_ value: Int32) -> String { value < 10 ? "0\(value)" : "\(value)" }
+    let milliseconds = Int(((seconds - seconds.rounded(.down)) * 1000).rounded(.down))
+    let fraction = String(repeating: "0", count: 3 - String(milliseconds).count) + String(milliseconds)
+    return "\(1900 + parts.tm_year)-\(two(parts.tm_mon + 1))-\(two(parts.tm_mday))T"
+        + "\(two(parts.tm_hour)):\(two(parts.tm_min)):\(two(parts.tm_sec)).\(fraction)Z"
+}
+
+extension PointRecord {
+    var report: StatusReport.PointReport {
+        StatusReport.PointReport(
+            id: number, formedAt: timestamp(formedAt), committedAt: committedAt.map(timestamp), bytes: bytes)
+    }
+}
+
+extension Site {
+    package static let version = "0.1.0"
+
+    package func status(group only: String? = nil) async throws -> StatusReport {
+        if let only { _ = try group(only) }
+        var report = StatusReport(site: configuration.site, version: Self.version, volumes: [:], groups: [:])
+        var pending: [String: UInt64] = [:]
+        let names = exports.exportNames()
+        for volume in volumes.values {
+            let number = volume.number
+            let figures = await volume.reactor.run { reactor in
+                let hosted = reactor.hosted(number)
+                return (
+                    pending: hosted.volume.changedGrains + hosted.volume.outOfSyncGrains,
+                    restoring: hosted.volume.restoringGrains,
+                    read: hosted.bytesRead, written: hosted.bytesWritten
+                )
+            }
+            let grain = UInt64(volume.geometry.grain)
+            pending[volume.name] = UInt64(figures.pending) * grain
+            report.volumes[volume.name] = StatusReport.VolumeReport(
+                size: volume.geometry.size, grain: volume.geometry.grain,
+                exports: names.filter { $0 == volume.name || $0.hasPrefix("\(volume.name)@") },
+                restoringBytes: UInt64(figures.restoring) * grain,
+                bytesRead: figures.read, bytesWritten: figures.written)
+        }
+        for group in groups.values where only == nil || only == group.entry.name {
+            report.groups[group.entry.name] = groupReport(group, pending)
+        }
+        return report
+    }
+
+    private func groupReport(_ group: GroupState, _ pending: [String: UInt64]) -> StatusReport.GroupReport {
+        let replication = group.replicator?.status
+        let record = replication?.record ?? group.record
+        var report = StatusReport.GroupReport(
+            role: record.role.rawValue, state: "simplex", mode: group.entry.mode.rawValue,
+            peer: group.entry.peer, volumes: group.entry.volumes)
+        let now = realSeconds()
+        if record.failedOver != nil {
+            report.state = "failed-over"
+            report.reason = "failed over to point \(record.failedOver!.point) at \(timestamp(record.failedOver!.at))"
+            report.point = record.points.first { $0.number == record.failedOver!.point }?.report
+            return report
+        }
+        if let replication {
+            report.state = replication.state
+            report.reason = replication.reason
+            report.point = record.lastCommitted?.report
+            report.lagSeconds = record.lastCommitted.map { max(0, now - $0.formedAt) }
+            let bytes = group.entry.volumes.reduce(0) { $0 + (pending[$1] ?? 0) }
+            report.pendingBytes = bytes
+            report.rateBytesPerSecond = replication.bytesPerSecond
+            if replication.bytesPerSecond > 0 {
+                report.etaSeconds = Double(bytes) / replication.bytesPerSecond
+            }
+            if !replication.holds.isEmpty {
+                report.holdSeconds = Double(replication.lastHold) / 1e9
+                let sorted = replication.holds.sorted()
+                report.holdSecondsP99 = Double(sorted[min(sorted.count - 1, sorted.count * 99 / 100)]) / 1e9
+            }
+            return report
+        }
+        report.point = record.points.last?.report
+        report.lagSeconds = record.points.last.map { max(0, now - $0.formedAt) }
+        if record.peerSite != nil {
+            report.state = group.session == nil ? "suspended" : record.points.isEmpty ? "copying" : "mirroring"
+            if group.session == nil { report.reason = "the primary has not connected since this site started" }
+        }
+        return report
+    }
+
+    func points(_ name: String) throws -> [StatusReport.PointReport] {
+        let group = try group(name)
+        if let replicator = group.replicator {
+            return replicator.status.record.lastCommitted.map { [$0.report] } ?? []
+        }
+        return group.record.points.map(\.report)
+    }
+
+    // MARK: Commands on a primary
+
+    private func replicator(_ name: String) throws -> Replicator {
+        let group = try group(name)
+        guard let replicator = group.replicator else {
+            throw SiteError(
+                group.record.role == .secondary
+                    ? "group '\(name)' is secondary at '\(configuration.site)'; give this command to its primary, '\(group.entry.peer)'"
+                    : "group '\(name)' has failed over to '\(configuration.site)' and is not mirrored")
+        }
+        return replicator
+    }
+
+    func suspend(_ name: String) throws { try replicator(name).suspend() }
+    func resume(_ name: String) throws { try replicator(name).resume() }
+
+    func cycle(_ name: String) async throws -> StatusReport.PointReport {
+        let replicator = try replicator(name)
+        do {
+            return try await replicator.cycle().report
+        } catch {
+            throw SiteError("group '\(name)': \(error)")
+        }
+    }
+
+    func request(_ name: String) throws { try replicator(name).request() }
+}

@@ -1,0 +1,90 @@
+// HostedVolume.swift: a volume's engine together with the files that its I/O goes to.
+//
+// Owner: the reactor that hosts it.
+
+import Base
+import Ring
+import Volumes
+
+package final class HostedVolume {
+    package let name: String
+    package let volume: Volume
+    /// Number of the intake session whose connections may write (role secondary); 0 = none.
+    package var intakeSession: UInt64 = 0
+    /// Whether hosts may write (role primary, or after failover).
+    package var writable = false
+    /// Point-forming holds that ended by their deadline instead of by the coordinator.
+    package internal(set) var holdDeadline: UInt64 = 0
+    package internal(set) var holdExpired = false
+
+    /// Acknowledged bytes since the start.
+    package internal(set) var bytesRead: UInt64 = 0
+    package internal(set) var bytesWritten: UInt64 = 0
+
+    struct FileSlot {
+        var descriptor: Int32 = -1
+        /// Memory-backed: calls cannot block, flushes have nothing to do.
+        var immediate = false
+        var noWaitReads = false
+        var noWaitWrites = false
+    }
+    let slots: UnsafeMutablePointer<FileSlot>
+    private var files: [OpenFile?]
+    /// Mappings under the engine's bitmaps, kept alive as long as the engine.
+    private var mappings: [StoreFile: MappedFile] = [:]
+    private let permanentMappings: [MappedFile]
+
+    init(name: String, volume: Volume, source: OpenFile, mappings: [MappedFile]) {
+        self.name = name
+        self.volume = volume
+        permanentMappings = mappings
+        slots = .allocate(capacity: Volume.fileCapacity)
+        slots.initialize(repeating: FileSlot(), count: Volume.fileCapacity)
+        files = Array(repeating: nil, count: Volume.fileCapacity)
+        let slot = addFile(source)
+        invariant(slot == Volume.source, "the source is the first file")
+    }
+
+    deinit { slots.deallocate() }
+
+    /// Gives a file its number in the block store.
+    package func addFile(_ file: OpenFile, mapping: MappedFile? = nil) -> StoreFile {
+        guard let slot = files.firstIndex(where: { $0 == nil }) else {
+            invariantFailed("a volume has room for the files of its copies", #fileID, #line)
+        }
+        files[slot] = file
+        let immediate = file.isOnTmpfs
+        slots[slot] = FileSlot(
+            descriptor: file.descriptor, immediate: immediate, noWaitReads: !immediate,
+            noWaitWrites: !immediate)
+        mappings[StoreFile(slot)] = mapping
+        return StoreFile(slot)
+    }
+
+    package func removeFile(_ slot: StoreFile) {
+        files[Int(slot)] = nil
+        slots[Int(slot)] = FileSlot()
+        mappings[slot] = nil
+    }
+}
+
+/// What a reactor needs to host a volume; prepared by the control plane.
+package struct VolumeSetup: Sendable {
+    package var name: String
+    package var geometry: Geometry
+    package var source: OpenFile
+    /// The two recording bitmaps and the page with their roles.
+    package var recordingMappings: (MappedFile, MappedFile)
+    package var rolesMapping: MappedFile
+
+    package init(
+        name: String, geometry: Geometry, source: OpenFile,
+        recordingMappings: (MappedFile, MappedFile), rolesMapping: MappedFile
+    ) {
+        self.name = name
+        self.geometry = geometry
+        self.source = source
+        self.recordingMappings = recordingMappings
+        self.rolesMapping = rolesMapping
+    }
+}

@@ -1,0 +1,402 @@
+// Reactor.swift: a thread with its ring, the volumes that it hosts, and the connections to them.
+//
+// One turn: completions → receive and parse → volumes → replies → poll or wait. Nothing on this path allocates or
+// counts references for a request; what it needs comes from slabs and pools made at the start.
+//
+// Must be prevented:
+//   a connection's slot is reused while the ring or a volume still refers to it
+//   a client that does not read, or stops in mid-payload, takes what others need
+//   an intake connection of an earlier session writes after a later session began
+
+import Base
+import CLibURing
+import Glibc
+import NBDProtocol
+import Ring
+import Volumes
+
+enum CompletionKind {
+    static let wake: UInt8 = 1
+    static let accept: UInt8 = 2
+    static let receive: UInt8 = 3
+    static let send: UInt8 = 4
+    static let store: UInt8 = 5
+    static let cancel: UInt8 = 6
+}
+
+package final class Reactor {
+    let number: Int
+    let mailbox: Mailbox<ReactorMessage>
+    let exports: ExportDirectory
+    var ring: Ring
+    private let completions: UnsafeMutablePointer<Completion>
+    private static let completionBatch = 128
+
+    let connections: UnsafeMutablePointer<Connection>
+    var freeConnections: FixedQueue<Int32>
+    var openConnections = 0
+    /// Connections that are tried directly instead of through the ring.
+    var polledConnections: UnsafeMutablePointer<Int32>
+    var polledCount = 0
+    /// Connections with something to send.
+    var dirtyConnections: FixedQueue<Int32>
+    /// Connections that wait for request slots or memory.
+    var stalledConnections: FixedQueue<Int32>
+    var resourcesFreed = false
+
+    private let payloadMemory: PoolMemory
+    var payloads: BufferPool
+    private let copyMemory: PoolMemory
+    let copyBuffers: CopyBuffers
+
+    package private(set) var volumes: [HostedVolume?] = []
+    var stores: StoreTable
+    var drains: [DrainRead?] = []
+    var deferredDrains: [DrainRead] = []
+    private var quiesces: [Quiesce] = []
+    private var listeners: [OpenFile] = []
+    private var nextTick: UInt64 = 0
+    private var stopping: (@Sendable () -> Void)?
+    /// Called with what a volume tells outside the data path.
+    package var onEvent: (@Sendable (String, VolumeEvent) -> Void)?
+
+    private struct Quiesce {
+        var volume: VolumeNumber
+        var intakeOnly: Bool
+        var done: @Sendable () -> Void
+    }
+
+    private init(number: Int, mailbox: Mailbox<ReactorMessage>, exports: ExportDirectory)
+        throws(SystemError)
+    {
+        self.number = number
+        self.mailbox = mailbox
+        self.exports = exports
+        ring = try Ring()
+        payloadMemory = try PoolMemory(byteCount: Limits.payloadPool)
+        payloads = BufferPool(base: payloadMemory.memory, size: Limits.payloadPool)
+        copyMemory = try PoolMemory(byteCount: Limits.copyPool)
+        copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory.memory, size: Limits.copyPool))
+        completions = .allocate(capacity: Self.completionBatch)
+        let count = Limits.connectionsPerReactor
+        connections = .allocate(capacity: count)
+        connections.initialize(repeating: Connection(), count: count)
+        freeConnections = FixedQueue(capacity: count)
+        for slot in 0..<count { freeConnections.append(Int32(slot)) }
+        polledConnections = .allocate(capacity: count)
+        dirtyConnections = FixedQueue(capacity: count)
+        stalledConnections = FixedQueue(capacity: count)
+        stores = StoreTable()
+    }
+
+    deinit {
+        completions.deallocate()
+        connections.deinitialize(count: Limits.connectionsPerReactor)
+        connections.deallocate()
+        polledConnections.deallocate()
+    }
+
+    /// Starts a reactor on a thread of its own.
+    package static func start(number: Int, exports: ExportDirectory) throws(SystemError)
+        -> ReactorHandle
+    {
+        let mailbox = try Mailbox<ReactorMessage>()
+        startThread(name: "reactor-\(number)") {
+            reactorMain(number: number, mailbox: mailbox, exports: exports)
+        }
+        return ReactorHandle(mailbox: mailbox, number: number)
+    }
+
+    fileprivate static func main(
+        number: Int, mailbox: Mailbox<ReactorMessage>, exports: ExportDirectory
+    ) {
+        do {
+            let reactor = try Reactor(number: number, mailbox: mailbox, exports: exports)
+            reactor.run()
+        } catch {
+            fatalError("farcopy: \(error)")
+        }
+    }
+
+    private func run() {
+        ring.pollReadable(
+            mailbox.eventDescriptor,
+            UserData(kind: CompletionKind.wake, generation: 0, slot: 0))
+        // Messages may have been left before the poll was armed.
+        takeMessages()
+        while !finished { turn() }
+        stopping?()
+    }
+
+    private var finished: Bool { stopping != nil && openConnections == 0 && stores.inUse == 0 }
+
+    private func turn() {
+        reapCompletions()
+        pollConnections()
+        if resourcesFreed { retryStalled() }
+        if !deferredDrains.isEmpty { retryDeferredDrains() }
+        pumpVolumes()
+        sendReplies()
+        if !quiesces.isEmpty { checkQuiesces() }
+        tick()
+        if polledCount > 0 || resourcesFreed || !dirtyConnections.isEmpty {
+            ring.submitAndWait(milliseconds: 0)
+        } else {
+            ring.submitAndWait(milliseconds: anyHold ? 5 : 1000)
+        }
+    }
+
+    // MARK: Completions
+
+    private func reapCompletions() {
+        var count: Int
+        repeat {
+            count = ring.reap(into: completions, capacity: Self.completionBatch)
+            for index in 0..<count { handle(completions[index]) }
+        } while count == Self.completionBatch
+    }
+
+    private func handle(_ completion: Completion) {
+        let data = completion.userData
+        switch data.kind {
+        case CompletionKind.wake:
+            takeMessages()
+            if !completion.more {
+                ring.pollReadable(mailbox.eventDescriptor, data)
+            }
+        case CompletionKind.accept: accepted(completion)
+        case CompletionKind.receive: received(Int32(data.slot), completion.result)
+        case CompletionKind.send: sent(Int32(data.slot), completion.result)
+        case CompletionKind.store: storeCompleted(Int32(data.slot), completion.result)
+        default: break
+        }
+    }
+
+    private func takeMessages() {
+        for message in mailbox.drain() {
+            switch message {
+            case .perform(let body): body(self)
+            case .adopt(let handoff): adopt(handoff)
+            case .drain(let drain): startDrain(drain)
+            case .stop(let done):
+                stopping = done
+                for listener in listeners.indices {
+                    ring.cancel(
+                        UserData(kind: CompletionKind.accept, generation: 0, slot: UInt32(listener)),
+                        UserData(kind: CompletionKind.cancel, generation: 0, slot: 0))
+                }
+                closeConnections { _ in true }
+            }
+        }
+    }
+
+    // MARK: Listening
+
+    /// Accepts clients of a listening socket; they stay here until their handshake names a volume.
+    package func listen(on socket: OpenFile) {
+        listeners.append(socket)
+        ring.accept(
+            socket.descriptor,
+            UserData(
+                kind: CompletionKind.accept, generation: 0, slot: UInt32(listeners.count - 1)))
+    }
+
+    private func accepted(_ completion: Completion) {
+        if completion.result >= 0 {
+            if stopping != nil { close(completion.result) } else { open(completion.result) }
+        }
+        if !completion.more, stopping == nil {
+            let listener = listeners[Int(completion.userData.slot)]
+            ring.accept(listener.descriptor, completion.userData)
+        }
+    }
+
+    // MARK: Volumes
+
+    /// Makes the engine of a volume; its chain and point are added before it is exported.
+    package func host(_ setup: VolumeSetup) -> VolumeNumber {
+        let count = setup.geometry.grainCount
+        let volume = Volume(
+            geometry: setup.geometry,
+            bitmaps: (
+                Bitmap(memory: setup.recordingMappings.0.memory, count: count),
+                Bitmap(memory: setup.recordingMappings.1.memory, count: count)
+            ),
+            roles: setup.rolesMapping.memory.bindMemory(to: RecordingRoles.self, capacity: 1),
+            copyBuffers: copyBuffers)
+        volumes.append(
+            HostedVolume(
+                name: setup.name, volume: volume, source: setup.source,
+                mappings: [
+                    setup.recordingMappings.0, setup.recordingMappings.1, setup.rolesMapping,
+                ]))
+        return volumes.count - 1
+    }
+
+    package func hosted(_ number: VolumeNumber) -> HostedVolume {
+        guard let hosted = volumes[number] else {
+            invariantFailed("a volume's number names a hosted volume", #fileID, #line)
+        }
+        return hosted
+    }
+
+    private var anyHold: Bool {
+        for hosted in volumes { if let hosted, hosted.volume.holding { return true } }
+        return false
+    }
+
+    /// Drives every volume until none has anything to do at once.
+    func pumpVolumes() {
+        for number in volumes.indices {
+            guard let hosted = volumes[number] else { continue }
+            var busy = true
+            while busy {
+                busy = false
+                while stores.hasRoom, let io = hosted.volume.popIO() {
+                    startStore(io, number, hosted)
+                    busy = true
+                }
+                while let slot = hosted.volume.popFinished() {
+                    finishedRequest(slot, number, hosted)
+                    busy = true
+                }
+            }
+            while let event = hosted.volume.popEvent() { onEvent?(hosted.name, event) }
+        }
+    }
+
+    private func finishedRequest(_ slot: Int32, _ number: VolumeNumber, _ hosted: HostedVolume) {
+        let owner = RequestOwner(rawValue: hosted.volume.request(slot).pointee.owner)
+        if owner.isDrain {
+            finishDrain(Int(owner.slot), slot, hosted)
+        } else {
+            replyReady(slot, hosted, owner)
+        }
+    }
+
+    // MARK: Quiescing
+
+    /// Ends the connections of a volume (or those of its intake alone) and calls `done` when none of their
+    /// requests is in flight any more.
+    package func disconnect(
+        _ number: VolumeNumber, intakeOnly: Bool, done: @escaping @Sendable () -> Void
+    ) {
+        closeConnections { $0.volume == number && (!intakeOnly || $0.intakeSession != 0) }
+        quiesces.append(Quiesce(volume: number, intakeOnly: intakeOnly, done: done))
+    }
+
+    /// Ends the connections that have a copy open.
+    package func disconnectReaders(_ number: VolumeNumber, of copy: CopyID) {
+        closeConnections { $0.volume == number && $0.view == .copy(copy) }
+    }
+
+    private func closeConnections(where matching: (Connection) -> Bool) {
+        guard openConnections > 0 else { return }
+        for slot in 0..<Limits.connectionsPerReactor {
+            if case .free = connections[slot].phase { continue }
+            if matching(connections[slot]) { beginClosing(Int32(slot)) }
+        }
+    }
+
+    private func checkQuiesces() {
+        quiesces.removeAll { quiesce in
+            for slot in 0..<Limits.connectionsPerReactor {
+                if case .free = connections[slot].phase { continue }
+                let connection = connections[slot]
+                if connection.volume == quiesce.volume,
+                    !quiesce.intakeOnly || connection.intakeSession != 0
+                {
+                    return false
+                }
+            }
+            quiesce.done()
+            return true
+        }
+    }
+
+    // MARK: Time
+
+    /// Once a second: handshakes that take too long, payloads that stop while others wait for memory.
+    /// Whenever a hold is on: its deadline.
+    private func tick() {
+        let now = monotonicNanoseconds()
+        for case let hosted? in volumes where hosted.volume.holding && now > hosted.holdDeadline {
+            hosted.holdExpired = true
+            hosted.volume.releaseHold()
+        }
+        guard now >= nextTick else { return }
+        nextTick = now + 1_000_000_000
+        guard openConnections > 0 else { return }
+        let second: UInt64 = 1_000_000_000
+        for slot in 0..<Limits.connectionsPerReactor {
+            switch connections[slot].phase {
+            case .handshake, .farewell:
+                if now - connections[slot].openedAt > UInt64(Limits.handshakeSeconds) * second {
+                    beginClosing(Int32(slot))
+                }
+            case .transmission:
+                if connections[slot].payloadRequest >= 0, !stalledConnections.isEmpty,
+                    now - connections[slot].payloadSince
+                        > UInt64(Limits.stalledPayloadSeconds) * second
+                {
+                    beginClosing(Int32(slot))
+                }
+            case .free, .closing: break
+            }
+        }
+    }
+
+    // MARK: Points
+
+    /// Forms the volume's part of a point and holds its acknowledgements (see `Volume.formPoint`).
+    package func formPoint(
+        _ number: VolumeNumber, point: UInt64, targetFile: StoreFile, preserved: Bitmap
+    ) {
+        let hosted = hosted(number)
+        beginHold(hosted)
+        hosted.volume.formPoint(number: point, targetFile: targetFile, preserved: preserved)
+    }
+
+    /// Holds acknowledgements while FlashCopies of several volumes are established.
+    package func hold(_ number: VolumeNumber) {
+        let hosted = hosted(number)
+        beginHold(hosted)
+        hosted.volume.hold()
+    }
+
+    private func beginHold(_ hosted: HostedVolume) {
+        hosted.holdExpired = false
+        hosted.holdDeadline = monotonicNanoseconds() + UInt64(Limits.holdMilliseconds) * 1_000_000
+    }
+
+    /// Lets acknowledgements go; false when the deadline had already done so, and the cut is not closed.
+    package func releaseHold(_ number: VolumeNumber) -> Bool {
+        let hosted = hosted(number)
+        hosted.volume.releaseHold()
+        return !hosted.holdExpired
+    }
+
+    /// Asks the reactor to finish: connections end, I/O in flight completes, then `done` is called and the thread ends.
+    package static func stop(_ handle: ReactorHandle, done: @escaping @Sendable () -> Void) {
+        handle.leave(.stop(done))
+    }
+}
+
+/// A free function: a thread's entry must not inherit an actor's isolation.
+private nonisolated func reactorMain(
+    number: Int, mailbox: Mailbox<ReactorMessage>, exports: ExportDirectory
+) {
+    Reactor.main(number: number, mailbox: mailbox, exports: exports)
+}
+
+/// Whose request it is, packed into `Request.owner`.
+struct RequestOwner {
+    var rawValue: UInt64
+    init(rawValue: UInt64) { self.rawValue = rawValue }
+    init(connection slot: Int32, generation: UInt32) {
+        rawValue = UInt64(generation & 0x7FFF_FFFF) << 32 | UInt64(UInt32(bitPattern: slot))
+    }
+    init(drain slot: Int) { rawValue = 1 << 63 | UInt64(slot) }
+    var isDrain: Bool { rawValue >> 63 == 1 }
+    var slot: Int32 { Int32(truncatingIfNeeded: rawValue & 0x7FFF_FFFF) }
+}

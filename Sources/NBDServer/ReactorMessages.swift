@@ -1,0 +1,79 @@
+// ReactorMessages.swift: what other threads ask of a reactor.
+
+import Base
+import NBDProtocol
+import Ring
+import Volumes
+
+/// How others hold a reactor: they leave messages, nothing else.
+package struct ReactorHandle: Sendable {
+    let mailbox: Mailbox<ReactorMessage>
+    package let number: Int
+
+    /// Runs `body` on the reactor's thread with the reactor; control plane and group coordination only.
+    package func perform(_ body: @escaping @Sendable (Reactor) -> Void) { leave(.perform(body)) }
+
+    /// Reads the next run of the point's data that must be sent.
+    package func read(_ drain: DrainRead) { leave(.drain(drain)) }
+
+    /// Senders are few and bounded, so a full mailbox means a reactor that has stopped; a restart mends that.
+    func leave(_ message: ReactorMessage) {
+        invariant(mailbox.send(message), "a reactor empties its mailbox")
+    }
+
+    /// Performs `body` and waits for its result without blocking the caller's thread.
+    package func run<Result: Sendable>(
+        _ body: @escaping @Sendable (Reactor) -> Result
+    ) async -> Result {
+        await withCheckedContinuation { continuation in
+            perform { continuation.resume(returning: body($0)) }
+        }
+    }
+}
+
+enum ReactorMessage: Sendable {
+    case perform(@Sendable (Reactor) -> Void)
+    case adopt(Handoff)
+    case drain(DrainRead)
+    case stop(@Sendable () -> Void)
+}
+
+/// A connection on its way from the handshake to the reactor of its volume.
+struct Handoff: Sendable {
+    var socket: Int32
+    var entry: ExportEntry
+    var unread: [UInt8]
+}
+
+/// A read of the next run of the point being drained.
+package struct DrainRead: Sendable {
+    package var volume: VolumeNumber
+    package var point: UInt64
+    /// Bytes that fit the buffer; at least one grain.
+    package var capacity: Int
+    /// Filled with the data; the caller's until the answer.
+    package nonisolated(unsafe) var buffer: UnsafeMutableRawPointer
+    package var answer: @Sendable (Answer) -> Void
+
+    package enum Answer: Sendable {
+        case data(grains: Range<Int>, offset: UInt64, length: Int)
+        /// The run is zeroes; the buffer is not filled, and the length may be more than it holds.
+        case zeroes(grains: Range<Int>, offset: UInt64, length: Int)
+        /// Every run of the point was given out since the drain was rewound.
+        case nothing
+        /// The point is no longer held.
+        case gone
+        case failed(errno: Int32)
+    }
+
+    package init(
+        volume: VolumeNumber, point: UInt64, capacity: Int,
+        buffer: UnsafeMutableRawPointer, answer: @escaping @Sendable (Answer) -> Void
+    ) {
+        self.volume = volume
+        self.point = point
+        self.capacity = capacity
+        self.buffer = buffer
+        self.answer = answer
+    }
+}

@@ -1,0 +1,296 @@
+// Store.swift: carries out a volume's I/O on files and block devices.
+//
+// Small reads and writes that the page cache holds are served by a call that does not block; the rest goes through
+// the ring. Short transfers are resumed; operations that a file system does not have are done another way.
+
+import Base
+import CLibURing
+import Glibc
+import Ring
+import Volumes
+
+/// One I/O that is on the ring.
+struct StoreOperation {
+    enum Step: UInt8 {
+        case transfer
+        /// Hole punching or zeroing by the file system.
+        case allocate
+        /// Zeroes written from memory, for file systems without the above.
+        case zeroFill
+        /// The flush that makes zeroes durable.
+        case flush
+    }
+    var io: StoreIO
+    var volume: VolumeNumber
+    var step: Step
+    var done: UInt64 = 0
+    var generation: UInt32 = 0
+}
+
+/// Slots for I/O on the ring, made at the start.
+struct StoreTable {
+    static let capacity = 4096
+    let slots: UnsafeMutablePointer<StoreOperation?>
+    private let free: UnsafeMutablePointer<Int32>
+    private var freeCount: Int
+    /// Zeroes to write where the file system cannot make them itself.
+    let zeroes: UnsafeMutableRawPointer
+    static let zeroByteCount = 1 << 20
+
+    init() {
+        slots = .allocate(capacity: Self.capacity)
+        slots.initialize(repeating: nil, count: Self.capacity)
+        free = .allocate(capacity: Self.capacity)
+        for slot in 0..<Self.capacity { free[slot] = Int32(slot) }
+        freeCount = Self.capacity
+        zeroes = .allocate(byteCount: Self.zeroByteCount, alignment: 4096)
+        zeroes.initializeMemory(as: UInt8.self, repeating: 0, count: Self.zeroByteCount)
+    }
+
+    var hasRoom: Bool { freeCount > 0 }
+    var inUse: Int { Self.capacity - freeCount }
+
+    mutating func take(_ operation: StoreOperation) -> Int32 {
+        freeCount -= 1
+        let slot = free[freeCount]
+        slots[Int(slot)] = operation
+        return slot
+    }
+
+    mutating func give(_ slot: Int32) {
+        slots[Int(slot)] = nil
+        free[freeCount] = slot
+        freeCount += 1
+    }
+}
+
+extension Reactor {
+    /// The largest transfer that is tried without the ring.
+    private static let inlineBytes: UInt64 = 64 << 10
+
+    func startStore(_ io: StoreIO, _ number: VolumeNumber, _ hosted: HostedVolume) {
+        let file = hosted.slots + Int(io.file)
+        var done: UInt64 = 0
+        switch io.operation {
+        case .read, .write:
+            if io.length <= Self.inlineBytes, let result = transferAtOnce(io, file) {
+                if result < 0 || UInt64(result) == io.length {
+                    hosted.volume.complete(io, errno: result < 0 ? Int32(-result) : 0)
+                    return
+                }
+                done = UInt64(result)
+            }
+        case .flush:
+            if file.pointee.immediate {
+                hosted.volume.complete(io, errno: 0)
+                return
+            }
+        case .zero, .trim: break
+        }
+        let step: StoreOperation.Step =
+            switch io.operation {
+            case .read, .write: .transfer
+            case .flush: .flush
+            case .zero, .trim: .allocate
+            }
+        let slot = stores.take(
+            StoreOperation(io: io, volume: number, step: step, done: done))
+        submitStore(slot)
+    }
+
+    /// Bytes moved or a negative errno; nil when the call would block or cannot be made without blocking.
+    private func transferAtOnce(
+        _ io: StoreIO, _ file: UnsafeMutablePointer<HostedVolume.FileSlot>
+    ) -> Int? {
+        let reads = io.operation == .read
+        let allowed = reads ? file.pointee.noWaitReads : file.pointee.noWaitWrites
+        guard file.pointee.immediate || (allowed && !io.fua) else { return nil }
+        let noWait: Int32 = file.pointee.immediate ? 0 : 1
+        let result =
+            reads
+            ? farcopy_pread(
+                file.pointee.descriptor, io.buffer, Int(io.length), off_t(io.offset), noWait)
+            : farcopy_pwrite(
+                file.pointee.descriptor, io.buffer, Int(io.length), off_t(io.offset), noWait)
+        switch Int32(-min(result, 0)) {
+        case 0: return result > 0 ? result : nil
+        case EAGAIN, EINTR: return nil
+        case EOPNOTSUPP, EINVAL:
+            // The file system does not know RWF_NOWAIT here; do not ask again.
+            if noWait == 1 {
+                if reads { file.pointee.noWaitReads = false } else { file.pointee.noWaitWrites = false }
+                return nil
+            }
+            return result
+        default: return noWait == 1 ? nil : result
+        }
+    }
+
+    private func submitStore(_ slot: Int32) {
+        let operation = stores.slots[Int(slot)]!
+        let io = operation.io
+        guard let hosted = volumes[operation.volume] else { return }
+        let descriptor = hosted.slots[Int(io.file)].descriptor
+        let userData = UserData(kind: CompletionKind.store, generation: 0, slot: UInt32(slot))
+        let offset = io.offset + operation.done
+        let left = io.length - operation.done
+        switch operation.step {
+        case .transfer:
+            let buffer = io.buffer! + Int(operation.done)
+            // One entry moves at most 1 GiB; what is left is resumed like any short transfer.
+            let count = Int(min(left, 1 << 30))
+            if io.operation == .read {
+                ring.read(descriptor, buffer, count, at: offset, userData)
+            } else {
+                ring.write(descriptor, buffer, count, at: offset, durable: io.fua, userData)
+            }
+        case .allocate:
+            let mode =
+                io.operation == .zero && io.noHole ? farcopy_zero_range : farcopy_punch_hole
+            ring.allocate(descriptor, mode: mode, offset: offset, length: left, userData)
+        case .zeroFill:
+            ring.write(
+                descriptor, stores.zeroes, Int(min(left, UInt64(StoreTable.zeroByteCount))),
+                at: offset, durable: io.fua, userData)
+        case .flush:
+            ring.dataSync(descriptor, userData)
+        }
+    }
+
+    func storeCompleted(_ slot: Int32, _ result: Int32) {
+        guard var operation = stores.slots[Int(slot)] else {
+            invariantFailed("a store completion has its operation", #fileID, #line)
+        }
+        switch next(&operation, result) {
+        case .again:
+            stores.slots[Int(slot)] = operation
+            submitStore(slot)
+        case .ended(let errno):
+            stores.give(slot)
+            volumes[operation.volume]?.volume.complete(operation.io, errno: errno)
+        }
+    }
+
+    private enum Next {
+        case again
+        case ended(errno: Int32)
+    }
+
+    private func next(_ operation: inout StoreOperation, _ result: Int32) -> Next {
+        if result == -EINTR || result == -EAGAIN { return .again }
+        switch operation.step {
+        case .transfer, .zeroFill:
+            if result < 0 { return .ended(errno: -result) }
+            // A read behind the end of a file that became shorter, or a write that moves nothing.
+            if result == 0 { return .ended(errno: EIO) }
+            operation.done += UInt64(result)
+            return operation.done < operation.io.length ? .again : .ended(errno: 0)
+        case .allocate:
+            if result == 0 {
+                guard operation.io.fua else { return .ended(errno: 0) }
+                operation.step = .flush
+                return .again
+            }
+            if result == -EOPNOTSUPP || result == -ENOSYS || result == -EINVAL {
+                if operation.io.operation == .trim { return .ended(errno: 0) }  // a hint
+                operation.step = .zeroFill
+                return .again
+            }
+            return .ended(errno: -result)
+        case .flush:
+            return .ended(errno: -result)
+        }
+    }
+
+    // MARK: Draining
+
+    func startDrain(_ drain: DrainRead) {
+        let hosted = hosted(drain.volume)
+        let volume = hosted.volume
+        guard let point = volume.point, point.number == drain.point else {
+            drain.answer(.gone)
+            return
+        }
+        guard let slot = volume.takeRequest() else {
+            deferredDrains.append(drain)  // hosts have every slot; tried again when one is free
+            return
+        }
+        let limit = max(1, drain.capacity / volume.geometry.grain)
+        guard
+            var grains = volume.nextOutOfSync(
+                limit: max(limit, Self.holeBytes / volume.geometry.grain))
+        else {
+            volume.releaseRequest(slot)
+            drain.answer(.nothing)
+            return
+        }
+        if grains.count > limit {
+            if let zeroes = hole(at: grains, hosted) {
+                volume.returnOutOfSync(from: zeroes.upperBound)
+                volume.releaseRequest(slot)
+                let range = volume.geometry.byteRange(zeroes)
+                drain.answer(
+                    .zeroes(
+                        grains: zeroes, offset: range.lowerBound,
+                        length: Int(range.upperBound - range.lowerBound)))
+                return
+            }
+            grains = grains.prefix(limit)
+            volume.returnOutOfSync(from: grains.upperBound)
+        }
+        let range = volume.geometry.byteRange(grains)
+        let request = volume.request(slot)
+        request.pointee.operation = .read
+        request.pointee.view = .point
+        request.pointee.offset = range.lowerBound
+        request.pointee.length = range.upperBound - range.lowerBound
+        request.pointee.buffer = drain.buffer
+        var index = 0
+        while index < drains.count, drains[index] != nil { index += 1 }
+        if index == drains.count { drains.append(drain) } else { drains[index] = drain }
+        request.pointee.owner = RequestOwner(drain: index).rawValue
+        volume.submit(slot)
+    }
+
+    /// The longest hole that is answered at once.
+    private static let holeBytes = 1 << 30
+
+    /// The grains at the start of the run that are a hole of the source file, so that an empty volume of any size is
+    /// copied without reading it. Everything is looked at in one go on this thread, so no write comes between.
+    private func hole(at grains: Range<Int>, _ hosted: HostedVolume) -> Range<Int>? {
+        let volume = hosted.volume
+        guard volume.pointLiesOnSource(grains) else { return nil }
+        let range = volume.geometry.byteRange(grains)
+        let data = lseek(
+            hosted.slots[Int(Volume.source)].descriptor, off_t(range.lowerBound), SEEK_DATA)
+        guard data >= 0 || errno == ENXIO else { return nil }
+        let end = data < 0 ? range.upperBound : min(range.upperBound, UInt64(data))
+        let lastGrain = end == range.upperBound ? grains.upperBound : Int(end >> volume.geometry.grainShift)
+        return lastGrain > grains.lowerBound ? grains.lowerBound..<lastGrain : nil
+    }
+
+    func retryDeferredDrains() {
+        let deferred = deferredDrains
+        deferredDrains = []
+        for drain in deferred { startDrain(drain) }
+    }
+
+    func finishDrain(_ index: Int, _ slot: Int32, _ hosted: HostedVolume) {
+        let request = hosted.volume.request(slot).pointee
+        let drain = drains[index]!
+        drains[index] = nil
+        hosted.volume.releaseRequest(slot)
+        resourcesFreed = true
+        if hosted.volume.point?.number != drain.point {
+            drain.answer(.gone)
+        } else if request.error != 0 {
+            drain.answer(.failed(errno: request.error))
+        } else {
+            drain.answer(
+                .data(
+                    grains: hosted.volume.geometry.grains(
+                        offset: request.offset, length: request.length),
+                    offset: request.offset, length: Int(request.length)))
+        }
+    }
+}

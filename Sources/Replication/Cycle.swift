@@ -1,0 +1,422 @@
+// Cycle.swift: the primary's half of a group: form a point → drain it → commit it, again and again.
+//
+// A state machine without I/O: events in, actions out. A thread with libnbd drives it, and so does the simulator.
+//
+// Must be prevented:
+//   a point is formed while the one before is still held (staggering)
+//   a point counts as committed before the remote says so, or is sent again after it was
+//   a point stays half formed after a crash: the intent is recorded before the first volume forms
+//   the bitmaps are trusted against a secondary that they do not describe
+
+package enum Interval: Sendable, Equatable {
+    case continuous
+    /// Nanoseconds from one forming to the next.
+    case every(UInt64)
+    /// Only on command.
+    case manual
+}
+
+/// What the peer says when a session opens.
+package struct PeerState: Sendable, Equatable, Codable {
+    package var session: UInt64
+    package var site: String
+    /// Identity of the secondary copy; changes when the secondary starts from nothing.
+    package var lineage: String
+    package var lastCommitted: UInt64?
+    package var lastCommittedAt: Double?
+    package init(
+        session: UInt64, site: String, lineage: String, lastCommitted: UInt64?,
+        lastCommittedAt: Double? = nil
+    ) {
+        self.session = session
+        self.site = site
+        self.lineage = lineage
+        self.lastCommitted = lastCommitted
+        self.lastCommittedAt = lastCommittedAt
+    }
+}
+
+package struct Cycle {
+    package enum Event {
+        case tick
+        case sessionOpened(PeerState)
+        /// `retry`: whether trying again may help.
+        case sessionFailed(String, retry: Bool)
+        case linkLost(String)
+        case allMarked
+        case prepared
+        /// Every volume holds its acknowledgements and has formed.
+        case formed(at: Double)
+        /// Acknowledgements go again; `intact`: no volume let go before every one had formed.
+        case released(intact: Bool)
+        case read(slot: Int, grains: Range<Int>?, offset: UInt64, length: Int)
+        case sent(slot: Int)
+        case flushed
+        case committed(at: Double)
+        case commitRefused(String)
+        /// A volume could not hold the point, or its data could not be read.
+        case pointLost(String)
+        case gaveUp
+        case suspend
+        case resume
+        /// A point is wanted now.
+        case request
+    }
+
+    package enum Action: Equatable {
+        case openSession
+        case closeLink
+        case save(GroupRecord)
+        /// Make the targets and bitmaps of the next point ready.
+        case prepare(number: UInt64)
+        case form(number: UInt64)
+        case release
+        case rewind
+        case drain(Drain.Action)
+        case commit(number: UInt64, previous: UInt64?, formedAt: Double)
+        case endPoint(number: UInt64)
+        /// Merge the bits of a held or half-formed point back.
+        case giveUp
+        case markAllChanged
+    }
+
+    package enum State {
+        /// By command; or because trying again cannot help.
+        case stopped(String)
+        case offline(String, retryAt: UInt64)
+        case connecting
+        /// Every grain is being marked for a secondary that the bitmaps say nothing about.
+        case marking(PeerState)
+        case idle
+        case preparing(UInt64)
+        case forming(UInt64)
+        case releasing(PointRecord)
+        case draining(PointRecord, Drain)
+        case committing(PointRecord)
+        case givingUp(Next)
+    }
+
+    /// What follows when a point has been given up.
+    package enum Next {
+        case stop(String)
+        case retry(String)
+        case carryOn
+        /// The peer had already committed the point.
+        case tookOver
+    }
+
+    package struct Settings: Sendable {
+        package var interval: Interval
+        package var volumes: Int
+        package var window: Int
+        package var checkpointBytes: Int
+        package init(
+            interval: Interval, volumes: Int, window: Int = 16, checkpointBytes: Int = 64 << 20
+        ) {
+            self.interval = interval
+            self.volumes = volumes
+            self.window = window
+            self.checkpointBytes = checkpointBytes
+        }
+    }
+
+    package let settings: Settings
+    package private(set) var record: GroupRecord
+    package private(set) var state: State
+    /// There was a suspension after the last commit.
+    private var resyncing = false
+    private var lastFailure: String?
+    private var dueAt: UInt64 = 0
+    private var requested = false
+    private var attempt = 0
+    /// A link lost for longer than this ends the point that is held, so that its target stops growing.
+    package static let heldLimit: UInt64 = 30_000_000_000
+    private var lostAt: UInt64?
+    /// Continuous cycles form at most one point in this time, so that an idle group costs little.
+    package static let shortestCycle: UInt64 = 50_000_000
+
+    package init(record: GroupRecord, settings: Settings) {
+        self.record = record
+        self.settings = settings
+        state = .connecting
+    }
+
+    /// First actions after a start of the process.
+    package mutating func start(now: UInt64) -> [Action] {
+        if record.suspendedByOperator {
+            return giveUp(.stop("suspended by the operator"))
+        }
+        if record.forming != nil { return giveUp(.retry("the process ended while a point was formed")) }
+        state = .connecting
+        return [.openSession]
+    }
+
+    /// The number that a point formed for a request made now will have at least.
+    package var nextNumber: UInt64 {
+        switch state {
+        case .preparing(let number): number
+        default: record.lastNumber + 1
+        }
+    }
+
+    /// Why mirroring does not go on; nil while it does.
+    package var suspension: String? {
+        switch state {
+        case .stopped(let reason), .offline(let reason, _): reason
+        case .givingUp(.stop(let reason)), .givingUp(.retry(let reason)): reason
+        case .connecting: lastFailure
+        default: nil
+        }
+    }
+
+    /// The group's state in the words of `farcopy status`.
+    package var stateName: String {
+        if suspension != nil { return "suspended" }
+        if record.lineage == nil { return "simplex" }
+        if record.lastCommitted == nil { return "copying" }
+        return resyncing ? "resyncing" : "mirroring"
+    }
+
+    /// When `tick` must come at the latest; nil = no need.
+    package var wakeAt: UInt64? {
+        switch state {
+        case .offline(_, let retryAt): retryAt
+        case .idle:
+            if requested { 0 } else if settings.interval == .manual { nil } else { dueAt }
+        default: nil
+        }
+    }
+
+    package mutating func handle(_ event: Event, now: UInt64) -> [Action] {
+        switch event {
+        case .suspend: return suspend()
+        case .resume: return resume()
+        case .request:
+            requested = true
+            return tick(now)
+        case .tick: return tick(now)
+        case .linkLost(let reason): return lost(reason, now)
+        case .pointLost(let reason): return pointLost(reason)
+        default: break
+        }
+        switch (state, event) {
+        case (.connecting, .sessionOpened(let peer)): return opened(peer, now)
+        case (.connecting, .sessionFailed(let reason, let retry)):
+            return failed(reason, retry: retry, now)
+        case (.marking(let peer), .allMarked): return marked(peer, now)
+        case (.preparing(let number), .prepared):
+            record.forming = number
+            record.lastNumber = number
+            state = .forming(number)
+            return [.save(record), .form(number: number)]
+        case (.forming(let number), .formed(let time)):
+            state = .releasing(PointRecord(number: number, formedAt: time))
+            return [.release]
+        case (.releasing(let point), .released(let intact)):
+            guard intact else {
+                return giveUp(.carryOn)
+            }
+            record.forming = nil
+            record.held = point
+            return [.save(record)] + startDrain(point)
+        case (.draining(let point, var drain), .read(let slot, let grains, let offset, let length)):
+            return carry(
+                point, &drain,
+                drain.didRead(slot: slot, grains: grains, offset: offset, length: length))
+        case (.draining(let point, var drain), .sent(let slot)):
+            return carry(point, &drain, drain.didSend(slot: slot))
+        case (.draining(let point, var drain), .flushed):
+            return carry(point, &drain, drain.didFlush())
+        case (.committing(let point), .committed(let time)): return committed(point, time, now)
+        case (.committing, .commitRefused(let reason)):
+            return [.closeLink] + giveUp(.retry("the peer refused the point: \(reason)"))
+        case (.givingUp(let next), .gaveUp): return gaveUp(next, now)
+        default: return []  // an answer to something that was given up meanwhile
+        }
+    }
+
+    // MARK: Link
+
+    private mutating func opened(_ peer: PeerState, _ now: UInt64) -> [Action] {
+        lostAt = nil
+        lastFailure = nil
+        if record.lineage != peer.lineage {
+            state = .marking(peer)
+            return [.markAllChanged]
+        }
+        if let held = record.held {
+            if peer.lastCommitted == held.number {
+                record.lastCommitted = held
+                record.lastCommitted!.committedAt = peer.lastCommittedAt
+                return giveUp(.tookOver)
+            }
+            if peer.lastCommitted == record.lastCommitted?.number {
+                return [.rewind] + startDrain(held)
+            }
+        } else if peer.lastCommitted == record.lastCommitted?.number {
+            return becomeIdle(now, due: now)
+        }
+        let theirs = peer.lastCommitted.map(String.init) ?? "none"
+        let ours = record.lastCommitted.map { String($0.number) } ?? "none"
+        return [.closeLink]
+            + giveUp(
+                .stop(
+                    "the peer's newest point is \(theirs) where \(ours) is expected; "
+                        + "if its volumes were exchanged, remove the group's record there to copy anew"))
+    }
+
+    /// The lineage is recorded only when the bitmaps say that everything may differ.
+    private mutating func marked(_ peer: PeerState, _ now: UInt64) -> [Action] {
+        record.lineage = peer.lineage
+        record.peerSite = peer.site
+        record.lastCommitted = nil
+        record.lastNumber = max(record.lastNumber, peer.lastCommitted ?? 0)
+        let save = Action.save(record)
+        if record.held != nil { return [save] + giveUp(.carryOn) }
+        return [save] + becomeIdle(now, due: now)
+    }
+
+    private mutating func failed(_ reason: String, retry: Bool, _ now: UInt64) -> [Action] {
+        resyncing = true
+        lastFailure = reason
+        if lostAt == nil { lostAt = now }
+        attempt += 1
+        // 0.25 s, 0.5 s … 8 s; a refusal that a retry does not mend is asked again every 30 s.
+        let delay = retry ? UInt64(250_000_000) << UInt64(min(attempt - 1, 5)) : 30_000_000_000
+        state = .offline(reason, retryAt: now + delay)
+        return [.closeLink]
+    }
+
+    private mutating func lost(_ reason: String, _ now: UInt64) -> [Action] {
+        switch state {
+        case .stopped, .offline, .givingUp: return []
+        case .preparing, .forming, .releasing:
+            // Nothing of the point was sent; forming goes on and the drain will find the link closed.
+            return [.closeLink] + giveUp(.retry(reason))
+        case .connecting, .marking, .idle, .draining, .committing:
+            return failed(reason, retry: true, now)
+        }
+    }
+
+    private mutating func suspend() -> [Action] {
+        record.suspendedByOperator = true
+        resyncing = true
+        return [.closeLink] + giveUp(.stop("suspended by the operator"))
+    }
+
+    private mutating func resume() -> [Action] {
+        guard record.suspendedByOperator else {
+            if case .offline = state {
+                state = .connecting
+                return [.openSession]
+            }
+            if case .stopped = state {
+                state = .connecting
+                return [.openSession]
+            }
+            return []
+        }
+        record.suspendedByOperator = false
+        if case .givingUp = state {
+            state = .givingUp(.retry("resuming"))
+            return [.save(record)]
+        }
+        state = .connecting
+        return [.save(record), .openSession]
+    }
+
+    // MARK: Points
+
+    private mutating func tick(_ now: UInt64) -> [Action] {
+        switch state {
+        case .offline(_, let retryAt) where now >= retryAt:
+            if let lostAt, now - lostAt > Self.heldLimit, record.held != nil {
+                return giveUp(.retry("the link is lost; the point was given up to free its target"))
+            }
+            state = .connecting
+            return [.openSession]
+        case .idle where requested || (settings.interval != .manual && now >= dueAt):
+            requested = false
+            switch settings.interval {
+            case .continuous: dueAt = now + Self.shortestCycle
+            case .every(let nanoseconds): dueAt = now + nanoseconds
+            case .manual: dueAt = 0
+            }
+            let number = record.lastNumber + 1
+            state = .preparing(number)
+            return [.prepare(number: number)]
+        default: return []
+        }
+    }
+
+    private mutating func becomeIdle(_ now: UInt64, due: UInt64? = nil) -> [Action] {
+        state = .idle
+        if let due { dueAt = due }
+        return tick(now)
+    }
+
+    private mutating func startDrain(_ point: PointRecord) -> [Action] {
+        var drain = Drain(
+            volumes: settings.volumes, window: settings.window,
+            checkpointBytes: settings.checkpointBytes)
+        return carry(point, &drain, drain.start())
+    }
+
+    private mutating func carry(
+        _ point: PointRecord, _ drain: inout Drain, _ actions: [Drain.Action]
+    ) -> [Action] {
+        guard actions.contains(.finished) else {
+            state = .draining(point, drain)
+            return actions.map { .drain($0) }
+        }
+        var sent = point
+        sent.bytes = drain.bytesSent
+        state = .committing(sent)
+        return actions.filter { $0 != .finished }.map { .drain($0) } + [
+            .commit(
+                number: point.number, previous: record.lastCommitted?.number,
+                formedAt: point.formedAt)
+        ]
+    }
+
+    private mutating func committed(_ point: PointRecord, _ time: Double, _ now: UInt64) -> [Action] {
+        var done = point
+        done.committedAt = time
+        record.lastCommitted = done
+        record.held = nil
+        resyncing = false
+        attempt = 0
+        return [.endPoint(number: point.number), .save(record)] + becomeIdle(now)
+    }
+
+    private mutating func pointLost(_ reason: String) -> [Action] {
+        switch state {
+        case .stopped, .offline, .connecting:
+            record.held = nil
+            return [.giveUp, .save(record)]
+        case .givingUp, .marking, .idle, .preparing: return []
+        default: return [.closeLink] + giveUp(.retry(reason))
+        }
+    }
+
+    private mutating func giveUp(_ next: Next) -> [Action] {
+        state = .givingUp(next)
+        return [.giveUp]
+    }
+
+    private mutating func gaveUp(_ next: Next, _ now: UInt64) -> [Action] {
+        record.forming = nil
+        record.held = nil
+        switch next {
+        case .stop(let reason):
+            state = .stopped(reason)
+            return [.save(record)]
+        case .retry(let reason):
+            let save = Action.save(record)
+            return [save] + failed(reason, retry: true, now)
+        case .carryOn, .tookOver:
+            let save = Action.save(record)
+            return [save] + becomeIdle(now)
+        }
+    }
+}

@@ -1,0 +1,75 @@
+// GroupRecord.swift: the durable record of a group at one site. It alone decides what is committed and who is primary.
+//
+// At the secondary a commit is one write of this record: before it no volume has the point, after it every volume
+// takes it (roll forward), because files and engines are made from the record.
+
+package enum Role: String, Codable, Sendable { case primary, secondary }
+
+/// A consistency point as a site remembers it. Times are seconds since 1970.
+package struct PointRecord: Codable, Sendable, Equatable {
+    package var number: UInt64
+    package var formedAt: Double
+    package var committedAt: Double?
+    /// Bytes that were sent for it (primary).
+    package var bytes: UInt64?
+    /// Its place in the chains of the group's volumes (secondary); larger is newer.
+    package var order: UInt64?
+
+    package init(
+        number: UInt64, formedAt: Double, committedAt: Double? = nil, bytes: UInt64? = nil,
+        order: UInt64? = nil
+    ) {
+        self.number = number
+        self.formedAt = formedAt
+        self.committedAt = committedAt
+        self.bytes = bytes
+        self.order = order
+    }
+}
+
+package struct GroupRecord: Codable, Sendable, Equatable {
+    package static let currentFormat = 1
+    package var format = currentFormat
+    package var role: Role
+    /// Newest first; a new one is put in front at every failover.
+    package var generations: [String]
+    /// Identity of the one peer that this group talks to; nil until the first contact.
+    package var peerSite: String?
+
+    // Primary.
+    /// The highest number that was ever given to a point.
+    package var lastNumber: UInt64 = 0
+    package var lastCommitted: PointRecord?
+    /// Set before any volume forms the point; found at a start, it means that the point may be half formed.
+    package var forming: UInt64?
+    /// The point that is held and drained.
+    package var held: PointRecord?
+    /// The operator's reason, while suspended by command.
+    package var suspendedByOperator = false
+    /// Identity of the secondary copy that the bitmaps describe the difference to.
+    package var lineage: String?
+
+    // Secondary.
+    /// Recovery points, oldest first.
+    package var points: [PointRecord] = []
+
+    // After a failover.
+    package var failedOver: Failover?
+
+    package struct Failover: Codable, Sendable, Equatable {
+        package var point: UInt64
+        package var at: Double
+        /// Volumes whose data is still flowing back from the point.
+        package var restoring: [String]
+        package init(point: UInt64, at: Double, restoring: [String]) {
+            self.point = point
+            self.at = at
+            self.restoring = restoring
+        }
+    }
+
+    package init(role: Role, generation: String) {
+        self.role = role
+        generations = [generation]
+    }
+}

@@ -1,0 +1,169 @@
+// Link.swift: libnbd connections to the intake exports of the peer, driven by one thread's poll loop.
+//
+// A completion only notes its outcome in memory that lives as long as the link; the loop looks there after each
+// notification. Buffers handed to libnbd stay untouched until then, or until the connection is closed.
+
+import CLibNBD
+import Glibc
+import Ring
+
+/// Where a peer's NBD server listens.
+package enum NBDAddress: Sendable, Equatable {
+    case unix(path: String)
+    case tcp(host: String, port: UInt16)
+}
+
+/// Outcome of one asynchronous command, written by libnbd's callback.
+struct LinkCompletion {
+    var pending = false
+    var done = false
+    var error: Int32 = 0
+}
+
+/// The completions of a link; every connection holds it until libnbd has let go of the last pointer into it.
+final class CompletionSlab {
+    let slots: UnsafeMutablePointer<LinkCompletion>
+    let count: Int
+
+    init(count: Int) {
+        self.count = count
+        slots = .allocate(capacity: count)
+        slots.initialize(repeating: LinkCompletion(), count: count)
+    }
+
+    deinit { slots.deallocate() }
+}
+
+final class LinkConnection {
+    private let handle: OpaquePointer
+    private let slab: CompletionSlab
+
+    /// Begins to connect; `isReady` tells when it is.
+    init(address: NBDAddress, export: String, slab: CompletionSlab) throws(SystemError) {
+        guard let handle = nbd_create() else { throw Self.failure("create a connection") }
+        self.handle = handle
+        self.slab = slab
+        nbd_set_handle_name(handle, export)
+        var result = nbd_set_export_name(handle, export)
+        if result == 0 {
+            switch address {
+            case .unix(let path): result = nbd_aio_connect_unix(handle, path)
+            case .tcp(let host, let port):
+                result = nbd_aio_connect_tcp(handle, host, String(port))
+            }
+        }
+        guard result == 0 else {
+            let error = Self.failure("connect to \(address)")
+            nbd_close(handle)
+            throw error
+        }
+    }
+
+    deinit { nbd_close(handle) }
+
+    static func failure(_ attempt: String) -> SystemError {
+        let text = nbd_get_error().map { String(cString: $0) } ?? "unknown error"
+        return SystemError("\(attempt): \(text)", errno: nbd_get_errno())
+    }
+
+    var isReady: Bool { nbd_aio_is_ready(handle) == 1 }
+    var isConnecting: Bool { nbd_aio_is_connecting(handle) == 1 }
+    var hasEnded: Bool { nbd_aio_is_dead(handle) == 1 || nbd_aio_is_closed(handle) == 1 }
+    var size: Int64 { nbd_get_size(handle) }
+
+    /// What to poll for.
+    func pollEntry() -> pollfd {
+        let direction = Int32(nbd_aio_get_direction(handle))
+        var events: Int16 = 0
+        if direction & LIBNBD_AIO_DIRECTION_READ != 0 { events |= Int16(POLLIN) }
+        if direction & LIBNBD_AIO_DIRECTION_WRITE != 0 { events |= Int16(POLLOUT) }
+        return pollfd(fd: nbd_aio_get_fd(handle), events: events, revents: 0)
+    }
+
+    /// Lets libnbd act on what poll reported; false when the connection has failed.
+    func notify(_ revents: Int16) -> Bool {
+        let direction = Int32(nbd_aio_get_direction(handle))
+        let failing = Int16(POLLHUP) | Int16(POLLERR)
+        if revents & (Int16(POLLIN) | failing) != 0, direction & LIBNBD_AIO_DIRECTION_READ != 0 {
+            return nbd_aio_notify_read(handle) == 0
+        }
+        if revents & (Int16(POLLOUT) | failing) != 0, direction & LIBNBD_AIO_DIRECTION_WRITE != 0 {
+            return nbd_aio_notify_write(handle) == 0
+        }
+        return revents & failing == 0
+    }
+
+    private static func callback(
+        _ completion: UnsafeMutablePointer<LinkCompletion>
+    ) -> nbd_completion_callback {
+        completion.pointee = LinkCompletion(pending: true)
+        return nbd_completion_callback(
+            callback: { data, error in
+                let completion = data!.assumingMemoryBound(to: LinkCompletion.self)
+                completion.pointee.done = true
+                completion.pointee.error = error?.pointee ?? 0
+                return 1  // libnbd may forget the command
+            }, user_data: completion, free: nil)
+    }
+
+    func write(
+        _ buffer: UnsafeRawPointer, _ length: Int, at offset: UInt64,
+        _ completion: UnsafeMutablePointer<LinkCompletion>
+    ) -> Bool {
+        nbd_aio_pwrite(handle, buffer, length, offset, Self.callback(completion), 0) >= 0
+    }
+
+    func zero(
+        _ length: Int, at offset: UInt64, _ completion: UnsafeMutablePointer<LinkCompletion>
+    ) -> Bool {
+        nbd_aio_zero(handle, UInt64(length), offset, Self.callback(completion), 0) >= 0
+    }
+
+    func flush(_ completion: UnsafeMutablePointer<LinkCompletion>) -> Bool {
+        nbd_aio_flush(handle, Self.callback(completion), 0) >= 0
+    }
+}
+
+/// The connections to every volume of a group.
+final class Link {
+    let connections: [[LinkConnection]]
+    /// One for each window slot, then one for each connection's flush.
+    let completions: CompletionSlab
+    private var next = 0
+    private var failed = false
+
+    init(
+        address: NBDAddress, exports: [String], connectionsPerVolume: Int, window: Int
+    ) throws(SystemError) {
+        completions = CompletionSlab(count: window + exports.count * connectionsPerVolume)
+        var connections: [[LinkConnection]] = []
+        for export in exports {
+            var ofVolume: [LinkConnection] = []
+            for _ in 0..<connectionsPerVolume {
+                ofVolume.append(
+                    try LinkConnection(address: address, export: export, slab: completions))
+            }
+            connections.append(ofVolume)
+        }
+        self.connections = connections
+    }
+
+    var isReady: Bool { connections.joined().allSatisfy(\.isReady) }
+    var isConnecting: Bool { connections.joined().contains(where: \.isConnecting) }
+    var hasFailed: Bool { failed || connections.joined().contains(where: \.hasEnded) }
+
+    func pollEntries() -> [pollfd] { connections.joined().map { $0.pollEntry() } }
+
+    func notify(_ entries: ArraySlice<pollfd>) {
+        for (connection, entry) in zip(connections.joined(), entries) where entry.revents != 0 {
+            if !connection.notify(entry.revents) { failed = true }
+        }
+    }
+
+    /// Connections of a volume take turns.
+    func connection(forVolume volume: Int) -> LinkConnection {
+        next &+= 1
+        let ofVolume = connections[volume]
+        return ofVolume[next % ofVolume.count]
+    }
+}

@@ -1,0 +1,153 @@
+// OpenFile.swift: files, block devices and mappings, closed when their last owner lets go.
+
+import CLibURing
+import Glibc
+
+/// An open descriptor.
+package final class OpenFile: Sendable {
+    package let descriptor: Int32
+    package let path: String
+
+    package init(descriptor: Int32, path: String) {
+        self.descriptor = descriptor
+        self.path = path
+    }
+
+    /// Opens with `flags | O_CLOEXEC`; new files get mode 0600.
+    package convenience init(path: String, flags: Int32) throws(SystemError) {
+        var descriptor: Int32
+        repeat {
+            descriptor = open(path, flags | O_CLOEXEC, 0o600)
+        } while descriptor < 0 && errno == EINTR
+        guard descriptor >= 0 else { throw SystemError("open \(path)") }
+        self.init(descriptor: descriptor, path: path)
+    }
+
+    deinit { close(descriptor) }
+
+    private func status() throws(SystemError) -> stat {
+        var facts = stat()
+        guard fstat(descriptor, &facts) == 0 else { throw SystemError("stat \(path)") }
+        return facts
+    }
+
+    package func isBlockDevice() throws(SystemError) -> Bool {
+        try status().st_mode & S_IFMT == S_IFBLK
+    }
+
+    package func isRegularFile() throws(SystemError) -> Bool {
+        try status().st_mode & S_IFMT == S_IFREG
+    }
+
+    /// Bytes of a file or block device.
+    package func size() throws(SystemError) -> UInt64 {
+        let facts = try status()
+        guard facts.st_mode & S_IFMT == S_IFBLK else { return UInt64(facts.st_size) }
+        var bytes: UInt64 = 0
+        let result = farcopy_block_device_size(descriptor, &bytes)
+        guard result == 0 else { throw SystemError("read the size of \(path)", errno: -result) }
+        return bytes
+    }
+
+    package var isOnTmpfs: Bool { farcopy_is_tmpfs(descriptor) != 0 }
+
+    package func truncate(to size: UInt64) throws(SystemError) {
+        guard ftruncate(descriptor, off_t(size)) == 0 else {
+            throw SystemError("set the size of \(path)")
+        }
+    }
+
+    package func synchronize() throws(SystemError) {
+        guard fdatasync(descriptor) == 0 else { throw SystemError("flush \(path)") }
+    }
+
+    package func readAll() throws(SystemError) -> [UInt8] {
+        var bytes = [UInt8](repeating: 0, count: Int(try size()))
+        var done = 0
+        while done < bytes.count {
+            let count = bytes.withUnsafeMutableBytes {
+                pread(descriptor, $0.baseAddress! + done, $0.count - done, off_t(done))
+            }
+            if count < 0, errno == EINTR { continue }
+            guard count >= 0 else { throw SystemError("read \(path)") }
+            if count == 0 { break }
+            done += count
+        }
+        return Array(bytes[..<done])
+    }
+
+    package func write(_ bytes: [UInt8], at offset: Int) throws(SystemError) {
+        var done = 0
+        while done < bytes.count {
+            let count = bytes.withUnsafeBytes {
+                pwrite(descriptor, $0.baseAddress! + done, $0.count - done, off_t(offset + done))
+            }
+            if count < 0, errno == EINTR { continue }
+            guard count > 0 else { throw SystemError("write \(path)") }
+            done += count
+        }
+    }
+
+    /// Takes an exclusive lock that lasts as long as the descriptor; false when another process has it.
+    package func tryLock() -> Bool { flock(descriptor, LOCK_EX | LOCK_NB) == 0 }
+}
+
+/// A file mapped shared and writable: what is stored survives the process, and the machine once flushed.
+package final class MappedFile: @unchecked Sendable {
+    // Safe because: the mapping is fixed at init; who may store to which part is the business of the owner
+    // (a volume's reactor, once the mapping was handed to it).
+    package let file: OpenFile
+    package let memory: UnsafeMutableRawPointer
+    package let byteCount: Int
+
+    /// Opens or creates the file with exactly `byteCount` bytes (zeros where new).
+    ///
+    /// - Throws: when an existing file has another size: it belongs to a volume of another size or grain.
+    package init(path: String, byteCount: Int, create: Bool) throws(SystemError) {
+        let file = try OpenFile(path: path, flags: create ? O_RDWR | O_CREAT : O_RDWR)
+        let present = try file.size()
+        if present == 0, create {
+            try file.truncate(to: UInt64(byteCount))
+        } else if present != UInt64(byteCount) {
+            throw SystemError(
+                "map \(path): it has \(present) bytes instead of \(byteCount)", errno: EINVAL)
+        }
+        let memory = mmap(nil, byteCount, PROT_READ | PROT_WRITE, MAP_SHARED, file.descriptor, 0)
+        guard let memory, memory != MAP_FAILED else { throw SystemError("map \(path)") }
+        self.file = file
+        self.memory = memory
+        self.byteCount = byteCount
+    }
+
+    deinit { munmap(memory, byteCount) }
+
+    package func synchronize() throws(SystemError) {
+        guard msync(memory, byteCount, MS_SYNC) == 0 else { throw SystemError("flush \(file.path)") }
+    }
+}
+
+/// Anonymous memory for a pool, aligned to pages; pages cost nothing until they are touched.
+package final class PoolMemory: @unchecked Sendable {
+    // Safe because: the region is fixed at init and used by the one thread that owns the pool over it.
+    package let memory: UnsafeMutableRawPointer
+    package let byteCount: Int
+
+    package init(byteCount: Int) throws(SystemError) {
+        let memory = mmap(
+            nil, byteCount, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+            -1, 0)
+        guard let memory, memory != MAP_FAILED else {
+            throw SystemError("reserve \(byteCount) bytes for buffers")
+        }
+        self.memory = memory
+        self.byteCount = byteCount
+    }
+
+    deinit { munmap(memory, byteCount) }
+}
+
+/// Makes the entries of a directory durable.
+package func synchronizeDirectory(_ path: String) throws(SystemError) {
+    let directory = try OpenFile(path: path, flags: O_RDONLY | O_DIRECTORY)
+    guard fsync(directory.descriptor) == 0 else { throw SystemError("flush \(path)") }
+}

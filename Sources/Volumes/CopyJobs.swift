@@ -1,0 +1,420 @@
+// CopyJobs.swift: moving grains between source and targets: preserve, restore, hand over.
+//
+//   reading ─► writing (one or two targets) ─► [durable: wait for a flush shared by many jobs ─► set bits
+//            ─► flush the bitmap] ─► set bits ─► wake the waiters, who plan anew
+//
+// Must be prevented:
+//   two jobs on one grain at a time (a late write of the first would overwrite the second's)
+//   old content read from the source while a write that was in flight at the cut is still changing it
+//   a durable copy's bit on stable storage before its data
+
+import Base
+
+struct CopyJob: BitwiseCopyable {
+    enum Purpose: UInt8, BitwiseCopyable { case preserve, restore, handOver }
+
+    var purpose = Purpose.preserve
+    var generation: UInt16 = 0
+    var firstGrain = 0
+    var grainCount = 0
+    var buffer: UnsafeMutableRawPointer?
+    var readFile: StoreFile = 0
+    /// Number of the point whose target takes the content; 0 = none.
+    var targetPoint: UInt64 = 0
+    var pointFile: StoreFile = 0
+    /// The copy whose target takes the content; -1 = none.
+    var targetCopy: CopyID = -1
+    var copyFile: StoreFile = 0
+    var durable = false
+    var writesLeft: Int8 = 0
+    var readError: Int32 = 0
+    var pointError: Int32 = 0
+    var copyError: Int32 = 0
+    var waiters = SlotList()
+    /// Links jobs that wait for the same flush.
+    var next: Int32 = -1
+
+    var grains: Range<Int> { firstGrain..<firstGrain + grainCount }
+    /// The file whose flush makes the job's data durable.
+    var flushFile: StoreFile { purpose == .restore ? Volume.source : copyFile }
+}
+
+/// Jobs that share one flush of their target, and one of their bitmap.
+struct FlushBatch: BitwiseCopyable {
+    enum Stage: UInt8, BitwiseCopyable { case idle, data, record }
+    var stage = Stage.idle
+    var waitingHead: Int32 = -1
+    var waitingTail: Int32 = -1
+    var runningHead: Int32 = -1
+}
+
+extension Volume {
+    var jobGrains: Int { max(1, Limits.copyJobBytes / geometry.grain) }
+    var backgroundMayStart: Bool { activeJobCount < Limits.copyJobsPerVolume / 4 }
+
+    // MARK: What is needed
+
+    /// Why a grain must be copied before a host may overwrite it.
+    private struct Need: Equatable {
+        var point: Bool
+        var copy: Bool
+    }
+
+    private func neededBits(_ word: Int) -> UInt64 {
+        var bits: UInt64 = 0
+        if let point { bits |= outOfSync.word(word) & ~point.preserved.word(word) }
+        if preserveIndex >= 0 { bits |= ~preservedBits(word) }
+        if let restore { bits |= restore.pending.word(word) }
+        return bits
+    }
+
+    /// Set = the chain has the grain: in the copy that preserves, or in a newer one that is being withdrawn.
+    private func preservedBits(_ word: Int) -> UInt64 {
+        var bits: UInt64 = 0
+        for index in preserveIndex..<chainCount where chain[index].state != .failed {
+            bits |= chain[index].preserved.word(word)
+        }
+        return bits
+    }
+
+    /// The first grain that must be copied before it is overwritten.
+    func firstNeeded(in grains: Range<Int>) -> Int? {
+        guard !grains.isEmpty else { return nil }
+        for word in grains.lowerBound >> 6...(grains.upperBound - 1) >> 6 {
+            let bits = neededBits(word) & Bitmap.mask(grains, word: word)
+            if bits != 0 { return word << 6 | bits.trailingZeroBitCount }
+        }
+        return nil
+    }
+
+    private func need(_ grain: Int) -> Need {
+        let bit = UInt64(1) << UInt64(grain & 63)
+        let word = grain >> 6
+        return Need(
+            point: point.map { outOfSync.word(word) & ~$0.preserved.word(word) & bit != 0 } ?? false,
+            copy: preserveIndex >= 0 && preservedBits(word) & bit == 0)
+    }
+
+    // MARK: Starting
+
+    /// Starts jobs for the grains of `grains` that need one, and lets `waiter` plan anew when the last of them is done.
+    func startCopies(in grains: Range<Int>, for waiter: Int32?) {
+        var lastJob: Int32 = -1
+        var grain = grains.lowerBound
+        var blockedByUnsettled = false
+        while let first = firstNeeded(in: grain..<grains.upperBound) {
+            if let job = activeJob(overlapping: first..<first + 1) {
+                lastJob = job
+                grain = jobs[Int(job)].grains.upperBound
+                if grain >= grains.upperBound { break }
+                continue
+            }
+            let unsettled = unsettledGrains(in: first..<grains.upperBound)
+            if let unsettled, unsettled.lowerBound == first {
+                blockedByUnsettled = true
+                break
+            }
+            let run = jobRun(first..<min(grains.upperBound, unsettled?.lowerBound ?? Int.max))
+            guard let job = takeJob(run) else { break }
+            startJob(job)
+            lastJob = job
+            grain = run.upperBound
+            if grain >= grains.upperBound { break }
+        }
+        guard let waiter else { return }
+        requests[Int(waiter)].state = .waiting
+        if lastJob >= 0 {
+            jobs[Int(lastJob)].waiters.append(waiter, in: requests)
+        } else if blockedByUnsettled {
+            settleWaiters.append(waiter, in: requests)
+        } else {
+            starvedWaiters.append(waiter, in: requests)
+        }
+    }
+
+    /// The longest run from the start of `bound` that one job can move: all needed for the same reason, in one file,
+    /// no other job on it.
+    private func jobRun(_ bound: Range<Int>) -> Range<Int> {
+        let first = bound.lowerBound
+        var end = min(bound.upperBound, first + jobGrains)
+        for index in 0..<activeJobCount {
+            let other = jobs[Int(activeJobs[index])].grains
+            if other.lowerBound > first { end = min(end, other.lowerBound) }
+        }
+        let wanted = need(first)
+        if !wanted.point && !wanted.copy, let (_, run) = resolve(.volume, first..<end) {
+            end = run
+        }
+        var grain = first + 1
+        while grain < end, need(grain) == wanted,
+            wanted.point || wanted.copy || restore!.pending.contains(grain)
+        {
+            grain += 1
+        }
+        return first..<grain
+    }
+
+    func activeJob(overlapping grains: Range<Int>) -> Int32? {
+        for index in 0..<activeJobCount
+        where jobs[Int(activeJobs[index])].grains.overlaps(grains) {
+            return activeJobs[index]
+        }
+        return nil
+    }
+
+    func hasJob(_ purpose: CopyJob.Purpose) -> Bool {
+        for index in 0..<activeJobCount where jobs[Int(activeJobs[index])].purpose == purpose {
+            return true
+        }
+        return false
+    }
+
+    /// A free job slot with a buffer for the run, or nil when slots or memory are lent out.
+    func takeJob(_ run: Range<Int>) -> Int32? {
+        invariant(activeJob(overlapping: run) == nil, "one copy job on a grain at a time")
+        guard let slot = freeJobs.popFirst() else { return nil }
+        let range = geometry.byteRange(run)
+        guard let buffer = copyBuffers.take(Int(range.upperBound - range.lowerBound)) else {
+            freeJobs.append(slot)
+            return nil
+        }
+        let generation = jobs[Int(slot)].generation &+ 1
+        jobs[Int(slot)] = CopyJob()
+        jobs[Int(slot)].generation = generation
+        jobs[Int(slot)].firstGrain = run.lowerBound
+        jobs[Int(slot)].grainCount = run.count
+        jobs[Int(slot)].buffer = buffer
+        activeJobs[activeJobCount] = slot
+        activeJobCount += 1
+        return slot
+    }
+
+    private func startJob(_ slot: Int32) {
+        let job = jobs + Int(slot)
+        let wanted = need(job.pointee.firstGrain)
+        if wanted.point || wanted.copy {
+            job.pointee.purpose = .preserve
+            if wanted.point {
+                job.pointee.targetPoint = point!.number
+                job.pointee.pointFile = point!.targetFile
+            }
+            if wanted.copy { aim(job, at: chain[preserveIndex]) }
+        } else {
+            job.pointee.purpose = .restore
+            job.pointee.durable = true
+            job.pointee.readFile = resolve(.volume, job.pointee.grains)?.file ?? Self.source
+        }
+        issueJob(slot, .read, job.pointee.readFile)
+    }
+
+    func startHandover(_ slot: Int32, from: FlashCopy, to: FlashCopy) {
+        let job = jobs + Int(slot)
+        job.pointee.purpose = .handOver
+        job.pointee.readFile = from.targetFile
+        aim(job, at: to)
+        issueJob(slot, .read, from.targetFile)
+    }
+
+    private func aim(_ job: UnsafeMutablePointer<CopyJob>, at copy: FlashCopy) {
+        job.pointee.targetCopy = copy.id
+        job.pointee.copyFile = copy.targetFile
+        job.pointee.durable = copy.durable
+    }
+
+    private func issueJob(_ slot: Int32, _ operation: StoreIO.Operation, _ file: StoreFile) {
+        let job = jobs[Int(slot)]
+        let range = geometry.byteRange(job.grains)
+        issue(
+            StoreIO(
+                operation: operation, fua: false, noHole: false, file: file,
+                offset: range.lowerBound, length: range.upperBound - range.lowerBound,
+                buffer: job.buffer,
+                token: IOToken(owner: .copyJob, slot: slot, generation: job.generation)))
+    }
+
+    // MARK: Completing
+
+    func completeJob(_ slot: Int32, _ io: StoreIO, _ errno: Int32) {
+        let job = jobs + Int(slot)
+        if io.operation == .read {
+            if errno != 0 {
+                job.pointee.readError = errno
+                endJob(slot)
+            } else {
+                writeTargets(slot)
+            }
+            return
+        }
+        if errno != 0 {
+            if job.pointee.targetPoint != 0, io.file == job.pointee.pointFile {
+                job.pointee.pointError = errno
+            } else {
+                job.pointee.copyError = errno
+            }
+        }
+        job.pointee.writesLeft -= 1
+        guard job.pointee.writesLeft == 0 else { return }
+        if job.pointee.durable, job.pointee.copyError == 0 {
+            awaitFlush(slot)
+        } else {
+            markMoved(slot)
+            endJob(slot)
+        }
+    }
+
+    private func writeTargets(_ slot: Int32) {
+        let job = jobs + Int(slot)
+        if job.pointee.purpose == .restore {
+            job.pointee.writesLeft = 1
+            if recording { mark(job.pointee.grains) }  // a restored grain differs from what the peer was sent
+            issueJob(slot, .write, Self.source)
+            return
+        }
+        // The point may have ended while its old content was read; nobody needs it then.
+        if job.pointee.targetPoint != point?.number ?? 0 { job.pointee.targetPoint = 0 }
+        job.pointee.writesLeft =
+            (job.pointee.targetPoint != 0 ? 1 : 0) + (job.pointee.targetCopy >= 0 ? 1 : 0)
+        guard job.pointee.writesLeft > 0 else { return endJob(slot) }
+        if job.pointee.targetPoint != 0 { issueJob(slot, .write, job.pointee.pointFile) }
+        if job.pointee.targetCopy >= 0 { issueJob(slot, .write, job.pointee.copyFile) }
+    }
+
+    /// V2: the data is where the bits will say.
+    private func markMoved(_ slot: Int32) {
+        let job = jobs[Int(slot)]
+        if job.purpose == .restore {
+            if job.copyError == 0 { markRestored(job.grains) }
+            return
+        }
+        if job.targetPoint != 0, job.pointError == 0, let point, point.number == job.targetPoint {
+            point.preserved.set(job.grains)
+        }
+        if job.targetCopy >= 0, job.copyError == 0, let index = chainIndex(job.targetCopy) {
+            chain[index].preserved.set(job.grains)
+        }
+    }
+
+    private func endJob(_ slot: Int32) {
+        let job = jobs[Int(slot)]
+        var waiters = job.waiters
+        removeJob(slot)
+        let refused = applyFailure(job)
+        while let waiter = waiters.popFirst(in: requests) {
+            if refused != 0 { finish(waiter, error: refused) } else { resume(waiter) }
+        }
+        wakeStarved()
+        pumpBackground()
+    }
+
+    /// Who gives way: the point and the copy (0 is returned and the host write goes on), or the write (its errno).
+    private func applyFailure(_ job: CopyJob) -> Int32 {
+        let pointError = job.readError != 0 ? job.readError : job.pointError
+        let copyError = job.readError != 0 ? job.readError : job.copyError
+        switch job.purpose {
+        case .preserve:
+            if pointError != 0, job.targetPoint != 0, point?.number == job.targetPoint {
+                giveUpPoint(errno: pointError)
+            }
+            guard copyError != 0, job.targetCopy >= 0 else { return 0 }
+            if policy == .copiesFirst { return copyError }
+            if let index = chainIndex(job.targetCopy) { failCopies(upTo: index, errno: copyError) }
+            return 0
+        case .restore:
+            guard copyError != 0, restore != nil else { return copyError }
+            restore!.stalled = true
+            emit(.restoreFailed(grain: job.firstGrain, errno: copyError))
+            return copyError
+        case .handOver:
+            if copyError != 0, let index = chainIndex(job.targetCopy) {
+                failCopies(upTo: index, errno: copyError)
+            }
+            return 0
+        }
+    }
+
+    private func removeJob(_ slot: Int32) {
+        copyBuffers.give(jobs[Int(slot)].buffer!)
+        jobs[Int(slot)].buffer = nil
+        for index in 0..<activeJobCount where activeJobs[index] == slot {
+            activeJobCount -= 1
+            activeJobs[index] = activeJobs[activeJobCount]
+            break
+        }
+        freeJobs.append(slot)
+    }
+
+    func wakeStarved() {
+        var waiters = starvedWaiters
+        starvedWaiters = SlotList()
+        while let waiter = waiters.popFirst(in: requests) { resume(waiter) }
+    }
+
+    // MARK: Durable jobs
+
+    private func awaitFlush(_ slot: Int32) {
+        jobs[Int(slot)].next = -1
+        if flushBatch.waitingTail >= 0 {
+            jobs[Int(flushBatch.waitingTail)].next = slot
+        } else {
+            flushBatch.waitingHead = slot
+        }
+        flushBatch.waitingTail = slot
+        startBatch()
+    }
+
+    /// Takes every waiting job of the first one's target into one flush.
+    private func startBatch() {
+        guard flushBatch.stage == .idle, flushBatch.waitingHead >= 0 else { return }
+        let file = jobs[Int(flushBatch.waitingHead)].flushFile
+        var slot = flushBatch.waitingHead
+        flushBatch.waitingHead = -1
+        flushBatch.waitingTail = -1
+        while slot >= 0 {
+            let next = jobs[Int(slot)].next
+            if jobs[Int(slot)].flushFile == file {
+                jobs[Int(slot)].next = flushBatch.runningHead
+                flushBatch.runningHead = slot
+            } else {
+                jobs[Int(slot)].next = -1
+                if flushBatch.waitingTail >= 0 {
+                    jobs[Int(flushBatch.waitingTail)].next = slot
+                } else {
+                    flushBatch.waitingHead = slot
+                }
+                flushBatch.waitingTail = slot
+            }
+            slot = next
+        }
+        flushBatch.stage = .data
+        issue(flushIO(file, IOToken(owner: .copyFlush, slot: 0, generation: 0)))
+    }
+
+    func completeBatchFlush(_ errno: Int32) {
+        var slot = flushBatch.runningHead
+        invariant(slot >= 0 && flushBatch.stage != .idle, "a flush of copy jobs has jobs")
+        let first = jobs[Int(slot)]
+        while slot >= 0 {
+            if errno != 0 { jobs[Int(slot)].copyError = errno }
+            if flushBatch.stage == .data { markMoved(slot) }
+            slot = jobs[Int(slot)].next
+        }
+        if errno == 0, flushBatch.stage == .data, first.purpose != .restore,
+            let index = chainIndex(first.targetCopy)
+        {
+            flushBatch.stage = .record
+            issue(
+                flushIO(
+                    chain[index].bitmapFile, IOToken(owner: .copyFlush, slot: 0, generation: 0)))
+            return
+        }
+        var running = flushBatch.runningHead
+        flushBatch.runningHead = -1
+        flushBatch.stage = .idle
+        startBatch()
+        while running >= 0 {
+            let next = jobs[Int(running)].next
+            endJob(running)
+            running = next
+        }
+    }
+}

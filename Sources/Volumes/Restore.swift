@@ -1,0 +1,79 @@
+// Restore.swift: the source becomes a point in time again, at once; the data flows back in the background.
+//
+// Until a grain is back it is read from the copy, and a host write to it waits for it.
+//
+// Must be prevented:
+//   after power loss, a grain counts as restored although its data was not yet on stable storage
+//   after power loss, a grain is restored again over a host write that was acknowledged and flushed
+// Therefore: a pending bit is cleared only when the restored data is durable, and a host's FLUSH or FUA write also
+// flushes the bitmap of pending grains.
+
+import Base
+
+struct Restore {
+    let copy: CopyID
+    /// Set = the source does not yet hold the copy's data of this grain.
+    let pending: Bitmap
+    let bitmapFile: StoreFile
+    var pendingCount: Int
+    /// Bits were cleared since the bitmap was last flushed.
+    var pendingChanged = false
+    var cursor = 0
+    var stalled = false
+}
+
+extension Volume {
+    package var restoringGrains: Int { restore?.pendingCount ?? 0 }
+    package var isRestoring: Bool { restore != nil }
+
+    /// Writes into `pending` every grain in which the source may differ from the copy.
+    package func markDifferences(from id: CopyID, in pending: Bitmap) {
+        guard let index = chainIndex(id) else { return }
+        for newer in index..<chainCount { pending.formUnion(chain[newer].preserved) }
+    }
+
+    /// Starts, or takes up, a restore of the source from a copy of its chain. `pending` says which grains are still
+    /// to be restored; it lies in memory backed by `bitmapFile`.
+    package func startRestore(from id: CopyID, pending: Bitmap, bitmapFile: StoreFile) {
+        invariant(restore == nil, "one restore at a time")
+        invariant(chainIndex(id) != nil, "a restore reads a copy of the chain")
+        restore = Restore(
+            copy: id, pending: pending, bitmapFile: bitmapFile, pendingCount: pending.population())
+        pumpBackground()
+    }
+
+    func markRestored(_ grains: Range<Int>) {
+        guard restore != nil else { return }
+        restore!.pendingCount -= restore!.pending.clear(grains)
+        restore!.pendingChanged = true
+    }
+
+    /// Work that nobody waits for: hand-overs, restores.
+    func pumpBackground() {
+        if chainCount > 0 { advanceWithdrawals() }
+        guard let current = restore else { return }
+        if current.pendingCount == 0 {
+            guard !hasJob(.restore) else { return }
+            restore = nil
+            emit(.restoreFinished)
+            return
+        }
+        sweepRestore()
+    }
+
+    private func sweepRestore() {
+        let count = geometry.grainCount
+        var wrapped = false
+        while let current = restore, !current.stalled, backgroundMayStart {
+            guard let first = current.pending.firstSet(in: min(current.cursor, count)..<count) else {
+                if wrapped || current.cursor == 0 { return }
+                wrapped = true
+                restore!.cursor = 0
+                continue
+            }
+            let bound = min(count, first + jobGrains)
+            restore!.cursor = bound
+            startCopies(in: first..<bound, for: nil)
+        }
+    }
+}

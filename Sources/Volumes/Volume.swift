@@ -1,0 +1,305 @@
+// Volume.swift: the engine of one volume: requests in, block-store I/O out, completions in, finished requests out.
+//
+// It makes no system call and owns no thread: a reactor or the simulator drives it. All state is touched by that
+// one driver.
+//
+// Must be prevented:
+//   a host write reaches the source before the old content that a point or FlashCopy needs is safe       (Preserve.swift)
+//   a drain reads new data as the point's, because the write came between its check and its read        (ReadPath.swift)
+//   a write in flight across the forming of a point is acknowledged without a mark in the new CR bitmap (WritePath.swift)
+//   a write issued after an acknowledgement is in a point that lacks the acknowledged write              (Point.swift)
+//
+// Invariants:
+//   V1  A grain's CR bit is set before a host write to it is issued, and again before the write is acknowledged
+//       if the bitmaps changed roles in between.
+//   V2  A grain's `preserved` bit is set only when its old content is in the target (durably, for durable copies).
+//   V3  A host write is issued only when no grain of it is needed by the point, the chain or a restore.
+//   V4  Each I/O in the outbox is answered once; a slot is reused only after that.
+
+import Base
+
+/// What gives way when old content cannot be preserved.
+package enum PreservePolicy: Sendable {
+    /// The host comes first: the point or FlashCopy is given up (every volume that hosts write to).
+    case hostFirst
+    /// The copies come first: the write fails (the secondary, where the recovery points are what counts).
+    case copiesFirst
+}
+
+package final class Volume {
+    package let geometry: Geometry
+    package static let source: StoreFile = 0
+
+    // Requests.
+    let requests: UnsafeMutablePointer<Request>
+    let requestCapacity: Int
+    private var freeRequests = SlotList()
+    package private(set) var requestsInUse = 0
+    /// Modifying requests that were submitted and have not finished.
+    package private(set) var modifyingInFlight = 0
+    var settleWaiters = SlotList()
+    var starvedWaiters = SlotList()
+    var heldAcknowledgements = SlotList()
+    private var finished = SlotList()
+
+    /// The first error of a flush, reported by every later one until the volume is opened anew.
+    private var flushError: Int32 = 0
+
+    // Traffic with the driver.
+    private var outbox: FixedQueue<StoreIO>
+    /// Rare: at most a few for each copy and point.
+    private var events: [VolumeEvent] = []
+    let fileInFlight: UnsafeMutablePointer<Int32>
+    package static let fileCapacity = 2 * Limits.copiesPerVolume + 8
+
+    // Change recording and the point.
+    /// Two bitmaps that exchange the roles CR and OOS at every point; `roles.changeRecordingIndex` says which is which.
+    let recordingBitmaps: (Bitmap, Bitmap)
+    let roles: UnsafeMutablePointer<RecordingRoles>
+    /// Whether writes are recorded (the volume is the primary of a group).
+    package var recording = false
+    var changeCount = 0
+    var outOfSyncCount = 0
+    package var point: PointHold?
+    /// The drain has been given every run before this grain.
+    var drainCursor = 0
+    var epoch: UInt32 = 0
+    package internal(set) var holding = false
+    var unsettledCount = 0
+
+    // FlashCopies, oldest first.
+    let chain: UnsafeMutablePointer<FlashCopy>
+    package internal(set) var chainCount = 0
+    /// Index of the copy that takes old content: the newest that is active; -1 = none.
+    var preserveIndex = -1
+    package var policy = PreservePolicy.hostFirst
+
+    // A restore under way.
+    var restore: Restore?
+
+    // Copy jobs.
+    let jobs: UnsafeMutablePointer<CopyJob>
+    var freeJobs: FixedQueue<Int32>
+    var activeJobs: UnsafeMutablePointer<Int32>
+    var activeJobCount = 0
+    var flushBatch = FlushBatch()
+    let copyBuffers: CopyBuffers
+
+    /// - Parameters:
+    ///   - bitmaps: two bitmaps of `geometry.grainCount` bits over memory that outlives a process crash.
+    ///   - roles: which of the two records changes; in the same kind of memory.
+    ///   - copyBuffers: buffers of `Limits.copyJobBytes` for copy jobs.
+    package init(
+        geometry: Geometry, bitmaps: (Bitmap, Bitmap), roles: UnsafeMutablePointer<RecordingRoles>,
+        copyBuffers: CopyBuffers, requestCapacity: Int = Limits.requestsPerVolume
+    ) {
+        invariant(
+            bitmaps.0.count == geometry.grainCount && bitmaps.1.count == geometry.grainCount,
+            "a bitmap has a bit for each grain")
+        self.geometry = geometry
+        self.requestCapacity = requestCapacity
+        recordingBitmaps = bitmaps
+        self.roles = roles
+        self.copyBuffers = copyBuffers
+        requests = .allocate(capacity: requestCapacity)
+        requests.initialize(repeating: Request(), count: requestCapacity)
+        for slot in 0..<requestCapacity { freeRequests.append(Int32(slot), in: requests) }
+        // Each request has at most two I/Os in flight (a flush during a restore), each job two, plus the batch's flush.
+        outbox = FixedQueue(capacity: 2 * requestCapacity + 2 * Limits.copyJobsPerVolume + 4)
+        fileInFlight = .allocate(capacity: Self.fileCapacity)
+        fileInFlight.initialize(repeating: 0, count: Self.fileCapacity)
+        chain = .allocate(capacity: Limits.copiesPerVolume)
+        jobs = .allocate(capacity: Limits.copyJobsPerVolume)
+        jobs.initialize(repeating: CopyJob(), count: Limits.copyJobsPerVolume)
+        freeJobs = FixedQueue(capacity: Limits.copyJobsPerVolume)
+        for slot in 0..<Limits.copyJobsPerVolume { freeJobs.append(Int32(slot)) }
+        activeJobs = .allocate(capacity: Limits.copyJobsPerVolume)
+        changeCount = changeRecording.population()
+        outOfSyncCount = outOfSync.population()
+    }
+
+    deinit {
+        requests.deallocate()
+        fileInFlight.deallocate()
+        chain.deallocate()
+        jobs.deallocate()
+        activeJobs.deallocate()
+    }
+
+    // MARK: Requests
+
+    /// A free slot for the caller to fill, or nil when the volume has as many requests as it may.
+    package func takeRequest() -> Int32? {
+        guard let slot = freeRequests.popFirst(in: requests) else { return nil }
+        let generation = requests[Int(slot)].generation &+ 1
+        requests[Int(slot)] = Request()
+        requests[Int(slot)].generation = generation
+        requests[Int(slot)].state = .taken
+        requestsInUse += 1
+        return slot
+    }
+
+    /// The slot's memory; valid until it is released.
+    @inline(__always)
+    package func request(_ slot: Int32) -> UnsafeMutablePointer<Request> { requests + Int(slot) }
+
+    /// Gives back a slot that was taken and not submitted, or that has finished.
+    package func releaseRequest(_ slot: Int32) {
+        let state = requests[Int(slot)].state
+        invariant(state == .taken || state == .finished, "a request in flight is not released")
+        requests[Int(slot)].state = .free
+        requestsInUse -= 1
+        freeRequests.append(slot, in: requests)
+    }
+
+    /// Starts a request whose range lies inside the volume.
+    package func submit(_ slot: Int32) {
+        let request = requests + Int(slot)
+        invariant(request.pointee.state == .taken, "a request is submitted once")
+        invariant(
+            request.pointee.operation == .flush
+                || (request.pointee.offset <= geometry.size
+                    && request.pointee.length <= geometry.size - request.pointee.offset),
+            "a submitted request lies inside the volume")
+        request.pointee.cursor = request.pointee.offset
+        request.pointee.state = .waiting
+        if request.pointee.isModifying { modifyingInFlight += 1 }
+        switch request.pointee.operation {
+        case .flush: issueFlush(slot)
+        case .read: advanceRead(slot)
+        case .write, .writeZeroes, .trim: advanceWrite(slot)
+        }
+    }
+
+    /// Ends a request that was taken and is not to be carried out; the caller replies and releases it.
+    package func refuse(_ slot: Int32, errno: Int32) {
+        invariant(requests[Int(slot)].state == .taken, "a submitted request is not refused")
+        requests[Int(slot)].error = errno
+        requests[Int(slot)].state = .finished
+    }
+
+    func finish(_ slot: Int32, error: Int32 = 0) {
+        let request = requests + Int(slot)
+        if error != 0 { request.pointee.error = error }
+        request.pointee.state = .finished
+        if request.pointee.isModifying {
+            modifyingInFlight -= 1
+            if holding {
+                heldAcknowledgements.append(slot, in: requests)
+                return
+            }
+        }
+        finished.append(slot, in: requests)
+    }
+
+    /// Lets held acknowledgements go, in order.
+    func releaseHeld() {
+        while let slot = heldAcknowledgements.popFirst(in: requests) {
+            finished.append(slot, in: requests)
+        }
+    }
+
+    /// The next request that has finished; the caller replies and then releases the slot.
+    package func popFinished() -> Int32? { finished.popFirst(in: requests) }
+
+    // MARK: Driver
+
+    package func popIO() -> StoreIO? { outbox.popFirst() }
+    package func popEvent() -> VolumeEvent? { events.isEmpty ? nil : events.removeFirst() }
+    func emit(_ event: VolumeEvent) { events.append(event) }
+
+    func issue(_ io: StoreIO) {
+        fileInFlight[Int(io.file)] += 1
+        outbox.append(io)
+    }
+
+    /// Tells the outcome of one I/O. `errno` is positive, or 0 for success over the whole length.
+    package func complete(_ io: StoreIO, errno: Int32) {
+        fileInFlight[Int(io.file)] -= 1
+        invariant(fileInFlight[Int(io.file)] >= 0, "an I/O is answered once")
+        switch io.token.owner {
+        case .request:
+            let request = requests + Int(io.token.slot)
+            invariant(
+                request.pointee.state == .issued
+                    && request.pointee.generation == io.token.generation,
+                "a completion belongs to the request that is in its slot")
+            completeRequest(io.token.slot, io, errno)
+        case .copyJob:
+            invariant(
+                jobs[Int(io.token.slot)].generation == io.token.generation,
+                "a completion belongs to the copy job that is in its slot")
+            completeJob(io.token.slot, io, errno)
+        case .copyFlush:
+            completeBatchFlush(errno)
+        }
+    }
+
+    private func completeRequest(_ slot: Int32, _ io: StoreIO, _ errno: Int32) {
+        switch requests[Int(slot)].operation {
+        case .flush: completeFlush(slot, errno)
+        case .read: completeRead(slot, errno)
+        case .write, .writeZeroes, .trim: completeWrite(slot, errno)
+        }
+    }
+
+    func token(_ slot: Int32) -> IOToken {
+        IOToken(owner: .request, slot: slot, generation: requests[Int(slot)].generation)
+    }
+
+    // MARK: Flush
+
+    /// A flush covers every write finished before it; during a restore also the record of what was restored.
+    func issueFlush(_ slot: Int32) {
+        let request = requests + Int(slot)
+        request.pointee.state = .issued
+        request.pointee.flushesLeft = 1
+        if let restore, restore.pendingChanged {
+            request.pointee.flushesLeft = 2
+            self.restore!.pendingChanged = false
+            issue(flushIO(restore.bitmapFile, token(slot)))
+        }
+        issue(flushIO(Self.source, token(slot)))
+    }
+
+    func flushIO(_ file: StoreFile, _ token: IOToken) -> StoreIO {
+        StoreIO(
+            operation: .flush, fua: false, noHole: false, file: file, offset: 0, length: 0,
+            buffer: nil, token: token)
+    }
+
+    func completeFlush(_ slot: Int32, _ errno: Int32) {
+        let request = requests + Int(slot)
+        if errno != 0 {
+            // The kernel may have dropped the dirty pages: a later flush must not report what this one lost.
+            flushError = errno
+            restore?.pendingChanged = true
+        }
+        request.pointee.flushesLeft -= 1
+        if request.pointee.flushesLeft == 0 { finish(slot, error: flushError) }
+    }
+
+    // MARK: Figures
+
+    /// Grains written since the last point was formed.
+    package var changedGrains: Int { changeCount }
+    /// Grains still to be sent for the point being drained.
+    package var outOfSyncGrains: Int { outOfSyncCount }
+}
+
+/// Which of a volume's two recording bitmaps records changes; lies in mapped memory and outlives a process crash.
+package struct RecordingRoles: BitwiseCopyable {
+    /// 0 or 1; one aligned store changes the roles of both bitmaps at once.
+    package var changeRecordingIndex: UInt64 = 0
+    package init() {}
+}
+
+/// The buffers of copy jobs, shared by the volumes of one reactor.
+package final class CopyBuffers {
+    private var pool: BufferPool
+
+    package init(pool: consuming BufferPool) { self.pool = pool }
+
+    func take(_ count: Int) -> UnsafeMutableRawPointer? { pool.take(count) }
+    func give(_ buffer: UnsafeMutableRawPointer) { pool.give(buffer) }
+}

@@ -1,0 +1,138 @@
+// WritePath.swift: WRITE, WRITE_ZEROES and TRIM from arrival to acknowledgement.
+//
+//   advanceWrite ── some grain needed by point, chain or restore? ── yes ─► copy jobs, wait, ask again
+//        │ no
+//   mark CR ─► issue ─► completed ─► marked in an older epoch? mark again ─► acknowledge (or hold)
+//
+// A request over a large range goes through in windows, so that the memory for old content is bounded.
+
+import Base
+
+extension Volume {
+    package var changeRecording: Bitmap {
+        roles.pointee.changeRecordingIndex == 0 ? recordingBitmaps.0 : recordingBitmaps.1
+    }
+
+    package var outOfSync: Bitmap {
+        roles.pointee.changeRecordingIndex == 0 ? recordingBitmaps.1 : recordingBitmaps.0
+    }
+
+    /// Whether any write has to look at bitmaps other than CR.
+    private var preserves: Bool { point != nil || preserveIndex >= 0 || restore != nil }
+
+    /// Brings a modifying request as far as it can go just now.
+    func advanceWrite(_ slot: Int32) {
+        let request = requests + Int(slot)
+        guard request.pointee.cursor < request.pointee.end else {
+            finish(slot)
+            return
+        }
+        var segmentEnd = request.pointee.end
+        if preserves {
+            let grains = geometry.grains(
+                offset: request.pointee.cursor,
+                length: request.pointee.end - request.pointee.cursor)
+            if let first = firstNeeded(in: grains) {
+                if first == grains.lowerBound {
+                    let windowEnd = grains.lowerBound + max(1, Limits.writeWindowBytes / geometry.grain)
+                    startCopies(in: first..<min(grains.upperBound, windowEnd), for: slot)
+                    return
+                }
+                segmentEnd = geometry.offset(ofGrain: first)
+            }
+        }
+        issueWrite(slot, until: segmentEnd)
+    }
+
+    private func issueWrite(_ slot: Int32, until segmentEnd: UInt64) {
+        let request = requests + Int(slot)
+        let cursor = request.pointee.cursor
+        let length = segmentEnd - cursor
+        if recording { mark(geometry.grains(offset: cursor, length: length)) }  // V1
+        request.pointee.epoch = epoch
+        request.pointee.segmentEnd = segmentEnd
+        request.pointee.state = .issued
+        let operation: StoreIO.Operation =
+            switch request.pointee.operation {
+            case .write: .write
+            case .writeZeroes: .zero
+            default: .trim
+            }
+        issue(
+            StoreIO(
+                operation: operation, fua: request.pointee.fua, noHole: request.pointee.noHole,
+                file: Self.source, offset: cursor, length: length,
+                buffer: request.pointee.buffer.map { $0 + Int(cursor - request.pointee.offset) },
+                token: token(slot)))
+    }
+
+    func mark(_ grains: Range<Int>) { changeCount += changeRecording.set(grains) }
+
+    func completeWrite(_ slot: Int32, _ errno: Int32) {
+        let request = requests + Int(slot)
+        let start = request.pointee.cursor
+        let segment = geometry.grains(offset: start, length: request.pointee.segmentEnd - start)
+        // V1: the mark that was set before the issue went to the point; the data may have come after the cut.
+        if recording, request.pointee.epoch != epoch { mark(segment) }
+        if request.pointee.unsettled { settle(slot) }
+        if errno != 0 {
+            finish(slot, error: errno)
+            return
+        }
+        request.pointee.cursor = request.pointee.segmentEnd
+        request.pointee.state = .waiting
+        if request.pointee.cursor < request.pointee.end {
+            advanceWrite(slot)
+        } else if request.pointee.fua, restore?.pendingChanged == true {
+            issueFlush(slot)  // the record of what was restored is part of the write's durability
+        } else {
+            finish(slot)
+        }
+    }
+
+    // MARK: Writes in flight when a point or FlashCopy is taken
+
+    /// Flags every write that is on its way to the source. Until it ends, what it touches belongs to neither side of
+    /// the cut for sure, and nobody may read that range as point-in-time data.
+    func unsettleWritesInFlight() {
+        guard modifyingInFlight > 0 else { return }
+        for slot in 0..<requestCapacity {
+            let request = requests + slot
+            if request.pointee.isModifying, request.pointee.state == .issued,
+                !request.pointee.unsettled
+            {
+                request.pointee.unsettled = true
+                unsettledCount += 1
+            }
+        }
+    }
+
+    private func settle(_ slot: Int32) {
+        requests[Int(slot)].unsettled = false
+        unsettledCount -= 1
+        var waiters = settleWaiters
+        settleWaiters = SlotList()
+        while let waiter = waiters.popFirst(in: requests) { resume(waiter) }
+        pumpBackground()
+    }
+
+    /// The grains of the first unsettled write that overlaps `grains`, cut to it.
+    func unsettledGrains(in grains: Range<Int>) -> Range<Int>? {
+        guard unsettledCount > 0 else { return nil }
+        var found: Range<Int>?
+        for slot in 0..<requestCapacity where requests[slot].unsettled {
+            let request = requests + slot
+            let touched = geometry.grains(
+                offset: request.pointee.cursor,
+                length: request.pointee.segmentEnd - request.pointee.cursor)
+            let overlap = touched.clamped(to: grains)
+            if !overlap.isEmpty, overlap.lowerBound < found?.lowerBound ?? Int.max { found = overlap }
+        }
+        return found
+    }
+
+    /// Takes up a request that waited.
+    func resume(_ slot: Int32) {
+        requests[Int(slot)].operation == .read ? advanceRead(slot) : advanceWrite(slot)
+    }
+}

@@ -1,0 +1,219 @@
+// GroupCommands.swift: status and the commands on groups.
+
+import ArgumentParser
+import Control
+import FoundationEssentials
+import Glibc
+
+private func decode<Value: Decodable>(_ bytes: [UInt8]) throws -> Value {
+    try JSONDecoder().decode(Value.self, from: Data(bytes))
+}
+
+private func printRaw(_ bytes: [UInt8]) { Output.write(bytes) }
+
+struct Status: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(abstract: "Show roles, states, points, lag, rates.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "Only this group.") var group: String?
+    @Flag(help: "Show anew each second until interrupted.") var watch = false
+
+    func run() async throws {
+        let path = "/v1/status" + (group.map { "?group=\(encoded($0))" } ?? "")
+        repeat {
+            let bytes = try await options.call("GET", path)
+            if options.json {
+                printRaw(bytes)
+            } else {
+                if watch { Output.write(Array("\u{1B}[H\u{1B}[2J".utf8)) }
+                let report: StatusReport = try decode(bytes)
+                Output.line(StatusText.render(report, groupOnly: group != nil))
+            }
+            if watch { try await Task.sleep(for: .seconds(1)) }
+        } while watch
+    }
+}
+
+struct CycleCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "cycle", abstract: "Form a point now; with --wait, return once the peer has committed it.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+    @Flag(help: "Wait for the commit and print the point's number.") var wait = false
+
+    func run() async throws {
+        let path = "/v1/groups/\(encoded(group))/cycle" + (wait ? "" : "?wait=false")
+        let bytes = try await options.call("POST", path, seconds: 7 * 86400)
+        if options.json { return printRaw(bytes) }
+        if wait {
+            let point: StatusReport.PointReport = try decode(bytes)
+            Output.line("\(point.id)")
+        }
+    }
+}
+
+struct Suspend: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Stop mirroring; what hosts change is remembered and sent after `resume`.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+    func run() async throws { try await simple(options, "/v1/groups/\(encoded(group))/suspend") }
+}
+
+struct Resume: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(abstract: "Go on mirroring after `suspend`, or try a lost link at once.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+    func run() async throws { try await simple(options, "/v1/groups/\(encoded(group))/resume") }
+}
+
+private func simple(_ options: ControlOptions, _ path: String) async throws {
+    let bytes = try await options.call("POST", path)
+    if options.json { printRaw(bytes) }
+}
+
+struct Points: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "List the recovery points (at the primary: the newest committed one).")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+
+    func run() async throws {
+        let bytes = try await options.call("GET", "/v1/groups/\(encoded(group))/points")
+        if options.json { return printRaw(bytes) }
+        let points: [StatusReport.PointReport] = try decode(bytes)
+        for point in points {
+            Output.line("\(point.id)\tformed \(point.formedAt)\tcommitted \(point.committedAt ?? "-")")
+        }
+    }
+}
+
+struct Failover: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "At the secondary: make a recovery point the read-write volumes of the group.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+    @Option(help: "The recovery point; default: the newest.") var point: UInt64?
+
+    func run() async throws {
+        let path = "/v1/groups/\(encoded(group))/failover" + (point.map { "?point=\($0)" } ?? "")
+        let bytes = try await options.call("POST", path, seconds: 600)
+        if options.json { return printRaw(bytes) }
+        let report: StatusReport.PointReport = try decode(bytes)
+        Output.line("failed over to point \(report.id), formed \(report.formedAt)")
+    }
+}
+
+struct Events: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(abstract: "Show what has happened since the site started.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "Only this group.") var group: String?
+
+    struct Entry: Decodable {
+        var at: Double
+        var group: String?
+        var text: String
+    }
+
+    func run() async throws {
+        let bytes = try await options.call("GET", "/v1/events" + (group.map { "?group=\(encoded($0))" } ?? ""))
+        if options.json { return printRaw(bytes) }
+        let entries: [Entry] = try decode(bytes)
+        for entry in entries { Output.line("\(entry.at)\t\(entry.group ?? "-")\t\(entry.text)") }
+    }
+}
+
+struct FlashCopyCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "flashcopy", abstract: "Instant point-in-time copies of volumes at this site.",
+        subcommands: [Create.self, List.self, Withdraw.self])
+
+    struct Create: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Take a FlashCopy of one or more volumes at one instant; it is exported as VOLUME@NAME.")
+        @OptionGroup var options: ControlOptions
+        @Argument(help: "VOLUME… NAME") var words: [String]
+        func run() async throws {
+            let bytes = try await options.call("POST", "/v1/flashcopies", body: try request(words))
+            if options.json { return printRaw(bytes) }
+            let reports: [FlashCopyReport] = try decode(bytes)
+            for report in reports { Output.line(report.export) }
+        }
+    }
+
+    struct List: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "List the FlashCopies of this site.")
+        @OptionGroup var options: ControlOptions
+        func run() async throws {
+            let bytes = try await options.call("GET", "/v1/flashcopies")
+            if options.json { return printRaw(bytes) }
+            let reports: [FlashCopyReport] = try decode(bytes)
+            for report in reports {
+                let reason = report.reason.map { " (\($0))" } ?? ""
+                Output.line(
+                    "\(report.export)\t\(report.createdAt)\t\(report.state)\(reason)\t\(StatusText.bytes(report.preservedBytes)) preserved")
+            }
+        }
+    }
+
+    struct Withdraw: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "End a FlashCopy of one or more volumes and free its space; readers are disconnected.")
+        @OptionGroup var options: ControlOptions
+        @Argument(help: "VOLUME… NAME") var words: [String]
+        func run() async throws {
+            let bytes = try await options.call("POST", "/v1/flashcopies/withdraw", body: try request(words))
+            if options.json { printRaw(bytes) }
+        }
+    }
+
+    private static func request(_ words: [String]) throws -> [UInt8] {
+        guard words.count >= 2 else { throw ValidationError("give one or more volumes and a name: VOLUME… NAME") }
+        let request = FlashCopyRequest(name: words.last!, volumes: Array(words.dropLast()))
+        return [UInt8](try JSONEncoder().encode(request))
+    }
+}
+
+/// `status` for people.
+enum StatusText {
+    static func bytes(_ count: UInt64) -> String {
+        let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+        var value = Double(count)
+        var unit = 0
+        while value >= 1024, unit < units.count - 1 {
+            value /= 1024
+            unit += 1
+        }
+        return unit == 0 ? "\(count) B" : "\(tenths(value)) \(units[unit])"
+    }
+
+    static func tenths(_ value: Double) -> String {
+        let scaled = Int((value * 10).rounded())
+        return "\(scaled / 10).\(scaled % 10)"
+    }
+
+    static func render(_ report: StatusReport, groupOnly: Bool) -> String {
+        var lines = ["site \(report.site)"]
+        for (name, group) in report.groups.sorted(by: { $0.key < $1.key }) { lines += text(name, group) }
+        guard !groupOnly else { return lines.joined(separator: "\n") }
+        for (name, volume) in report.volumes.sorted(by: { $0.key < $1.key }) {
+            var line = "volume \(name): \(bytes(volume.size)), grain \(bytes(UInt64(volume.grain)))"
+            if volume.restoringBytes > 0 { line += ", restoring \(bytes(volume.restoringBytes))" }
+            lines.append(line)
+            lines.append("  exports: \(volume.exports.isEmpty ? "none yet" : volume.exports.joined(separator: " "))")
+        }
+        return lines.joined(separator: "\n")
+    }
+
+    private static func text(_ name: String, _ group: StatusReport.GroupReport) -> [String] {
+        var lines = ["group \(name): \(group.role) of \(group.peer), \(group.state), mode \(group.mode)"]
+        if let reason = group.reason { lines.append("  reason: \(reason)") }
+        if let point = group.point { lines.append("  point \(point.id), formed \(point.formedAt)") }
+        var figures: [String] = []
+        if let lag = group.lagSeconds { figures.append("lag \(tenths(lag)) s") }
+        if let pending = group.pendingBytes { figures.append("pending \(bytes(pending))") }
+        if let rate = group.rateBytesPerSecond, rate > 0 { figures.append("sending \(bytes(UInt64(rate)))/s") }
+        if let eta = group.etaSeconds { figures.append("ETA \(tenths(eta)) s") }
+        if !figures.isEmpty { lines.append("  " + figures.joined(separator: ", ")) }
+        return lines
+    }
+}

@@ -1,0 +1,25 @@
+// Output.swift: standard output and standard error, unbuffered.
+
+import Glibc
+
+enum Output {
+    static func write(_ bytes: [UInt8], to descriptor: Int32 = 1) {
+        var done = 0
+        while done < bytes.count {
+            let count = bytes.withUnsafeBytes { Glibc.write(descriptor, $0.baseAddress! + done, $0.count - done) }
+            if count < 0, errno == EINTR { continue }
+            guard count > 0 else { return }
+            done += count
+        }
+    }
+
+    static func line(_ text: String) { write(Array("\(text)\n".utf8)) }
+
+    static func complain(_ text: String) { write(Array("farcopy: \(text)\n".utf8), to: 2) }
+
+    /// Ends the command as failed.
+    static func fail(_ text: String) -> Never {
+        complain(text)
+        Glibc.exit(1)
+    }
+}

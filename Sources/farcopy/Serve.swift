@@ -1,0 +1,107 @@
+// Serve.swift: `farcopy serve`.
+
+import ArgumentParser
+import Control
+import Dispatch
+import Glibc
+import Logging
+
+struct Serve: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Serve a site's volumes in the foreground; prints \"ready\" once its exports are up.")
+
+    @Option(help: "The site's TOML file.")
+    var config: String
+
+    @Option(help: "How much to log on stderr: error, warning, info, debug.")
+    var logLevel: String = "info"
+
+    func run() async throws {
+        guard let level = Logger.Level(rawValue: logLevel) else {
+            throw ValidationError("'\(logLevel)' is no log level; use error, warning, info or debug")
+        }
+        signal(SIGPIPE, SIG_IGN)
+        raiseDescriptorLimit()
+        LoggingSystem.bootstrap(StreamLogHandler.standardError)
+        var logger = Logger(label: "farcopy")
+        logger.logLevel = level
+        let configuration = try Configuration(text: try read(config), path: config)
+        do {
+            try await serve(configuration, logger)
+        } catch let error as SiteError {
+            throw error
+        } catch {
+            throw SiteError("\(error)")
+        }
+    }
+
+    private func serve(_ configuration: Configuration, _ logger: Logger) async throws {
+        let site = try Site(configuration: configuration, logger: logger)
+        let stopped = stopSignal()
+        try await site.start()
+        try await withThrowingTaskGroup(of: Void.self) { tasks in
+            let (running, announce) = AsyncStream.makeStream(of: Void.self)
+            for address in configuration.control {
+                tasks.addTask {
+                    try await ControlServer(site: site, logger: logger).run(address) { announce.yield(()) }
+                }
+            }
+            tasks.addTask {
+                var up = 0
+                for await _ in running {
+                    up += 1
+                    if up == configuration.control.count { Output.line("ready") }
+                }
+            }
+            tasks.addTask { for await _ in stopped { return } }
+            // The first to end is the signal, or a control address that could not be listened on.
+            try await tasks.next()
+            tasks.cancelAll()
+            while let result = await tasks.nextResult() { _ = result }
+        }
+        logger.info("stopping")
+        await site.stop()
+    }
+
+    private func read(_ path: String) throws -> String {
+        guard let file = fopen(path, "r") else {
+            throw SiteError("open \(path): \(String(cString: strerror(errno)))")
+        }
+        defer { fclose(file) }
+        var bytes: [UInt8] = []
+        var chunk = [UInt8](repeating: 0, count: 65536)
+        while true {
+            let count = fread(&chunk, 1, chunk.count, file)
+            if count == 0 { break }
+            bytes += chunk[..<count]
+            guard bytes.count < 16 << 20 else { throw SiteError("\(path) is too large for a configuration") }
+        }
+        guard let text = String(validating: bytes, as: UTF8.self) else { throw SiteError("\(path) is not UTF-8") }
+        return text
+    }
+
+    /// Each copy holds two descriptors and each client one.
+    private func raiseDescriptorLimit() {
+        var limit = rlimit()
+        getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit)
+        limit.rlim_cur = limit.rlim_max
+        setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit)
+    }
+}
+
+/// Kept for the life of the process.
+// Safe because: written once, before any handler can run, and never read.
+nonisolated(unsafe) private var signalSources: [any DispatchSourceSignal] = []
+
+/// Yields when SIGTERM or SIGINT arrives.
+private func stopSignal() -> AsyncStream<Void> {
+    let (stream, continuation) = AsyncStream.makeStream(of: Void.self)
+    for number in [SIGTERM, SIGINT] {
+        signal(number, SIG_IGN)
+        let source = DispatchSource.makeSignalSource(signal: number, queue: .global())
+        source.setEventHandler { continuation.yield(()) }
+        source.activate()
+        signalSources.append(source)
+    }
+    return stream
+}
