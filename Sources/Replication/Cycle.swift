@@ -45,10 +45,8 @@ package struct Cycle {
         case linkLost(String)
         case allMarked
         case prepared
-        /// Every volume holds its acknowledgements and has formed.
-        case formed(at: Double)
-        /// Acknowledgements go again; `intact`: no volume let go before every one had formed.
-        case released(intact: Bool)
+        /// Every volume has formed, and acknowledgements go again; `intact`: none let go before all had formed.
+        case formed(at: Double, intact: Bool)
         case read(slot: Int, grains: Range<Int>?, offset: UInt64, length: Int)
         case sent(slot: Int)
         case flushed
@@ -69,8 +67,8 @@ package struct Cycle {
         case save(GroupRecord)
         /// Make the targets and bitmaps of the next point ready.
         case prepare(number: UInt64)
+        /// Hold acknowledgements and form on every volume; when all have, let go.
         case form(number: UInt64)
-        case release
         case rewind
         case drain(Drain.Action)
         case commit(number: UInt64, previous: UInt64?, formedAt: Double)
@@ -90,7 +88,6 @@ package struct Cycle {
         case idle
         case preparing(UInt64)
         case forming(UInt64)
-        case releasing(PointRecord)
         case draining(PointRecord, Drain)
         case committing(PointRecord)
         case givingUp(Next)
@@ -209,13 +206,9 @@ package struct Cycle {
             record.lastNumber = number
             state = .forming(number)
             return [.save(record), .form(number: number)]
-        case (.forming(let number), .formed(let time)):
-            state = .releasing(PointRecord(number: number, formedAt: time))
-            return [.release]
-        case (.releasing(let point), .released(let intact)):
-            guard intact else {
-                return giveUp(.carryOn)
-            }
+        case (.forming(let number), .formed(let time, let intact)):
+            guard intact else { return giveUp(.carryOn) }
+            let point = PointRecord(number: number, formedAt: time)
             record.forming = nil
             record.held = point
             return [.save(record)] + startDrain(point)
@@ -290,7 +283,7 @@ package struct Cycle {
     private mutating func lost(_ reason: String, _ now: UInt64) -> [Action] {
         switch state {
         case .stopped, .offline, .givingUp: return []
-        case .preparing, .forming, .releasing:
+        case .preparing, .forming:
             // Nothing of the point was sent; forming goes on and the drain will find the link closed.
             return [.closeLink] + giveUp(.retry(reason))
         case .connecting, .marking, .idle, .draining, .committing:

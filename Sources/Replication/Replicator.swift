@@ -144,6 +144,14 @@ package final class Replicator: Sendable {
         }
     }
 
+    func noteHold(_ nanoseconds: UInt64) {
+        snapshot.withLock { status in
+            status.lastHold = nanoseconds
+            status.holds.append(nanoseconds)
+            if status.holds.count > 1024 { status.holds.removeFirst(512) }
+        }
+    }
+
     package func start(_ configuration: Configuration) {
         let record = status.record
         startThread(name: "group-\(configuration.group)") { [self] in
@@ -194,7 +202,6 @@ private final class ReplicatorThread {
     private var zeroSlots: [Bool]
     private var waiters: [(number: UInt64, answer: @Sendable (Result<PointRecord, ReplicationRefusal>) -> Void)] = []
     private var stopped: (@Sendable () -> Void)?
-    private var holdStart: UInt64 = 0
     private var flushesLeft = 0
     private var sendVolume: [Int]
     private var lastFigures: UInt64 = 0
@@ -385,7 +392,6 @@ private final class ReplicatorThread {
         case .save(let record): save(record)
         case .prepare: prepare()
         case .form(let number): form(number)
-        case .release: release()
         case .rewind: rewind()
         case .drain(let action): perform(action)
         case .commit(let number, let previous, let formedAt): commit(number, previous, formedAt)
@@ -410,15 +416,11 @@ private final class ReplicatorThread {
         handle(.prepared)
     }
 
-    /// Calls `done` once, on this thread's mailbox, when every volume has answered.
     private func onEveryVolume(
         _ body: @escaping @Sendable (Reactor, ReplicatedVolume) -> Bool,
         done: @escaping @Sendable (Bool) -> Void
     ) {
-        let gathered = Gathered(count: configuration.volumes.count, done: done)
-        for volume in configuration.volumes {
-            volume.reactor.perform { reactor in gathered.answer(body(reactor, volume)) }
-        }
+        onEvery(configuration.volumes, body, done: done)
     }
 
     private func markAllChanged() {
@@ -432,36 +434,26 @@ private final class ReplicatorThread {
         }
     }
 
+    /// The reactor that forms last lets all of them go: acknowledgements wait for reactors only, not for this thread.
     private func form(_ number: UInt64) {
-        holdStart = monotonicNanoseconds()
         let mailbox = replicator.mailbox
         let sender = epoch
+        let volumes = configuration.volumes
+        let replicator = replicator
+        let holdStart = monotonicNanoseconds()
         onEveryVolume { reactor, volume in
             reactor.formPoint(
                 volume.number, point: number, targetFile: volume.targetFile,
                 preserved: volume.preservedBitmap)
             return true
         } done: { _ in
-            mailbox.send(.event(.formed(at: realSeconds()), epoch: sender))
-        }
-    }
-
-    private func release() {
-        let mailbox = replicator.mailbox
-        let sender = epoch
-        onEveryVolume { reactor, volume in
-            reactor.releaseHold(volume.number)
-        } done: { intact in
-            mailbox.send(.event(.released(intact: intact), epoch: sender))
-        }
-        noteHold(monotonicNanoseconds() - holdStart)
-    }
-
-    private func noteHold(_ nanoseconds: UInt64) {
-        replicator.snapshot.withLock { status in
-            status.lastHold = nanoseconds
-            status.holds.append(nanoseconds)
-            if status.holds.count > 1024 { status.holds.removeFirst(512) }
+            let formedAt = realSeconds()
+            onEvery(volumes) { reactor, volume in
+                reactor.releaseHold(volume.number)
+            } done: { intact in
+                replicator.noteHold(monotonicNanoseconds() - holdStart)
+                mailbox.send(.event(.formed(at: formedAt, intact: intact), epoch: sender))
+            }
         }
     }
 
@@ -655,6 +647,18 @@ private final class ReplicatorThread {
             if let rate { status.bytesPerSecond = rate }
             if case .draining(_, let drain) = cycle.state { status.drainedBytes = drain.bytesSent }
         }
+    }
+}
+
+/// Performs `body` on the reactor of each volume; the last one calls `done`, on its thread.
+private func onEvery(
+    _ volumes: [ReplicatedVolume],
+    _ body: @escaping @Sendable (Reactor, ReplicatedVolume) -> Bool,
+    done: @escaping @Sendable (Bool) -> Void
+) {
+    let gathered = Gathered(count: volumes.count, done: done)
+    for volume in volumes {
+        volume.reactor.perform { reactor in gathered.answer(body(reactor, volume)) }
     }
 }
 

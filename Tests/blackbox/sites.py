@@ -1,0 +1,174 @@
+"""Sites for the black-box tests: real processes, in a directory of their own, gone when the test ends."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import unittest
+
+import nbd
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+FARCOPY = os.environ.get("FARCOPY", os.path.join(ROOT, ".build/release/farcopy"))
+
+
+def run(*words, check=True, timeout=120, **options):
+    """Runs a command and returns the finished process, output as text."""
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, **options)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done
+
+
+class Site:
+    """One `farcopy serve` with its files below `directory`."""
+
+    def __init__(self, directory, name, volumes, groups="", peers=(), nbd_listen=(), extra=""):
+        self.name = name
+        self.path = os.path.join(directory, name)
+        os.makedirs(self.path, exist_ok=True)
+        self.socket = os.path.join(self.path, "nbd.sock")
+        self.control = "unix:" + os.path.join(self.path, "control.sock")
+        self.config = os.path.join(self.path, "site.toml")
+        self.process = None
+        self.log = os.path.join(self.path, "log")
+        listen = ", ".join(f'"{address}"' for address in (f"unix:{self.socket}", *nbd_listen))
+        text = f"""[site]
+name = "{name}"
+state = "{self.path}/state"
+control = ["{self.control}"]
+[nbd]
+listen = [{listen}]
+"""
+        for volume, size in volumes.items():
+            text += f'[volumes.{volume}]\npath = "{self.path}/{volume}.img"\nsize = "{size}"\n'
+        for peer in peers:
+            other = os.path.join(directory, peer)
+            text += f'[peers.{peer}]\nnbd = "unix:{other}/nbd.sock"\ncontrol = "unix:{other}/control.sock"\n'
+        with open(self.config, "w") as file:
+            file.write(text + groups + extra)
+
+    def start(self, wait=True):
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(
+                [FARCOPY, "serve", "--config", self.config], stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=log, text=True)
+        if wait:
+            line = self.process.stdout.readline()
+            if line != "ready\n":
+                self.process.wait()
+                raise AssertionError(f"{self.name} did not start: {line!r}\n{self.tail()}")
+        return self
+
+    def tail(self):
+        with open(self.log) as file:
+            return "".join(file.readlines()[-15:])
+
+    def kill(self, how=signal.SIGKILL):
+        if self.process is None:
+            return
+        if self.process.poll() is not None and how == signal.SIGKILL:
+            code = self.process.returncode
+            self.process = None
+            raise AssertionError(f"{self.name} had ended by itself with {code}\n{self.tail()}")
+        self.process.send_signal(how)
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+        self.process = None
+
+    def stop(self):
+        self.kill(signal.SIGTERM)
+
+    def points(self, group="shop"):
+        return json.loads(self.farcopy("points", group, "--json").stdout)
+
+    def end(self):
+        """Clean-up: whatever state the process is in."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+            self.process = None
+
+    def farcopy(self, *words, check=True, timeout=120):
+        return run(FARCOPY, *words, "--control", self.control, check=check, timeout=timeout)
+
+    def status(self):
+        return json.loads(self.farcopy("status", "--json").stdout)
+
+    def group(self, name="shop"):
+        return self.status()["groups"][name]
+
+    def cycle(self, group="shop"):
+        """Forms and commits a point; returns its number."""
+        return int(self.farcopy("cycle", group, "--wait").stdout)
+
+    def uri(self, export):
+        return f"nbd+unix:///{export}?socket={self.socket}"
+
+    def connect(self, export):
+        handle = nbd.NBD()
+        handle.connect_uri(self.uri(export))
+        return handle
+
+    def read(self, export):
+        """The whole export, through nbdcopy."""
+        target = os.path.join(self.path, "read.out")
+        run("nbdcopy", self.uri(export), target)
+        with open(target, "rb") as file:
+            data = file.read()
+        os.unlink(target)
+        return data
+
+
+def read_handle(handle):
+    """The whole export of an open connection."""
+    size = handle.get_size()
+    step = 4 << 20
+    return b"".join(bytes(handle.pread(min(step, size - at), at)) for at in range(0, size, step))
+
+
+def wait_for(condition, seconds=30, what="the condition"):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not come about within {seconds} s")
+
+
+class SiteTest(unittest.TestCase):
+    """Gives each test a directory and ends its sites whatever happens."""
+
+    def setUp(self):
+        self.directory = tempfile.mkdtemp(prefix="farcopy-test-", dir=os.environ.get("TMPDIR", "/tmp"))
+        self.sites = []
+        self.addCleanup(self.clean_up)
+
+    def clean_up(self):
+        for site in self.sites:
+            site.end()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def site(self, name, volumes, start=True, **options):
+        site = Site(self.directory, name, volumes, **options)
+        self.sites.append(site)
+        return site.start() if start else site
+
+    def pair(self, volumes, interval="0s", keep=8, start=True, extra=""):
+        """East, the primary, and west, the secondary, of group `shop` over all the volumes."""
+        names = ", ".join(f'"{name}"' for name in volumes)
+        east = self.site(
+            "east", volumes, start=False, peers=["west"], extra=extra,
+            groups=f'[groups.shop]\nvolumes = [{names}]\nrole = "primary"\npeer = "west"\ninterval = "{interval}"\n')
+        west = self.site(
+            "west", volumes, start=False, peers=["east"], extra=extra,
+            groups=f'[groups.shop]\nvolumes = [{names}]\nrole = "secondary"\npeer = "east"\nkeep = {keep}\n')
+        if start:
+            west.start()
+            east.start()
+        return east, west
