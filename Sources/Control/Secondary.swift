@@ -79,8 +79,7 @@ extension Site {
         let newest = group.record.points.last
         return SessionAnswer(
             state: PeerState(
-                session: session, site: siteRecord.id, lineage: group.record.lineage ?? "",
-                lastCommitted: newest?.number, lastCommittedAt: newest?.committedAt),
+                session: session, site: siteRecord.id, lineage: group.record.lineage ?? "", committed: newest),
             exports: group.entry.volumes.map { intakeName($0, session) })
     }
 

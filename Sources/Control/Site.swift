@@ -144,6 +144,8 @@ package actor Site {
             // A point of the record whose files a crash prevented takes them now: it was recorded, so it is.
             let missing = access("\(volume.directory)/copies/\(link.id).bitmap", F_OK) != 0
             let files = try volume.openCopy(link.id, create: missing)
+            // A bit that only the last process's mapping had must be durable before a write relies on it.
+            if link.durable { try files.bitmap.file.synchronize() }
             try await addCopy(
                 volume, link.id, files, durable: link.durable, resume: true,
                 failed: link.state == .failed)

@@ -22,17 +22,13 @@ package struct PeerState: Sendable, Equatable, Codable {
     package var site: String
     /// Identity of the secondary copy; changes when the secondary starts from nothing.
     package var lineage: String
-    package var lastCommitted: UInt64?
-    package var lastCommittedAt: Double?
-    package init(
-        session: UInt64, site: String, lineage: String, lastCommitted: UInt64?,
-        lastCommittedAt: Double? = nil
-    ) {
+    /// Its newest point.
+    package var committed: PointRecord?
+    package init(session: UInt64, site: String, lineage: String, committed: PointRecord?) {
         self.session = session
         self.site = site
         self.lineage = lineage
-        self.lastCommitted = lastCommitted
-        self.lastCommittedAt = lastCommittedAt
+        self.committed = committed
     }
 }
 
@@ -237,19 +233,22 @@ package struct Cycle {
             state = .marking(peer)
             return [.markAllChanged]
         }
-        if let held = record.held {
-            if peer.lastCommitted == held.number {
-                record.lastCommitted = held
-                record.lastCommitted!.committedAt = peer.lastCommittedAt
-                return giveUp(.tookOver)
-            }
-            if peer.lastCommitted == record.lastCommitted?.number {
-                return [.rewind] + startDrain(held)
-            }
-        } else if peer.lastCommitted == record.lastCommitted?.number {
-            return becomeIdle(now, due: now)
+        if let held = record.held, peer.committed?.number == held.number {
+            record.lastCommitted = peer.committed
+            return giveUp(.tookOver)
         }
-        let theirs = peer.lastCommitted.map(String.init) ?? "none"
+        if let theirs = peer.committed, theirs.number > record.lastCommitted?.number ?? 0,
+            theirs.number <= record.lastNumber
+        {
+            // A point of ours that was given up here while its commit's answer was on the way. Its bits were merged
+            // back, so what differs from it is known.
+            record.lastCommitted = theirs
+        }
+        if peer.committed?.number == record.lastCommitted?.number {
+            guard let held = record.held else { return [.save(record)] + becomeIdle(now, due: now) }
+            return [.save(record), .rewind] + startDrain(held)
+        }
+        let theirs = peer.committed.map { String($0.number) } ?? "none"
         let ours = record.lastCommitted.map { String($0.number) } ?? "none"
         return [.closeLink]
             + giveUp(
@@ -263,7 +262,7 @@ package struct Cycle {
         record.lineage = peer.lineage
         record.peerSite = peer.site
         record.lastCommitted = nil
-        record.lastNumber = max(record.lastNumber, peer.lastCommitted ?? 0)
+        record.lastNumber = max(record.lastNumber, peer.committed?.number ?? 0)
         let save = Action.save(record)
         if record.held != nil { return [save] + giveUp(.carryOn) }
         return [save] + becomeIdle(now, due: now)

@@ -75,6 +75,8 @@ package final class Replicator: Sendable {
         case event(Cycle.Event, epoch: UInt64)
         case opened(PeerState, exports: [String], epoch: UInt64)
         case drained(slot: Int, DrainRead.Answer, epoch: UInt64)
+        /// No reactor holds the point before any more.
+        case released(epoch: UInt64)
         case wait(@Sendable (Result<PointRecord, ReplicationRefusal>) -> Void)
         case stop(@Sendable () -> Void)
     }
@@ -267,6 +269,8 @@ private final class ReplicatorThread {
             case .drained(let slot, let answer, let sender):
                 readsInFlight -= 1
                 if sender == epoch { drained(slot, answer) }
+            case .released(let sender):
+                if sender == epoch { clearPreserved() }
             case .wait(let answer):
                 if let reason = cycle.suspension {
                     answer(.failure(ReplicationRefusal("the group is suspended: \(reason)")))
@@ -410,8 +414,19 @@ private final class ReplicatorThread {
         }
     }
 
-    /// Nobody refers to the bitmaps of the point before: its number is over.
+    /// Every reactor must have let go of the point before, whose end may still be in its mailbox, before the bitmaps of
+    /// preserved grains are cleared for the next.
     private func prepare() {
+        let mailbox = replicator.mailbox
+        let sender = epoch
+        onEveryVolume { _, _ in
+            true
+        } done: { _ in
+            mailbox.send(.released(epoch: sender))
+        }
+    }
+
+    private func clearPreserved() {
         for volume in configuration.volumes { volume.preservedBitmap.clearAll() }
         handle(.prepared)
     }

@@ -61,7 +61,8 @@ extension Volume {
         unsettleWritesInFlight()
     }
 
-    /// Takes up the chain of an earlier run; copies come oldest first.
+    /// Takes up the chain of an earlier run; copies come oldest first. The bitmap of a durable copy is on stable
+    /// storage: a write that finds its bit set goes straight to the source.
     package func resumeCopy(_ copy: FlashCopy, failed: Bool) {
         invariant(chainCount < Limits.copiesPerVolume, "the chain has a limit")
         (chain + chainCount).initialize(to: copy)

@@ -38,7 +38,8 @@ extension Volume {
         invariant(restore == nil, "one restore at a time")
         invariant(chainIndex(id) != nil, "a restore reads a copy of the chain")
         restore = Restore(
-            copy: id, pending: pending, bitmapFile: bitmapFile, pendingCount: pending.population())
+            copy: id, pending: pending, bitmapFile: bitmapFile, pendingCount: pending.population(),
+            pendingChanged: true)  // what an earlier process cleared may not be durable yet
         pumpBackground()
     }
 

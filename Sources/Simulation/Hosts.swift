@@ -1,0 +1,141 @@
+// Hosts.swift: chains of dependent writes over two volumes, and noise; what they may rely on, and the cut's check.
+//
+// Step s of a chain goes to volume s mod 2 after step s - 1 was acknowledged, into sector (s / 2) mod slots of the
+// chain. Grains are shared by the chains. Noise writes, zeroes and trims large ranges apart from them.
+
+import Volumes
+
+struct Hosts {
+    static let slots = 6
+    /// Grains that chains write to; the rest is for noise.
+    static let chainGrains = 12
+
+    private struct Chain {
+        var issued = 0
+        var acknowledged = 0
+        /// Steps up to here may be missing: power loss took writes that were acknowledged but never flushed.
+        var floor = 0
+    }
+
+    private var chains: [Chain]
+    private var noiseUnderWay = 0
+    private var noiseCounter: UInt64 = 0
+    /// Changes when the server dies: completions of the old one do not count.
+    private var life = 0
+    var stopped = false
+
+    init(chains count: Int) { chains = Array(repeating: Chain(), count: count) }
+
+    static func offset(_ chain: Int, _ step: Int) -> Int {
+        let slot = (step / 2) % slots
+        let sectorsPerGrain = World.grain / SimulatedFile.sector
+        let index = slot * World.chains + chain
+        // Spread over the grains so that chains share them.
+        let grain = index % chainGrains
+        let sector = (index / chainGrains) % sectorsPerGrain
+        return grain * World.grain + sector * SimulatedFile.sector
+    }
+
+    static func sector(_ chain: Int, _ step: Int) -> [UInt8] {
+        var bytes: [UInt8] = []
+        let word = UInt64(chain + 1) << 48 | UInt64(step)
+        for _ in 0..<SimulatedFile.sector / 8 {
+            for shift in 0..<8 { bytes.append(UInt8(truncatingIfNeeded: word >> UInt64(8 * shift))) }
+        }
+        return bytes
+    }
+
+    mutating func act(_ world: World) {
+        guard !stopped else { return }
+        if world.random.chance(15) { return noise(world) }
+        let chain = world.random.below(chains.count)
+        guard chains[chain].issued == chains[chain].acknowledged else { return }
+        let step = chains[chain].issued + 1
+        let life = life
+        let fua = world.random.chance(5)
+        let accepted = world.east[step % 2].submit(
+            .write, offset: Self.offset(chain, step), length: SimulatedFile.sector,
+            data: Self.sector(chain, step), fua: fua
+        ) { [unowned world] request in
+            guard world.hosts.life == life, request.error == 0 else { return }
+            world.hosts.chains[chain].acknowledged = step
+        }
+        if accepted { chains[chain].issued = step }
+    }
+
+    private mutating func noise(_ world: World) {
+        guard noiseUnderWay == 0 else { return }
+        let volume = world.random.below(World.volumes)
+        let area = (World.grains - Self.chainGrains) * World.grain
+        let start = world.random.below(area / 512) * 512
+        let length = (1 + world.random.below((area - start) / 512)) * 512
+        noiseCounter += 1
+        let byte = UInt8(truncatingIfNeeded: noiseCounter)
+        let kinds: [Request.Operation] = [.write, .write, .writeZeroes, .trim]
+        let kind = kinds[world.random.below(kinds.count)]
+        let life = life
+        let accepted = world.east[volume].submit(
+            kind, offset: Self.chainGrains * World.grain + start, length: length,
+            data: kind == .write ? Array(repeating: byte, count: length) : nil
+        ) { [unowned world] _ in
+            if world.hosts.life == life { world.hosts.noiseUnderWay = 0 }
+        }
+        if accepted { noiseUnderWay = 1 }
+    }
+
+    func isIdle(_ world: World) -> Bool {
+        noiseUnderWay == 0 && chains.allSatisfy { $0.issued == $0.acknowledged }
+    }
+
+    /// The server is gone: hosts find out what is there and go on from it.
+    mutating func lostServer(_ images: [[UInt8]], powerLoss: Bool) {
+        life += 1
+        noiseUnderWay = 0
+        for chain in chains.indices {
+            let last = lastWhole(images, chain)
+            precondition(
+                powerLoss || last >= chains[chain].acknowledged, "an acknowledged write survives the process")
+            chains[chain].issued = last
+            chains[chain].acknowledged = last
+            if powerLoss { chains[chain].floor = last }
+        }
+    }
+
+    /// The step up to which a chain's sectors are whole after a crash of its own site, where later ones may be lost.
+    private func lastWhole(_ images: [[UInt8]], _ chain: Int) -> Int {
+        var newest = 0
+        for step in steps(images, chain) { newest = max(newest, step) }
+        return newest
+    }
+
+    private func steps(_ images: [[UInt8]], _ chain: Int) -> [Int] {
+        var found: [Int] = []
+        for volume in 0..<World.volumes {
+            for slot in 0..<Self.slots {
+                let step = storedStep(images[volume], chain, slot)
+                if step > 0 { found.append(step) }
+            }
+        }
+        return found
+    }
+
+    private func storedStep(_ image: [UInt8], _ chain: Int, _ slot: Int) -> Int {
+        let at = Self.offset(chain, 2 * slot)
+        var word: UInt64 = 0
+        for shift in 0..<8 { word |= UInt64(image[at + shift]) << UInt64(8 * shift) }
+        return Int(word & 0xFFFF_FFFF_FFFF)
+    }
+
+    /// What is wrong with a pair of images as a cut; nil when it is closed.
+    func brokenCut(_ images: [[UInt8]]) -> String? {
+        for chain in chains.indices {
+            let found = steps(images, chain)
+            let newest = found.max() ?? 0
+            let oldest = max(chains[chain].floor + 1, newest - 2 * Self.slots + 2)
+            for step in stride(from: newest, through: oldest, by: -1) where !found.contains(step) {
+                return "chain \(chain) has step \(newest) but not step \(step)"
+            }
+        }
+        return nil
+    }
+}

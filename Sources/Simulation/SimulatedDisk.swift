@@ -1,0 +1,235 @@
+// SimulatedDisk.swift: files with a volatile cache, and the I/O of one volume's engine on them.
+//
+// A write takes effect at some moment between its issue and its completion; so does a read. A process crash leaves each
+// write under way done, undone or torn at a sector. Power loss keeps what was flushed and, of the sectors written since,
+// any subset.
+
+import Volumes
+
+/// SplitMix64: the whole run follows from the seed.
+package struct SeededGenerator: RandomNumberGenerator {
+    private var state: UInt64
+    package init(seed: UInt64) { state = seed &* 0x9E37_79B9_7F4A_7C15 &+ 0x1234_5678 }
+    package mutating func next() -> UInt64 {
+        state &+= 0x9E37_79B9_7F4A_7C15
+        var z = state
+        z = (z ^ (z >> 30)) &* 0xBF58_476D_1CE4_E5B9
+        z = (z ^ (z >> 27)) &* 0x94D0_49BB_1331_11EB
+        return z ^ (z >> 31)
+    }
+    mutating func chance(_ percent: Int) -> Bool { Int(next() % 100) < percent }
+    mutating func below(_ bound: Int) -> Int { Int(next() % UInt64(bound)) }
+}
+
+final class SimulatedFile {
+    static let sector = 512
+    var cached: [UInt8]
+    private(set) var durable: [UInt8]
+    private var unsynced: Set<Int> = []
+
+    init(byteCount: Int) {
+        cached = Array(repeating: 0, count: byteCount)
+        durable = cached
+    }
+
+    func write(_ offset: Int, _ bytes: UnsafeRawBufferPointer) {
+        cached.withUnsafeMutableBytes { target in
+            UnsafeMutableRawBufferPointer(rebasing: target[offset..<offset + bytes.count])
+                .copyMemory(from: bytes)
+        }
+        markUnsynced(offset, bytes.count)
+    }
+
+    func zero(_ offset: Int, _ count: Int) {
+        for index in offset..<offset + count { cached[index] = 0 }
+        markUnsynced(offset, count)
+    }
+
+    private func markUnsynced(_ offset: Int, _ count: Int) {
+        guard count > 0 else { return }
+        for sector in offset / Self.sector...(offset + count - 1) / Self.sector { unsynced.insert(sector) }
+    }
+
+    func flush() {
+        for sector in unsynced { copySector(sector, from: cached, to: &durable) }
+        unsynced = []
+    }
+
+    private func copySector(_ sector: Int, from: [UInt8], to: inout [UInt8]) {
+        let start = sector * Self.sector
+        let end = min(start + Self.sector, to.count)
+        to.replaceSubrange(start..<end, with: from[start..<end])
+    }
+
+    func losePower(_ random: inout SeededGenerator) {
+        var survivor = durable
+        for sector in unsynced.sorted() where random.chance(50) {
+            copySector(sector, from: cached, to: &survivor)
+        }
+        durable = survivor
+        cached = survivor
+        unsynced = []
+    }
+}
+
+/// A bitmap file: memory that the engine stores to, flushed like any file.
+final class SimulatedBitmap {
+    let memory: UnsafeMutableRawPointer
+    let byteCount: Int
+    private var durable: [UInt8]
+
+    init(bits: Int) {
+        byteCount = Bitmap.byteCount(bits: bits)
+        memory = .allocate(byteCount: byteCount, alignment: 8)
+        memory.initializeMemory(as: UInt8.self, repeating: 0, count: byteCount)
+        durable = Array(repeating: 0, count: byteCount)
+    }
+
+    deinit { memory.deallocate() }
+
+    func flush() { durable = Array(UnsafeRawBufferPointer(start: memory, count: byteCount)) }
+
+    /// The kernel writes mapped pages back whenever it likes: each byte is the old or the new one.
+    func losePower(_ random: inout SeededGenerator) {
+        let bytes = memory.bindMemory(to: UInt8.self, capacity: byteCount)
+        for index in 0..<byteCount where bytes[index] != durable[index] && random.chance(50) {
+            bytes[index] = durable[index]
+        }
+        flush()
+    }
+
+    func bitmap(_ bits: Int) -> Bitmap { Bitmap(memory: memory, count: bits) }
+}
+
+/// What a StoreFile number stands for.
+enum SimulatedStore {
+    case file(SimulatedFile)
+    case bitmap(SimulatedBitmap)
+}
+
+/// The I/O of one engine that is under way.
+struct PendingIO {
+    var io: StoreIO
+    var applied = false
+    var errno: Int32 = 0
+}
+
+/// An engine with its files; drives it as a reactor would.
+final class SimulatedVolume {
+    let volume: Volume
+    var stores: [SimulatedStore?] = []
+    var pending: [PendingIO] = []
+    /// Called with a request that has finished; the callee releases it.
+    var onFinished: [Int32: (Request) -> Void] = [:]
+    private(set) var events: [VolumeEvent] = []
+    /// Faults put in on purpose.
+    var skipFlushes = false
+
+    init(volume: Volume) { self.volume = volume }
+
+    func addStore(_ store: SimulatedStore) -> StoreFile {
+        if let free = stores.firstIndex(where: { $0 == nil }) {
+            stores[free] = store
+            return StoreFile(free)
+        }
+        stores.append(store)
+        return StoreFile(stores.count - 1)
+    }
+
+    func takeEvents() -> [VolumeEvent] {
+        defer { events = [] }
+        return events
+    }
+
+    /// Moves everything that the engine wants to say.
+    func pump() {
+        var busy = true
+        while busy {
+            busy = false
+            while let io = volume.popIO() {
+                pending.append(PendingIO(io: io))
+                busy = true
+            }
+            while let slot = volume.popFinished() {
+                let request = volume.request(slot).pointee
+                volume.releaseRequest(slot)
+                onFinished.removeValue(forKey: slot)?(request)
+                request.buffer?.deallocate()
+                busy = true
+            }
+            while let event = volume.popEvent() { events.append(event) }
+        }
+    }
+
+    /// Starts a request; false when every slot is taken.
+    func submit(
+        _ operation: Request.Operation, view: View = .volume, offset: Int, length: Int,
+        data: [UInt8]? = nil, fua: Bool = false, done: @escaping (Request) -> Void
+    ) -> Bool {
+        guard let slot = volume.takeRequest() else { return false }
+        let request = volume.request(slot)
+        request.pointee.operation = operation
+        request.pointee.view = view
+        request.pointee.offset = UInt64(offset)
+        request.pointee.length = UInt64(length)
+        request.pointee.fua = fua
+        if operation == .read || operation == .write {
+            let buffer = UnsafeMutableRawPointer.allocate(byteCount: max(1, length), alignment: 16)
+            data?.withUnsafeBytes { buffer.copyMemory(from: $0.baseAddress!, byteCount: length) }
+            request.pointee.buffer = buffer
+        }
+        onFinished[slot] = done
+        volume.submit(slot)
+        pump()
+        return true
+    }
+
+    /// Lets one I/O take effect or complete.
+    func step(_ random: inout SeededGenerator) {
+        guard !pending.isEmpty else { return }
+        let index = random.below(pending.count)
+        if !pending[index].applied {
+            pending[index].errno = apply(pending[index].io, bytes: Int(pending[index].io.length))
+            pending[index].applied = true
+            if random.chance(50) { return }
+        }
+        let ended = pending.remove(at: index)
+        volume.complete(ended.io, errno: ended.errno)
+        pump()
+    }
+
+    private func apply(_ io: StoreIO, bytes: Int) -> Int32 {
+        guard let store = stores[Int(io.file)] else { return 5 }
+        let offset = Int(io.offset)
+        switch store {
+        case .bitmap(let bitmap):
+            if !skipFlushes { bitmap.flush() }
+        case .file(let file):
+            switch io.operation {
+            case .read:
+                file.cached.withUnsafeBytes { source in
+                    UnsafeMutableRawBufferPointer(start: io.buffer, count: bytes).copyMemory(
+                        from: UnsafeRawBufferPointer(rebasing: source[offset..<offset + bytes]))
+                }
+            case .write: file.write(offset, UnsafeRawBufferPointer(start: io.buffer, count: bytes))
+            case .zero, .trim: file.zero(offset, bytes)
+            case .flush: if !skipFlushes { file.flush() }
+            }
+            if io.fua { file.flush() }
+        }
+        return 0
+    }
+
+    /// The process ends: each I/O under way is done, undone or torn.
+    func crash(_ random: inout SeededGenerator) {
+        for pending in pending where !pending.applied {
+            let modifies = pending.io.operation == .write || pending.io.operation == .zero || pending.io.operation == .trim
+            guard modifies, random.chance(70) else { continue }
+            let sectors = (Int(pending.io.length) + SimulatedFile.sector - 1) / SimulatedFile.sector
+            let bytes = random.chance(50) ? Int(pending.io.length) : min(Int(pending.io.length), random.below(sectors + 1) * SimulatedFile.sector)
+            _ = apply(pending.io, bytes: bytes)
+        }
+        pending = []
+        onFinished = [:]
+    }
+}

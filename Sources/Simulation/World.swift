@@ -1,0 +1,605 @@
+// World.swift: two sites, hosts that write dependent data, a link, and faults, all in the order that a seed gives.
+//
+// The engine (`Volume`), the cycle and the drain are the production code. What stands in for the rest: reactors and
+// their mailboxes (messages in order for each volume), the link (sends arrive and are acknowledged in any order), the
+// secondary's sessions and commit (the same steps in the same order as Control/Secondary.swift).
+
+import Base
+import Replication
+import Volumes
+
+/// Mistakes to make on purpose, to show that the checker sees them.
+package enum DeliberateFault: String, CaseIterable, Sendable {
+    /// Acknowledgements are let go before every volume has formed.
+    case releaseEarly
+    /// The secondary's flushes do nothing, and it loses power.
+    case skipFlushes
+    /// A commit does not wait for the drain to be acknowledged.
+    case commitEarly
+    /// Bits are cleared although the point was not flushed, and the secondary loses power.
+    case acknowledgeFlushEarly
+    /// After power loss the primary trusts its bitmaps.
+    case trustBitmapsAfterPowerLoss
+    /// The next point's bitmaps are cleared while a reactor may still hold the point before.
+    case prepareWithoutBarrier
+    /// A restarted secondary relies on bits that the killed process had not flushed.
+    case trustUnflushedBits
+    /// A new session does not wait for the writes of the one before.
+    case skipFencing
+}
+
+package struct SimulationFailure: Error, CustomStringConvertible {
+    package var description: String
+    init(_ description: String) { self.description = description }
+}
+
+package final class World {
+    static let grain = 4096
+    static let grains = 24
+    static let size = grains * grain
+    static let volumes = 2
+    static let chains = 4
+
+    var random: SeededGenerator
+    let fault: DeliberateFault?
+    var now: UInt64 = 0
+    package private(set) var trace: [String] = []
+    package private(set) var steps = 0
+    package private(set) var commits = 0
+    package private(set) var crashes = 0
+
+    // East: files and metadata outlive its processes.
+    private var eastFiles: [SimulatedFile] = []
+    private var eastBitmaps: [(SimulatedBitmap, SimulatedBitmap)] = []
+    private var eastRoles: [UnsafeMutablePointer<RecordingRoles>] = []
+    private var eastTargets: [SimulatedFile] = []
+    private var eastPreserved: [SimulatedBitmap] = []
+    private var eastRecord = GroupRecord(role: .primary, generation: "east")
+    var east: [SimulatedVolume] = []
+    private var cycle: Cycle!
+    private var mailboxes: [[() -> Void]] = []
+    private var targetFiles: [StoreFile] = []
+
+    // West.
+    private var westFiles: [SimulatedFile] = []
+    private var westBitmaps: [(SimulatedBitmap, SimulatedBitmap)] = []
+    private var westRoles: [UnsafeMutablePointer<RecordingRoles>] = []
+    private var westCopies: [[CopyID: (SimulatedFile, SimulatedBitmap)]] = []
+    private var westPoints: [UInt64] = []
+    var west: [SimulatedVolume] = []
+    private var session: UInt64 = 0
+    /// The session that the primary's connections belong to.
+    private var linkSession: UInt64 = 0
+
+    // The link and everything else that takes time: run in any order.
+    private var tasks: [() -> Void] = []
+    private var epoch: UInt64 = 0
+    private var flushesLeft = 0
+    private let copyBuffers: CopyBuffers
+    private let copyMemory: UnsafeMutableRawPointer
+
+    var hosts: Hosts
+    private var remembered: [UInt64: [[UInt8]]] = [:]
+    private var checks = 0
+    private var failure: SimulationFailure?
+
+    package init(seed: UInt64, fault: DeliberateFault? = nil) {
+        random = SeededGenerator(seed: seed)
+        self.fault = fault
+        copyMemory = .allocate(byteCount: 8 << 20, alignment: 4096)
+        copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
+        hosts = Hosts(chains: Self.chains)
+        for _ in 0..<Self.volumes {
+            eastFiles.append(SimulatedFile(byteCount: Self.size))
+            eastTargets.append(SimulatedFile(byteCount: Self.size))
+            eastPreserved.append(SimulatedBitmap(bits: Self.grains))
+            eastBitmaps.append((SimulatedBitmap(bits: Self.grains), SimulatedBitmap(bits: Self.grains)))
+            eastRoles.append(Self.newRoles())
+            westFiles.append(SimulatedFile(byteCount: Self.size))
+            westBitmaps.append((SimulatedBitmap(bits: Self.grains), SimulatedBitmap(bits: Self.grains)))
+            westRoles.append(Self.newRoles())
+            westCopies.append([:])
+        }
+        startWest()
+        startEast(trusted: true)
+    }
+
+    deinit {
+        for volume in east + west { volume.crash(&random) }
+        east = []
+        west = []
+        copyMemory.deallocate()
+        for roles in eastRoles + westRoles { roles.deallocate() }
+    }
+
+    private static func newRoles() -> UnsafeMutablePointer<RecordingRoles> {
+        let roles = UnsafeMutablePointer<RecordingRoles>.allocate(capacity: 1)
+        roles.initialize(to: RecordingRoles())
+        return roles
+    }
+
+    func note(_ text: @autoclosure () -> String) {
+        trace.append("\(steps): \(text())")
+        if trace.count > 400 { trace.removeFirst(200) }
+    }
+
+    // MARK: Starting and crashing
+
+    private func makeVolume(
+        _ source: SimulatedFile, _ bitmaps: (SimulatedBitmap, SimulatedBitmap),
+        _ roles: UnsafeMutablePointer<RecordingRoles>
+    ) -> SimulatedVolume {
+        let volume = SimulatedVolume(
+            volume: Volume(
+                geometry: Geometry(size: UInt64(Self.size), grain: Self.grain)!,
+                bitmaps: (bitmaps.0.bitmap(Self.grains), bitmaps.1.bitmap(Self.grains)),
+                roles: roles, copyBuffers: copyBuffers, requestCapacity: 48))
+        _ = volume.addStore(.file(source))
+        return volume
+    }
+
+    private func startEast(trusted: Bool) {
+        if !trusted {
+            eastRecord.held = nil
+            eastRecord.forming = nil
+        }
+        east = []
+        targetFiles = []
+        mailboxes = Array(repeating: [], count: Self.volumes)
+        epoch += 1
+        for index in 0..<Self.volumes {
+            let simulated = makeVolume(eastFiles[index], eastBitmaps[index], eastRoles[index])
+            let target = simulated.addStore(.file(eastTargets[index]))
+            targetFiles.append(target)
+            simulated.volume.recording = true
+            if !trusted, fault != .trustBitmapsAfterPowerLoss { simulated.volume.markAllChanged() }
+            if let held = eastRecord.held?.number {
+                simulated.volume.resumePoint(
+                    number: held, targetFile: target,
+                    preserved: eastPreserved[index].bitmap(Self.grains))
+            } else {
+                simulated.volume.mergeOutOfSync()
+            }
+            east.append(simulated)
+        }
+        cycle = Cycle(
+            record: eastRecord,
+            settings: Cycle.Settings(
+                interval: .continuous, volumes: Self.volumes, window: 4, checkpointBytes: 4 * Self.grain))
+        perform(cycle.start(now: now))
+    }
+
+    private func startWest() {
+        west = []
+        session = 0
+        for index in 0..<Self.volumes {
+            let simulated = makeVolume(westFiles[index], westBitmaps[index], westRoles[index])
+            simulated.volume.policy = .copiesFirst
+            simulated.skipFlushes = fault == .skipFlushes
+            for point in westPoints { addPoint(point, to: simulated, index, resume: true) }
+            west.append(simulated)
+        }
+    }
+
+    private func addPoint(_ point: UInt64, to simulated: SimulatedVolume, _ index: Int, resume: Bool) {
+        let id = CopyID(point)
+        let files = westCopies[index][id] ?? (SimulatedFile(byteCount: Self.size), SimulatedBitmap(bits: Self.grains))
+        westCopies[index][id] = files
+        // A bit that only the killed process's mapping had must be durable before a write relies on it.
+        if resume, fault != .trustUnflushedBits { files.1.flush() }
+        let copy = FlashCopy(
+            id: id, targetFile: simulated.addStore(.file(files.0)),
+            bitmapFile: simulated.addStore(.bitmap(files.1)), preserved: files.1.bitmap(Self.grains),
+            durable: true)
+        if resume { simulated.volume.resumeCopy(copy, failed: false) } else { simulated.volume.addCopy(copy) }
+    }
+
+    private func crashEast(powerLoss: Bool) {
+        note("east \(powerLoss ? "loses power" : "is killed")")
+        crashes += 1
+        for volume in east { volume.crash(&random) }
+        east = []
+        if powerLoss {
+            for file in eastFiles + eastTargets { file.losePower(&random) }
+            for bitmap in eastPreserved + eastBitmaps.flatMap({ [$0.0, $0.1] }) { bitmap.losePower(&random) }
+        }
+        tasks = []
+        hosts.lostServer(eastFiles.map(\.cached), powerLoss: powerLoss)
+        startEast(trusted: !powerLoss)
+    }
+
+    private func crashWest(powerLoss: Bool) {
+        note("west \(powerLoss ? "loses power" : "is killed")")
+        crashes += 1
+        for volume in west { volume.crash(&random) }
+        if powerLoss {
+            for file in westFiles { file.losePower(&random) }
+            for copies in westCopies {
+                for id in copies.keys.sorted() {
+                    copies[id]!.0.losePower(&random)
+                    copies[id]!.1.losePower(&random)
+                }
+            }
+        }
+        startWest()
+        loseLink()
+    }
+
+    private func loseLink() {
+        let sender = epoch
+        tasks.append { [unowned self] in event(.linkLost("the link broke"), sender) }
+    }
+
+    // MARK: The primary's replicator
+
+    private func event(_ event: Cycle.Event, _ sender: UInt64) {
+        guard sender == epoch else { return }
+        handle(event)
+    }
+
+    private var events: [Cycle.Event] = []
+    private var performing = false
+
+    private func handle(_ event: Cycle.Event) {
+        events.append(event)
+        guard !performing else { return }
+        performing = true
+        while !events.isEmpty { perform(cycle.handle(events.removeFirst(), now: now)) }
+        performing = false
+    }
+
+    private func perform(_ actions: [Cycle.Action]) {
+        for action in actions { perform(action) }
+    }
+
+    private func perform(_ action: Cycle.Action) {
+        switch action {
+        case .openSession:
+            epoch += 1
+            openSession(epoch)
+        case .closeLink: epoch += 1
+        case .save(let record): eastRecord = record
+        case .prepare: prepare()
+        case .form(let number): form(number)
+        case .rewind:
+            epoch += 1
+            for index in 0..<Self.volumes { post(index) { $0.volume.rewindDrain() } }
+        case .drain(let action): perform(action)
+        case .commit(let number, let previous, _): commit(number, previous)
+        case .endPoint(let number):
+            for index in 0..<Self.volumes { post(index) { $0.volume.endPoint(number: number) } }
+        case .giveUp:
+            epoch += 1
+            let sender = epoch
+            note("the point is given up")
+            everyVolume({ volume in
+                volume.volume.releaseHold()
+                volume.volume.giveUpPoint()
+            }, then: { [unowned self] in event(.gaveUp, sender) })
+        case .markAllChanged:
+            let sender = epoch
+            everyVolume({ $0.volume.markAllChanged() }, then: { [unowned self] in event(.allMarked, sender) })
+        }
+    }
+
+    /// Leaves a message for the volume's reactor; messages for one volume are taken in order.
+    private func post(_ index: Int, _ body: @escaping (SimulatedVolume) -> Void) {
+        let process = east[index]
+        mailboxes[index].append {
+            body(process)
+            process.pump()
+        }
+    }
+
+    private func everyVolume(_ body: @escaping (SimulatedVolume) -> Void, then done: @escaping () -> Void) {
+        var left = Self.volumes
+        for index in 0..<Self.volumes {
+            post(index) { volume in
+                body(volume)
+                left -= 1
+                if left == 0 { done() }
+            }
+        }
+    }
+
+    private func prepare() {
+        let sender = epoch
+        let clear: () -> Void = { [unowned self] in
+            guard sender == epoch else { return }
+            for bitmap in eastPreserved { bitmap.bitmap(Self.grains).clearAll() }
+            handle(.prepared)
+        }
+        if fault == .prepareWithoutBarrier { return tasks.append(clear) }
+        everyVolume({ _ in }, then: { [unowned self] in tasks.append(clear) })
+    }
+
+    private func form(_ number: UInt64) {
+        let sender = epoch
+        note("point \(number) forms")
+        let early = fault == .releaseEarly
+        everyVolumeIndexed({ [unowned self] index, volume in
+            volume.volume.formPoint(
+                number: number, targetFile: targetFiles[index],
+                preserved: eastPreserved[index].bitmap(Self.grains))
+            if early { volume.volume.releaseHold() }
+        }, then: { [unowned self] in
+            everyVolume({ $0.volume.releaseHold() }, then: { [unowned self] in
+                tasks.append { [unowned self] in event(.formed(at: Double(now), intact: true), sender) }
+            })
+        })
+    }
+
+    private func everyVolumeIndexed(_ body: @escaping (Int, SimulatedVolume) -> Void, then done: @escaping () -> Void) {
+        var left = Self.volumes
+        for index in 0..<Self.volumes {
+            post(index) { volume in
+                body(index, volume)
+                left -= 1
+                if left == 0 { done() }
+            }
+        }
+    }
+
+    private func perform(_ action: Drain.Action) {
+        let sender = epoch
+        switch action {
+        case .read(let slot, let index):
+            guard let point = cycle.record.held?.number else { return }
+            post(index) { [unowned self] volume in drainRead(slot, volume, point, sender) }
+        case .send: break  // follows the read at once; see drainRead
+        case .flush: flush(sender)
+        case .clear(let runs):
+            guard let point = cycle.record.held?.number else { return }
+            for run in runs { post(run.volume) { $0.volume.clearOutOfSync(run.grains, point: point) } }
+        case .finished: break
+        }
+    }
+
+    private func drainRead(_ slot: Int, _ volume: SimulatedVolume, _ point: UInt64, _ sender: UInt64) {
+        guard volume.volume.point?.number == point, sender == epoch else { return }
+        guard let grains = volume.volume.nextOutOfSync(limit: 1 + random.below(4)) else {
+            tasks.append { [unowned self] in event(.read(slot: slot, grains: nil, offset: 0, length: 0), sender) }
+            return
+        }
+        let range = volume.volume.geometry.byteRange(grains)
+        let (offset, length) = (Int(range.lowerBound), Int(range.upperBound - range.lowerBound))
+        let index = east.firstIndex { $0 === volume }!
+        let submitted = volume.submit(.read, view: .point, offset: offset, length: length) { [unowned self] request in
+            guard request.error == 0 else { return }
+            let data = Array(UnsafeRawBufferPointer(start: request.buffer, count: length))
+            tasks.append { [unowned self] in
+                guard sender == epoch else { return }
+                handle(.read(slot: slot, grains: grains, offset: UInt64(offset), length: length))
+                send(slot, index, offset, data, sender)
+            }
+        }
+        if !submitted {
+            volume.volume.returnOutOfSync(from: grains.lowerBound)
+            post(index) { [unowned self] volume in drainRead(slot, volume, point, sender) }
+        }
+    }
+
+    // MARK: The link and the secondary
+
+    private func openSession(_ sender: UInt64) {
+        tasks.append { [unowned self] in
+            guard sender == epoch else { return }
+            session = random.next() | 1
+            answerSession(sender, session)
+        }
+    }
+
+    /// The secondary answers once nothing of earlier sessions is under way.
+    private func answerSession(_ sender: UInt64, _ opened: UInt64) {
+        tasks.append { [unowned self] in
+            guard session == opened else { return loseSession(sender) }
+            guard fault == .skipFencing || west.allSatisfy({ $0.volume.modifyingInFlight == 0 }) else {
+                return answerSession(sender, opened)
+            }
+            if sender == epoch { linkSession = opened }
+            event(
+                .sessionOpened(
+                    PeerState(
+                        session: opened, site: "west", lineage: "west",
+                        committed: westPoints.last.map { PointRecord(number: $0, formedAt: 0, committedAt: 0) })),
+                sender)
+        }
+    }
+
+    private func loseSession(_ sender: UInt64) {
+        tasks.append { [unowned self] in event(.sessionFailed("the peer is gone", retry: true), sender) }
+    }
+
+    private func send(_ slot: Int, _ index: Int, _ offset: Int, _ data: [UInt8], _ sender: UInt64) {
+        let opened = linkSession
+        tasks.append { [unowned self] in
+            // The session's end closes its connections: what has not arrived never does.
+            guard session == opened else { return }
+            let zero = !data.contains { $0 != 0 }
+            let accepted = west[index].submit(
+                zero ? .writeZeroes : .write, offset: offset, length: data.count, data: zero ? nil : data
+            ) { [unowned self] request in
+                let failed = request.error != 0
+                tasks.append { [unowned self] in
+                    event(failed ? .linkLost("the peer failed") : .sent(slot: slot), sender)
+                }
+            }
+            if !accepted { send(slot, index, offset, data, sender) }
+        }
+        if fault == .commitEarly { event(.sent(slot: slot), sender) }
+    }
+
+    private func flush(_ sender: UInt64) {
+        let opened = linkSession
+        if fault == .acknowledgeFlushEarly {
+            tasks.append { [unowned self] in event(.flushed, sender) }
+            return
+        }
+        var left = Self.volumes
+        for index in 0..<Self.volumes {
+            tasks.append { [unowned self] in flushOne(index, opened) { [unowned self] in
+                left -= 1
+                if left == 0 { tasks.append { [unowned self] in event(.flushed, sender) } }
+            } }
+        }
+    }
+
+    private func flushOne(_ index: Int, _ opened: UInt64, done: @escaping () -> Void) {
+        guard session == opened else { return }
+        if !west[index].submit(.flush, offset: 0, length: 0, done: { _ in done() }) {
+            tasks.append { [unowned self] in flushOne(index, opened, done: done) }
+        }
+    }
+
+    private func commit(_ number: UInt64, _ previous: UInt64?) {
+        let sender = epoch
+        let opened = linkSession
+        tasks.append { [unowned self] in
+            guard session == opened else { return loseLink() }
+            if westPoints.last != number {
+                guard westPoints.last == previous else {
+                    failure = SimulationFailure("point \(number) comes after \(previous ?? 0), west has \(westPoints.last ?? 0)")
+                    return
+                }
+                if fault != .commitEarly, west.contains(where: { $0.volume.modifyingInFlight > 0 }) {
+                    failure = SimulationFailure("a commit while writes to the intake are under way")
+                    return
+                }
+                take(number)
+            }
+            // The answer may be lost.
+            if random.chance(5) { return loseLink() }
+            tasks.append { [unowned self] in event(.committed(at: Double(now)), sender) }
+        }
+    }
+
+    private func take(_ number: UInt64) {
+        note("point \(number) is committed")
+        commits += 1
+        westPoints.append(number)
+        for index in 0..<Self.volumes { addPoint(number, to: west[index], index, resume: false) }
+        if westPoints.count > 4 {
+            let dropped = westPoints.removeFirst()
+            remembered[dropped] = nil
+            for volume in west { volume.volume.withdrawCopy(CopyID(dropped)) }
+        }
+        for volume in west { volume.pump() }
+    }
+
+    // MARK: Running
+
+    /// Runs `count` steps, then lets everything settle and compares the sites.
+    package func run(steps count: Int) throws(SimulationFailure) {
+        while steps < count { try step(faults: true) }
+        try settle()
+    }
+
+    private func step(faults: Bool) throws(SimulationFailure) {
+        steps += 1
+        now += UInt64(random.below(20_000_000))
+        handle(.tick)
+        switch random.below(10_000) {
+        case ..<1500: hosts.act(self)
+        case ..<4500: east[random.below(Self.volumes)].step(&random)
+        case ..<7000: west[random.below(Self.volumes)].step(&random)
+        case ..<8200: takeMessage()
+        case ..<9900: takeTask()
+        case ..<9905 where faults: crashEast(powerLoss: false)
+        case ..<9908 where faults: crashEast(powerLoss: true)
+        case ..<9913 where faults: crashWest(powerLoss: false)
+        case ..<9920 where faults: crashWest(powerLoss: true)
+        case ..<9926 where faults: loseLink()
+        case ..<9990: readPoint()
+        default: takeTask()
+        }
+        collectEvents()
+        if let failure { throw failure }
+    }
+
+    private func takeMessage() {
+        let index = random.below(Self.volumes)
+        if !mailboxes[index].isEmpty { mailboxes[index].removeFirst()() }
+    }
+
+    private func takeTask() {
+        guard !tasks.isEmpty else { return }
+        tasks.remove(at: random.below(tasks.count))()
+    }
+
+    private func collectEvents() {
+        for volume in east { for event in volume.takeEvents() { note("east: \(event)") } }
+        for volume in west {
+            for case .copyWithdrawn(let id) in volume.takeEvents() {
+                let index = west.firstIndex { $0 === volume }!
+                westCopies[index][id] = nil
+            }
+        }
+    }
+
+    /// Reads one recovery point of both volumes in full, while everything goes on.
+    private func readPoint() {
+        guard let point = westPoints.randomElement(using: &random) else { return }
+        let process = west
+        var images: [[UInt8]?] = [nil, nil]
+        for index in 0..<Self.volumes {
+            guard process[index].volume.retainCopy(CopyID(point)) else { return }
+            _ = process[index].submit(.read, view: .copy(CopyID(point)), offset: 0, length: Self.size) {
+                [unowned self] request in
+                process[index].volume.releaseCopy(CopyID(point))
+                guard request.error == 0 else { return }
+                images[index] = Array(UnsafeRawBufferPointer(start: request.buffer, count: Self.size))
+                if let first = images[0], let second = images[1] { check(point, [first, second]) }
+            }
+        }
+    }
+
+    private func check(_ point: UInt64, _ images: [[UInt8]]) {
+        checks += 1
+        if let before = remembered[point], before != images {
+            failure = SimulationFailure("point \(point) has changed since it was read before")
+            return
+        }
+        if westPoints.contains(point) { remembered[point] = images }
+        if let problem = hosts.brokenCut(images) { failure = SimulationFailure("point \(point) is no closed cut: \(problem)") }
+    }
+
+    /// No more faults: hosts stop, everything under way ends, a last point holds all that was acknowledged.
+    private func settle() throws(SimulationFailure) {
+        hosts.stopped = true
+        let deadline = steps + 200_000
+        while !hosts.isIdle(self) {
+            try step(faults: false)
+            guard steps < deadline else { throw SimulationFailure("hosts wait for ever") }
+        }
+        let wanted = cycle.nextNumber + 1
+        while westPoints.last ?? 0 < wanted {
+            try step(faults: false)
+            guard steps < deadline else {
+                throw SimulationFailure("no point is committed any more: \(cycle.stateName) \(cycle.suspension ?? "")")
+            }
+        }
+        try compareSites(westPoints.last!)
+    }
+
+    private func compareSites(_ point: UInt64) throws(SimulationFailure) {
+        var images: [[UInt8]?] = Array(repeating: nil, count: Self.volumes)
+        for index in 0..<Self.volumes {
+            var submitted = false
+            while images[index] == nil {
+                if !submitted {
+                    submitted = west[index].submit(.read, view: .copy(CopyID(point)), offset: 0, length: Self.size) { request in
+                        images[index] = Array(UnsafeRawBufferPointer(start: request.buffer, count: Self.size))
+                    }
+                }
+                west[index].step(&random)
+            }
+            guard images[index]! == eastFiles[index].cached else {
+                let grain = (0..<Self.grains).first {
+                    images[index]![$0 * Self.grain..<($0 + 1) * Self.grain]
+                        != eastFiles[index].cached[$0 * Self.grain..<($0 + 1) * Self.grain]
+                }!
+                throw SimulationFailure("grain \(grain) of volume \(index) differs at the end: a change was forgotten")
+            }
+        }
+    }
+}
