@@ -357,7 +357,8 @@ struct ConfigurationReader {
         }
         throw fail(
             section, "interval",
-            "is '\(text)'; write a time such as \"500ms\", \"5s\", \"10min\" or \"1h\", \"0s\" for continuously, or \"manual\"")
+            "is '\(text)'; write a time such as \"500ms\", \"5s\", \"10min\" or \"1h\", \"0s\" for continuously, or \"manual\""
+        )
     }
 
     /// "10GiB", "512MiB", "4096" …; bytes.

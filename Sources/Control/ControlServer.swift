@@ -186,16 +186,23 @@ enum Metrics {
             groups.map { ("group=\"\($0.key)\"", value($0.value)) }
         }
         family("lag_seconds", "Age of the newest point that the remote has committed.", each(\.lagSeconds))
-        family("pending_bytes", "Bytes that differ from the newest committed point.", each { $0.pendingBytes.map(Double.init) })
+        family(
+            "pending_bytes", "Bytes that differ from the newest committed point.",
+            each { $0.pendingBytes.map(Double.init) })
         family("point", "Number of the newest committed point.", each { $0.point.map { Double($0.id) } })
         family("rate_bytes_per_second", "Bytes sent to the peer.", each(\.rateBytesPerSecond))
         family("hold_seconds_p99", "Time that acknowledgements were held to form a point.", each(\.holdSecondsP99))
         family(
             "group_state", "1 for the state that the group is in.",
             groups.map { ("group=\"\($0.key)\",state=\"\($0.value.state)\",role=\"\($0.value.role)\"", 1) })
-        family("volume_size_bytes", "Size of the volume.", volumes.map { ("volume=\"\($0.key)\"", Double($0.value.size)) })
-        family("volume_read_bytes", "Bytes read by clients.", volumes.map { ("volume=\"\($0.key)\"", Double($0.value.bytesRead)) })
-        family("volume_written_bytes", "Bytes written by clients.", volumes.map { ("volume=\"\($0.key)\"", Double($0.value.bytesWritten)) })
+        family(
+            "volume_size_bytes", "Size of the volume.", volumes.map { ("volume=\"\($0.key)\"", Double($0.value.size)) })
+        family(
+            "volume_read_bytes", "Bytes read by clients.",
+            volumes.map { ("volume=\"\($0.key)\"", Double($0.value.bytesRead)) })
+        family(
+            "volume_written_bytes", "Bytes written by clients.",
+            volumes.map { ("volume=\"\($0.key)\"", Double($0.value.bytesWritten)) })
         return lines.joined(separator: "\n") + "\n"
     }
 }

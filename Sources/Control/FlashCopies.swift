@@ -54,7 +54,9 @@ extension Site {
         try checkCopyName(request.name)
         for volume in members {
             if volume.record.copies.contains(where: { $0.name == request.name }) {
-                throw SiteError("volume '\(volume.name)' has a FlashCopy '\(request.name)' already; withdraw it or choose another name")
+                throw SiteError(
+                    "volume '\(volume.name)' has a FlashCopy '\(request.name)' already; withdraw it or choose another name"
+                )
             }
             if group(ofVolume: volume.name)?.record.role == .secondary {
                 throw SiteError(
@@ -62,7 +64,8 @@ extension Site {
                         + "use those, or fail over first")
             }
             guard volume.copies.count < Limits.copiesPerVolume - 8 else {
-                throw SiteError("volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit; withdraw some")
+                throw SiteError(
+                    "volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit; withdraw some")
             }
         }
         try await establish(request.name, members)

@@ -113,7 +113,8 @@ extension Site {
         guard ours.map(\.0) == request.volumes.map(\.name) else {
             throw SiteError(
                 "group '\(name)' has the volumes \(ours.map(\.0)) at '\(configuration.site)' and "
-                    + "\(request.volumes.map(\.name)) at '\(request.site)'; make them alike, in the same order", status: 403)
+                    + "\(request.volumes.map(\.name)) at '\(request.site)'; make them alike, in the same order",
+                status: 403)
         }
         for (mine, theirs) in zip(ours, request.volumes) where mine.1 != theirs.size {
             throw SiteError(

@@ -209,7 +209,7 @@ extension Reactor {
         let partial = connection.pointee.payloadRequest >= 0 || connection.pointee.discard > 0
         let answered =
             connection.pointee.requestsInFlight == (connection.pointee.payloadRequest >= 0 ? 1 : 0)
-                + (connection.pointee.refusedRequest >= 0 ? 1 : 0)
+            + (connection.pointee.refusedRequest >= 0 ? 1 : 0)
         if answered, !unparsed || partial { beginClosing(slot) }
     }
 

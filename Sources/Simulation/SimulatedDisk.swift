@@ -223,10 +223,13 @@ final class SimulatedVolume {
     /// The process ends: each I/O under way is done, undone or torn.
     func crash(_ random: inout SeededGenerator) {
         for pending in pending where !pending.applied {
-            let modifies = pending.io.operation == .write || pending.io.operation == .zero || pending.io.operation == .trim
+            let modifies =
+                pending.io.operation == .write || pending.io.operation == .zero || pending.io.operation == .trim
             guard modifies, random.chance(70) else { continue }
             let sectors = (Int(pending.io.length) + SimulatedFile.sector - 1) / SimulatedFile.sector
-            let bytes = random.chance(50) ? Int(pending.io.length) : min(Int(pending.io.length), random.below(sectors + 1) * SimulatedFile.sector)
+            let bytes =
+                random.chance(50)
+                ? Int(pending.io.length) : min(Int(pending.io.length), random.below(sectors + 1) * SimulatedFile.sector)
             _ = apply(pending.io, bytes: bytes)
         }
         pending = []

@@ -61,11 +61,11 @@ package final class World {
     private var targetFiles: [StoreFile] = []
 
     // West.
-    private var westFiles: [SimulatedFile] = []
+    var westFiles: [SimulatedFile] = []
     private var westBitmaps: [(SimulatedBitmap, SimulatedBitmap)] = []
     private var westRoles: [UnsafeMutablePointer<RecordingRoles>] = []
-    private var westCopies: [[CopyID: (SimulatedFile, SimulatedBitmap)]] = []
-    private var westPoints: [UInt64] = []
+    var westCopies: [[CopyID: (SimulatedFile, SimulatedBitmap)]] = []
+    var westPoints: [UInt64] = []
     var west: [SimulatedVolume] = []
     private var session: UInt64 = 0
     /// The session that the primary's connections belong to.
@@ -80,7 +80,7 @@ package final class World {
 
     var hosts: Hosts
     private var remembered: [UInt64: [[UInt8]]] = [:]
-    private var checks = 0
+    package private(set) var checks = 0
     private var failure: SimulationFailure?
 
     package init(seed: UInt64, fault: DeliberateFault? = nil) {
@@ -209,6 +209,11 @@ package final class World {
     }
 
     private func crashWest(powerLoss: Bool) {
+        restartWest(powerLoss: powerLoss, also: [])
+        loseLink()
+    }
+
+    func restartWest(powerLoss: Bool, also bitmaps: [SimulatedBitmap]) {
         note("west \(powerLoss ? "loses power" : "is killed")")
         crashes += 1
         for volume in west { volume.crash(&random) }
@@ -220,9 +225,9 @@ package final class World {
                     copies[id]!.1.losePower(&random)
                 }
             }
+            for bitmap in bitmaps { bitmap.losePower(&random) }
         }
         startWest()
-        loseLink()
     }
 
     private func loseLink() {
@@ -272,10 +277,11 @@ package final class World {
             epoch += 1
             let sender = epoch
             note("the point is given up")
-            everyVolume({ volume in
-                volume.volume.releaseHold()
-                volume.volume.giveUpPoint()
-            }, then: { [unowned self] in event(.gaveUp, sender) })
+            everyVolume(
+                { volume in
+                    volume.volume.releaseHold()
+                    volume.volume.giveUpPoint()
+                }, then: { [unowned self] in event(.gaveUp, sender) })
         case .markAllChanged:
             let sender = epoch
             everyVolume({ $0.volume.markAllChanged() }, then: { [unowned self] in event(.allMarked, sender) })
@@ -317,16 +323,20 @@ package final class World {
         let sender = epoch
         note("point \(number) forms")
         let early = fault == .releaseEarly
-        everyVolumeIndexed({ [unowned self] index, volume in
-            volume.volume.formPoint(
-                number: number, targetFile: targetFiles[index],
-                preserved: eastPreserved[index].bitmap(Self.grains))
-            if early { volume.volume.releaseHold() }
-        }, then: { [unowned self] in
-            everyVolume({ $0.volume.releaseHold() }, then: { [unowned self] in
-                tasks.append { [unowned self] in event(.formed(at: Double(now), intact: true), sender) }
+        everyVolumeIndexed(
+            { [unowned self] index, volume in
+                volume.volume.formPoint(
+                    number: number, targetFile: targetFiles[index],
+                    preserved: eastPreserved[index].bitmap(Self.grains))
+                if early { volume.volume.releaseHold() }
+            },
+            then: { [unowned self] in
+                everyVolume(
+                    { $0.volume.releaseHold() },
+                    then: { [unowned self] in
+                        tasks.append { [unowned self] in event(.formed(at: Double(now), intact: true), sender) }
+                    })
             })
-        })
     }
 
     private func everyVolumeIndexed(_ body: @escaping (Int, SimulatedVolume) -> Void, then done: @escaping () -> Void) {
@@ -437,10 +447,12 @@ package final class World {
         }
         var left = Self.volumes
         for index in 0..<Self.volumes {
-            tasks.append { [unowned self] in flushOne(index, opened) { [unowned self] in
-                left -= 1
-                if left == 0 { tasks.append { [unowned self] in event(.flushed, sender) } }
-            } }
+            tasks.append { [unowned self] in
+                flushOne(index, opened) { [unowned self] in
+                    left -= 1
+                    if left == 0 { tasks.append { [unowned self] in event(.flushed, sender) } }
+                }
+            }
         }
     }
 
@@ -458,7 +470,8 @@ package final class World {
             guard session == opened else { return loseLink() }
             if westPoints.last != number {
                 guard westPoints.last == previous else {
-                    failure = SimulationFailure("point \(number) comes after \(previous ?? 0), west has \(westPoints.last ?? 0)")
+                    failure = SimulationFailure(
+                        "point \(number) comes after \(previous ?? 0), west has \(westPoints.last ?? 0)")
                     return
                 }
                 if fault != .commitEarly, west.contains(where: { $0.volume.modifyingInFlight > 0 }) {
@@ -488,10 +501,13 @@ package final class World {
 
     // MARK: Running
 
-    /// Runs `count` steps, then lets everything settle and compares the sites.
+    /// Runs `count` steps with faults. Then either everything settles and the sites are compared, or the secondary
+    /// takes over from wherever it is; the seed decides.
     package func run(steps count: Int) throws(SimulationFailure) {
         while steps < count { try step(faults: true) }
-        try settle()
+        let settles = random.chance(50)
+        if settles { try settle() }
+        if fault == nil || !settles { try failOver() }
     }
 
     private func step(faults: Bool) throws(SimulationFailure) {
@@ -560,7 +576,9 @@ package final class World {
             return
         }
         if westPoints.contains(point) { remembered[point] = images }
-        if let problem = hosts.brokenCut(images) { failure = SimulationFailure("point \(point) is no closed cut: \(problem)") }
+        if let problem = hosts.brokenCut(images) {
+            failure = SimulationFailure("point \(point) is no closed cut: \(problem)")
+        }
     }
 
     /// No more faults: hosts stop, everything under way ends, a last point holds all that was acknowledged.
@@ -587,7 +605,8 @@ package final class World {
             var submitted = false
             while images[index] == nil {
                 if !submitted {
-                    submitted = west[index].submit(.read, view: .copy(CopyID(point)), offset: 0, length: Self.size) { request in
+                    submitted = west[index].submit(.read, view: .copy(CopyID(point)), offset: 0, length: Self.size) {
+                        request in
                         images[index] = Array(UnsafeRawBufferPointer(start: request.buffer, count: Self.size))
                     }
                 }

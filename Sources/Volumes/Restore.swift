@@ -16,10 +16,10 @@ struct Restore {
     let pending: Bitmap
     let bitmapFile: StoreFile
     var pendingCount: Int
-    /// Bits were cleared since the bitmap was last flushed.
-    var pendingChanged = false
     var cursor = 0
     var stalled = false
+    /// Every bit is clear; the bitmap is being flushed before the restore may be called finished.
+    var finishing = false
 }
 
 extension Volume {
@@ -38,28 +38,38 @@ extension Volume {
         invariant(restore == nil, "one restore at a time")
         invariant(chainIndex(id) != nil, "a restore reads a copy of the chain")
         restore = Restore(
-            copy: id, pending: pending, bitmapFile: bitmapFile, pendingCount: pending.population(),
-            pendingChanged: true)  // what an earlier process cleared may not be durable yet
+            copy: id, pending: pending, bitmapFile: bitmapFile, pendingCount: pending.population())
         pumpBackground()
     }
 
     func markRestored(_ grains: Range<Int>) {
         guard restore != nil else { return }
         restore!.pendingCount -= restore!.pending.clear(grains)
-        restore!.pendingChanged = true
     }
 
     /// Work that nobody waits for: hand-overs, restores.
     func pumpBackground() {
         if chainCount > 0 { advanceWithdrawals() }
         guard let current = restore else { return }
-        if current.pendingCount == 0 {
-            guard !hasJob(.restore) else { return }
-            restore = nil
-            emit(.restoreFinished)
+        if current.pendingCount > 0 {
+            sweepRestore()
+        } else if !current.finishing, !hasJob(.restore) {
+            // Until the cleared bits are durable, the restore goes on for hosts that flush: after power loss a bit that
+            // came back would be restored over what they wrote.
+            restore!.finishing = true
+            issue(flushIO(current.bitmapFile, IOToken(owner: .restoreFlush, slot: 0, generation: 0)))
+        }
+    }
+
+    func completeRestore(_ errno: Int32) {
+        guard errno == 0 else {
+            restore!.stalled = true
+            emit(.restoreFailed(grain: 0, errno: errno))
             return
         }
-        sweepRestore()
+        restore = nil
+        emit(.restoreFinished)
+        advanceWithdrawals()
     }
 
     private func sweepRestore() {

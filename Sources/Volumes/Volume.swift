@@ -232,14 +232,17 @@ package final class Volume {
             completeJob(io.token.slot, io, errno)
         case .copyFlush:
             completeBatchFlush(errno)
+        case .restoreFlush:
+            completeRestore(errno)
         }
     }
 
+    /// A write with FUA may end in a flush, so the I/O decides, not the request.
     private func completeRequest(_ slot: Int32, _ io: StoreIO, _ errno: Int32) {
-        switch requests[Int(slot)].operation {
+        switch io.operation {
         case .flush: completeFlush(slot, errno)
         case .read: completeRead(slot, errno)
-        case .write, .writeZeroes, .trim: completeWrite(slot, errno)
+        case .write, .zero, .trim: completeWrite(slot, errno)
         }
     }
 
@@ -254,9 +257,8 @@ package final class Volume {
         let request = requests + Int(slot)
         request.pointee.state = .issued
         request.pointee.flushesLeft = 1
-        if let restore, restore.pendingChanged {
+        if let restore {
             request.pointee.flushesLeft = 2
-            self.restore!.pendingChanged = false
             issue(flushIO(restore.bitmapFile, token(slot)))
         }
         issue(flushIO(Self.source, token(slot)))
@@ -273,7 +275,6 @@ package final class Volume {
         if errno != 0 {
             // The kernel may have dropped the dirty pages: a later flush must not report what this one lost.
             flushError = errno
-            restore?.pendingChanged = true
         }
         request.pointee.flushesLeft -= 1
         if request.pointee.flushesLeft == 0 { finish(slot, error: flushError) }

@@ -83,7 +83,7 @@ extension Volume {
         request.pointee.state = .waiting
         if request.pointee.cursor < request.pointee.end {
             advanceWrite(slot)
-        } else if request.pointee.fua, restore?.pendingChanged == true {
+        } else if request.pointee.fua, restore != nil {
             issueFlush(slot)  // the record of what was restored is part of the write's durability
         } else {
             finish(slot)

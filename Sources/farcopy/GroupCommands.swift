@@ -60,7 +60,8 @@ struct Suspend: AsyncParsableCommand {
 }
 
 struct Resume: AsyncParsableCommand {
-    static let configuration = CommandConfiguration(abstract: "Go on mirroring after `suspend`, or try a lost link at once.")
+    static let configuration = CommandConfiguration(
+        abstract: "Go on mirroring after `suspend`, or try a lost link at once.")
     @OptionGroup var options: ControlOptions
     @Argument(help: "The group.") var group: String
     func run() async throws { try await simple(options, "/v1/groups/\(encoded(group))/resume") }
@@ -150,7 +151,8 @@ struct FlashCopyCommand: AsyncParsableCommand {
             for report in reports {
                 let reason = report.reason.map { " (\($0))" } ?? ""
                 Output.line(
-                    "\(report.export)\t\(report.createdAt)\t\(report.state)\(reason)\t\(StatusText.bytes(report.preservedBytes)) preserved")
+                    "\(report.export)\t\(report.createdAt)\t\(report.state)\(reason)\t\(StatusText.bytes(report.preservedBytes)) preserved"
+                )
             }
         }
     }

@@ -1,0 +1,71 @@
+# Farcopy: what a developer does often, one word each. `make help` explains.
+
+SWIFT ?= swift
+PREFIX ?= /usr/local
+RELEASE := $(SWIFT) build -c release --quiet
+PYTHON := /usr/bin/python3
+.DEFAULT_GOAL := help
+
+.PHONY: help bootstrap build test test-unit test-simulation test-blackbox demo demo-postgres bench simulate format lint install clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+bootstrap: ## Install the Debian packages that building and testing need
+	@scripts/bootstrap build test
+
+build: ## Build .build/release/farcopy
+	@scripts/bootstrap build
+	$(RELEASE) --product farcopy
+
+test: lint test-unit test-simulation test-blackbox ## Run everything: lint, unit tests, simulation, real clients
+
+test-unit: ## Unit tests of every target
+	@scripts/bootstrap build
+	$(SWIFT) test -c release
+
+test-simulation: ## Two hundred seeds, and every deliberate fault must be caught
+	@scripts/bootstrap build
+	$(RELEASE) --product simulate
+	.build/release/simulate FIRST=1 COUNT=200 STEPS=20000
+	.build/release/simulate CATCH=all
+
+test-blackbox: ## The built program through other people's clients
+	@scripts/bootstrap build test
+	$(RELEASE) --product farcopy
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 $(PYTHON) run.py
+
+demo: ## Two sites, a file system, a live writer, SIGKILL, failover; no root
+	@scripts/bootstrap build test
+	$(RELEASE) --product farcopy
+	scripts/demo
+
+demo-postgres: ## The same with PostgreSQL under pgbench; needs root
+	@scripts/bootstrap build test postgres
+	$(RELEASE) --product farcopy
+	scripts/demo-postgres
+
+bench: ## Compare with nbdkit side by side; prints a table (BENCH_SECONDS, BENCH_ROUNDS)
+	@scripts/bootstrap build test
+	$(RELEASE) --product farcopy
+	scripts/bench
+
+simulate: ## Run seeds: make simulate [SEED=n | FIRST=n COUNT=n] [STEPS=n] [FAULT=name]
+	@scripts/bootstrap build
+	$(RELEASE) --product simulate
+	.build/release/simulate $(foreach name,SEED FIRST COUNT STEPS FAULT,$(if $($(name)),$(name)=$($(name))))
+
+format: ## Format the Swift sources
+	@scripts/bootstrap swift
+	$(SWIFT) format format --in-place --parallel --recursive Package.swift Sources Tests
+
+lint: ## Check the format and the rules of the house
+	@scripts/bootstrap swift
+	$(SWIFT) format lint --strict --parallel --recursive Package.swift Sources Tests
+	@scripts/tidy
+
+install: build ## Install farcopy to $(PREFIX)/bin
+	install -D -m 0755 .build/release/farcopy $(DESTDIR)$(PREFIX)/bin/farcopy
+
+clean: ## Remove what was built
+	rm -rf .build

@@ -1,0 +1,155 @@
+// FailoverPhase.swift: the primary is gone; a recovery point becomes the volumes, and hosts write there while data flows
+// back, through crashes and power loss. The steps are those of Control/Secondary.swift.
+//
+// Must hold: a read gives the point's data or what was written since; an acknowledged write survives the process, a
+// flushed one power loss; when the restore is over, the raw file is the volume; the other points are as they were.
+
+import Volumes
+
+/// What a failed-over volume must hold, sector by sector.
+private struct Model {
+    var now: [UInt8]
+    /// Sectors written since the last flush: power loss may leave any of these values.
+    var possible: [Int: [[UInt8]]] = [:]
+
+    func sector(_ index: Int) -> [UInt8] { Array(now[index * 512..<index * 512 + 512]) }
+}
+
+extension World {
+    /// Fails over to a random point, works there for a while, and checks.
+    func failOver() throws(SimulationFailure) {
+        for volume in east { volume.crash(&random) }
+        for volume in west { while !volume.pending.isEmpty { volume.step(&random) } }
+        guard let point = westPoints.randomElement(using: &random) else { return }
+        note("west fails over to point \(point)")
+        let before = try westPoints.map { number throws(SimulationFailure) in try readNow(number) }
+        let chosen = before[westPoints.firstIndex(of: point)!]
+        var models = chosen.map { Model(now: $0) }
+        let pending = (0..<Self.volumes).map { _ in SimulatedBitmap(bits: Self.grains) }
+        for index in 0..<Self.volumes {
+            west[index].volume.markDifferences(from: CopyID(point), in: pending[index].bitmap(Self.grains))
+            pending[index].flush()
+        }
+        var restoring = Array(repeating: true, count: Self.volumes)
+        takeOver(point, pending, restoring)
+        var operations = 0
+        while operations < 60 || restoring.contains(true) {
+            operations += 1
+            let index = random.below(Self.volumes)
+            for _ in 0..<random.below(30) { west[random.below(Self.volumes)].step(&random) }
+            for volume in 0..<Self.volumes where west[volume].takeEvents().contains(.restoreFinished) {
+                restoring[volume] = false
+            }
+            try act(index, &models[index])
+            if operations < 60, random.chance(6) {
+                try crashAfterFailover(point, pending, restoring, &models, powerLoss: random.chance(50))
+            }
+            guard operations < 100_000 else { throw SimulationFailure("a restore never ends") }
+        }
+        for index in 0..<Self.volumes {
+            while !west[index].pending.isEmpty { west[index].step(&random) }
+            if westFiles[index].cached != models[index].now {
+                throw SimulationFailure("volume \(index) differs from its raw file after the restore")
+            }
+        }
+        for (number, images) in zip(westPoints, before) where try readNow(number) != images {
+            throw SimulationFailure("point \(number) has changed through the failover to point \(point)")
+        }
+    }
+
+    private func takeOver(_ point: UInt64, _ pending: [SimulatedBitmap], _ restoring: [Bool]) {
+        for index in 0..<Self.volumes {
+            west[index].volume.policy = .hostFirst
+            west[index].volume.recording = true
+            if restoring[index] {
+                west[index].volume.startRestore(
+                    from: CopyID(point), pending: pending[index].bitmap(Self.grains),
+                    bitmapFile: west[index].addStore(.bitmap(pending[index])))
+            }
+            west[index].pump()
+        }
+    }
+
+    /// One request, carried through while background work goes on.
+    private func act(_ index: Int, _ model: inout Model) throws(SimulationFailure) {
+        let start = random.below(Self.size / 512) * 512
+        let length = min(Self.size - start, (1 + random.below(24)) * 512)
+        let flushes = random.chance(20)
+        if flushes {
+            _ = try complete(index, .flush, 0, 0, nil)
+            model.possible = [:]
+            return
+        }
+        if random.chance(40) {
+            let data = try complete(index, .read, start, length, nil)
+            guard data == Array(model.now[start..<start + length]) else {
+                throw SimulationFailure("a read of volume \(index) after the failover is wrong")
+            }
+            return
+        }
+        let byte = UInt8(truncatingIfNeeded: random.next())
+        let fua = random.chance(20)
+        _ = try complete(index, .write, start, length, Array(repeating: byte, count: length), fua: fua)
+        for sector in start / 512..<(start + length) / 512 {
+            let old = model.sector(sector)
+            model.possible[sector, default: [old]].append(Array(repeating: byte, count: 512))
+            for offset in 0..<512 { model.now[sector * 512 + offset] = byte }
+            if fua { model.possible[sector] = nil }
+        }
+    }
+
+    private func complete(
+        _ index: Int, _ operation: Request.Operation, _ offset: Int, _ length: Int, _ data: [UInt8]?, fua: Bool = false
+    ) throws(SimulationFailure) -> [UInt8] {
+        var result: [UInt8]?
+        var errno: Int32 = 0
+        let accepted = west[index].submit(operation, offset: offset, length: length, data: data, fua: fua) { request in
+            errno = request.error
+            result =
+                operation == .read ? Array(UnsafeRawBufferPointer(start: request.buffer, count: length)) : []
+        }
+        var waited = 0
+        while accepted, result == nil {
+            west[index].step(&random)
+            waited += 1
+            if waited > 100_000 { throw SimulationFailure("a \(operation) after the failover never ends") }
+        }
+        guard accepted, errno == 0 else { throw SimulationFailure("a \(operation) after the failover fails: \(errno)") }
+        return result!
+    }
+
+    private func crashAfterFailover(
+        _ point: UInt64, _ pending: [SimulatedBitmap], _ restoring: [Bool], _ models: inout [Model], powerLoss: Bool
+    ) throws(SimulationFailure) {
+        restartWest(powerLoss: powerLoss, also: pending)
+        takeOver(point, pending, restoring)
+        for index in 0..<Self.volumes {
+            let found = try complete(index, .read, 0, Self.size, nil)
+            for sector in 0..<Self.size / 512 {
+                let bytes = Array(found[sector * 512..<sector * 512 + 512])
+                if bytes == models[index].sector(sector) { continue }
+                guard powerLoss, models[index].possible[sector]?.contains(bytes) == true else {
+                    throw SimulationFailure(
+                        "sector \(sector) of volume \(index) after \(powerLoss ? "power loss" : "a kill") is neither what "
+                            + "was flushed nor what was written since")
+                }
+            }
+            if powerLoss { models[index] = Model(now: found) }
+        }
+    }
+
+    /// Both images of a recovery point, read in full.
+    private func readNow(_ point: UInt64) throws(SimulationFailure) -> [[UInt8]] {
+        var images: [[UInt8]] = []
+        for index in 0..<Self.volumes {
+            var image: [UInt8]?
+            let accepted = west[index].submit(.read, view: .copy(CopyID(point)), offset: 0, length: Self.size) { request in
+                image = request.error == 0 ? Array(UnsafeRawBufferPointer(start: request.buffer, count: Self.size)) : []
+            }
+            while accepted, image == nil { west[index].step(&random) }
+            guard let image, !image.isEmpty else { throw SimulationFailure("point \(point) cannot be read") }
+            images.append(image)
+        }
+        return images
+    }
+}
