@@ -12,8 +12,9 @@ package enum Limits {
     package static let maximumNameLength = 4096
     /// A handshake that has not finished by then is ended, in seconds.
     package static let handshakeSeconds = 10
-    /// A client that stops in the middle of a payload is ended after this long if others wait for memory, in seconds.
-    package static let stalledPayloadSeconds = 10
+    /// A client that neither sends the rest of a payload nor takes its replies is ended after this long if others wait
+    /// for memory, in seconds.
+    package static let stalledClientSeconds = 10
 
     /// Connections of one reactor, in any phase.
     package static let connectionsPerReactor = 1024
@@ -31,6 +32,8 @@ package enum Limits {
     package static let receiveBuffer = 128 << 10
     /// Replies gathered into one send.
     package static let repliesPerSend = 64
+    /// Payload memory that one connection may hold; a single request may always have what it needs.
+    package static let payloadPerConnection = 32 << 20
     /// Payload memory of one reactor (address space; pages are touched on demand).
     package static let payloadPool = 256 << 20
     /// Memory for copy jobs of one reactor, apart from payloads so that a write can always have its grains preserved.
@@ -55,7 +58,8 @@ package enum Limits {
 
     /// Checks the relations between the bounds; called when a site starts and by a unit test.
     package static func validate() {
-        invariant(maximumPayload <= payloadPool, "one payload fits the payload pool")
+        invariant(maximumPayload <= payloadPerConnection, "one payload fits a connection")
+        invariant(8 * payloadPerConnection <= payloadPool, "one connection cannot take all payload memory")
         invariant(copyJobBytes >= maximumGrain, "a copy job moves at least one grain")
         invariant(
             copyPool >= copyJobBytes, "the copy pool holds at least one job")

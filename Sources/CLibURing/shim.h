@@ -43,7 +43,8 @@ static inline int farcopy_is_tmpfs(int fd) {
     struct statfs facts;
     return fstatfs(fd, &facts) == 0 && facts.f_type == TMPFS_MAGIC;
 }
-static const int farcopy_rwf_dsync = RWF_DSYNC;
+// The field's type differs between versions of the kernel's header.
+static inline void farcopy_make_durable(struct io_uring_sqe *entry) { entry->rw_flags = RWF_DSYNC; }
 static const int farcopy_punch_hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
 static const int farcopy_zero_range = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
 static inline void farcopy_name_thread(const char *name) { prctl(PR_SET_NAME, name); }

@@ -45,13 +45,17 @@ struct Connection {
     /// A WRITE whose payload has not all arrived; -1 = none.
     var payloadRequest: Int32 = -1
     var payloadFilled = 0
-    var payloadSince: UInt64 = 0
     /// Payload bytes of a refused WRITE still to be thrown away, and the request that carries its error.
     var discard = 0
     var refusedRequest: Int32 = -1
 
     // Requests.
     var requestsInFlight = 0
+    /// Payload memory that its requests hold.
+    var payloadBytes = 0
+    /// When bytes last went either way, in nanoseconds of the monotonic clock; kept while it holds a part of a payload
+    /// or has a send under way.
+    var lastProgress: UInt64 = 0
     var disconnecting = false
 
     // Sending.

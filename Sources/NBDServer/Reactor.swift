@@ -335,9 +335,9 @@ package final class Reactor {
                     beginClosing(Int32(slot))
                 }
             case .transmission:
-                if connections[slot].payloadRequest >= 0, !stalledConnections.isEmpty,
-                    now - connections[slot].payloadSince
-                        > UInt64(Limits.stalledPayloadSeconds) * second
+                let waits = connections[slot].payloadRequest >= 0 || connections[slot].sendArmed
+                if waits, !stalledConnections.isEmpty,
+                    now - connections[slot].lastProgress > UInt64(Limits.stalledClientSeconds) * second
                 {
                     beginClosing(Int32(slot))
                 }

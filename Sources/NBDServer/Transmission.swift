@@ -151,19 +151,25 @@ extension Reactor {
             request.pointee.length = 0
         }
         if needsMemory, header.length > 0 {
+            let held = connection.pointee.payloadBytes
+            guard held == 0 || held + Int(header.length) <= Limits.payloadPerConnection else {
+                hosted.volume.releaseRequest(taken)
+                connection.pointee.stall = .replies
+                return false
+            }
             guard let buffer = payloads.take(Int(header.length)) else {
                 hosted.volume.releaseRequest(taken)
                 connection.pointee.stall = .memory
                 return false
             }
             request.pointee.buffer = buffer
+            connection.pointee.payloadBytes += Int(header.length)
         }
         connection.pointee.inputStart += RequestHeader.byteCount
         connection.pointee.requestsInFlight += 1
         if header.payloadLength > 0 {
             connection.pointee.payloadRequest = taken
             connection.pointee.payloadFilled = 0
-            connection.pointee.payloadSince = connection.pointee.openedAt
             let count = min(header.payloadLength, connection.pointee.inputAvailable)
             request.pointee.buffer!.copyMemory(
                 from: connection.pointee.input! + connection.pointee.inputStart, byteCount: count)
@@ -183,7 +189,7 @@ extension Reactor {
         let taken = connection.pointee.payloadRequest
         let request = hosted.volume.request(taken)
         guard connection.pointee.payloadFilled == Int(request.pointee.length) else {
-            connection.pointee.payloadSince = monotonicNanoseconds()
+            connection.pointee.lastProgress = monotonicNanoseconds()
             return false
         }
         connection.pointee.payloadRequest = -1
@@ -227,8 +233,11 @@ extension Reactor {
 
     func freeRequest(_ slot: Int32, _ taken: Int32, _ hosted: HostedVolume) {
         let request = hosted.volume.request(taken)
-        if let buffer = request.pointee.buffer { payloads.give(buffer) }
-        request.pointee.buffer = nil
+        if let buffer = request.pointee.buffer {
+            payloads.give(buffer)
+            request.pointee.buffer = nil
+            connections[Int(slot)].payloadBytes -= Int(request.pointee.length)
+        }
         hosted.volume.releaseRequest(taken)
         connections[Int(slot)].requestsInFlight -= 1
         resourcesFreed = resourcesFreed || !stalledConnections.isEmpty
@@ -298,6 +307,7 @@ extension Reactor {
                 return false
             }
             connection.pointee.sendArmed = true
+            connection.pointee.lastProgress = monotonicNanoseconds()
             ring.send(
                 connection.pointee.socket, &area.pointee.message,
                 UserData(

@@ -87,7 +87,7 @@ package struct Ring: ~Copyable {
     ) {
         let entry = entry()
         io_uring_prep_write(entry, descriptor, buffer, UInt32(length), offset)
-        if durable { entry.pointee.rw_flags = farcopy_rwf_dsync }
+        if durable { farcopy_make_durable(entry) }
         entry.pointee.user_data = userData.rawValue
     }
 

@@ -143,7 +143,8 @@ extension World {
         var images: [[UInt8]] = []
         for index in 0..<Self.volumes {
             var image: [UInt8]?
-            let accepted = west[index].submit(.read, view: .copy(CopyID(point)), offset: 0, length: Self.size) { request in
+            let accepted = west[index].submit(.read, view: .copy(CopyID(point)), offset: 0, length: Self.size) {
+                request in
                 image = request.error == 0 ? Array(UnsafeRawBufferPointer(start: request.buffer, count: Self.size)) : []
             }
             while accepted, image == nil { west[index].step(&random) }

@@ -33,6 +33,34 @@ package struct SimulationFailure: Error, CustomStringConvertible {
     init(_ description: String) { self.description = description }
 }
 
+/// What a step may do.
+private enum Happening: CaseIterable {
+    case host, eastIO, westIO, message, task, killEast, eastPower, killWest, westPower, linkLoss, read
+
+    /// Out of about ten thousand.
+    var usualWeight: Int {
+        switch self {
+        case .host: 1500
+        case .eastIO: 3000
+        case .westIO: 2500
+        case .message: 1200
+        case .task: 1700
+        case .killEast, .killWest: 5
+        case .eastPower: 3
+        case .westPower: 7
+        case .linkLoss: 8
+        case .read: 70
+        }
+    }
+
+    var isFault: Bool {
+        switch self {
+        case .killEast, .eastPower, .killWest, .westPower, .linkLoss: true
+        default: false
+        }
+    }
+}
+
 package final class World {
     static let grain = 4096
     static let grains = 24
@@ -41,6 +69,9 @@ package final class World {
     static let chains = 4
 
     var random: SeededGenerator
+    /// Each seed has its own mix: some disks are slow, some links bad, some hosts busy.
+    private let weights: [Int]
+    private let quietWeights: [Int]
     let fault: DeliberateFault?
     var now: UInt64 = 0
     package private(set) var trace: [String] = []
@@ -84,7 +115,13 @@ package final class World {
     private var failure: SimulationFailure?
 
     package init(seed: UInt64, fault: DeliberateFault? = nil) {
-        random = SeededGenerator(seed: seed)
+        var generator = SeededGenerator(seed: seed)
+        weights = Happening.allCases.map { happening in
+            let factors = happening.isFault ? [0, 1, 2, 5] : [1, 2, 4, 8]
+            return happening.usualWeight * factors[generator.below(4)]
+        }
+        quietWeights = Happening.allCases.map { $0.isFault ? 0 : $0.usualWeight }
+        random = generator
         self.fault = fault
         copyMemory = .allocate(byteCount: 8 << 20, alignment: 4096)
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
@@ -514,22 +551,31 @@ package final class World {
         steps += 1
         now += UInt64(random.below(20_000_000))
         handle(.tick)
-        switch random.below(10_000) {
-        case ..<1500: hosts.act(self)
-        case ..<4500: east[random.below(Self.volumes)].step(&random)
-        case ..<7000: west[random.below(Self.volumes)].step(&random)
-        case ..<8200: takeMessage()
-        case ..<9900: takeTask()
-        case ..<9905 where faults: crashEast(powerLoss: false)
-        case ..<9908 where faults: crashEast(powerLoss: true)
-        case ..<9913 where faults: crashWest(powerLoss: false)
-        case ..<9920 where faults: crashWest(powerLoss: true)
-        case ..<9926 where faults: loseLink()
-        case ..<9990: readPoint()
-        default: takeTask()
+        switch choose(faults) {
+        case .host: hosts.act(self)
+        case .eastIO: east[random.below(Self.volumes)].step(&random)
+        case .westIO: west[random.below(Self.volumes)].step(&random)
+        case .message: takeMessage()
+        case .task: takeTask()
+        case .killEast: crashEast(powerLoss: false)
+        case .eastPower: crashEast(powerLoss: true)
+        case .killWest: crashWest(powerLoss: false)
+        case .westPower: crashWest(powerLoss: true)
+        case .linkLoss: loseLink()
+        case .read: readPoint()
         }
         collectEvents()
         if let failure { throw failure }
+    }
+
+    private func choose(_ faults: Bool) -> Happening {
+        let weights = faults ? weights : quietWeights
+        var left = random.below(weights.reduce(0, +))
+        for (happening, weight) in zip(Happening.allCases, weights) {
+            if left < weight { return happening }
+            left -= weight
+        }
+        return .task
     }
 
     private func takeMessage() {

@@ -79,7 +79,8 @@ struct Simulate {
                     return true
                 }
             }
-            print("\(fault.rawValue): \(caught.map { "caught by seed \($0)" } ?? "NOT caught in \(seedsToCatch) seeds")")
+            print(
+                "\(fault.rawValue): \(caught.map { "caught by seed \($0)" } ?? "NOT caught in \(seedsToCatch) seeds")")
             if caught == nil { missed = true }
         }
         exit(missed ? 1 : 0)

@@ -1,5 +1,7 @@
 """Sites for the black-box tests: real processes, in a directory of their own, gone when the test ends."""
 
+import ctypes
+import faulthandler
 import json
 import os
 import shutil
@@ -22,6 +24,11 @@ def run(*words, check=True, timeout=120, **options):
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done
+
+
+def die_with_parent():
+    """Runs in the child: a test that is itself killed leaves no server behind (prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Site:
@@ -56,7 +63,7 @@ listen = [{listen}]
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 [FARCOPY, "serve", "--config", self.config], stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=log, text=True)
+                stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=die_with_parent)
         if wait:
             line = self.process.stdout.readline()
             if line != "ready\n":
@@ -145,6 +152,8 @@ class SiteTest(unittest.TestCase):
     """Gives each test a directory and ends its sites whatever happens."""
 
     def setUp(self):
+        faulthandler.dump_traceback_later(240, exit=True)
+        self.addCleanup(faulthandler.cancel_dump_traceback_later)
         self.directory = tempfile.mkdtemp(prefix="farcopy-test-", dir=os.environ.get("TMPDIR", "/tmp"))
         self.sites = []
         self.addCleanup(self.clean_up)
