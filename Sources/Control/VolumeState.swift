@@ -42,6 +42,9 @@ final class VolumeState {
         try StateDirectory.makeDirectory(directory)
         try StateDirectory.makeDirectory("\(directory)/copies")
         source = try OpenFile(path: entry.path, flags: O_RDWR | O_CREAT)
+        guard source.tryLock() else {
+            throw SiteError("volume '\(entry.name)': \(entry.path) is served by another farcopy process")
+        }
         if try source.isRegularFile(), try source.size() == 0, let size = entry.size {
             try source.truncate(to: size)
             try source.synchronize()

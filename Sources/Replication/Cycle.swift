@@ -40,7 +40,8 @@ package struct Cycle {
         case sessionFailed(String, retry: Bool)
         case linkLost(String)
         case allMarked
-        case prepared
+        /// `changed`: some volume was written to since the last point.
+        case prepared(changed: Bool)
         /// Every volume has formed, and acknowledgements go again; `intact`: none let go before all had formed.
         case formed(at: Double, intact: Bool)
         case read(slot: Int, grains: Range<Int>?, offset: UInt64, length: Int)
@@ -125,8 +126,10 @@ package struct Cycle {
     /// A link lost for longer than this ends the point that is held, so that its target stops growing.
     package static let heldLimit: UInt64 = 30_000_000_000
     private var lostAt: UInt64?
-    /// Continuous cycles form at most one point in this time, so that an idle group costs little.
+    /// Continuous cycles form at most one point in this time, and while nothing changes one in the longer time.
     package static let shortestCycle: UInt64 = 50_000_000
+    package static let longestIdle: UInt64 = 1_000_000_000
+    private var formedAt: UInt64 = 0
 
     package init(record: GroupRecord, settings: Settings) {
         self.record = record
@@ -175,7 +178,7 @@ package struct Cycle {
         switch state {
         case .offline(_, let retryAt): retryAt
         case .idle:
-            if requested { 0 } else if settings.interval == .manual { nil } else { dueAt }
+            if requested { 0 } else if waitsForCommand { nil } else { dueAt }
         default: nil
         }
     }
@@ -197,7 +200,13 @@ package struct Cycle {
         case (.connecting, .sessionFailed(let reason, let retry)):
             return failed(reason, retry: retry, now)
         case (.marking(let peer), .allMarked): return marked(peer, now)
-        case (.preparing(let number), .prepared):
+        case (.preparing(let number), .prepared(let changed)):
+            guard changed || isWanted(now) else {
+                state = .idle
+                return []
+            }
+            requested = false
+            formedAt = now
             record.forming = number
             record.lastNumber = number
             state = .forming(number)
@@ -327,8 +336,7 @@ package struct Cycle {
             }
             state = .connecting
             return [.openSession]
-        case .idle where requested || (settings.interval != .manual && now >= dueAt):
-            requested = false
+        case .idle where requested || (!waitsForCommand && now >= dueAt):
             switch settings.interval {
             case .continuous: dueAt = now + Self.shortestCycle
             case .every(let nanoseconds): dueAt = now + nanoseconds
@@ -339,6 +347,16 @@ package struct Cycle {
             return [.prepare(number: number)]
         default: return []
         }
+    }
+
+    /// The first copy is made unasked.
+    private var waitsForCommand: Bool { settings.interval == .manual && record.lastCommitted != nil }
+
+    /// Whether a point is due although nothing has changed: only continuous cycles leave such points out, so that an idle
+    /// group does not push its recovery points out of retention, and even these form one often enough to tell the lag.
+    private func isWanted(_ now: UInt64) -> Bool {
+        requested || settings.interval != .continuous || record.lastCommitted == nil
+            || now - formedAt >= Self.longestIdle
     }
 
     private mutating func becomeIdle(_ now: UInt64, due: UInt64? = nil) -> [Action] {

@@ -76,7 +76,7 @@ package final class Replicator: Sendable {
         case opened(PeerState, exports: [String], epoch: UInt64)
         case drained(slot: Int, DrainRead.Answer, epoch: UInt64)
         /// No reactor holds the point before any more.
-        case released(epoch: UInt64)
+        case released(changed: Bool, epoch: UInt64)
         case wait(@Sendable (Result<PointRecord, ReplicationRefusal>) -> Void)
         case stop(@Sendable () -> Void)
     }
@@ -269,8 +269,8 @@ private final class ReplicatorThread {
             case .drained(let slot, let answer, let sender):
                 readsInFlight -= 1
                 if sender == epoch { drained(slot, answer) }
-            case .released(let sender):
-                if sender == epoch { clearPreserved() }
+            case .released(let changed, let sender):
+                if sender == epoch { clearPreserved(changed: changed) }
             case .wait(let answer):
                 if let reason = cycle.suspension {
                     answer(.failure(ReplicationRefusal("the group is suspended: \(reason)")))
@@ -419,16 +419,16 @@ private final class ReplicatorThread {
     private func prepare() {
         let mailbox = replicator.mailbox
         let sender = epoch
-        onEveryVolume { _, _ in
-            true
-        } done: { _ in
-            mailbox.send(.released(epoch: sender))
+        onEveryVolume { reactor, volume in
+            reactor.hosted(volume.number).volume.changedGrains == 0
+        } done: { unchanged in
+            mailbox.send(.released(changed: !unchanged, epoch: sender))
         }
     }
 
-    private func clearPreserved() {
+    private func clearPreserved(changed: Bool) {
         for volume in configuration.volumes { volume.preservedBitmap.clearAll() }
-        handle(.prepared)
+        handle(.prepared(changed: changed))
     }
 
     private func onEveryVolume(

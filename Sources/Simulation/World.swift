@@ -350,7 +350,7 @@ package final class World {
         let clear: () -> Void = { [unowned self] in
             guard sender == epoch else { return }
             for bitmap in eastPreserved { bitmap.bitmap(Self.grains).clearAll() }
-            handle(.prepared)
+            handle(.prepared(changed: east.contains { $0.volume.changedGrains > 0 }))
         }
         if fault == .prepareWithoutBarrier { return tasks.append(clear) }
         everyVolume({ _ in }, then: { [unowned self] in tasks.append(clear) })
