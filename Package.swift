@@ -61,6 +61,13 @@ let package = Package(
             dependencies: ["Simulation"], swiftSettings: strict),
 
         .testTarget(name: "BaseTests", dependencies: ["Base"], swiftSettings: strict),
+        .testTarget(name: "NBDProtocolTests", dependencies: ["NBDProtocol"], swiftSettings: strict),
+        .testTarget(name: "VolumesTests", dependencies: ["Volumes"], swiftSettings: strict),
+        .testTarget(name: "RingTests", dependencies: ["Ring"], swiftSettings: strict),
+        .testTarget(name: "NBDServerTests", dependencies: ["NBDServer", "NBDProtocol"], swiftSettings: strict),
+        .testTarget(name: "ReplicationTests", dependencies: ["Replication"], swiftSettings: strict),
+        .testTarget(name: "ControlTests", dependencies: ["Control"], swiftSettings: control),
+        .testTarget(name: "SimulationTests", dependencies: ["Simulation"], swiftSettings: strict),
     ],
     swiftLanguageModes: [.v6]
 )

@@ -1,9 +1,6 @@
 // What Swift cannot import from liburing and glibc: macros that mention enumerators, variadic functions, and
 // functions that glibc shows only with _GNU_SOURCE.
 #pragma once
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>

@@ -1,0 +1,88 @@
+import Control
+import Glibc
+import Testing
+
+private let good = """
+    [site]
+    name = "east"
+    state = "/var/lib/farcopy"
+    control = ["unix:/run/farcopy/control.sock", "127.0.0.1:7433"]
+
+    [nbd]
+    listen = ["unix:/run/farcopy/nbd.sock", "[::1]:10809"]
+
+    [volumes.orders]
+    path = "/srv/orders.img"
+    size = "10GiB"
+
+    [volumes.orders-wal]
+    path = "/dev/vg/wal"
+
+    [groups.shop]
+    volumes = ["orders", "orders-wal"]
+    role = "primary"
+    peer = "west"
+    mode = "flashcopy"
+    interval = "0s"
+    keep = 3
+
+    [peers.west]
+    nbd = "west.example:10809"
+    control = "unix:/run/farcopy-west/control.sock"
+    """
+
+@Test("a whole file is understood")
+func wholeFile() throws {
+    let configuration = try Configuration(text: good, path: "site.toml")
+    #expect(configuration.site == "east" && configuration.volumes.map(\.name) == ["orders", "orders-wal"])
+    #expect(configuration.volumes[0].size == 10 << 30 && configuration.volumes[1].size == nil)
+    #expect(configuration.groups[0].interval == .continuous && configuration.groups[0].keep == 3)
+    #expect(configuration.peers["west"]?.nbd == .tcp(host: "west.example", port: 10809))
+    #expect(configuration.listen[1] == .tcp(host: "::1", port: 10809))
+}
+
+@Test(
+    "errors name file, line and key",
+    arguments: [
+        ("keep = 3", "keeps = 3", "site.toml:22: unknown key 'groups.shop.keeps'"),
+        ("size = \"10GiB\"", "size = \"ten\"", "site.toml:11: volumes.orders.size is 'ten'"),
+        ("interval = \"0s\"", "interval = \"5 parsecs\"", "site.toml:21: groups.shop.interval"),
+        ("[volumes.orders]", "[volumes.\"a/b\"]", "has the name 'a/b'"),
+        ("role = \"primary\"", "", "site.toml:16: groups.shop.role is missing"),
+        ("nbd = \"west.example:10809\"", "nbd = \"west.example\"", "site.toml:25: peers.west.nbd"),
+    ])
+func errors(old: String, new: String, expected: String) {
+    #expect {
+        _ = try Configuration(text: good.replacing(old, with: new), path: "site.toml")
+    } throws: { "\($0)".contains(expected) }
+}
+
+@Test("sizes")
+func sizes() {
+    #expect(parseSize("4096") == 4096 && parseSize("1.5KiB") == 1536 && parseSize("2TiB") == 2 << 40)
+    for wrong in ["", "x", "-1KiB", "99999999999PiB", "1kb", "nanKiB"] { #expect(parseSize(wrong) == nil) }
+}
+
+@Test("a record survives a torn write of either copy, and says so when both are broken")
+func durableRecord() throws {
+    let path = "/tmp/farcopy-record-\(getpid())"
+    defer { unlink(path) }
+    var value: [String]?
+    let record = try DurableRecord<[String]>(path: path, value: &value)
+    #expect(value == nil)
+    for number in 1...4 { try record.save(["value", "\(number)"]) }
+    func broken(_ offsets: [Int]) throws -> [String]? {
+        let file = fopen(path, "r+")!
+        for offset in offsets {
+            fseek(file, offset, SEEK_SET)
+            fputc(0x7F, file)
+        }
+        fclose(file)
+        var found: [String]?
+        _ = try DurableRecord<[String]>(path: path, value: &found)
+        return found
+    }
+    #expect(try broken([]) == ["value", "4"])
+    #expect(try broken([36]) == ["value", "3"], "the newest copy is torn, the one before counts")
+    #expect(throws: SiteError.self) { _ = try broken([(256 << 10) + 36]) }
+}

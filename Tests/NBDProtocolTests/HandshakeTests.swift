@@ -1,0 +1,104 @@
+import NBDProtocol
+import Testing
+
+private struct OneExport: ExportCatalog {
+    func exportNames() -> [String] { ["disk"] }
+    func describe(export name: String) -> ExportDescription? {
+        name == "disk" ? ExportDescription(name: name, size: 4096, flags: [.hasFlags]) : nil
+    }
+}
+
+private func option(_ number: UInt32, _ data: [UInt8] = []) -> [UInt8] {
+    var bytes: [UInt8] = []
+    bytes.appendBigEndian(IHAVEOPT)
+    bytes.appendBigEndian(number)
+    bytes.appendBigEndian(UInt32(data.count))
+    return bytes + data
+}
+
+private let clientFlags: [UInt8] = [0, 0, 0, 3]
+private let go: [UInt8] = [0, 0, 0, 4] + Array("disk".utf8) + [0, 0]
+
+/// Replies as (option, type) pairs, and what else happened.
+private func feed(_ bytes: [UInt8], pieces: Int = .max) -> (replies: [UInt32], started: Bool, closed: Bool, unread: Int)
+{
+    var machine = Handshake()
+    var output: [UInt8] = []
+    var started = false
+    var closed = false
+    var rest = bytes[...]
+    while !rest.isEmpty, !started, !closed {
+        let piece = Array(rest.prefix(pieces))
+        rest = rest.dropFirst(piece.count)
+        for action in piece.withUnsafeBytes({ machine.receive($0, catalog: OneExport()) }) {
+            switch action {
+            case .send(let sent): output += sent
+            case .start: started = true
+            case .close: closed = true
+            }
+        }
+    }
+    var types: [UInt32] = []
+    var at = 0
+    while at + 20 <= output.count {
+        func word(_ offset: Int) -> UInt32 { output[at + offset..<at + offset + 4].reduce(0) { $0 << 8 | UInt32($1) } }
+        types.append(word(12))
+        at += 20 + Int(word(16))
+    }
+    return (types, started, closed, machine.unread.count + rest.count)
+}
+
+@Test(
+    "B3 unknown option: payload skipped, ERR_UNSUP, next option still parsed, however the bytes are cut",
+    arguments: [1, 3, 7, 1000])
+func unknownOption(pieces: Int) {
+    let result = feed(
+        clientFlags + option(0x765_4321, [1, 2, 3, 4]) + option(NBD_OPT_GO, go) + [9, 9], pieces: pieces)
+    #expect(result.replies == [NBD_REP_ERR_UNSUP, NBD_REP_INFO, NBD_REP_ACK])
+    #expect(result.started)
+    #expect(result.unread == 2, "what follows belongs to the transmission phase")
+}
+
+@Test("C6.1 inconsistent lengths of INFO are invalid and the session stays in step")
+func malformedInfo() {
+    let malformed: [[UInt8]] = [[], [0, 0, 0, 9, 1, 2], go + [1], [255, 255, 255, 255, 0, 0], [0, 0, 0, 1, 0, 0, 0]]
+    let bytes = malformed.flatMap { option(NBD_OPT_INFO, $0) } + option(NBD_OPT_ABORT)
+    let result = feed(clientFlags + bytes)
+    #expect(result.replies == Array(repeating: NBD_REP_ERR_INVALID, count: malformed.count) + [NBD_REP_ACK])
+    #expect(result.closed)
+}
+
+@Test("A3 unknown client flags, and B1 wrong magic, end the connection")
+func violations() {
+    #expect(feed([0, 0, 0, 4]).closed)
+    #expect(feed(clientFlags + Array(repeating: 7, count: 16)).closed)
+}
+
+@Test("H2 a claimed length takes no memory: too long is skipped, absurd ends the connection")
+func hugeOptions() {
+    var claimed = option(NBD_OPT_GO)
+    claimed.replaceSubrange(12..<16, with: [255, 255, 255, 255])
+    #expect(feed(clientFlags + claimed).closed)
+    let skipped = feed(clientFlags + option(NBD_OPT_INFO, Array(repeating: 0, count: 100_000)) + option(NBD_OPT_ABORT))
+    #expect(skipped.replies == [NBD_REP_ERR_TOO_BIG, NBD_REP_ACK])
+}
+
+@Test("A5 without fixed newstyle only EXPORT_NAME is spoken")
+func oldClient() {
+    #expect(feed([0, 0, 0, 0] + option(NBD_OPT_LIST)).closed)
+    #expect(feed([0, 0, 0, 0] + option(NBD_OPT_EXPORT_NAME, Array("disk".utf8))).started)
+}
+
+@Test("random bytes never start a transmission and never trap")
+func noise() {
+    var generator = SystemRandomNumberGenerator()
+    for _ in 0..<2000 {
+        var bytes =
+            clientFlags
+            + option(
+                UInt32.random(in: 0...12),
+                (0..<Int.random(in: 0...40)).map { _ in UInt8.random(in: 0...255, using: &generator) })
+        if Bool.random() { bytes[Int.random(in: 0..<bytes.count)] ^= UInt8.random(in: 1...255) }
+        #expect(!feed(bytes, pieces: Int.random(in: 1...50)).started)
+    }
+}

@@ -1,0 +1,97 @@
+import Replication
+import Testing
+
+private func primary(_ change: (inout GroupRecord) -> Void = { _ in }) -> Cycle {
+    var record = GroupRecord(role: .primary, generation: "one")
+    record.lineage = "L"
+    change(&record)
+    return Cycle(record: record, settings: Cycle.Settings(interval: .continuous, volumes: 1, window: 2))
+}
+
+private func peer(_ number: UInt64?, lineage: String = "L") -> Cycle.Event {
+    .sessionOpened(
+        PeerState(
+            session: 1, site: "west", lineage: lineage, committed: number.map { PointRecord(number: $0, formedAt: 1) }))
+}
+
+@Test("the intent is recorded before the first volume forms, the point before it is drained")
+func orderOfRecords() {
+    var cycle = primary()
+    #expect(cycle.start(now: 0) == [.openSession])
+    var actions = cycle.handle(peer(nil), now: 1)
+    #expect(actions.last == .prepare(number: 1))
+    actions = cycle.handle(.prepared(changed: true), now: 2)
+    guard case .save(let intent) = actions.first else { return #expect(Bool(false), "the intent is saved first") }
+    #expect(intent.forming == 1 && intent.held == nil && actions.dropFirst().first == .form(number: 1))
+    actions = cycle.handle(.formed(at: 5, intact: true), now: 3)
+    guard case .save(let held) = actions.first else { return #expect(Bool(false), "the point is saved first") }
+    #expect(held.forming == nil && held.held?.number == 1)
+    #expect(actions.dropFirst() == [.drain(.read(slot: 0, volume: 0)), .drain(.read(slot: 1, volume: 0))])
+}
+
+@Test("a point that was half formed at a crash is given up, a held one is drained again")
+func restart() {
+    var forming = primary { $0.forming = 4 }
+    #expect(forming.start(now: 0) == [.giveUp])
+    var held = primary {
+        $0.held = PointRecord(number: 4, formedAt: 1)
+        $0.lastNumber = 4
+        $0.lastCommitted = PointRecord(number: 3, formedAt: 0)
+    }
+    _ = held.start(now: 0)
+    let actions = held.handle(peer(3), now: 1)
+    #expect(actions.contains(.rewind) && actions.contains(.drain(.read(slot: 0, volume: 0))))
+}
+
+@Test("a commit whose answer was lost is found out, not repeated")
+func lostAnswer() {
+    var cycle = primary {
+        $0.held = PointRecord(number: 4, formedAt: 1)
+        $0.lastNumber = 4
+        $0.lastCommitted = PointRecord(number: 3, formedAt: 0)
+    }
+    _ = cycle.start(now: 0)
+    #expect(cycle.handle(peer(4), now: 1) == [.giveUp])
+    _ = cycle.handle(.gaveUp, now: 2)
+    #expect(cycle.record.lastCommitted?.number == 4 && cycle.record.held == nil)
+}
+
+@Test("a secondary that the bitmaps say nothing about is copied in full, and recorded only once all is marked")
+func otherLineage() {
+    var cycle = primary { $0.lastCommitted = PointRecord(number: 3, formedAt: 0) }
+    _ = cycle.start(now: 0)
+    #expect(cycle.handle(peer(nil, lineage: "new"), now: 1) == [.markAllChanged])
+    #expect(cycle.record.lineage == "L")
+    _ = cycle.handle(.allMarked, now: 2)
+    #expect(cycle.record.lineage == "new" && cycle.record.lastCommitted == nil)
+}
+
+@Test("a peer whose points are not ours stops the group with a reason")
+func foreignPoints() {
+    var cycle = primary {
+        $0.lastCommitted = PointRecord(number: 3, formedAt: 0)
+        $0.lastNumber = 3
+    }
+    _ = cycle.start(now: 0)
+    #expect(cycle.handle(peer(2), now: 1).contains(.giveUp))
+    _ = cycle.handle(.gaveUp, now: 2)
+    #expect(cycle.stateName == "suspended")
+    #expect(cycle.suspension!.contains("newest point is 2 where 3 is expected"))
+}
+
+@Test("bits are cleared only for data acknowledged before the flush began")
+func drainClearsBehindTheFlush() {
+    var drain = Drain(volumes: 1, window: 2, checkpointBytes: 100)
+    #expect(drain.start().count == 2)
+    _ = drain.didRead(slot: 0, grains: 0..<1, offset: 0, length: 100)
+    _ = drain.didRead(slot: 1, grains: 1..<2, offset: 100, length: 100)
+    #expect(drain.didSend(slot: 0).contains(.flush))
+    let late = drain.didSend(slot: 1)
+    #expect(!late.contains(.flush), "one flush at a time")
+    let flushed = drain.didFlush()
+    #expect(flushed.first == .clear([VolumeRun(volume: 0, grains: 0..<1)]))
+    #expect(flushed.contains(.flush), "the second run has a flush of its own")
+    _ = drain.didRead(slot: 0, grains: nil, offset: 0, length: 0)
+    _ = drain.didRead(slot: 1, grains: nil, offset: 0, length: 0)
+    #expect(drain.didFlush() == [.clear([VolumeRun(volume: 0, grains: 1..<2)]), .finished])
+}
