@@ -24,7 +24,7 @@ package struct ControlServer: Sendable {
             case .tcp(let host, let port): .hostname(host, port: Int(port))
             }
         var quiet = logger
-        quiet.logLevel = .error
+        quiet.logLevel = .critical  // it calls the end of its listener an error
         let application = Application(
             router: router(), configuration: .init(address: bind, serverName: nil),
             onServerRunning: { _ in ready() }, logger: quiet)

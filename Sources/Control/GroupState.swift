@@ -35,6 +35,9 @@ final class GroupState {
 
     func save() throws { try file.withLock { try $0.save(record) } }
 
+    /// What the records of its volumes say while they are served in it.
+    var servedAs: String { "\(record.role.rawValue) \(entry.name)" }
+
     /// Whether this site is the group's primary and sends to a peer.
     var isMirroring: Bool { record.role == .primary && record.failedOver == nil }
 

@@ -294,6 +294,8 @@ extension Site {
                 hosted.volume.recording = true
                 hosted.writable = true
             }
+            volume.record.servedAs = group.servedAs
+            try volume.recordFile.save(volume.record)
             await publish(volume, group)
         }
     }

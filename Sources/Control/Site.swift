@@ -71,10 +71,10 @@ package actor Site {
         listenForEvents()
         for entry in configuration.groups { try openGroup(entry) }
         for (index, entry) in configuration.volumes.enumerated() {
-            let volume = try VolumeState(entry, state: state, reactor: reactors[index % count])
-            volumes[entry.name] = volume
-            try await host(volume, trusted: trusted)
+            volumes[entry.name] = try VolumeState(entry, state: state, reactor: reactors[index % count])
         }
+        for group in groups.values { try renewIfServedElsewhere(group) }
+        for entry in configuration.volumes { try await host(volumes[entry.name]!, trusted: trusted) }
         try siteRecordFile.save(siteRecord)
         for address in configuration.listen {
             for socket in try ListeningSocket.open(address) {
@@ -109,6 +109,22 @@ package actor Site {
             try file.save(record)
         }
         groups[entry.name] = GroupState(entry: entry, record: record, file: file)
+    }
+
+    /// A secondary that hosts have written to is no copy of anything: it begins anew, with a lineage that tells the
+    /// primary to send everything.
+    private func renewIfServedElsewhere(_ group: GroupState) throws {
+        guard group.record.role == .secondary,
+            group.entry.volumes.contains(where: { volumes[$0]?.record.servedAs != group.servedAs })
+        else { return }
+        if !group.record.points.isEmpty {
+            note(
+                group.entry.name,
+                "a volume was served outside the group; its recovery points are void, and everything is copied anew")
+        }
+        group.record.points = []
+        group.record.lineage = randomIdentity()
+        try group.save()
     }
 
     private func host(_ volume: VolumeState, trusted: Bool) async throws {
@@ -186,6 +202,7 @@ package actor Site {
         let record = group?.record
         let isSecondary = record?.role == .secondary
         let isPrimary = record?.role == .primary
+        let recorded = volume.record.servedAs == group?.servedAs
         let held = trusted ? record?.held?.number : nil
         let (target, bitmap, count) = (volume.pointTarget, volume.pointBitmap, volume.geometry.grainCount)
         volume.pointTargetFile = await volume.reactor.run { reactor in
@@ -194,7 +211,7 @@ package actor Site {
             hosted.writable = !isSecondary
             hosted.volume.policy = isSecondary ? .copiesFirst : .hostFirst
             hosted.volume.recording = isPrimary
-            if !trusted, isPrimary { hosted.volume.markAllChanged() }
+            if !trusted || !recorded, isPrimary { hosted.volume.markAllChanged() }
             if isPrimary, let held {
                 hosted.volume.resumePoint(
                     number: held, targetFile: targetFile,
@@ -203,6 +220,10 @@ package actor Site {
                 hosted.volume.mergeOutOfSync()
             }
             return targetFile
+        }
+        if !recorded {
+            volume.record.servedAs = group?.servedAs
+            try volume.recordFile.save(volume.record)
         }
         if !trusted, let group, group.record.held != nil || group.record.forming != nil {
             group.record.held = nil

@@ -40,6 +40,9 @@ struct VolumeRecord: Codable, Sendable {
     var grain: Int
     var copies: [Copy] = []
     var nextCopy: Int64 = 1
+    /// Role and group that it was served in last, "primary shop"; nil = in none. Bitmaps and recovery points of a group
+    /// say nothing about a volume that was written to outside it.
+    var servedAs: String?
 }
 
 struct StateDirectory: Sendable {

@@ -10,7 +10,7 @@ final class ThreadExecutor: SerialExecutor {
 
     init(name: String) throws {
         wake = try Mailbox<Void>()
-        startThread(name: name) { [unowned self] in self.run() }
+        startThread(name: name) { [self] in run() }
     }
 
     func enqueue(_ job: consuming ExecutorJob) {
@@ -22,7 +22,7 @@ final class ThreadExecutor: SerialExecutor {
         if first { wake.send(()) }
     }
 
-    /// The executor lives as long as the process.
+    /// The thread holds the executor: both live as long as the process.
     private func run() {
         var entry = pollfd(fd: wake.eventDescriptor, events: Int16(POLLIN), revents: 0)
         while true {

@@ -181,7 +181,10 @@ extension Reactor {
         let connection = connections + Int(slot)
         connection.pointee.idlePolls = 0
         if connection.pointee.payloadRequest >= 0 {
-            connection.pointee.payloadFilled += count
+            let request = hosted(connection.pointee.volume).volume.request(connection.pointee.payloadRequest)
+            let missing = Int(request.pointee.length) - connection.pointee.payloadFilled
+            connection.pointee.payloadFilled += min(missing, count)
+            connection.pointee.inputEnd += max(0, count - missing)
             payloadProgress(slot)
         } else {
             connection.pointee.inputEnd += count
@@ -243,36 +246,61 @@ extension Reactor {
         }
     }
 
+    /// Receives made for one connection before its requests are carried out and answered together.
+    private static let receivesPerTurn = 16
+
     /// False when the connection is to leave the list.
     private func poll(_ slot: Int32) -> Bool {
         let connection = connections + Int(slot)
-        guard connection.pointee.isTransmitting, !connection.pointee.peerClosed,
-            !connection.pointee.disconnecting
-        else { return false }
-        // Whoever ends the stall starts the polling again.
-        guard connection.pointee.stall == .none else { return false }
-        let (target, room) = receiveTarget(slot)
-        guard room > 0 else { return false }
-        let count = recv(connection.pointee.socket, target, room, Int32(MSG_DONTWAIT))
-        if count > 0 {
-            tookBytes(slot, count)
-            return true
-        }
-        if count == 0 {
+        for _ in 0..<Self.receivesPerTurn {
+            guard connection.pointee.isTransmitting, !connection.pointee.peerClosed,
+                !connection.pointee.disconnecting
+            else { return false }
+            // Whoever ends the stall starts the polling again.
+            guard connection.pointee.stall == .none else { return false }
+            let count = receiveNow(connection)
+            if count > 0 {
+                tookBytes(slot, count)
+                continue
+            }
+            if count < 0, errno == EAGAIN || errno == EINTR { return stillPolled(slot) }
             connection.pointee.polled = false
-            peerClosed(slot)
+            if count == 0 { peerClosed(slot) } else { beginClosing(slot) }
             return false
         }
-        if errno != EAGAIN && errno != EINTR {
-            connection.pointee.polled = false
-            beginClosing(slot)
-            return false
-        }
+        return true
+    }
+
+    /// A client that has been silent for a while is left to the ring.
+    private func stillPolled(_ slot: Int32) -> Bool {
+        let connection = connections + Int(slot)
         connection.pointee.idlePolls += 1
         if connection.pointee.idlePolls <= Self.idlePollLimit { return true }
         connection.pointee.polled = false
         armReceive(slot)
         return false
+    }
+
+    /// Takes what has arrived: the rest of a payload straight to its place, and what follows it into the receive buffer.
+    private func receiveNow(_ connection: UnsafeMutablePointer<Connection>) -> Int {
+        let end = connection.pointee.inputEnd
+        let buffer = iovec(iov_base: connection.pointee.input! + end, iov_len: Limits.receiveBuffer - end)
+        guard connection.pointee.payloadRequest >= 0 else {
+            return recv(connection.pointee.socket, buffer.iov_base, buffer.iov_len, Int32(MSG_DONTWAIT))
+        }
+        let request = hosted(connection.pointee.volume).volume.request(connection.pointee.payloadRequest)
+        let filled = connection.pointee.payloadFilled
+        let payload = iovec(
+            iov_base: request.pointee.buffer! + filled, iov_len: Int(request.pointee.length) - filled)
+        var pieces = (payload, buffer)
+        return withUnsafeMutablePointer(to: &pieces) { pieces in
+            pieces.withMemoryRebound(to: iovec.self, capacity: 2) { pieces in
+                var message = msghdr()
+                message.msg_iov = pieces
+                message.msg_iovlen = 2
+                return recvmsg(connection.pointee.socket, &message, Int32(MSG_DONTWAIT))
+            }
+        }
     }
 
     // MARK: Closing

@@ -100,6 +100,51 @@ class Replication(SiteTest):
         wait_for(lambda: east.group()["state"] == "mirroring", what="mirroring")
         self.assert_same(east, west, east.cycle())
 
+    def test_volumes_written_outside_the_group_are_compared_anew(self):
+        """At either site: the group is taken out of the configuration, hosts write, the group comes back."""
+        east, west = self.pair(VOLUMES, interval="manual")
+        east.connect("orders").pwrite(b"before" * 100, 0)
+        east.cycle()
+        for site in (east, west):
+            site.stop()
+            with open(site.config) as file:
+                whole = file.read()
+            with open(site.config, "w") as file:
+                file.write(whole[:whole.index("[groups.shop]")])
+            site.start()
+            site.connect("orders").pwrite(site.name.encode() * 128, 1 << 20)
+            site.stop()
+            with open(site.config, "w") as file:
+                file.write(whole)
+            site.start()
+            wait_for(lambda: east.group()["state"] != "suspended", what="the link")
+            self.assert_same(east, west, east.cycle())
+
+    def test_over_tcp(self):
+        """NBD and control API over TCP, as between two hosts."""
+        import socket
+        ports = []
+        for _ in range(4):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                ports.append(probe.getsockname()[1])
+        east, west = self.pair(VOLUMES, interval="manual", start=False)
+        for site, mine, theirs in ((east, ports[:2], ports[2:]), (west, ports[2:], ports[:2])):
+            other = west if site is east else east
+            with open(site.config) as file:
+                text = file.read()
+            text = text.replace(f'listen = ["unix:{site.socket}"]', f'listen = ["unix:{site.socket}", "127.0.0.1:{mine[0]}"]')
+            text = text.replace(f'control = ["{site.control}"]', f'control = ["{site.control}", "127.0.0.1:{mine[1]}"]')
+            text = text.replace(f'nbd = "unix:{other.socket}"', f'nbd = "127.0.0.1:{theirs[0]}"')
+            text = text.replace(f'control = "{other.control}"', f'control = "127.0.0.1:{theirs[1]}"')
+            with open(site.config, "w") as file:
+                file.write(text)
+        west.start()
+        east.start()
+        east.connect("orders").pwrite(random.randbytes(1 << 20), 0)
+        self.assert_same(east, west, east.cycle())
+        run("nbdinfo", f"nbd://127.0.0.1:{ports[2]}/orders")
+
     def test_clean_restart_of_both(self):
         east, west = self.pair(VOLUMES, interval="0s")
         handle = east.connect("orders")
