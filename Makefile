@@ -22,7 +22,8 @@ test: lint test-unit test-simulation test-blackbox ## Run everything: lint, unit
 
 test-unit: ## Unit tests of every target
 	@scripts/bootstrap build
-	$(SWIFT) test -c release
+	$(RELEASE) --build-tests
+	$(SWIFT) test -c release --skip-build
 
 test-simulation: ## Two hundred seeds, and every deliberate fault must be caught
 	@scripts/bootstrap build

@@ -8,6 +8,8 @@ package enum Limits {
     package static let maximumOptionLength = 64 << 10
     /// An option longer than this ends the connection instead of being skipped.
     package static let maximumSkippedOptionLength = 1 << 20
+    /// Replies to options that arrived together; beyond this the connection ends.
+    package static let maximumHandshakeReplies = 1 << 20
     /// The longest export name (NBD document, "Values": strings are at most 4096 bytes).
     package static let maximumNameLength = 4096
     /// A handshake that has not finished by then is ended, in seconds.

@@ -3,6 +3,7 @@
 // The caller feeds bytes and carries out the actions in order. Must hold:
 //   H1  an option is answered exactly once, and the machine stays in step after any malformed or unknown option;
 //   H2  no memory is taken on a length that the client merely claims;
+//       nor on options that are sent by the thousand without waiting for the answers;
 //   H3  bytes behind the option that starts transmission are left to the transmission phase, untouched.
 //
 // Source: doc/proto.md, "Fixed newstyle negotiation", "Option types".
@@ -81,7 +82,16 @@ package struct Handshake {
     ) -> [Action] {
         input.append(contentsOf: bytes)
         var actions: [Action] = []
-        while step(catalog: catalog, &actions) {}
+        var weighed = 0
+        var replyBytes = 0
+        while step(catalog: catalog, &actions) {
+            for case .send(let reply) in actions[weighed...] { replyBytes += reply.count }
+            weighed = actions.count
+            // A client waits for one option's answer before it sends the next; thousands of lists at once are an attack.
+            if replyBytes > Limits.maximumHandshakeReplies, case .option = state {
+                _ = close(&actions)
+            }
+        }
         if inputStart > 0, case .finished = state {} else { dropConsumed() }
         return actions
     }

@@ -67,6 +67,8 @@ struct Connection {
     var output: UnsafeMutablePointer<SendArea>?
     /// Handshake bytes waiting to be sent.
     var handshakeOutput: [UInt8] = []
+    /// Handshake bytes that the ring is sending.
+    var handshakeRest: UnsafeMutableRawPointer?
 
     var inputAvailable: Int { inputEnd - inputStart }
 

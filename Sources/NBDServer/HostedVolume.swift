@@ -13,9 +13,11 @@ package final class HostedVolume {
     package var intakeSession: UInt64 = 0
     /// Whether hosts may write (role primary, or after failover).
     package var writable = false
-    /// Point-forming holds that ended by their deadline instead of by the coordinator.
-    package internal(set) var holdDeadline: UInt64 = 0
-    package internal(set) var holdExpired = false
+    /// Points and FlashCopies that hold acknowledgements just now; the last to release lets them go.
+    var holders = 0
+    var holdDeadline: UInt64 = 0
+    /// The deadline let go before the holders did: what they take is no closed cut.
+    var holdExpired = false
 
     /// Acknowledged bytes since the start.
     package internal(set) var bytesRead: UInt64 = 0

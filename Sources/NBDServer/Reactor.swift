@@ -365,14 +365,18 @@ package final class Reactor {
     }
 
     private func beginHold(_ hosted: HostedVolume) {
-        hosted.holdExpired = false
+        if hosted.holders == 0 { hosted.holdExpired = false }
+        hosted.holders += 1
         hosted.holdDeadline = monotonicNanoseconds() + UInt64(Limits.holdMilliseconds) * 1_000_000
     }
 
-    /// Lets acknowledgements go; false when the deadline had already done so, and the cut is not closed.
+    /// Ends one hold; acknowledgements go once no other holds them. False when the deadline had let go already, and the
+    /// cut is not closed.
     package func releaseHold(_ number: VolumeNumber) -> Bool {
         let hosted = hosted(number)
-        hosted.volume.releaseHold()
+        invariant(hosted.holders > 0, "a hold is released once")
+        hosted.holders -= 1
+        if hosted.holders == 0 { hosted.volume.releaseHold() }
         return !hosted.holdExpired
     }
 

@@ -17,7 +17,6 @@ extension Reactor {
         connection.pointee.phase = .handshake(Handshake())
         connection.pointee.handshakeOutput = Handshake.greeting
         flushHandshake(slot)
-        armReceive(slot)
     }
 
     private func takeConnection(_ socket: Int32) -> Int32? {
@@ -91,13 +90,13 @@ extension Reactor {
             }
         }
         flushHandshake(slot)
-        if case .handshake = connections[Int(slot)].phase { armReceive(slot) }
     }
 
     /// Sends the last handshake bytes, then hands the socket to the reactor of the volume.
     private func startTransmission(_ slot: Int32, _ name: String, _ unread: [UInt8]) {
         let connection = connections + Int(slot)
-        guard sendHandshakeNow(slot), let entry = exports.find(name),
+        let length = connection.pointee.handshakeOutput.count
+        guard sendHandshakeNow(connection) == length, let entry = exports.find(name),
             unread.count <= Limits.receiveBuffer
         else { return beginClosing(slot) }
         let socket = connection.pointee.socket
@@ -106,24 +105,56 @@ extension Reactor {
         entry.reactor.leave(.adopt(Handoff(socket: socket, entry: entry, unread: unread)))
     }
 
-    /// Sends what the handshake has queued; false when the socket does not take it at once. Options are answered one
-    /// by one, so only a client that asks without reading the answers gets there.
-    private func sendHandshakeNow(_ slot: Int32) -> Bool {
-        let connection = connections + Int(slot)
-        let bytes = connection.pointee.handshakeOutput
-        connection.pointee.handshakeOutput = []
-        return bytes.withUnsafeBytes {
+    /// Sends what the handshake has queued at once: -1, or how many bytes the socket took.
+    private func sendHandshakeNow(_ connection: UnsafeMutablePointer<Connection>) -> Int {
+        connection.pointee.handshakeOutput.withUnsafeBytes {
             $0.count == 0
-                || Glibc.send(
-                    connection.pointee.socket, $0.baseAddress, $0.count,
-                    Int32(MSG_DONTWAIT) | Int32(MSG_NOSIGNAL)) == $0.count
+                ? 0
+                : Glibc.send(
+                    connection.pointee.socket, $0.baseAddress, $0.count, Int32(MSG_DONTWAIT) | Int32(MSG_NOSIGNAL))
         }
     }
 
+    /// Sends what the handshake has queued; what the socket does not take (a long list of exports) goes through the ring,
+    /// and nothing is received until it has gone.
     private func flushHandshake(_ slot: Int32) {
-        let sent = sendHandshakeNow(slot)
-        if case .farewell = connections[Int(slot)].phase { return beginClosing(slot) }
-        if !sent { beginClosing(slot) }
+        let connection = connections + Int(slot)
+        let count = sendHandshakeNow(connection)
+        guard count >= 0 || errno == EAGAIN else { return beginClosing(slot) }
+        let rest = connection.pointee.handshakeOutput.dropFirst(max(0, count))
+        connection.pointee.handshakeOutput = []
+        guard !rest.isEmpty else { return handshakeFlushed(slot) }
+        let buffer = UnsafeMutableRawPointer.allocate(byteCount: rest.count, alignment: 16)
+        rest.withUnsafeBytes { buffer.copyMemory(from: $0.baseAddress!, byteCount: $0.count) }
+        connection.pointee.handshakeRest = buffer
+        connection.pointee.output!.pointee.reset()
+        connection.pointee.output!.pointee.add(buffer, rest.count)
+        sendHandshakeRest(slot)
+    }
+
+    private func sendHandshakeRest(_ slot: Int32) {
+        let connection = connections + Int(slot)
+        connection.pointee.output!.pointee.prepareMessage()
+        connection.pointee.sendArmed = true
+        ring.send(
+            connection.pointee.socket, &connection.pointee.output!.pointee.message,
+            UserData(kind: CompletionKind.send, generation: connection.pointee.generation, slot: UInt32(slot)))
+    }
+
+    func handshakeSent(_ slot: Int32, _ result: Int32) {
+        let connection = connections + Int(slot)
+        guard connection.pointee.output!.pointee.advance(Int(max(0, result))) else { return sendHandshakeRest(slot) }
+        connection.pointee.handshakeRest?.deallocate()
+        connection.pointee.handshakeRest = nil
+        handshakeFlushed(slot)
+    }
+
+    private func handshakeFlushed(_ slot: Int32) {
+        switch connections[Int(slot)].phase {
+        case .farewell: beginClosing(slot)
+        case .handshake: armReceive(slot)
+        default: break
+        }
     }
 
     // MARK: Receiving
@@ -238,7 +269,8 @@ extension Reactor {
             let slot = polledConnections[index]
             if poll(slot) {
                 index += 1
-            } else {
+            } else if index < polledCount, polledConnections[index] == slot {
+                // A connection that was released meanwhile has left the list already.
                 connections[Int(slot)].polled = false
                 polledCount -= 1
                 polledConnections[index] = polledConnections[polledCount]
@@ -360,6 +392,7 @@ extension Reactor {
         if connection.pointee.polled { unpoll(slot) }
         if connection.pointee.socket >= 0 { close(connection.pointee.socket) }
         connection.pointee.input?.deallocate()
+        connection.pointee.handshakeRest?.deallocate()
         connection.pointee.output?.pointee.deallocate()
         connection.pointee.output?.deallocate()
         let generation = connection.pointee.generation

@@ -322,6 +322,7 @@ extension Reactor {
         connection.pointee.sendArmed = false
         if case .closing = connection.pointee.phase { return finishClosing(slot) }
         if result < 0, result != -EINTR, result != -EAGAIN { return beginClosing(slot) }
+        if !connection.pointee.isTransmitting { return handshakeSent(slot, result) }
         if connection.pointee.output!.pointee.advance(Int(max(0, result))) {
             sendFinished(slot)
             sendNext(slot)

@@ -485,7 +485,6 @@ private final class ReplicatorThread {
         epoch += 1
         let sender = epoch
         onEveryVolume { reactor, volume in
-            _ = reactor.releaseHold(volume.number)
             reactor.hosted(volume.number).volume.giveUpPoint()
             return true
         } done: { _ in

@@ -315,10 +315,7 @@ package final class World {
             let sender = epoch
             note("the point is given up")
             everyVolume(
-                { volume in
-                    volume.volume.releaseHold()
-                    volume.volume.giveUpPoint()
-                }, then: { [unowned self] in event(.gaveUp, sender) })
+                { $0.volume.giveUpPoint() }, then: { [unowned self] in event(.gaveUp, sender) })
         case .markAllChanged:
             let sender = epoch
             everyVolume({ $0.volume.markAllChanged() }, then: { [unowned self] in event(.allMarked, sender) })

@@ -96,7 +96,9 @@ extension Volume {
         guard let restore else { return (Self.source, grains.upperBound) }
         if restore.pending.contains(grains.lowerBound) {
             let run = restore.pending.firstClear(in: grains) ?? grains.upperBound
-            return resolve(.copy(restore.copy), grains.lowerBound..<run)
+            // Even when the copy has failed since: what it had preserved, and all that is pending is preserved, is whole.
+            guard let index = chainIndex(restore.copy) else { return nil }
+            return resolveCopy(index, grains.lowerBound..<run)
         }
         return (Self.source, restore.pending.firstSet(in: grains) ?? grains.upperBound)
     }
@@ -104,7 +106,7 @@ extension Volume {
     /// A copy reads through every newer one before it reads the source.
     private func resolveCopy(_ index: Int, _ grains: Range<Int>) -> (file: StoreFile, runEnd: Int) {
         var run = grains.upperBound
-        for newer in index..<chainCount where chain[newer].state != .failed {
+        for newer in index..<chainCount {
             let preserved = chain[newer].preserved
             if preserved.contains(grains.lowerBound) {
                 let end = preserved.firstClear(in: grains.lowerBound..<run) ?? run

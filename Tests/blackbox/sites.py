@@ -152,7 +152,7 @@ class SiteTest(unittest.TestCase):
     """Gives each test a directory and ends its sites whatever happens."""
 
     def setUp(self):
-        faulthandler.dump_traceback_later(240, exit=True)
+        faulthandler.dump_traceback_later(120, exit=True)
         self.addCleanup(faulthandler.cancel_dump_traceback_later)
         self.directory = tempfile.mkdtemp(prefix="farcopy-test-", dir=os.environ.get("TMPDIR", "/tmp"))
         self.sites = []

@@ -55,6 +55,23 @@ class ClosedCut(SiteTest):
         self.assertGreater(min(last), 200)
         print(f"  {reads} reads of {number} points, {sum(last)} steps, hold p99 {status['hold_seconds_p99'] * 1e6:.0f} us")
 
+    def test_flashcopies_while_points_form(self):
+        """Both hold acknowledgements; neither may let go for the other."""
+        east, west = self.pair(VOLUMES, keep=64)
+        east.cycle()
+        writers = self.writers(east)
+        writers.start()
+        for number in range(40):
+            east.farcopy("flashcopy", "create", "data", "log", f"cut{number}")
+            handles = (east.connect(f"data@cut{number}"), east.connect(f"log@cut{number}"))
+            closedcut.check(*(read_handle(handle) for handle in handles), 6, SIZE)
+            self.check_any_point(west)
+            if number >= 10:
+                east.farcopy("flashcopy", "withdraw", "data", "log", f"cut{number - 10}")
+        writers.stop()
+        self.assertEqual(writers.errors, [])
+        self.assertEqual(self.check_point(west, east.cycle()), writers.steps)
+
     def test_kill_primary_and_fail_over(self):
         """After SIGKILL of the primary the far site takes over with a closed cut at most 2 s old."""
         east, west = self.pair(VOLUMES)

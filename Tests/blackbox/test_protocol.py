@@ -197,6 +197,37 @@ class Protocol(SiteTest):
         self.assertEqual([r[1:] for r in info], [r[1:] for r in go])
         self.assertEqual(len(go), 3)
 
+    def test_a_long_list_is_sent_whole(self):
+        """Twenty lists in a row that the client reads late."""
+        site = self.site("many", {f"volume-with-a-rather-long-name-{number:03}": "1MiB" for number in range(300)})
+        raw = Raw(site)
+        for _ in range(20):
+            raw.option(3)
+        time.sleep(0.2)
+        for _ in range(20):
+            names = []
+            while True:
+                _, kind, data = raw.reply()
+                if kind == 1:
+                    break
+                names.append(data[4:])
+            self.assertEqual(len(names), 300)
+        self.assertEqual(raw.go(b"volume-with-a-rather-long-name-299")[-1][1], 1)
+
+    def test_lists_by_the_thousand_end_the_connection(self):
+        site = self.site("many", {f"volume-with-a-rather-long-name-{number:03}": "1MiB" for number in range(100)})
+        raw = Raw(site)
+        try:
+            raw.socket.sendall((IHAVEOPT + struct.pack(">II", 3, 0)) * 100_000)
+            while raw.socket.recv(1 << 20):
+                pass
+        except ConnectionError:
+            pass
+        with open(f"/proc/{site.process.pid}/status") as file:
+            resident = int(next(line for line in file if line.startswith("VmRSS")).split()[1])
+        self.assertLess(resident, 200 << 10)
+        self.assertEqual(site.connect("volume-with-a-rather-long-name-099").get_size(), 1 << 20)
+
     def test_abort(self):
         raw = Raw(self.server)
         raw.option(2, b"ignored")

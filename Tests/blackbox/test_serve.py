@@ -134,6 +134,30 @@ class Serve(SiteTest):
         with open(f"{site.path}/disk.img", "rb") as file:
             self.assertEqual(file.read()[4096:5120], b"raw " * 256)
 
+    def test_a_block_device_as_volume(self):
+        """A loop device, with its size from the device; reads, writes, zeroes, trims and a FlashCopy."""
+        if os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
+            self.skipTest("loop devices need root")
+        image = os.path.join(self.directory, "device.img")
+        with open(image, "wb") as file:
+            file.truncate(16 << 20)
+        loop = run("losetup", "-f", "--show", image).stdout.strip()
+        self.addCleanup(run, "losetup", "-d", loop, check=False)
+        site = self.site("solo", {}, start=False, extra=f'[volumes.device]\npath = "{loop}"\n')
+        site.start()
+        self.addCleanup(site.end)
+        handle = site.connect("device")
+        self.assertEqual(handle.get_size(), 16 << 20)
+        handle.pwrite(b"d" * 65536, 1 << 20)
+        site.farcopy("flashcopy", "create", "device", "before")
+        handle.zero(32768, 1 << 20)
+        handle.trim(1 << 20, 4 << 20)
+        handle.pwrite(b"e" * 1000, 3)
+        handle.flush()
+        self.assertEqual(handle.pread(65536, 1 << 20), bytes(32768) + b"d" * 32768)
+        self.assertEqual(handle.pread(1003, 0), bytes(3) + b"e" * 1000)
+        self.assertEqual(site.connect("device@before").pread(65536, 1 << 20), b"d" * 65536)
+
     def test_exit_codes(self):
         site = self.site("solo", {"disk": "1MiB"})
         for words, code, expected in (
