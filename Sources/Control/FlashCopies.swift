@@ -68,7 +68,7 @@ extension Site {
                     "volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit; withdraw some")
             }
         }
-        try await establish(request.name, members)
+        try await establishPatiently(request.name, members)
         return try await listFlashCopies().filter {
             $0.name == request.name && request.volumes.contains($0.volume)
         }
@@ -82,6 +82,19 @@ extension Site {
             throw SiteError(
                 "'\(name)' is no name for a FlashCopy: use 1 to 64 printable characters without '@', '/', ':' and "
                     + "space, not only digits (those are recovery points), and not 'secondary'", status: 400)
+        }
+    }
+
+    /// A busy machine may let the hold's deadline pass; a few tries later it seldom does.
+    private func establishPatiently(_ name: String, _ members: [VolumeState]) async throws {
+        var triesLeft = 5
+        while true {
+            triesLeft -= 1
+            do {
+                return try await establish(name, members)
+            } catch let error as SiteError where error.status == 503 && triesLeft > 0 {
+                logger.info("FlashCopy '\(name)': \(error); trying again")
+            }
         }
     }
 
