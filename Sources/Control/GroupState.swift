@@ -22,8 +22,6 @@ final class GroupState {
     var replicator: Replicator?
     /// The session of the primary's replicator (secondary).
     var session: UInt64?
-    /// When the peer was heard of last, in seconds since 1970 (secondary).
-    var heardAt: Double?
     /// Sessions, commits and failovers come one after the other.
     let turnstile = Turnstile()
 

@@ -70,7 +70,6 @@ extension Site {
         }
         let session = UInt64.random(in: 1...UInt64.max)
         group.session = session
-        group.heardAt = realSeconds()
         for volume in members(group) {
             await endIntake(volume, next: session)
             await publish(volume, group)
@@ -147,7 +146,6 @@ extension Site {
         guard group.record.peerSite == request.siteID, group.session == request.session else {
             throw SiteError("point \(request.number) comes from a session that has ended", status: 403)
         }
-        group.heardAt = realSeconds()
         let newest = group.record.points.last
         if let newest, newest.number == request.number {
             return CommitAnswer(committedAt: newest.committedAt ?? newest.formedAt)  // asked again
@@ -287,7 +285,7 @@ extension Site {
         try group.save()  // the decision
         for volume in members {
             let number = volume.number
-            try await startRestore(volume, from: id, fresh: true)
+            try await startRestore(volume, from: id)
             await volume.reactor.run { reactor in
                 let hosted = reactor.hosted(number)
                 hosted.volume.policy = .hostFirst
@@ -316,8 +314,8 @@ extension Site {
         return mapping
     }
 
-    /// Starts, or takes up, the flow back from a point. `fresh`: within the failover itself.
-    func startRestore(_ volume: VolumeState, from id: CopyID, fresh: Bool) async throws {
+    /// Starts, or takes up, the flow back from a point.
+    func startRestore(_ volume: VolumeState, from id: CopyID) async throws {
         let mapping = try MappedFile(
             path: "\(volume.directory)/restore.bitmap",
             byteCount: Bitmap.byteCount(bits: volume.geometry.grainCount), create: false)

@@ -231,7 +231,7 @@ package actor Site {
             try group.save()
         }
         if let failover = record?.failedOver, failover.restoring.contains(volume.name) {
-            try await startRestore(volume, from: CopyID(failover.point), fresh: false)
+            try await startRestore(volume, from: CopyID(failover.point))
         }
     }
 

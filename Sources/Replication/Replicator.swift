@@ -62,8 +62,6 @@ package struct ReplicationStatus: Sendable {
     package var state = "simplex"
     package var reason: String?
     package var record: GroupRecord
-    package var pendingGrains: [Int] = []
-    package var drainedBytes: UInt64 = 0
     package var bytesPerSecond: Double = 0
     /// Longest hold of acknowledgements of the points so far, and of the last, in nanoseconds.
     package var lastHold: UInt64 = 0
@@ -659,7 +657,6 @@ private final class ReplicatorThread {
             status.reason = reason
             status.record = record
             if let rate { status.bytesPerSecond = rate }
-            if case .draining(_, let drain) = cycle.state { status.drainedBytes = drain.bytesSent }
         }
     }
 }

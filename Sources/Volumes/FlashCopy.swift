@@ -46,7 +46,6 @@ extension Volume {
     }
 
     package func copy(_ id: CopyID) -> FlashCopy? { chainIndex(id).map { chain[$0] } }
-    package var newestCopy: FlashCopy? { chainCount > 0 ? chain[chainCount - 1] : nil }
     package var oldestCopy: FlashCopy? { chainCount > 0 ? chain[0] : nil }
 
     /// Establishes a FlashCopy of this instant as the newest of the chain.

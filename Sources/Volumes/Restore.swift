@@ -24,7 +24,6 @@ struct Restore {
 
 extension Volume {
     package var restoringGrains: Int { restore?.pendingCount ?? 0 }
-    package var isRestoring: Bool { restore != nil }
 
     /// Writes into `pending` every grain in which the source may differ from the copy.
     package func markDifferences(from id: CopyID, in pending: Bitmap) {

@@ -59,6 +59,14 @@ listen = [{listen}]
         with open(self.config, "w") as file:
             file.write(text + groups + extra)
 
+    def edit(self, old, new):
+        """Changes the configuration for the next start."""
+        with open(self.config) as file:
+            text = file.read()
+        assert old in text, f"{old!r} is not in the configuration"
+        with open(self.config, "w") as file:
+            file.write(text.replace(old, new))
+
     def start(self, wait=True):
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(

@@ -254,10 +254,7 @@ class Replication(SiteTest):
 
     def test_a_volume_of_another_size_is_refused(self):
         east, west = self.pair(VOLUMES, start=False)
-        with open(west.config) as file:
-            text = file.read().replace('size = "4MiB"', 'size = "8MiB"')
-        with open(west.config, "w") as file:
-            file.write(text)
+        west.edit('size = "4MiB"', 'size = "8MiB"')
         west.start()
         east.start()
         wait_for(lambda: east.group()["state"] == "suspended", what="the refusal")

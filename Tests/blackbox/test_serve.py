@@ -18,11 +18,7 @@ class Serve(SiteTest):
 
     def changed(self, old, new, volumes={"disk": "1MiB"}, **options):
         site = self.site("solo", dict(volumes), start=False, **options)
-        with open(site.config) as file:
-            text = file.read()
-        self.assertIn(old, text)
-        with open(site.config, "w") as file:
-            file.write(text.replace(old, new))
+        site.edit(old, new)
         return site
 
     def assert_untouched(self, site):
@@ -73,10 +69,7 @@ class Serve(SiteTest):
         site.stop()
         os.truncate(f"{site.path}/disk.img", 2 << 20)
         self.refused(site, "has 2097152 bytes, the configuration says 1048576")
-        with open(site.config) as file:
-            text = file.read()
-        with open(site.config, "w") as file:
-            file.write(text.replace('"1MiB"', '"2MiB"'))
+        site.edit('"1MiB"', '"2MiB"')
         self.refused(site, "had 1048576 when it was served last")
         os.unlink(f"{site.path}/disk.img")
         self.refused(site, "is missing, but this site has served it before")
@@ -93,28 +86,20 @@ class Serve(SiteTest):
     def changed_copy(self, site):
         """A second site with volumes and state of its own on the first one's NBD socket."""
         other = Site(self.directory, "second", {"disk": "1MiB"})
-        with open(other.config) as file:
-            text = file.read()
-        with open(other.config, "w") as file:
-            file.write(text.replace(other.socket, site.socket))
+        other.edit(other.socket, site.socket)
         return other
 
     def test_two_processes_on_one_state_directory(self):
         site = self.site("solo", {"disk": "1MiB"})
         other = Site(self.directory, "second", {"disk": "1MiB"})
-        with open(other.config) as file:
-            text = file.read()
-        with open(other.config, "w") as file:
-            file.write(text.replace(f"{other.path}/state", f"{site.path}/state").replace(f"{other.path}/disk.img", f"{site.path}/disk.img"))
+        other.edit(f"{other.path}/state", f"{site.path}/state")
+        other.edit(f"{other.path}/disk.img", f"{site.path}/disk.img")
         self.refused(other, "is in use by another farcopy process")
 
     def test_two_processes_on_one_volume(self):
         site = self.site("solo", {"disk": "1MiB"})
         other = Site(self.directory, "second", {"disk": "1MiB"})
-        with open(other.config) as file:
-            text = file.read()
-        with open(other.config, "w") as file:
-            file.write(text.replace(f"{other.path}/disk.img", f"{site.path}/disk.img"))
+        other.edit(f"{other.path}/disk.img", f"{site.path}/disk.img")
         self.refused(other, "is served by another farcopy process")
 
     def test_torn_record_is_recognised(self):
