@@ -26,21 +26,24 @@ let package = Package(
             name: "CLibURing", pkgConfig: "liburing", providers: [.apt(["liburing-dev"])]),
         .systemLibrary(name: "CLibNBD", pkgConfig: "libnbd", providers: [.apt(["libnbd-dev"])]),
 
+        .systemLibrary(name: "CGnuTLS", pkgConfig: "gnutls", providers: [.apt(["libgnutls28-dev"])]),
+
         .target(name: "Base", swiftSettings: strict),
+        .target(name: "TLS", dependencies: ["CGnuTLS"], swiftSettings: strict),
         .target(name: "NBDProtocol", dependencies: ["Base"], swiftSettings: strict),
         .target(name: "Volumes", dependencies: ["Base"], swiftSettings: strict),
         .target(name: "Ring", dependencies: ["Base", "CLibURing"], swiftSettings: strict),
         .target(
-            name: "NBDServer", dependencies: ["Base", "NBDProtocol", "Volumes", "Ring"],
+            name: "NBDServer", dependencies: ["Base", "NBDProtocol", "Volumes", "Ring", "TLS"],
             swiftSettings: strict),
         .target(
             name: "Replication",
-            dependencies: ["Base", "Volumes", "Ring", "NBDServer", "CLibNBD"],
+            dependencies: ["Base", "Volumes", "Ring", "NBDProtocol", "NBDServer", "TLS", "CLibNBD"],
             swiftSettings: strict),
         .target(
             name: "Control",
             dependencies: [
-                "Base", "Volumes", "Ring", "NBDServer", "Replication",
+                "Base", "Volumes", "Ring", "NBDProtocol", "NBDServer", "Replication", "TLS", "CLibURing",
                 .product(name: "Logging", package: "swift-log"),
                 .product(name: "TOMLKit", package: "TOMLKit"),
                 .product(name: "Hummingbird", package: "hummingbird"),

@@ -10,10 +10,12 @@ package enum Limits {
     package static let maximumSkippedOptionLength = 1 << 20
     /// Replies to options that arrived together; beyond this the connection ends.
     package static let maximumHandshakeReplies = 1 << 20
+    /// Older copies since which an export tells what changed: the newest of them.
+    package static let changeBasesPerExport = 64
+    /// Metadata contexts that one connection may select.
+    package static let contextsPerConnection = 16
     /// The longest export name (NBD document, "Values": strings are at most 4096 bytes).
     package static let maximumNameLength = 4096
-    /// A handshake that has not finished by then is ended, in seconds.
-    package static let handshakeSeconds = 10
     /// A client that neither sends the rest of a payload nor takes its replies is ended after this long if others wait
     /// for memory, in seconds.
     package static let stalledClientSeconds = 10
@@ -34,6 +36,13 @@ package enum Limits {
     package static let receiveBuffer = 128 << 10
     /// Replies gathered into one send.
     package static let repliesPerSend = 64
+    /// Descriptors of one BLOCK_STATUS chunk, and file-system queries made for one request.
+    package static let statusDescriptors = 1024
+    package static let statusQueries = 256
+    /// Runs of one READ's reply that are told apart into data and holes.
+    package static let runsPerReply = 16
+    /// Zeroes of at least this many bytes, aligned to it, are sent as a hole.
+    package static let holeUnit = 4096
     /// Payload memory that one connection may hold; a single request may always have what it needs.
     package static let payloadPerConnection = 32 << 20
     /// Payload memory of one reactor (address space; pages are touched on demand).

@@ -11,9 +11,11 @@
 #include <liburing.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
@@ -42,6 +44,22 @@ static inline int farcopy_is_tmpfs(int fd) {
 }
 // The field's type differs between versions of the kernel's header.
 static inline void farcopy_make_durable(struct io_uring_sqe *entry) { entry->rw_flags = RWF_DSYNC; }
+// 0 unless the file is open with O_DIRECT. The kernel tells since 6.1; else the sector of a device, or a page.
+static inline unsigned int farcopy_direct_alignment(int fd) {
+    if (!(fcntl(fd, F_GETFL) & __O_DIRECT)) return 0;
+    // struct statx as words: the mask is the first, stx_dio_mem_align and stx_dio_offset_align stand at 0x98.
+    unsigned int facts[64] = {0};
+    int sector = 0;
+    if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, 0x2000 /* STATX_DIOALIGN */, facts) == 0 &&
+        (facts[0] & 0x2000) && facts[39])
+        return facts[38] > facts[39] ? facts[38] : facts[39];
+    return ioctl(fd, BLKSSZGET, &sector) == 0 && sector > 0 ? sector : 4096;
+}
+static const int farcopy_open_direct = __O_DIRECT;
+static inline int farcopy_is_zero(const void *bytes, size_t count) {
+    return *(const char *)bytes == 0 && memcmp(bytes, (const char *)bytes + 1, count - 1) == 0;
+}
+static const int farcopy_poll_peer_closed = 0x2000; // POLLRDHUP
 static const int farcopy_punch_hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
 static const int farcopy_zero_range = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
 static inline void farcopy_name_thread(const char *name) { prctl(PR_SET_NAME, name); }

@@ -11,9 +11,11 @@ import Base
 import FoundationEssentials
 import Glibc
 import Logging
+import NBDProtocol
 import NBDServer
 import Replication
 import Ring
+import TLS
 import Volumes
 
 package actor Site {
@@ -25,7 +27,8 @@ package actor Site {
     let state: StateDirectory
     private let siteRecordFile: DurableRecord<SiteRecord>
     private(set) var siteRecord: SiteRecord
-    let exports = ExportDirectory()
+    let exports: ExportDirectory
+    private let reactorSettings: ReactorSettings
     private var reactors: [ReactorHandle] = []
     private var greeter: ReactorHandle?
     private(set) var volumes: [String: VolumeState] = [:]
@@ -39,6 +42,11 @@ package actor Site {
         try Self.checkEverything(configuration)
         self.configuration = configuration
         self.logger = logger
+        exports = ExportDirectory(tlsPolicy: configuration.nbd.tls)
+        reactorSettings = ReactorSettings(
+            limits: configuration.nbd.limits,
+            credentials: configuration.nbd.tls == .off ? nil : try TLSCredentials(configuration.nbd.files),
+            onRefusal: { logger.warning("\($0)") })
         executor = try ThreadExecutor(name: "site")
         state = try StateDirectory(path: configuration.state)
         var found: SiteRecord?
@@ -49,7 +57,7 @@ package actor Site {
     }
 
     private static func checkEverything(_ configuration: Configuration) throws {
-        for address in configuration.control + configuration.listen { try ListeningSocket.check(address) }
+        for address in configuration.control + configuration.nbd.listen { try ListeningSocket.check(address) }
         for volume in configuration.volumes { try VolumeState.check(volume, state: configuration.state) }
     }
 
@@ -65,8 +73,8 @@ package actor Site {
             logger.warning("the machine went down with the site running; primaries compare everything anew")
         }
         let count = max(1, min(sysconf(Int32(_SC_NPROCESSORS_ONLN)), 64))
-        for number in 0..<count { reactors.append(try Reactor.start(number: number, exports: exports)) }
-        let greeter = try Reactor.start(number: count, exports: exports)
+        for number in 0..<count { reactors.append(try startReactor(number)) }
+        let greeter = try startReactor(count)
         self.greeter = greeter
         listenForEvents()
         for entry in configuration.groups { try openGroup(entry) }
@@ -76,12 +84,17 @@ package actor Site {
         for group in groups.values { try renewIfServedElsewhere(group) }
         for entry in configuration.volumes { try await host(volumes[entry.name]!, trusted: trusted) }
         try siteRecordFile.save(siteRecord)
-        for address in configuration.listen {
+        for socket in try SocketActivation.take() { greeter.perform { $0.listen(on: socket) } }
+        for address in configuration.nbd.listen {
             for socket in try ListeningSocket.open(address) {
                 greeter.perform { $0.listen(on: socket) }
             }
         }
         for group in groups.values where group.isMirroring { try await startReplication(group) }
+    }
+
+    private func startReactor(_ number: Int) throws -> ReactorHandle {
+        try Reactor.start(number: number, exports: exports, settings: reactorSettings)
     }
 
     private func listenForEvents() {
@@ -240,31 +253,67 @@ package actor Site {
     /// Brings the directory of exports in line with what a volume has.
     func publish(_ volume: VolumeState, _ group: GroupState?) async {
         var entries: [String: ExportEntry] = [:]
-        let size = volume.geometry.size
-        func entry(_ kind: ExportEntry.Kind, readOnly: Bool, listed: Bool = true) -> ExportEntry {
-            ExportEntry(
-                size: size, kind: kind, readOnly: readOnly, reactor: volume.reactor,
-                volume: volume.number, listed: listed)
+        let name = volume.name
+        let kept = keptCopies(volume, group)
+        let access = volume.entry.access.orElse(group?.entry.access)
+        func entry(_ kind: ExportEntry.Kind, _ text: String, readOnly: Bool, since bases: ArraySlice<KeptCopy>)
+            -> ExportEntry
+        {
+            var entry = ExportEntry(
+                size: volume.geometry.size, kind: kind, readOnly: readOnly, reactor: volume.reactor,
+                volume: volume.number)
+            entry.text = text
+            entry.minimumBlockSize = max(1, volume.source.directAlignment)
+            entry.bases = bases.suffix(Limits.changeBasesPerExport).map { ExportEntry.Base(name: $0.name, copy: $0.id) }
+            entry.access = access
+            return entry
         }
-        for copy in volume.record.copies where copy.state == .active {
-            entries["\(volume.name)@\(copy.name)"] = entry(.copy(copy.id), readOnly: true)
-        }
-        for point in group?.record.points ?? [] {
-            entries["\(volume.name)@\(point.number)"] = entry(.copy(CopyID(point.number)), readOnly: true)
+        for (index, copy) in kept.enumerated() {
+            entries["\(name)@\(copy.name)"] = entry(
+                .copy(copy.id), "\(copy.text) of \(name)", readOnly: true, since: kept[..<index])
         }
         if let group, group.record.role == .secondary {
-            if let newest = group.record.points.last {
-                entries[volume.name] = entry(.copy(CopyID(newest.number)), readOnly: true)
+            if let newest = group.record.points.last,
+                let index = kept.firstIndex(where: { $0.id == CopyID(newest.number) })
+            {
+                entries[name] = entry(
+                    .copy(kept[index].id), "the newest \(kept[index].text) of \(name)", readOnly: true,
+                    since: kept[..<index])
             }
             if let session = group.session {
-                entries[intakeName(volume.name, session)] = entry(
-                    .intake(session: session), readOnly: false, listed: false)
+                var intake = entry(.intake(session: session), "intake of \(name)", readOnly: false, since: [])
+                // Its name is the key: only the peer is told it.
+                intake.listed = false
+                intake.access = AccessList()
+                entries[intakeName(name, session)] = intake
             }
         } else {
-            entries[volume.name] = entry(.volume, readOnly: false)
+            entries[name] = entry(
+                .volume, "volume \(name) of site \(configuration.site)", readOnly: volume.entry.readOnly,
+                since: kept[...])
         }
-        let name = volume.name
         exports.replace(where: { $0 == name || $0.hasPrefix("\(name)@") }, with: entries)
+    }
+
+    /// A FlashCopy or recovery point that can be read.
+    private struct KeptCopy {
+        var id: CopyID
+        var name: String
+        var text: String
+        var order: UInt64
+    }
+
+    /// Oldest first.
+    private func keptCopies(_ volume: VolumeState, _ group: GroupState?) -> [KeptCopy] {
+        var kept = volume.record.copies.filter { $0.state == .active }.map {
+            KeptCopy(id: $0.id, name: $0.name, text: "FlashCopy of \(timestamp($0.createdAt))", order: $0.order)
+        }
+        kept += (group?.record.points ?? []).map {
+            KeptCopy(
+                id: CopyID($0.number), name: String($0.number),
+                text: "recovery point \($0.number) of \(timestamp($0.formedAt))", order: $0.order ?? $0.number)
+        }
+        return kept.sorted { $0.order < $1.order }
     }
 
     /// The intake's name holds the session's secret, so that nobody else can open it.
@@ -300,6 +349,8 @@ package actor Site {
                         target: volume.pointTarget, preserved: volume.pointBitmap)
                 },
                 address: address,
+                tls: LinkTLS(
+                    policy: peer.tls, files: configuration.nbd.files, user: peer.tlsUser),
                 peer: HTTPPeer(
                     address: peer.control, group: name, site: site, siteID: siteRecord.id),
                 connectionsPerVolume: members.count > 8 ? 1 : 2,
@@ -362,6 +413,6 @@ package actor Site {
         } catch {
             logger.error("the stop is not clean: \(error)")
         }
-        for address in configuration.listen { ListeningSocket.removeStale(address) }
+        for address in configuration.nbd.listen { ListeningSocket.removeStale(address) }
     }
 }

@@ -93,7 +93,7 @@ extension Site {
         if let only { _ = try group(only) }
         var report = StatusReport(site: configuration.site, version: Self.version, volumes: [:], groups: [:])
         var pending: [String: UInt64] = [:]
-        let names = exports.exportNames()
+        let names = exports.listed()
         for volume in volumes.values {
             let number = volume.number
             let figures = await volume.reactor.run { reactor in

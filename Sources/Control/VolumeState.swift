@@ -1,6 +1,7 @@
 // VolumeState.swift: one volume of a site as the control plane holds it.
 
 import Base
+import CLibURing
 import Glibc
 import NBDServer
 import Replication
@@ -41,7 +42,7 @@ final class VolumeState {
         directory = state.volume(entry.name)
         try StateDirectory.makeDirectory(directory)
         try StateDirectory.makeDirectory("\(directory)/copies")
-        source = try OpenFile(path: entry.path, flags: O_RDWR | O_CREAT)
+        source = try Self.openSource(entry)
         guard source.tryLock() else {
             throw SiteError("volume '\(entry.name)': \(entry.path) is served by another farcopy process")
         }
@@ -57,6 +58,11 @@ final class VolumeState {
             throw SiteError("volume '\(entry.name)': \(entry.path) has \(size) bytes, which is no volume")
         }
         self.geometry = geometry
+        guard size % UInt64(max(1, source.directAlignment)) == 0 else {
+            throw SiteError(
+                "volume '\(entry.name)': its size \(size) is no multiple of \(source.directAlignment) bytes, which "
+                    + "direct I/O needs; remove cache = \"none\"")
+        }
         record = found ?? VolumeRecord(id: randomIdentity(), size: size, grain: grain)
         let bytes = Bitmap.byteCount(bits: geometry.grainCount)
         recording = (
@@ -68,6 +74,17 @@ final class VolumeState {
         pointTarget = try OpenFile(path: "\(directory)/point.target", flags: O_RDWR | O_CREAT)
         if try pointTarget.size() != size { try pointTarget.truncate(to: size) }
         if found == nil { try recordFile.save(record) }
+    }
+
+    private static func openSource(_ entry: Configuration.VolumeEntry) throws -> OpenFile {
+        let direct = entry.cache == .none ? farcopy_open_direct : 0
+        do {
+            return try OpenFile(path: entry.path, flags: O_RDWR | O_CREAT | direct)
+        } catch {
+            guard error.errno == EINVAL, direct != 0 else { throw error }
+            throw SiteError(
+                "volume '\(entry.name)': the storage of \(entry.path) has no direct I/O; remove cache = \"none\"")
+        }
     }
 
     /// Checks what can be known without touching anything.

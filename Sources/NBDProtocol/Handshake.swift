@@ -4,47 +4,21 @@
 //   H1  an option is answered exactly once, and the machine stays in step after any malformed or unknown option;
 //   H2  no memory is taken on a length that the client merely claims;
 //       nor on options that are sent by the thousand without waiting for the answers;
-//   H3  bytes behind the option that starts transmission are left to the transmission phase, untouched.
+//   H3  bytes behind the option that starts transmission are left to the transmission phase, untouched;
+//   H4  what came in the clear has no effect after STARTTLS: bytes that follow it end the connection, and whatever was
+//       negotiated before is forgotten.
 //
-// Source: doc/proto.md, "Fixed newstyle negotiation", "Option types".
+// Source: doc/proto.md, "Fixed newstyle negotiation", "Option types", "TLS".
 
 import Base
-
-/// What INFO, GO and EXPORT_NAME tell about an export.
-package struct ExportDescription: Sendable {
-    package var name: String
-    package var size: UInt64
-    package var flags: TransmissionFlags
-    package var minimumBlockSize: UInt32
-    package var preferredBlockSize: UInt32
-    package var maximumPayload: UInt32
-
-    package init(
-        name: String, size: UInt64, flags: TransmissionFlags, minimumBlockSize: UInt32 = 1,
-        preferredBlockSize: UInt32 = 4096, maximumPayload: UInt32 = UInt32(Limits.maximumPayload)
-    ) {
-        self.name = name
-        self.size = size
-        self.flags = flags
-        self.minimumBlockSize = minimumBlockSize
-        self.preferredBlockSize = preferredBlockSize
-        self.maximumPayload = maximumPayload
-    }
-}
-
-/// Where the handshake looks exports up.
-package protocol ExportCatalog {
-    /// Names to show in answer to LIST.
-    func exportNames() -> [String]
-    /// Nil when there is no such export, or it is not open to the asker.
-    func describe(export name: String) -> ExportDescription?
-}
 
 package struct Handshake {
     package enum Action {
         case send([UInt8])
+        /// After what was queued is sent, TLS begins; then call `secured`.
+        case startTLS
         /// Transmission begins; unread input belongs to it.
-        case start(ExportDescription)
+        case start(ExportDescription, Negotiated)
         /// Send what was queued, then close.
         case close
     }
@@ -54,15 +28,22 @@ package struct Handshake {
         case option
         case optionData(option: UInt32, length: Int)
         case skipping(option: UInt32, remaining: Int)
+        /// TLS is being set up by the caller; no byte is ours until it is.
+        case securing
         case finished
     }
 
+    private let policy: TLSPolicy
+    private var isSecure = false
     private var state = State.clientFlags
     private var input: [UInt8] = []
     private var inputStart = 0
     private var clientFlags: UInt32 = 0
+    private var style = ReplyStyle.simple
+    /// The export that the contexts were selected for, and they.
+    private var contexts: (export: String, selected: [SelectedContext]) = ("", [])
 
-    package init() {}
+    package init(tls policy: TLSPolicy = .off) { self.policy = policy }
 
     /// The 18 bytes that the server sends unasked.
     package static var greeting: [UInt8] {
@@ -94,6 +75,17 @@ package struct Handshake {
         }
         if inputStart > 0, case .finished = state {} else { dropConsumed() }
         return actions
+    }
+
+    /// TLS is up: negotiation begins anew over it (H4).
+    package mutating func secured() {
+        guard case .securing = state else { return }
+        isSecure = true
+        style = .simple
+        contexts = ("", [])
+        input = []
+        inputStart = 0
+        state = .option
     }
 
     private mutating func dropConsumed() {
@@ -139,10 +131,11 @@ package struct Handshake {
                 return false
             }
             state = .option
-            let type = Self.isKnown(option) ? NBD_REP_ERR_TOO_BIG : NBD_REP_ERR_UNSUP
-            actions.append(.send(Self.reply(option, type)))
+            var type = Self.isKnown(option) ? NBD_REP_ERR_TOO_BIG : NBD_REP_ERR_UNSUP
+            if mustSecureFirst(option) { type = NBD_REP_ERR_TLS_REQD }
+            actions.append(.send(OptionReply(option: option).encode(type)))
             return true
-        case .finished:
+        case .securing, .finished:
             return false
         }
     }
@@ -174,35 +167,107 @@ package struct Handshake {
     }
 
     private static func isKnown(_ option: UInt32) -> Bool {
-        [NBD_OPT_EXPORT_NAME, NBD_OPT_ABORT, NBD_OPT_LIST, NBD_OPT_INFO, NBD_OPT_GO].contains(option)
+        option >= NBD_OPT_EXPORT_NAME && option <= NBD_OPT_EXTENDED_HEADERS && option != 4
+    }
+
+    /// FORCEDTLS: nothing but STARTTLS and ABORT is answered in the clear.
+    private func mustSecureFirst(_ option: UInt32) -> Bool {
+        policy == .require && !isSecure && option != NBD_OPT_STARTTLS && option != NBD_OPT_ABORT
     }
 
     private mutating func answer(
         _ option: UInt32, _ data: [UInt8], _ catalog: some ExportCatalog, _ actions: inout [Action]
     ) {
+        let reply = OptionReply(option: option)
+        if mustSecureFirst(option) {
+            if option == NBD_OPT_EXPORT_NAME {
+                _ = close(&actions)
+            } else {
+                actions.append(.send(reply.error(NBD_REP_ERR_TLS_REQD, "this server wants TLS first")))
+            }
+            return
+        }
         switch option {
         case NBD_OPT_EXPORT_NAME: exportName(data, catalog, &actions)
         case NBD_OPT_ABORT:
-            actions.append(.send(Self.reply(option, NBD_REP_ACK)))
+            actions.append(.send(reply.acknowledgement))
             _ = close(&actions)
-        case NBD_OPT_LIST:
-            guard data.isEmpty else {
-                actions.append(.send(Self.error(option, NBD_REP_ERR_INVALID, "LIST takes no data")))
-                return
-            }
-            actions.append(.send(Self.list(catalog.exportNames())))
+        case NBD_OPT_STARTTLS: startTLS(data, &actions)
         case NBD_OPT_INFO, NBD_OPT_GO: infoOrGo(option, data, catalog, &actions)
-        default: actions.append(.send(Self.reply(option, NBD_REP_ERR_UNSUP)))
+        default: actions.append(.send(answerInPlace(reply, data, catalog)))
         }
+    }
+
+    /// Options whose answer changes nothing but what was negotiated.
+    private mutating func answerInPlace(
+        _ reply: OptionReply, _ data: [UInt8], _ catalog: some ExportCatalog
+    ) -> [UInt8] {
+        switch reply.option {
+        case NBD_OPT_LIST:
+            guard data.isEmpty else { return reply.error(NBD_REP_ERR_INVALID, "LIST takes no data") }
+            return reply.list(catalog.exportNames())
+        case NBD_OPT_STRUCTURED_REPLY:
+            guard data.isEmpty else { return reply.error(NBD_REP_ERR_INVALID, "STRUCTURED_REPLY takes no data") }
+            guard style != .extended else {
+                return reply.error(NBD_REP_ERR_EXT_HEADER_REQD, "extended headers are in use")
+            }
+            style = .structured
+            return reply.acknowledgement
+        case NBD_OPT_EXTENDED_HEADERS:
+            guard data.isEmpty else { return reply.error(NBD_REP_ERR_INVALID, "EXTENDED_HEADERS takes no data") }
+            style = .extended
+            return reply.acknowledgement
+        case NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT: return metaContexts(reply, data, catalog)
+        default: return reply.encode(NBD_REP_ERR_UNSUP)
+        }
+    }
+
+    // MARK: TLS
+
+    private mutating func startTLS(_ data: [UInt8], _ actions: inout [Action]) {
+        let reply = OptionReply(option: NBD_OPT_STARTTLS)
+        if !data.isEmpty {
+            actions.append(.send(reply.error(NBD_REP_ERR_INVALID, "STARTTLS takes no data")))
+        } else if isSecure {
+            actions.append(.send(reply.error(NBD_REP_ERR_INVALID, "TLS is on already")))
+        } else if policy == .off {
+            actions.append(.send(reply.error(NBD_REP_ERR_POLICY, "TLS is not configured here")))
+        } else if available > 0 {
+            // H4: whoever speaks before the answer speaks without TLS, perhaps in the client's name.
+            _ = close(&actions)
+        } else {
+            actions.append(.send(reply.acknowledgement))
+            actions.append(.startTLS)
+            state = .securing
+        }
+    }
+
+    // MARK: Exports
+
+    /// What an export offers to this session.
+    private func described(_ export: ExportDescription) -> ExportDescription {
+        var export = export
+        if style != .simple { export.flags.insert(.sendDF) }
+        return export
+    }
+
+    private func negotiated(for name: String) -> Negotiated {
+        var negotiated = Negotiated()
+        negotiated.style = style
+        if contexts.export == name { negotiated.contexts = contexts.selected }
+        return negotiated
     }
 
     private mutating func exportName(
         _ data: [UInt8], _ catalog: some ExportCatalog, _ actions: inout [Action]
     ) {
-        guard let name = Self.name(data[...]), let export = catalog.describe(export: name) else {
+        guard style != .extended, let name = OptionData.string(data[...]),
+            case .found(let found) = catalog.describe(export: name)
+        else {
             _ = close(&actions)
             return
         }
+        let export = described(found)
         var bytes: [UInt8] = []
         bytes.appendBigEndian(export.size)
         bytes.appendBigEndian(export.flags.rawValue)
@@ -210,100 +275,70 @@ package struct Handshake {
             bytes.append(contentsOf: repeatElement(0, count: 124))
         }
         actions.append(.send(bytes))
-        actions.append(.start(export))
+        actions.append(.start(export, negotiated(for: name)))
         state = .finished
     }
 
     private mutating func infoOrGo(
         _ option: UInt32, _ data: [UInt8], _ catalog: some ExportCatalog, _ actions: inout [Action]
     ) {
-        guard let (name, asksBlockSize) = Self.parseInfo(data) else {
-            actions.append(
-                .send(Self.error(option, NBD_REP_ERR_INVALID, "malformed name or list of infos")))
+        let reply = OptionReply(option: option)
+        guard let query = InfoQuery(data) else {
+            actions.append(.send(reply.error(NBD_REP_ERR_INVALID, "malformed name or list of infos")))
             return
         }
-        guard let export = catalog.describe(export: name) else {
-            let shown = String(name.prefix(200))
-            actions.append(
-                .send(Self.error(option, NBD_REP_ERR_UNKNOWN, "export '\(shown)' is not available")))
-            return
-        }
-        var bytes = Self.exportInfo(option, export)
-        if asksBlockSize { bytes += Self.blockSizeInfo(option, export) }
-        bytes += Self.reply(option, NBD_REP_ACK)
-        actions.append(.send(bytes))
+        guard let export = find(query.name, reply, catalog, &actions) else { return }
+        actions.append(.send(reply.infos(export, asked: query.asked) + reply.acknowledgement))
         if option == NBD_OPT_GO {
-            actions.append(.start(export))
+            actions.append(.start(export, negotiated(for: query.name)))
             state = .finished
         }
     }
 
-    /// Nil unless the lengths agree with each other and with the option's.
-    private static func parseInfo(_ data: [UInt8]) -> (name: String, asksBlockSize: Bool)? {
-        guard data.count >= 6 else { return nil }
-        let nameLength = data.withUnsafeBytes {
-            Int($0.baseAddress!.loadBigEndian(UInt32.self, at: 0))
+    /// Nil when the refusal is queued.
+    private func find(
+        _ name: String, _ reply: OptionReply, _ catalog: some ExportCatalog, _ actions: inout [Action]
+    ) -> ExportDescription? {
+        switch catalog.describe(export: name) {
+        case .found(let export): return described(export)
+        case .unknown:
+            let shown = String(name.prefix(200))
+            actions.append(.send(reply.error(NBD_REP_ERR_UNKNOWN, "export '\(shown)' is not available")))
+        case .needsTLS:
+            actions.append(.send(reply.error(NBD_REP_ERR_TLS_REQD, "this export wants TLS first")))
         }
-        guard nameLength <= data.count - 6, let name = name(data[4..<4 + nameLength]) else {
-            return nil
+        return nil
+    }
+
+    // MARK: Metadata contexts
+
+    private mutating func metaContexts(
+        _ reply: OptionReply, _ data: [UInt8], _ catalog: some ExportCatalog
+    ) -> [UInt8] {
+        let selects = reply.option == NBD_OPT_SET_META_CONTEXT
+        // The earlier selection is gone even if this one fails.
+        if selects { contexts = ("", []) }
+        guard style != .simple else {
+            return reply.error(NBD_REP_ERR_INVALID, "structured replies come first")
         }
-        return data.withUnsafeBytes { bytes in
-            let base = bytes.baseAddress!
-            let count = Int(base.loadBigEndian(UInt16.self, at: 4 + nameLength))
-            guard data.count == 6 + nameLength + 2 * count else { return nil }
-            var asksBlockSize = false
-            for index in 0..<count {
-                let info = base.loadBigEndian(UInt16.self, at: 6 + nameLength + 2 * index)
-                if info == NBD_INFO_BLOCK_SIZE { asksBlockSize = true }
-            }
-            return (name, asksBlockSize)
+        guard let query = MetaContextQuery(data) else {
+            return reply.error(NBD_REP_ERR_INVALID, "malformed name or list of queries")
         }
-    }
-
-    /// Nil when the name is too long, holds a NUL, or is not UTF-8.
-    private static func name(_ bytes: ArraySlice<UInt8>) -> String? {
-        guard bytes.count <= Limits.maximumNameLength, !bytes.contains(0) else { return nil }
-        return String(validating: bytes, as: UTF8.self)
-    }
-
-    private static func reply(_ option: UInt32, _ type: UInt32, _ data: [UInt8] = []) -> [UInt8] {
-        var bytes: [UInt8] = []
-        bytes.appendBigEndian(NBD_REP_MAGIC)
-        bytes.appendBigEndian(option)
-        bytes.appendBigEndian(type)
-        bytes.appendBigEndian(UInt32(data.count))
-        return bytes + data
-    }
-
-    private static func error(_ option: UInt32, _ type: UInt32, _ message: String) -> [UInt8] {
-        reply(option, type, Array(message.utf8.prefix(Limits.maximumNameLength)))
-    }
-
-    private static func list(_ names: [String]) -> [UInt8] {
-        var bytes: [UInt8] = []
-        for name in names {
-            var data: [UInt8] = []
-            data.appendBigEndian(UInt32(name.utf8.count))
-            data.append(contentsOf: name.utf8)
-            bytes += reply(NBD_OPT_LIST, NBD_REP_SERVER, data)
+        var refusals: [Action] = []
+        guard let export = find(query.name, reply, catalog, &refusals) else {
+            // SELECTIVETLS may say TLS_REQD to INFO and GO only.
+            return reply.error(NBD_REP_ERR_UNKNOWN, "that export is not available")
         }
-        return bytes + reply(NBD_OPT_LIST, NBD_REP_ACK)
-    }
-
-    private static func exportInfo(_ option: UInt32, _ export: ExportDescription) -> [UInt8] {
-        var data: [UInt8] = []
-        data.appendBigEndian(NBD_INFO_EXPORT)
-        data.appendBigEndian(export.size)
-        data.appendBigEndian(export.flags.rawValue)
-        return reply(option, NBD_REP_INFO, data)
-    }
-
-    private static func blockSizeInfo(_ option: UInt32, _ export: ExportDescription) -> [UInt8] {
-        var data: [UInt8] = []
-        data.appendBigEndian(NBD_INFO_BLOCK_SIZE)
-        data.appendBigEndian(export.minimumBlockSize)
-        data.appendBigEndian(export.preferredBlockSize)
-        data.appendBigEndian(export.maximumPayload)
-        return reply(option, NBD_REP_INFO, data)
+        guard selects else {
+            return reply.contexts(query.listed(of: export.contexts).map { SelectedContext(id: 0, name: $0) })
+        }
+        let names = query.selected(of: export.contexts)
+        guard names.count <= Limits.contextsPerConnection else {
+            return reply.error(
+                NBD_REP_ERR_TOO_BIG, "at most \(Limits.contextsPerConnection) contexts can be selected")
+        }
+        let selected = names.enumerated().map { SelectedContext(id: UInt32($0.offset) + 1, name: $0.element) }
+        contexts = (query.name, selected)
+        return reply.contexts(selected)
     }
 }

@@ -13,6 +13,10 @@ struct Connection {
     enum Phase {
         case free
         case handshake(Handshake)
+        /// The TLS handshake is under way; afterwards negotiation goes on.
+        case securing(Handshake)
+        /// What was queued is sent, then the connection moves to the reactor of its volume.
+        case departing(Departure)
         /// What was queued is sent, then the connection ends.
         case farewell
         case transmission(ExportLimits)
@@ -26,11 +30,15 @@ struct Connection {
     var generation: UInt32 = 0
     var socket: Int32 = -1
     var openedAt: UInt64 = 0
+    var client = Client(address: .unix)
+    var tls: TLSTransport?
 
     // Where requests go.
     var volume: VolumeNumber = -1
     var view = View.volume
     var intakeSession: UInt64 = 0
+    var style = ReplyStyle.simple
+    var contexts: [(id: UInt32, context: MetaContext)] = []
 
     // Receiving.
     var input: UnsafeMutableRawPointer?
@@ -42,6 +50,8 @@ struct Connection {
     var polled = false
     var peerClosed = false
     var stall = Stall.none
+    /// Since when it has been stalled, in nanoseconds of the monotonic clock.
+    var stalledAt: UInt64 = 0
     /// A WRITE whose payload has not all arrived; -1 = none.
     var payloadRequest: Int32 = -1
     var payloadFilled = 0
@@ -67,8 +77,8 @@ struct Connection {
     var output: UnsafeMutablePointer<SendArea>?
     /// Handshake bytes waiting to be sent.
     var handshakeOutput: [UInt8] = []
-    /// Handshake bytes that the ring is sending.
-    var handshakeRest: UnsafeMutableRawPointer?
+    /// Handshake bytes in the send area.
+    var handshakeBytes: UnsafeMutableRawPointer?
 
     var inputAvailable: Int { inputEnd - inputStart }
 
@@ -76,6 +86,14 @@ struct Connection {
         if case .transmission = phase { return true }
         return false
     }
+}
+
+/// A finished handshake.
+struct Departure {
+    var export: String
+    var negotiated: Negotiated
+    /// What the client sent behind its last option.
+    var unread: [UInt8]
 }
 
 /// Slots linked through `Request.next`, which is the owner's once a request has finished.
@@ -101,7 +119,11 @@ struct ReplyList {
 
 /// Headers, I/O vector and message of the send under way; the kernel reads it until the send completes.
 struct SendArea {
-    static let vectorCapacity = 2 * Limits.repliesPerSend
+    /// Pieces of the longest reply: data and holes by turns, each with a header.
+    static let piecesPerReply = 2 * Limits.runsPerReply
+    static let vectorCapacity = 2 * Limits.repliesPerSend + piecesPerReply
+    static let headersPerReply = Limits.runsPerReply * ReplyChunk.maximumByteCount
+    static let headerCapacity = Limits.repliesPerSend * ReplyChunk.maximumErrorByteCount + headersPerReply
     var message = msghdr()
     var headers: UnsafeMutableRawPointer
     var headerBytes = 0
@@ -110,8 +132,7 @@ struct SendArea {
     var vectorStart = 0
 
     init() {
-        headers = .allocate(
-            byteCount: Limits.repliesPerSend * SimpleReply.byteCount, alignment: 16)
+        headers = .allocate(byteCount: Self.headerCapacity, alignment: 16)
         vector = .allocate(capacity: Self.vectorCapacity)
     }
 
@@ -127,8 +148,16 @@ struct SendArea {
     }
 
     var hasRoom: Bool {
-        headerBytes < Limits.repliesPerSend * SimpleReply.byteCount
-            && vectorCount + 2 <= Self.vectorCapacity
+        headerBytes + max(Self.headersPerReply, ReplyChunk.maximumErrorByteCount) <= Self.headerCapacity
+            && vectorCount + Self.piecesPerReply <= Self.vectorCapacity
+    }
+
+    /// Where the next header is written; `addHeader` makes it part of the send.
+    var nextHeader: UnsafeMutableRawPointer { headers + headerBytes }
+
+    mutating func addHeader(_ count: Int) {
+        add(nextHeader, count)
+        headerBytes += count
     }
 
     /// Adds a piece, joined with the one before where they touch.

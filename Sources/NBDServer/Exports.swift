@@ -16,44 +16,84 @@ package struct ExportEntry: Sendable {
         case intake(session: UInt64)
     }
 
+    /// An older FlashCopy or recovery point; clients may ask what changed since it.
+    package struct Base: Sendable {
+        package var name: String
+        package var copy: CopyID
+        package init(name: String, copy: CopyID) {
+            self.name = name
+            self.copy = copy
+        }
+    }
+
     package var size: UInt64
     package var kind: Kind
     package var readOnly: Bool
     package var reactor: ReactorHandle
     package var volume: VolumeNumber
     /// Shown in answer to LIST.
-    package var listed: Bool
+    package var listed = true
+    /// For people.
+    package var text = ""
+    package var minimumBlockSize: UInt32 = 1
+    package var bases: [Base] = []
+    package var access = AccessList()
 
     package init(
-        size: UInt64, kind: Kind, readOnly: Bool, reactor: ReactorHandle, volume: VolumeNumber,
-        listed: Bool = true
+        size: UInt64, kind: Kind, readOnly: Bool, reactor: ReactorHandle, volume: VolumeNumber
     ) {
         self.size = size
         self.kind = kind
         self.readOnly = readOnly
         self.reactor = reactor
         self.volume = volume
-        self.listed = listed
     }
 
-    var flags: TransmissionFlags {
-        var flags: TransmissionFlags = [.hasFlags, .sendFlush, .sendFUA, .canMultiConn]
+    private var flags: TransmissionFlags {
+        var flags: TransmissionFlags = [.hasFlags, .sendFlush, .sendFUA, .sendCache, .canMultiConn]
         if readOnly {
             flags.insert(.readOnly)
         } else {
-            flags.formUnion([.sendTrim, .sendWriteZeroes])
+            flags.formUnion([.sendTrim, .sendWriteZeroes, .sendFastZero])
         }
         return flags
     }
+
+    func description(_ name: String) -> ExportDescription {
+        ExportDescription(
+            name: name, text: text, size: size, flags: flags, minimumBlockSize: minimumBlockSize,
+            contexts: contexts.map(\.name))
+    }
+
+    private static let changePrefix = "qemu:dirty-bitmap:"
+
+    /// The metadata contexts that a client may select.
+    private var contexts: [(name: String, context: MetaContext)] {
+        var contexts: [(String, MetaContext)] = [("base:allocation", .allocation)]
+        if case .copy = kind { contexts.append(("qemu:allocation-depth", .depth)) }
+        return contexts + bases.map { (Self.changePrefix + $0.name, .changed(since: $0.copy)) }
+    }
+
+    func context(_ selected: SelectedContext) -> (UInt32, MetaContext)? {
+        contexts.first { $0.name == selected.name }.map { (selected.id, $0.context) }
+    }
+}
+
+/// What a metadata context tells ("Metadata querying"; QEMU's docs/interop/nbd.txt).
+enum MetaContext: Sendable, BitwiseCopyable {
+    case allocation
+    case depth
+    case changed(since: CopyID)
 }
 
 /// Index of a volume on its reactor.
 package typealias VolumeNumber = Int
 
-package final class ExportDirectory: ExportCatalog, Sendable {
+package final class ExportDirectory: Sendable {
     private let entries = Mutex<[String: ExportEntry]>([:])
+    package let tlsPolicy: TLSPolicy
 
-    package init() {}
+    package init(tlsPolicy: TLSPolicy = .off) { self.tlsPolicy = tlsPolicy }
 
     package func set(_ name: String, _ entry: ExportEntry?) {
         entries.withLock { $0[name] = entry }
@@ -71,11 +111,10 @@ package final class ExportDirectory: ExportCatalog, Sendable {
 
     package func find(_ name: String) -> ExportEntry? { entries.withLock { $0[name] } }
 
-    package func exportNames() -> [String] {
-        entries.withLock { $0.filter { $0.value.listed }.keys.sorted() }
-    }
-
-    package func describe(export name: String) -> ExportDescription? {
-        find(name).map { ExportDescription(name: name, size: $0.size, flags: $0.flags) }
+    /// Names of the exports that are shown to everybody and satisfy `matching`, in order.
+    package func listed(where matching: (ExportEntry) -> Bool = { _ in true }) -> [String] {
+        entries.withLock { entries in
+            entries.filter { $0.value.listed && matching($0.value) }.keys.sorted()
+        }
     }
 }

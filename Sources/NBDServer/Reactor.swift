@@ -13,6 +13,7 @@ import CLibURing
 import Glibc
 import NBDProtocol
 import Ring
+import TLS
 import Volumes
 
 enum CompletionKind {
@@ -21,13 +22,33 @@ enum CompletionKind {
     static let receive: UInt8 = 3
     static let send: UInt8 = 4
     static let store: UInt8 = 5
-    static let cancel: UInt8 = 6
+    static let ignored: UInt8 = 6
+}
+
+/// What the reactors of a site have in common.
+package struct ReactorSettings: Sendable {
+    package var budget: ConnectionBudget
+    /// Nil when TLS is off.
+    package var credentials: TLSCredentials?
+    /// Told who was refused, and why.
+    package var onRefusal: (@Sendable (String) -> Void)?
+
+    package init(
+        limits: ServerLimits = ServerLimits(), credentials: TLSCredentials? = nil,
+        onRefusal: (@Sendable (String) -> Void)? = nil
+    ) {
+        budget = ConnectionBudget(limits: limits)
+        self.credentials = credentials
+        self.onRefusal = onRefusal
+    }
 }
 
 package final class Reactor {
     let number: Int
     let mailbox: Mailbox<ReactorMessage>
     let exports: ExportDirectory
+    let settings: ReactorSettings
+    var refusalLog = RefusalLog()
     var ring: Ring
     private let completions: UnsafeMutablePointer<Completion>
     private static let completionBatch = 128
@@ -51,6 +72,11 @@ package final class Reactor {
 
     package private(set) var volumes: [HostedVolume?] = []
     var stores: StoreTable
+    /// I/O on direct files that waits for other I/O, or for memory; and whether it is worth another try.
+    var deferredStores: [DeferredStore] = []
+    var deferredStoresReady = false
+    /// Unaligned writes to direct files under way.
+    var unalignedWrites = 0
     var drains: [DrainRead?] = []
     var deferredDrains: [DrainRead] = []
     private var quiesces: [Quiesce] = []
@@ -66,12 +92,13 @@ package final class Reactor {
         var done: @Sendable () -> Void
     }
 
-    private init(number: Int, mailbox: Mailbox<ReactorMessage>, exports: ExportDirectory)
-        throws(SystemError)
-    {
+    private init(
+        number: Int, mailbox: Mailbox<ReactorMessage>, exports: ExportDirectory, settings: ReactorSettings
+    ) throws(SystemError) {
         self.number = number
         self.mailbox = mailbox
         self.exports = exports
+        self.settings = settings
         ring = try Ring()
         payloadMemory = try PoolMemory(byteCount: Limits.payloadPool)
         payloads = BufferPool(base: payloadMemory.memory, size: Limits.payloadPool)
@@ -97,21 +124,21 @@ package final class Reactor {
     }
 
     /// Starts a reactor on a thread of its own.
-    package static func start(number: Int, exports: ExportDirectory) throws(SystemError)
-        -> ReactorHandle
-    {
+    package static func start(
+        number: Int, exports: ExportDirectory, settings: ReactorSettings = ReactorSettings()
+    ) throws(SystemError) -> ReactorHandle {
         let mailbox = try Mailbox<ReactorMessage>()
         startThread(name: "reactor-\(number)") {
-            reactorMain(number: number, mailbox: mailbox, exports: exports)
+            reactorMain(number: number, mailbox: mailbox, exports: exports, settings: settings)
         }
         return ReactorHandle(mailbox: mailbox, number: number)
     }
 
     fileprivate static func main(
-        number: Int, mailbox: Mailbox<ReactorMessage>, exports: ExportDirectory
+        number: Int, mailbox: Mailbox<ReactorMessage>, exports: ExportDirectory, settings: ReactorSettings
     ) {
         do {
-            let reactor = try Reactor(number: number, mailbox: mailbox, exports: exports)
+            let reactor = try Reactor(number: number, mailbox: mailbox, exports: exports, settings: settings)
             reactor.run()
         } catch {
             fatalError("farcopy: \(error)")
@@ -135,6 +162,10 @@ package final class Reactor {
         pollConnections()
         if resourcesFreed { retryStalled() }
         if !deferredDrains.isEmpty { retryDeferredDrains() }
+        if deferredStoresReady {
+            deferredStoresReady = false
+            retryDeferredStores()
+        }
         pumpVolumes()
         sendReplies()
         if !quiesces.isEmpty { checkQuiesces() }
@@ -183,7 +214,7 @@ package final class Reactor {
                 for listener in listeners.indices {
                     ring.cancel(
                         UserData(kind: CompletionKind.accept, generation: 0, slot: UInt32(listener)),
-                        UserData(kind: CompletionKind.cancel, generation: 0, slot: 0))
+                        UserData(kind: CompletionKind.ignored, generation: 0, slot: 0))
                 }
                 closeConnections { _ in true }
             }
@@ -330,8 +361,10 @@ package final class Reactor {
         let second: UInt64 = 1_000_000_000
         for slot in 0..<Limits.connectionsPerReactor {
             switch connections[slot].phase {
-            case .handshake, .farewell:
-                if now - connections[slot].openedAt > UInt64(Limits.handshakeSeconds) * second {
+            case .handshake, .securing, .departing, .farewell:
+                let limit = settings.budget.limits.handshakeSeconds
+                if now - connections[slot].openedAt > UInt64(limit) * second {
+                    refuse("refused \(connections[slot].client.text): no export chosen within \(limit) s")
                     beginClosing(Int32(slot))
                 }
             case .transmission:
@@ -388,9 +421,9 @@ package final class Reactor {
 
 /// A free function: a thread's entry must not inherit an actor's isolation.
 private nonisolated func reactorMain(
-    number: Int, mailbox: Mailbox<ReactorMessage>, exports: ExportDirectory
+    number: Int, mailbox: Mailbox<ReactorMessage>, exports: ExportDirectory, settings: ReactorSettings
 ) {
-    Reactor.main(number: number, mailbox: mailbox, exports: exports)
+    Reactor.main(number: number, mailbox: mailbox, exports: exports, settings: settings)
 }
 
 /// Whose request it is, packed into `Request.owner`.

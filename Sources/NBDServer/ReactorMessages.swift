@@ -41,7 +41,11 @@ enum ReactorMessage: Sendable {
 /// A connection on its way from the handshake to the reactor of its volume.
 struct Handoff: Sendable {
     var socket: Int32
+    var client: Client
+    // Safe because: the sender forgets it; one reactor at a time has it.
+    nonisolated(unsafe) var tls: TLSTransport?
     var entry: ExportEntry
+    var negotiated: Negotiated
     var unread: [UInt8]
 }
 

@@ -1,10 +1,11 @@
-// Session.swift: a connection from accept to its end: handshake, hand-over to the volume's reactor, closing.
+// Session.swift: a connection from accept to its end: handshake, TLS, hand-over to the volume's reactor, closing.
 
 import Base
 import CLibURing
 import Glibc
 import NBDProtocol
 import Ring
+import TLS
 import Volumes
 
 extension Reactor {
@@ -12,16 +13,34 @@ extension Reactor {
 
     /// Takes an accepted socket; closes it when there are too many connections.
     func open(_ socket: Int32) {
-        guard let slot = takeConnection(socket) else { return }
+        let client = Client(address: PeerAddress(socket: socket))
+        if openConnections >= settings.budget.limits.handshakes {
+            refuse("refused \(client.text): \(openConnections) clients are in their handshake already")
+            close(socket)
+            return
+        }
+        if let reason = settings.budget.admit(client.address) {
+            refuse("refused \(client.text): \(reason)")
+            close(socket)
+            return
+        }
+        guard let slot = takeConnection(socket, client) else { return }
         let connection = connections + Int(slot)
-        connection.pointee.phase = .handshake(Handshake())
+        connection.pointee.phase = .handshake(Handshake(tls: exports.tlsPolicy))
         connection.pointee.handshakeOutput = Handshake.greeting
         flushHandshake(slot)
     }
 
-    private func takeConnection(_ socket: Int32) -> Int32? {
+    func refuse(_ text: String) {
+        for line in refusalLog.lines(for: text, now: monotonicNanoseconds()) { settings.onRefusal?(line) }
+    }
+
+    /// A slot for a connection that was counted in; a socket that finds none is closed.
+    private func takeConnection(_ socket: Int32, _ client: Client) -> Int32? {
         guard let slot = freeConnections.popFirst() else {
+            refuse("refused \(client.text): reactor \(number) has \(Limits.connectionsPerReactor) connections")
             close(socket)
+            settings.budget.leave(client.address)
             return nil
         }
         var on: Int32 = 1  // fails on unix sockets, which have no delay to switch off
@@ -31,6 +50,7 @@ extension Reactor {
         connection.pointee = Connection()
         connection.pointee.generation = generation & 0xFF_FFFF
         connection.pointee.socket = socket
+        connection.pointee.client = client
         connection.pointee.openedAt = monotonicNanoseconds()
         connection.pointee.input = .allocate(byteCount: Limits.receiveBuffer, alignment: 4096)
         connection.pointee.output = .allocate(capacity: 1)
@@ -43,8 +63,12 @@ extension Reactor {
     func adopt(_ handoff: Handoff) {
         let entry = handoff.entry
         let hosted = hosted(entry.volume)
-        guard let slot = takeConnection(handoff.socket) else { return }
+        guard let slot = takeConnection(handoff.socket, handoff.client) else {
+            handoff.tls?.free()
+            return
+        }
         let connection = connections + Int(slot)
+        connection.pointee.tls = handoff.tls
         switch entry.kind {
         case .volume:
             guard hosted.writable || entry.readOnly else { return release(slot) }
@@ -56,10 +80,12 @@ extension Reactor {
             connection.pointee.intakeSession = session
         }
         connection.pointee.volume = entry.volume
+        connection.pointee.style = handoff.negotiated.style
+        connection.pointee.contexts = handoff.negotiated.contexts.compactMap { entry.context($0) }
         connection.pointee.phase = .transmission(
             ExportLimits(
-                size: entry.size, readOnly: entry.readOnly,
-                maximumPayload: UInt32(Limits.maximumPayload)))
+                size: entry.size, readOnly: entry.readOnly, maximumPayload: UInt32(Limits.maximumPayload),
+                style: connection.pointee.style, hasContexts: !connection.pointee.contexts.isEmpty))
         handoff.unread.withUnsafeBytes { bytes in
             if let base = bytes.baseAddress {
                 connection.pointee.input!.copyMemory(from: base, byteCount: bytes.count)
@@ -72,266 +98,120 @@ extension Reactor {
 
     // MARK: Handshake
 
-    private func handshake(_ slot: Int32) {
+    func handshake(_ slot: Int32) {
         let connection = connections + Int(slot)
         guard case .handshake(var machine) = connection.pointee.phase else { return }
         let bytes = UnsafeRawBufferPointer(
             start: connection.pointee.input, count: connection.pointee.inputEnd)
-        let actions = machine.receive(bytes, catalog: exports)
+        let catalog = ClientCatalog(exports: exports, client: connection.pointee.client, refused: refuse)
+        let actions = machine.receive(bytes, catalog: catalog)
         connection.pointee.inputEnd = 0
         connection.pointee.phase = .handshake(machine)
         for action in actions {
             switch action {
             case .send(let bytes): connection.pointee.handshakeOutput += bytes
             case .close: connection.pointee.phase = .farewell
-            case .start(let export):
-                startTransmission(slot, export.name, Array(machine.unread))
-                return
+            case .startTLS: connection.pointee.phase = .securing(machine)
+            case .start(let export, let negotiated):
+                connection.pointee.phase = .departing(
+                    Departure(export: export.name, negotiated: negotiated, unread: Array(machine.unread)))
             }
         }
         flushHandshake(slot)
     }
 
-    /// Sends the last handshake bytes, then hands the socket to the reactor of the volume.
-    private func startTransmission(_ slot: Int32, _ name: String, _ unread: [UInt8]) {
+    /// Sends what the handshake has queued; nothing is received until it has gone.
+    private func flushHandshake(_ slot: Int32) {
         let connection = connections + Int(slot)
-        let length = connection.pointee.handshakeOutput.count
-        guard sendHandshakeNow(connection) == length, let entry = exports.find(name),
-            unread.count <= Limits.receiveBuffer
-        else { return beginClosing(slot) }
-        let socket = connection.pointee.socket
-        connection.pointee.socket = -1
-        release(slot)
-        entry.reactor.leave(.adopt(Handoff(socket: socket, entry: entry, unread: unread)))
+        let bytes = connection.pointee.handshakeOutput
+        connection.pointee.handshakeOutput = []
+        guard !bytes.isEmpty else { return handshakeFlushed(slot) }
+        let buffer = UnsafeMutableRawPointer.allocate(byteCount: bytes.count, alignment: 16)
+        bytes.withUnsafeBytes { buffer.copyMemory(from: $0.baseAddress!, byteCount: $0.count) }
+        connection.pointee.handshakeBytes = buffer
+        connection.pointee.output!.pointee.reset()
+        connection.pointee.output!.pointee.add(buffer, bytes.count)
+        pushHandshake(slot)
     }
 
-    /// Sends what the handshake has queued at once: -1, or how many bytes the socket took.
-    private func sendHandshakeNow(_ connection: UnsafeMutablePointer<Connection>) -> Int {
-        connection.pointee.handshakeOutput.withUnsafeBytes {
-            $0.count == 0
-                ? 0
-                : Glibc.send(
-                    connection.pointee.socket, $0.baseAddress, $0.count, Int32(MSG_DONTWAIT) | Int32(MSG_NOSIGNAL))
+    private func pushHandshake(_ slot: Int32) {
+        let connection = connections + Int(slot)
+        switch push(connection) {
+        case .blocked: armSend(slot)
+        case .failed: beginClosing(slot)
+        case .all:
+            connection.pointee.handshakeBytes?.deallocate()
+            connection.pointee.handshakeBytes = nil
+            handshakeFlushed(slot)
         }
     }
 
-    /// Sends what the handshake has queued; what the socket does not take (a long list of exports) goes through the ring,
-    /// and nothing is received until it has gone.
-    private func flushHandshake(_ slot: Int32) {
-        let connection = connections + Int(slot)
-        let count = sendHandshakeNow(connection)
-        guard count >= 0 || errno == EAGAIN else { return beginClosing(slot) }
-        let rest = connection.pointee.handshakeOutput.dropFirst(max(0, count))
-        connection.pointee.handshakeOutput = []
-        guard !rest.isEmpty else { return handshakeFlushed(slot) }
-        let buffer = UnsafeMutableRawPointer.allocate(byteCount: rest.count, alignment: 16)
-        rest.withUnsafeBytes { buffer.copyMemory(from: $0.baseAddress!, byteCount: $0.count) }
-        connection.pointee.handshakeRest = buffer
-        connection.pointee.output!.pointee.reset()
-        connection.pointee.output!.pointee.add(buffer, rest.count)
-        sendHandshakeRest(slot)
-    }
-
-    private func sendHandshakeRest(_ slot: Int32) {
-        let connection = connections + Int(slot)
-        connection.pointee.output!.pointee.prepareMessage()
-        connection.pointee.sendArmed = true
-        ring.send(
-            connection.pointee.socket, &connection.pointee.output!.pointee.message,
-            UserData(kind: CompletionKind.send, generation: connection.pointee.generation, slot: UInt32(slot)))
-    }
-
+    /// The ring has sent a part of what the handshake queued, or says that more can be sent.
     func handshakeSent(_ slot: Int32, _ result: Int32) {
         let connection = connections + Int(slot)
-        guard connection.pointee.output!.pointee.advance(Int(max(0, result))) else { return sendHandshakeRest(slot) }
-        connection.pointee.handshakeRest?.deallocate()
-        connection.pointee.handshakeRest = nil
-        handshakeFlushed(slot)
+        if case .securing = connection.pointee.phase, connection.pointee.handshakeBytes == nil {
+            return advanceTLS(slot)
+        }
+        if connection.pointee.tls == nil, connection.pointee.output!.pointee.advance(Int(max(0, result))) {
+            connection.pointee.output!.pointee.reset()
+        }
+        pushHandshake(slot)
     }
 
     private func handshakeFlushed(_ slot: Int32) {
-        switch connections[Int(slot)].phase {
-        case .farewell: beginClosing(slot)
-        case .handshake: armReceive(slot)
-        default: break
-        }
-    }
-
-    // MARK: Receiving
-
-    func armReceive(_ slot: Int32) {
         let connection = connections + Int(slot)
-        guard !connection.pointee.receiveArmed, !connection.pointee.peerClosed else { return }
-        if case .closing = connection.pointee.phase { return }
-        if case .free = connection.pointee.phase { return }
-        let (target, room) = receiveTarget(slot)
-        guard room > 0 else { return }
-        connection.pointee.receiveArmed = true
-        ring.receive(
-            connection.pointee.socket, target, room,
-            UserData(
-                kind: CompletionKind.receive, generation: connection.pointee.generation,
-                slot: UInt32(slot)))
-    }
-
-    /// Where the next bytes go: into a payload that has begun to arrive, or into the receive buffer.
-    func receiveTarget(_ slot: Int32) -> (UnsafeMutableRawPointer, Int) {
-        let connection = connections + Int(slot)
-        if connection.pointee.payloadRequest >= 0 {
-            let request = hosted(connection.pointee.volume).volume
-                .request(connection.pointee.payloadRequest)
-            let filled = connection.pointee.payloadFilled
-            return (request.pointee.buffer! + filled, Int(request.pointee.length) - filled)
-        }
-        let end = connection.pointee.inputEnd
-        return (connection.pointee.input! + end, Limits.receiveBuffer - end)
-    }
-
-    func received(_ slot: Int32, _ result: Int32) {
-        let connection = connections + Int(slot)
-        connection.pointee.receiveArmed = false
-        if case .closing = connection.pointee.phase { return finishClosing(slot) }
-        if result == -EINTR || result == -EAGAIN { return armReceive(slot) }
-        guard result > 0 else {
-            if result == 0 { peerClosed(slot) } else { beginClosing(slot) }
-            return
-        }
         switch connection.pointee.phase {
-        case .handshake:
-            connection.pointee.inputEnd += Int(result)
-            handshake(slot)
-        case .transmission:
-            tookBytes(slot, Int(result))
-            startPolling(slot)
-        case .farewell, .free, .closing: break
+        case .farewell: beginClosing(slot)
+        case .departing(let departure): depart(slot, departure)
+        case .securing: beginTLS(slot)
+        case .handshake: armReceive(slot)
+        case .transmission, .closing, .free: break
         }
     }
 
-    /// Bytes have arrived at the receive target.
-    private func tookBytes(_ slot: Int32, _ count: Int) {
+    /// Hands the socket to the reactor of the volume.
+    private func depart(_ slot: Int32, _ departure: Departure) {
         let connection = connections + Int(slot)
-        connection.pointee.idlePolls = 0
-        if connection.pointee.payloadRequest >= 0 {
-            let request = hosted(connection.pointee.volume).volume.request(connection.pointee.payloadRequest)
-            let missing = Int(request.pointee.length) - connection.pointee.payloadFilled
-            connection.pointee.payloadFilled += min(missing, count)
-            connection.pointee.inputEnd += max(0, count - missing)
-            payloadProgress(slot)
-        } else {
-            connection.pointee.inputEnd += count
+        guard let entry = exports.find(departure.export), departure.unread.count <= Limits.receiveBuffer else {
+            return beginClosing(slot)
         }
-        parse(slot)
+        let handoff = Handoff(
+            socket: connection.pointee.socket, client: connection.pointee.client, tls: connection.pointee.tls,
+            entry: entry, negotiated: departure.negotiated, unread: departure.unread)
+        connection.pointee.socket = -1
+        connection.pointee.tls = nil
+        release(slot)
+        entry.reactor.leave(.adopt(handoff))
     }
 
-    /// The client has shut its side: what it sent is carried out and answered, then the connection ends.
-    private func peerClosed(_ slot: Int32) {
+    // MARK: TLS
+
+    /// The acknowledgement of STARTTLS has gone: from here on every byte is TLS.
+    private func beginTLS(_ slot: Int32) {
         let connection = connections + Int(slot)
-        connection.pointee.peerClosed = true
-        connection.pointee.disconnecting = true
-        if case .transmission = connection.pointee.phase {
-            endIfDrained(slot)
-        } else {
+        let socket = connection.pointee.socket
+        guard let credentials = settings.credentials, fcntl(socket, F_SETFL, O_NONBLOCK) == 0,
+            let session = try? TLSSession(credentials, socket: socket)
+        else { return beginClosing(slot) }
+        connection.pointee.tls = TLSTransport(session)
+        advanceTLS(slot)
+    }
+
+    func advanceTLS(_ slot: Int32) {
+        let connection = connections + Int(slot)
+        guard case .securing(var machine) = connection.pointee.phase, let tls = connection.pointee.tls else { return }
+        switch tls.session.handshake() {
+        case .wantsRead: armReceive(slot)
+        case .wantsWrite: armSend(slot)
+        case .failed(let reason):
+            refuse("refused \(connection.pointee.client.text): TLS handshake: \(reason)")
             beginClosing(slot)
-        }
-    }
-
-    /// After DISC or the client's end: closes once every request is answered.
-    func endIfDrained(_ slot: Int32) {
-        let connection = connections + Int(slot)
-        guard connection.pointee.disconnecting, connection.pointee.isTransmitting else { return }
-        let unparsed = connection.pointee.stall != .none
-        let partial = connection.pointee.payloadRequest >= 0 || connection.pointee.discard > 0
-        let answered =
-            connection.pointee.requestsInFlight == (connection.pointee.payloadRequest >= 0 ? 1 : 0)
-            + (connection.pointee.refusedRequest >= 0 ? 1 : 0)
-        if answered, !unparsed || partial { beginClosing(slot) }
-    }
-
-    // MARK: Polling
-
-    /// A direct, non-blocking receive is cheaper than the ring while a client is busy.
-    private static let idlePollLimit = 60
-
-    func startPolling(_ slot: Int32) {
-        let connection = connections + Int(slot)
-        guard connection.pointee.isTransmitting, !connection.pointee.polled,
-            !connection.pointee.receiveArmed, !connection.pointee.peerClosed
-        else { return }
-        connection.pointee.polled = true
-        connection.pointee.idlePolls = 0
-        polledConnections[polledCount] = slot
-        polledCount += 1
-    }
-
-    func pollConnections() {
-        var index = 0
-        while index < polledCount {
-            let slot = polledConnections[index]
-            if poll(slot) {
-                index += 1
-            } else if index < polledCount, polledConnections[index] == slot {
-                // A connection that was released meanwhile has left the list already.
-                connections[Int(slot)].polled = false
-                polledCount -= 1
-                polledConnections[index] = polledConnections[polledCount]
-            }
-        }
-    }
-
-    /// Receives made for one connection before its requests are carried out and answered together.
-    private static let receivesPerTurn = 16
-
-    /// False when the connection is to leave the list.
-    private func poll(_ slot: Int32) -> Bool {
-        let connection = connections + Int(slot)
-        for _ in 0..<Self.receivesPerTurn {
-            guard connection.pointee.isTransmitting, !connection.pointee.peerClosed,
-                !connection.pointee.disconnecting
-            else { return false }
-            // Whoever ends the stall starts the polling again.
-            guard connection.pointee.stall == .none else { return false }
-            let count = receiveNow(connection)
-            if count > 0 {
-                tookBytes(slot, count)
-                continue
-            }
-            if count < 0, errno == EAGAIN || errno == EINTR { return stillPolled(slot) }
-            connection.pointee.polled = false
-            if count == 0 { peerClosed(slot) } else { beginClosing(slot) }
-            return false
-        }
-        return true
-    }
-
-    /// A client that has been silent for a while is left to the ring.
-    private func stillPolled(_ slot: Int32) -> Bool {
-        let connection = connections + Int(slot)
-        connection.pointee.idlePolls += 1
-        if connection.pointee.idlePolls <= Self.idlePollLimit { return true }
-        connection.pointee.polled = false
-        armReceive(slot)
-        return false
-    }
-
-    /// Takes what has arrived: the rest of a payload straight to its place, and what follows it into the receive buffer.
-    private func receiveNow(_ connection: UnsafeMutablePointer<Connection>) -> Int {
-        let end = connection.pointee.inputEnd
-        let buffer = iovec(iov_base: connection.pointee.input! + end, iov_len: Limits.receiveBuffer - end)
-        guard connection.pointee.payloadRequest >= 0 else {
-            return recv(connection.pointee.socket, buffer.iov_base, buffer.iov_len, Int32(MSG_DONTWAIT))
-        }
-        let request = hosted(connection.pointee.volume).volume.request(connection.pointee.payloadRequest)
-        let filled = connection.pointee.payloadFilled
-        let payload = iovec(
-            iov_base: request.pointee.buffer! + filled, iov_len: Int(request.pointee.length) - filled)
-        var pieces = (payload, buffer)
-        return withUnsafeMutablePointer(to: &pieces) { pieces in
-            pieces.withMemoryRebound(to: iovec.self, capacity: 2) { pieces in
-                var message = msghdr()
-                message.msg_iov = pieces
-                message.msg_iovlen = 2
-                return recvmsg(connection.pointee.socket, &message, Int32(MSG_DONTWAIT))
-            }
+        case .done:
+            connection.pointee.client.isSecure = true
+            connection.pointee.client.identity = tls.session.identity
+            machine.secured()
+            connection.pointee.phase = .handshake(machine)
+            readHandshake(slot)
         }
     }
 
@@ -345,9 +225,19 @@ extension Reactor {
         default: break
         }
         connection.pointee.phase = .closing
+        if let tls = connection.pointee.tls, !connection.pointee.sendArmed, tls.pending == 0 { tls.session.farewell() }
         if connection.pointee.socket >= 0 { shutdown(connection.pointee.socket, Int32(SHUT_RDWR)) }
         dropUnsubmitted(slot)
+        orphanRequests(slot)
         finishClosing(slot)
+    }
+
+    /// What the client will not hear of any more, and may send again on another connection.
+    func orphanRequests(_ slot: Int32) {
+        let connection = connections + Int(slot)
+        guard connection.pointee.volume >= 0, connection.pointee.requestsInFlight > 0 else { return }
+        let owner = RequestOwner(connection: slot, generation: connection.pointee.generation)
+        hosted(connection.pointee.volume).volume.orphanRequests(of: owner.rawValue)
     }
 
     /// A WRITE whose payload has not arrived whole is never carried out.
@@ -390,9 +280,13 @@ extension Reactor {
             hosted(connection.pointee.volume).volume.releaseCopy(connection.pointee.view.rawValue)
         }
         if connection.pointee.polled { unpoll(slot) }
-        if connection.pointee.socket >= 0 { close(connection.pointee.socket) }
+        connection.pointee.tls?.free()
+        if connection.pointee.socket >= 0 {
+            close(connection.pointee.socket)
+            settings.budget.leave(connection.pointee.client.address)
+        }
         connection.pointee.input?.deallocate()
-        connection.pointee.handshakeRest?.deallocate()
+        connection.pointee.handshakeBytes?.deallocate()
         connection.pointee.output?.pointee.deallocate()
         connection.pointee.output?.deallocate()
         let generation = connection.pointee.generation
@@ -401,13 +295,5 @@ extension Reactor {
         freeConnections.append(slot)
         openConnections -= 1
         resourcesFreed = true
-    }
-
-    private func unpoll(_ slot: Int32) {
-        for index in 0..<polledCount where polledConnections[index] == slot {
-            polledCount -= 1
-            polledConnections[index] = polledConnections[polledCount]
-            return
-        }
     }
 }

@@ -19,12 +19,20 @@ struct StoreOperation {
         case zeroFill
         /// The flush that makes zeroes durable.
         case flush
+        /// Whole blocks around an unaligned piece (DirectIO.swift).
+        case bounceRead
+        case bounceWrite
     }
     var io: StoreIO
     var volume: VolumeNumber
     var step: Step
     var done: UInt64 = 0
-    var generation: UInt32 = 0
+    var bounce: Bounce?
+}
+
+enum StoreNext {
+    case again
+    case ended(errno: Int32)
 }
 
 /// Slots for I/O on the ring, made at the start.
@@ -70,6 +78,7 @@ extension Reactor {
 
     func startStore(_ io: StoreIO, _ number: VolumeNumber, _ hosted: HostedVolume) {
         let file = hosted.slots + Int(io.file)
+        if file.pointee.isDirect, startDirect(io, number, hosted) { return }
         var done: UInt64 = 0
         switch io.operation {
         case .read, .write:
@@ -126,7 +135,7 @@ extension Reactor {
         }
     }
 
-    private func submitStore(_ slot: Int32) {
+    func submitStore(_ slot: Int32) {
         let operation = stores.slots[Int(slot)]!
         let io = operation.io
         guard let hosted = volumes[operation.volume] else { return }
@@ -154,6 +163,8 @@ extension Reactor {
                 at: offset, durable: io.fua, userData)
         case .flush:
             ring.dataSync(descriptor, userData)
+        case .bounceRead, .bounceWrite:
+            submitBounce(operation, descriptor, userData)
         }
     }
 
@@ -167,16 +178,13 @@ extension Reactor {
             submitStore(slot)
         case .ended(let errno):
             stores.give(slot)
+            endBounce(operation)
+            if !deferredStores.isEmpty { deferredStoresReady = true }
             volumes[operation.volume]?.volume.complete(operation.io, errno: errno)
         }
     }
 
-    private enum Next {
-        case again
-        case ended(errno: Int32)
-    }
-
-    private func next(_ operation: inout StoreOperation, _ result: Int32) -> Next {
+    private func next(_ operation: inout StoreOperation, _ result: Int32) -> StoreNext {
         if result == -EINTR || result == -EAGAIN { return .again }
         switch operation.step {
         case .transfer, .zeroFill:
@@ -193,12 +201,15 @@ extension Reactor {
             }
             if result == -EOPNOTSUPP || result == -ENOSYS || result == -EINVAL {
                 if operation.io.operation == .trim { return .ended(errno: 0) }  // a hint
+                if operation.io.fast { return .ended(errno: EOPNOTSUPP) }
                 operation.step = .zeroFill
                 return .again
             }
             return .ended(errno: -result)
         case .flush:
             return .ended(errno: -result)
+        case .bounceRead, .bounceWrite:
+            return bounced(&operation, result)
         }
     }
 

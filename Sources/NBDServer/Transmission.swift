@@ -1,8 +1,8 @@
-// Transmission.swift: requests out of the receive buffer, replies into one send.
+// Transmission.swift: requests out of the receive buffer and into the volume.
 //
 // Must be prevented:
-//   a refused WRITE's payload is read as requests
-//   a reply is sent twice, or its memory reused before the kernel has taken it
+//   a refused request's payload is read as requests
+//   requests of a client that is gone are carried out late, after it sent them again elsewhere
 //   a client that sends without reading the replies makes the server take memory without bound: its requests are
 //   counted from arrival to the last byte of the reply, and at the limit its socket is not read any more
 
@@ -23,17 +23,28 @@ extension Reactor {
             connection.pointee.payloadRequest < 0
         else { return }
         let hosted = hosted(connection.pointee.volume)
+        if connection.pointee.stall != .none, wasAbandoned(connection) { return beginClosing(slot) }
         connection.pointee.stall = .none
         while connection.pointee.isTransmitting, !connection.pointee.disconnecting || connection.pointee.peerClosed {
             if connection.pointee.discard > 0, !discardPayload(slot, hosted) { break }
-            guard connection.pointee.inputAvailable >= RequestHeader.byteCount else { break }
+            guard connection.pointee.inputAvailable >= limits.style.requestByteCount else { break }
             guard parseOne(slot, hosted, limits) else { break }
         }
         compact(connection)
+        if connection.pointee.stall != .none { connection.pointee.stalledAt = monotonicNanoseconds() }
         if connection.pointee.stall == .volume || connection.pointee.stall == .memory {
             _ = stalledConnections.tryAppend(slot)
         }
         if connection.pointee.disconnecting { endIfDrained(slot) }
+    }
+
+    /// A client that has been kept waiting may have given the connection up and gone on with another one.
+    private static let abandonedNanoseconds: UInt64 = 500_000_000
+
+    private func wasAbandoned(_ connection: UnsafeMutablePointer<Connection>) -> Bool {
+        guard monotonicNanoseconds() - connection.pointee.stalledAt > Self.abandonedNanoseconds else { return false }
+        var entry = pollfd(fd: connection.pointee.socket, events: Int16(farcopy_poll_peer_closed), revents: 0)
+        return Glibc.poll(&entry, 1, 0) > 0
     }
 
     /// Moves what is left to the front, so that a whole header always fits.
@@ -55,8 +66,9 @@ extension Reactor {
     ) -> Bool {
         let connection = connections + Int(slot)
         guard
-            let header = RequestHeader(connection.pointee.input! + connection.pointee.inputStart),
-            header.payloadLength <= Limits.maximumPayload
+            let header = RequestHeader(
+                connection.pointee.input! + connection.pointee.inputStart, style: limits.style),
+            header.payloadLength <= UInt64(Limits.maximumPayload)
         else {
             beginClosing(slot)
             return false
@@ -79,10 +91,10 @@ extension Reactor {
         request.pointee.owner =
             RequestOwner(connection: slot, generation: connection.pointee.generation).rawValue
         request.pointee.offset = header.offset
-        request.pointee.length = UInt64(header.length)
+        request.pointee.length = header.length
         switch validated {
         case .failure(let error):
-            connection.pointee.inputStart += RequestHeader.byteCount
+            connection.pointee.inputStart += limits.style.requestByteCount
             connection.pointee.requestsInFlight += 1
             refuse(slot, taken, header, error, hosted)
             return true
@@ -99,10 +111,10 @@ extension Reactor {
         let connection = connections + Int(slot)
         let request = hosted.volume.request(taken)
         request.pointee.length = 0
-        request.pointee.operation = header.payloadLength > 0 ? .write : .flush
+        request.pointee.operation = header.type == Command.read.rawValue ? .read : .flush
         hosted.volume.refuse(taken, errno: Int32(error.rawValue))
         if header.payloadLength > 0 {
-            connection.pointee.discard = header.payloadLength
+            connection.pointee.discard = Int(header.payloadLength)
             connection.pointee.refusedRequest = taken
         } else {
             queueReply(slot, taken, hosted)
@@ -122,6 +134,7 @@ extension Reactor {
         return true
     }
 
+    /// Carries a valid request out, or leaves it in the buffer when something is missing (false).
     private func start(
         _ slot: Int32, _ taken: Int32, _ command: ValidatedRequest, _ header: RequestHeader,
         _ hosted: HostedVolume
@@ -129,56 +142,94 @@ extension Reactor {
         let connection = connections + Int(slot)
         let request = hosted.volume.request(taken)
         request.pointee.view = connection.pointee.view
-        var needsMemory = false
-        switch command {
-        case .read:
-            request.pointee.operation = .read
-            needsMemory = true
-        case .write(let fua):
-            request.pointee.operation = .write
-            request.pointee.fua = fua
-            needsMemory = true
-        case .writeZeroes(let fua, let noHole):
-            request.pointee.operation = .writeZeroes
-            request.pointee.fua = fua
-            request.pointee.noHole = noHole
-        case .trim(let fua):
-            request.pointee.operation = .trim
-            request.pointee.fua = fua
-        case .flush, .disconnect:
-            request.pointee.operation = .flush
-            request.pointee.offset = 0
-            request.pointee.length = 0
-        }
-        if needsMemory, header.length > 0 {
-            let held = connection.pointee.payloadBytes
-            guard held == 0 || held + Int(header.length) <= Limits.payloadPerConnection else {
+        prepare(request, for: command)
+        let memory = payloadMemory(for: command, header, connection)
+        if memory > 0 {
+            guard let buffer = takePayload(connection, memory) else {
                 hosted.volume.releaseRequest(taken)
-                connection.pointee.stall = .replies
-                return false
-            }
-            guard let buffer = payloads.take(Int(header.length)) else {
-                hosted.volume.releaseRequest(taken)
-                connection.pointee.stall = .memory
                 return false
             }
             request.pointee.buffer = buffer
-            connection.pointee.payloadBytes += Int(header.length)
         }
-        connection.pointee.inputStart += RequestHeader.byteCount
+        connection.pointee.inputStart += connection.pointee.style.requestByteCount
         connection.pointee.requestsInFlight += 1
-        if header.payloadLength > 0 {
-            connection.pointee.payloadRequest = taken
-            connection.pointee.payloadFilled = 0
-            let count = min(header.payloadLength, connection.pointee.inputAvailable)
-            request.pointee.buffer!.copyMemory(
-                from: connection.pointee.input! + connection.pointee.inputStart, byteCount: count)
-            connection.pointee.inputStart += count
-            connection.pointee.payloadFilled = count
-            return payloadProgress(slot)
+        switch command {
+        case .write where header.payloadLength > 0:
+            return beginPayload(slot, taken, Int(header.payloadLength), hosted)
+        case .blockStatus(let reqOne):
+            answerBlockStatus(slot, taken, reqOne: reqOne, hosted)
+        case .cache:
+            prefetch(connection.pointee.view, header.offset, header.length, hosted)
+            hosted.volume.refuse(taken, errno: 0)
+            queueReply(slot, taken, hosted)
+        default:
+            hosted.volume.submit(taken)
         }
-        hosted.volume.submit(taken)
         return true
+    }
+
+    private func prepare(_ request: UnsafeMutablePointer<Request>, for command: ValidatedRequest) {
+        switch command {
+        case .read(let df):
+            request.pointee.operation = .read
+            request.pointee.tag = df ? RequestTag.unfragmented : RequestTag.none
+        case .write(let fua):
+            request.pointee.operation = .write
+            request.pointee.fua = fua
+        case .writeZeroes(let fua, let noHole, let fast):
+            request.pointee.operation = .writeZeroes
+            request.pointee.fua = fua
+            request.pointee.noHole = noHole
+            request.pointee.fast = fast
+        case .trim(let fua):
+            request.pointee.operation = .trim
+            request.pointee.fua = fua
+        case .blockStatus:
+            request.pointee.operation = .flush
+            request.pointee.tag = RequestTag.blockStatus
+        case .flush, .cache, .disconnect:
+            request.pointee.operation = .flush
+            request.pointee.length = 0
+        }
+    }
+
+    private func payloadMemory(
+        for command: ValidatedRequest, _ header: RequestHeader, _ connection: UnsafeMutablePointer<Connection>
+    ) -> Int {
+        switch command {
+        case .read, .write: Int(header.length)
+        case .blockStatus: connection.pointee.contexts.count * Self.statusChunkBytes
+        default: 0
+        }
+    }
+
+    /// Memory from the pool, counted as the connection's; nil, with the stall noted, when there is none for it just now.
+    private func takePayload(
+        _ connection: UnsafeMutablePointer<Connection>, _ count: Int
+    ) -> UnsafeMutableRawPointer? {
+        let held = connection.pointee.payloadBytes
+        guard held == 0 || held + count <= Limits.payloadPerConnection else {
+            connection.pointee.stall = .replies
+            return nil
+        }
+        guard let buffer = payloads.take(count) else {
+            connection.pointee.stall = .memory
+            return nil
+        }
+        connection.pointee.payloadBytes += count
+        return buffer
+    }
+
+    /// Takes what has arrived of a WRITE's payload; false while it is not whole.
+    private func beginPayload(_ slot: Int32, _ taken: Int32, _ length: Int, _ hosted: HostedVolume) -> Bool {
+        let connection = connections + Int(slot)
+        connection.pointee.payloadRequest = taken
+        let count = min(length, connection.pointee.inputAvailable)
+        hosted.volume.request(taken).pointee.buffer!.copyMemory(
+            from: connection.pointee.input! + connection.pointee.inputStart, byteCount: count)
+        connection.pointee.inputStart += count
+        connection.pointee.payloadFilled = count
+        return payloadProgress(slot)
     }
 
     /// Submits the WRITE once its payload is whole; false while it is not.
@@ -209,139 +260,5 @@ extension Reactor {
                 startPolling(slot)
             }
         }
-    }
-
-    // MARK: Replying
-
-    func replyReady(_ taken: Int32, _ hosted: HostedVolume, _ owner: RequestOwner) {
-        let slot = owner.slot
-        if case .closing = connections[Int(slot)].phase {
-            freeRequest(slot, taken, hosted)
-            finishClosing(slot)
-            return
-        }
-        queueReply(slot, taken, hosted)
-    }
-
-    private func queueReply(_ slot: Int32, _ taken: Int32, _ hosted: HostedVolume) {
-        let connection = connections + Int(slot)
-        connection.pointee.replies.append(taken, hosted.volume)
-        if !connection.pointee.sendDirty, dirtyConnections.tryAppend(slot) {
-            connection.pointee.sendDirty = true
-        }
-    }
-
-    func freeRequest(_ slot: Int32, _ taken: Int32, _ hosted: HostedVolume) {
-        let request = hosted.volume.request(taken)
-        if let buffer = request.pointee.buffer {
-            payloads.give(buffer)
-            request.pointee.buffer = nil
-            connections[Int(slot)].payloadBytes -= Int(request.pointee.length)
-        }
-        hosted.volume.releaseRequest(taken)
-        connections[Int(slot)].requestsInFlight -= 1
-        resourcesFreed = resourcesFreed || !stalledConnections.isEmpty
-    }
-
-    func sendReplies() {
-        while let slot = dirtyConnections.popFirst() {
-            connections[Int(slot)].sendDirty = false
-            sendNext(slot)
-        }
-    }
-
-    /// Gathers waiting replies into one send, as often as the socket takes them at once.
-    private func sendNext(_ slot: Int32) {
-        let connection = connections + Int(slot)
-        guard connection.pointee.isTransmitting else { return }
-        let hosted = hosted(connection.pointee.volume)
-        let area = connection.pointee.output!
-        while !connection.pointee.sendArmed, !connection.pointee.replies.isEmpty {
-            area.pointee.reset()
-            while area.pointee.hasRoom,
-                let taken = connection.pointee.replies.popFirst(hosted.volume)
-            {
-                connection.pointee.sending.append(taken, hosted.volume)
-                encodeReply(taken, hosted, area)
-            }
-            guard transmit(slot) else { return }
-        }
-    }
-
-    private func encodeReply(
-        _ taken: Int32, _ hosted: HostedVolume, _ area: UnsafeMutablePointer<SendArea>
-    ) {
-        let request = hosted.volume.request(taken)
-        let header = area.pointee.headers + area.pointee.headerBytes
-        area.pointee.headerBytes += SimpleReply.byteCount
-        let error = request.pointee.error
-        SimpleReply.encode(
-            error: error == 0 ? 0 : NBDError(errno: error).rawValue,
-            cookie: request.pointee.cookie, into: header)
-        area.pointee.add(header, SimpleReply.byteCount)
-        if request.pointee.operation == .read, error == 0, request.pointee.length > 0 {
-            area.pointee.add(request.pointee.buffer!, Int(request.pointee.length))
-            hosted.bytesRead += request.pointee.length
-        }
-    }
-
-    /// Sends directly what the socket takes, the rest through the ring; false when the ring has it or it failed.
-    private func transmit(_ slot: Int32) -> Bool {
-        let connection = connections + Int(slot)
-        let area = connection.pointee.output!
-        while true {
-            area.pointee.prepareMessage()
-            let count = sendmsg(
-                connection.pointee.socket, &area.pointee.message,
-                Int32(MSG_DONTWAIT) | Int32(MSG_NOSIGNAL))
-            if count >= 0 {
-                if area.pointee.advance(count) {
-                    sendFinished(slot)
-                    return true
-                }
-                continue
-            }
-            if errno == EINTR { continue }
-            guard errno == EAGAIN else {
-                beginClosing(slot)
-                return false
-            }
-            connection.pointee.sendArmed = true
-            connection.pointee.lastProgress = monotonicNanoseconds()
-            ring.send(
-                connection.pointee.socket, &area.pointee.message,
-                UserData(
-                    kind: CompletionKind.send, generation: connection.pointee.generation,
-                    slot: UInt32(slot)))
-            return false
-        }
-    }
-
-    func sent(_ slot: Int32, _ result: Int32) {
-        let connection = connections + Int(slot)
-        connection.pointee.sendArmed = false
-        if case .closing = connection.pointee.phase { return finishClosing(slot) }
-        if result < 0, result != -EINTR, result != -EAGAIN { return beginClosing(slot) }
-        if !connection.pointee.isTransmitting { return handshakeSent(slot, result) }
-        if connection.pointee.output!.pointee.advance(Int(max(0, result))) {
-            sendFinished(slot)
-            sendNext(slot)
-        } else if transmit(slot) {
-            sendNext(slot)
-        }
-    }
-
-    /// Every reply of the send has left: its requests are over.
-    private func sendFinished(_ slot: Int32) {
-        let connection = connections + Int(slot)
-        let hosted = hosted(connection.pointee.volume)
-        while let taken = connection.pointee.sending.popFirst(hosted.volume) {
-            freeRequest(slot, taken, hosted)
-        }
-        if connection.pointee.stall == .replies {
-            parse(slot)
-            startPolling(slot)
-        }
-        if connection.pointee.disconnecting { endIfDrained(slot) }
     }
 }

@@ -5,12 +5,40 @@
 
 import CLibNBD
 import Glibc
+import NBDProtocol
 import Ring
+import TLS
 
 /// Where a peer's NBD server listens.
 package enum NBDAddress: Sendable, Equatable {
     case unix(path: String)
     case tcp(host: String, port: UInt16)
+}
+
+/// How a link proves who it is, and asks the peer to.
+package struct LinkTLS: Sendable {
+    package var policy: TLSPolicy
+    package var files: TLSFiles
+    package var user: String
+
+    package init(policy: TLSPolicy = .off, files: TLSFiles, user: String) {
+        self.policy = policy
+        self.files = files
+        self.user = user
+    }
+
+    /// Tells a handle before it connects; false when libnbd refuses.
+    func apply(to handle: OpaquePointer) -> Bool {
+        guard policy != .off else { return true }
+        let wanted = policy == .require ? LIBNBD_TLS_REQUIRE : LIBNBD_TLS_ALLOW
+        var fine = nbd_set_tls(handle, Int32(wanted)) == 0
+        if let directory = files.certificates { fine = fine && nbd_set_tls_certificates(handle, directory) == 0 }
+        if let path = files.pskFile {
+            fine = fine && nbd_set_tls_psk_file(handle, path) == 0 && nbd_set_tls_username(handle, user) == 0
+        }
+        fine = fine && nbd_set_tls_verify_peer(handle, files.verifyPeer) == 0
+        return fine
+    }
 }
 
 /// Outcome of one asynchronous command, written by libnbd's callback.
@@ -39,12 +67,15 @@ final class LinkConnection {
     private let slab: CompletionSlab
 
     /// Begins to connect; `isReady` tells when it is.
-    init(address: NBDAddress, export: String, slab: CompletionSlab) throws(SystemError) {
+    init(
+        address: NBDAddress, tls: LinkTLS, export: String, slab: CompletionSlab
+    ) throws(SystemError) {
         guard let handle = nbd_create() else { throw Self.failure("create a connection") }
         self.handle = handle
         self.slab = slab
         nbd_set_handle_name(handle, export)
         var result = nbd_set_export_name(handle, export)
+        if !tls.apply(to: handle) { result = -1 }
         if result == 0 {
             switch address {
             case .unix(let path): result = nbd_aio_connect_unix(handle, path)
@@ -133,7 +164,7 @@ final class Link {
     private var failed = false
 
     init(
-        address: NBDAddress, exports: [String], connectionsPerVolume: Int, window: Int
+        address: NBDAddress, tls: LinkTLS, exports: [String], connectionsPerVolume: Int, window: Int
     ) throws(SystemError) {
         completions = CompletionSlab(count: window + exports.count * connectionsPerVolume)
         var connections: [[LinkConnection]] = []
@@ -141,7 +172,7 @@ final class Link {
             var ofVolume: [LinkConnection] = []
             for _ in 0..<connectionsPerVolume {
                 ofVolume.append(
-                    try LinkConnection(address: address, export: export, slab: completions))
+                    try LinkConnection(address: address, tls: tls, export: export, slab: completions))
             }
             connections.append(ofVolume)
         }

@@ -121,6 +121,7 @@ package final class Replicator: Sendable {
         package var settings: Cycle.Settings
         package var volumes: [ReplicatedVolume]
         package var address: NBDAddress
+        package var tls: LinkTLS
         package var peer: any PeerClient
         package var connectionsPerVolume: Int
         /// Writes the record durably before it returns.
@@ -129,7 +130,7 @@ package final class Replicator: Sendable {
 
         package init(
             group: String, settings: Cycle.Settings, volumes: [ReplicatedVolume],
-            address: NBDAddress, peer: any PeerClient, connectionsPerVolume: Int,
+            address: NBDAddress, tls: LinkTLS, peer: any PeerClient, connectionsPerVolume: Int,
             save: @escaping @Sendable (GroupRecord) throws -> Void,
             log: @escaping @Sendable (String) -> Void
         ) {
@@ -137,6 +138,7 @@ package final class Replicator: Sendable {
             self.settings = settings
             self.volumes = volumes
             self.address = address
+            self.tls = tls
             self.peer = peer
             self.connectionsPerVolume = connectionsPerVolume
             self.save = save
@@ -317,7 +319,7 @@ private final class ReplicatorThread {
     private func connect(_ state: PeerState, _ exports: [String]) {
         do {
             link = try Link(
-                address: configuration.address, exports: exports,
+                address: configuration.address, tls: configuration.tls, exports: exports,
                 connectionsPerVolume: configuration.connectionsPerVolume, window: window)
             peerState = state
             session = state.session

@@ -7,10 +7,14 @@ import Glibc
 package final class OpenFile: Sendable {
     package let descriptor: Int32
     package let path: String
+    /// What offsets, lengths and memory must be aligned to, in bytes, when the page cache is passed by; else 0.
+    package let directAlignment: UInt32
 
     package init(descriptor: Int32, path: String) {
         self.descriptor = descriptor
         self.path = path
+        // On tmpfs the page cache is the storage.
+        directAlignment = farcopy_is_tmpfs(descriptor) != 0 ? 0 : farcopy_direct_alignment(descriptor)
     }
 
     /// Opens with `flags | O_CLOEXEC`; new files get mode 0600.

@@ -136,6 +136,20 @@ package struct Ring: ~Copyable {
         entry.pointee.user_data = userData.rawValue
     }
 
+    /// Completes once, with the events that have come about.
+    package mutating func pollOnce(_ descriptor: Int32, _ events: Int16, _ userData: UserData) {
+        let entry = entry()
+        io_uring_prep_poll_add(entry, descriptor, UInt32(UInt16(bitPattern: events)))
+        entry.pointee.user_data = userData.rawValue
+    }
+
+    /// Reads a range of a file into the page cache.
+    package mutating func readAhead(_ descriptor: Int32, offset: UInt64, length: UInt64, _ userData: UserData) {
+        let entry = entry()
+        io_uring_prep_fadvise(entry, descriptor, offset, Int(min(length, 1 << 30)), Int32(POSIX_FADV_WILLNEED))
+        entry.pointee.user_data = userData.rawValue
+    }
+
     package mutating func cancel(_ target: UserData, _ userData: UserData) {
         let entry = entry()
         io_uring_prep_cancel64(entry, target.rawValue, 0)

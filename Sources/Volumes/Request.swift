@@ -23,6 +23,8 @@ package struct Request: BitwiseCopyable {
     package internal(set) var state = State.free
     package var fua = false
     package var noHole = false
+    /// WRITE_ZEROES that must fail rather than be slow.
+    package var fast = false
     package var view = View.volume
     package var offset: UInt64 = 0
     package var length: UInt64 = 0
@@ -32,6 +34,7 @@ package struct Request: BitwiseCopyable {
     /// The owner's own values, untouched by the engine.
     package var owner: UInt64 = 0
     package var cookie: UInt64 = 0
+    package var tag: UInt8 = 0
     /// Links the slot into one list at a time: free, waiting, or the owner's once finished.
     package var next: Int32 = -1
 
@@ -46,6 +49,8 @@ package struct Request: BitwiseCopyable {
     var epoch: UInt32 = 0
     /// Was in flight when a point or FlashCopy was taken; until it ends, its range of the copy is not settled.
     var unsettled = false
+    /// Its client is gone and may have sent it again elsewhere; later writes to its range wait for its end.
+    var orphaned = false
     /// A flush has two parts while a restore is under way.
     var flushesLeft: Int8 = 0
 

@@ -19,6 +19,8 @@ package struct StoreIO: BitwiseCopyable {
     package var length: UInt64
     package var buffer: UnsafeMutableRawPointer?
     package var token: IOToken
+    /// Zeroing must fail with EOPNOTSUPP at once where it would be no faster than writing.
+    package var fast = false
 }
 
 /// Which request or copy job an I/O belongs to; carried through the driver untouched.

@@ -8,6 +8,7 @@
 //   a drain reads new data as the point's, because the write came between its check and its read        (ReadPath.swift)
 //   a write in flight across the forming of a point is acknowledged without a mark in the new CR bitmap (WritePath.swift)
 //   a write issued after an acknowledgement is in a point that lacks the acknowledged write              (Point.swift)
+//   a write of a client that died lands on one that was acknowledged after its repetition                (WritePath.swift)
 //
 // Invariants:
 //   V1  A grain's CR bit is set before a host write to it is issued, and again before the write is acknowledged
@@ -41,6 +42,9 @@ package final class Volume {
     var starvedWaiters = SlotList()
     var heldAcknowledgements = SlotList()
     private var finished = SlotList()
+    /// Unfinished modifying requests of clients that are gone.
+    var orphanCount = 0
+    var orphanWaiters = SlotList()
 
     /// The first error of a flush, reported by every later one until the volume is opened anew.
     private var flushError: Int32 = 0
@@ -182,6 +186,7 @@ package final class Volume {
         let request = requests + Int(slot)
         if error != 0 { request.pointee.error = error }
         request.pointee.state = .finished
+        if request.pointee.orphaned { releaseOrphan(slot) }
         if request.pointee.isModifying {
             modifyingInFlight -= 1
             if holding {

@@ -27,6 +27,10 @@ extension Volume {
             finish(slot)
             return
         }
+        if orphanCount > 0, !request.pointee.orphaned, overlapsOrphan(slot) {
+            orphanWaiters.append(slot, in: requests)
+            return
+        }
         var segmentEnd = request.pointee.end
         if preserves {
             let grains = geometry.grains(
@@ -63,7 +67,7 @@ extension Volume {
                 operation: operation, fua: request.pointee.fua, noHole: request.pointee.noHole,
                 file: Self.source, offset: cursor, length: length,
                 buffer: request.pointee.buffer.map { $0 + Int(cursor - request.pointee.offset) },
-                token: token(slot)))
+                token: token(slot), fast: request.pointee.fast))
     }
 
     func mark(_ grains: Range<Int>) { changeCount += changeRecording.set(grains) }
@@ -129,6 +133,38 @@ extension Volume {
             if !overlap.isEmpty, overlap.lowerBound < found?.lowerBound ?? Int.max { found = overlap }
         }
         return found
+    }
+
+    // MARK: Writes of clients that are gone
+
+    /// Tells that the owner of requests is gone. A client with several connections sends what was not answered again on
+    /// another one; so whatever comes later and overlaps waits until these have ended.
+    package func orphanRequests(of owner: UInt64) {
+        for slot in 0..<requestCapacity {
+            let request = requests + slot
+            guard request.pointee.owner == owner, request.pointee.isModifying, !request.pointee.orphaned,
+                request.pointee.state == .waiting || request.pointee.state == .issued
+            else { continue }
+            request.pointee.orphaned = true
+            orphanCount += 1
+        }
+    }
+
+    private func overlapsOrphan(_ slot: Int32) -> Bool {
+        let (start, end) = (requests[Int(slot)].offset, requests[Int(slot)].end)
+        for other in 0..<requestCapacity
+        where requests[other].orphaned && requests[other].offset < end && start < requests[other].end {
+            return true
+        }
+        return false
+    }
+
+    func releaseOrphan(_ slot: Int32) {
+        requests[Int(slot)].orphaned = false
+        orphanCount -= 1
+        var waiters = orphanWaiters
+        orphanWaiters = SlotList()
+        while let waiter = waiters.popFirst(in: requests) { resume(waiter) }
     }
 
     /// Takes up a request that waited.

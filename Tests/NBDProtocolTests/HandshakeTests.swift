@@ -3,8 +3,18 @@ import Testing
 
 private struct OneExport: ExportCatalog {
     func exportNames() -> [String] { ["disk"] }
-    func describe(export name: String) -> ExportDescription? {
-        name == "disk" ? ExportDescription(name: name, size: 4096, flags: [.hasFlags]) : nil
+    func describe(export name: String) -> ExportLookup {
+        switch name {
+        case "disk":
+            .found(
+                ExportDescription(
+                    name: name, text: "a disk", size: 4096, flags: [.hasFlags],
+                    contexts: [
+                        "base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:b",
+                    ]))
+        case "private": .needsTLS
+        default: .unknown
+        }
     }
 }
 
@@ -35,6 +45,7 @@ private func feed(_ bytes: [UInt8], pieces: Int = .max) -> (replies: [UInt32], s
             case .send(let sent): output += sent
             case .start: started = true
             case .close: closed = true
+            case .startTLS: break
             }
         }
     }

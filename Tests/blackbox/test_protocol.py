@@ -8,63 +8,10 @@ import time
 
 import nbd
 
+from rawclient import IHAVEOPT, Raw
 from sites import SiteTest, run, wait_for
 
-IHAVEOPT = b"IHAVEOPT"
 SIZE = 64 << 20
-
-
-class Raw:
-    """A client that sends what it likes."""
-
-    def __init__(self, site, flags=3):
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(20)
-        self.socket.connect(site.socket)
-        greeting = self.receive(18)
-        assert greeting == b"NBDMAGIC" + IHAVEOPT + b"\x00\x03", greeting
-        if flags is not None:
-            self.socket.sendall(struct.pack(">I", flags))
-
-    def receive(self, count):
-        data = b""
-        while len(data) < count:
-            piece = self.socket.recv(count - len(data))
-            if not piece:
-                raise EOFError(f"the server closed after {len(data)} of {count} bytes")
-            data += piece
-        return data
-
-    def option(self, number, data=b"", length=None):
-        self.socket.sendall(IHAVEOPT + struct.pack(">II", number, len(data) if length is None else length) + data)
-
-    def reply(self):
-        magic, option, kind, length = struct.unpack(">QIII", self.receive(20))
-        assert magic == 0x3e889045565a9, hex(magic)
-        return option, kind, self.receive(length)
-
-    def go(self, name, number=7, infos=()):
-        data = struct.pack(">I", len(name)) + name + struct.pack(">H", len(infos))
-        self.option(number, data + b"".join(struct.pack(">H", info) for info in infos))
-        replies = []
-        while True:
-            replies.append(self.reply())
-            if replies[-1][1] == 1 or replies[-1][1] >> 31:
-                return replies
-
-    def request(self, kind, offset=0, length=0, cookie=1, flags=0, payload=b"", magic=0x25609513):
-        self.socket.sendall(struct.pack(">IHHQQI", magic, flags, kind, cookie, offset, length) + payload)
-
-    def answer(self, length=0):
-        magic, error, cookie = struct.unpack(">IIQ", self.receive(16))
-        assert magic == 0x67446698, hex(magic)
-        return error, cookie, self.receive(length) if error == 0 else b""
-
-    def is_closed(self):
-        try:
-            return self.socket.recv(1) == b""
-        except ConnectionError:
-            return True
 
 
 class Protocol(SiteTest):
@@ -254,7 +201,7 @@ class Protocol(SiteTest):
         cases = [
             (0, SIZE, 1, 0, 22), (0, SIZE - 1, 2, 0, 22), (0, 2**64 - 1, 1, 0, 22), (0, 2**63, 2**31, 0, 22),
             (0, 0, 0xffffffff, 0, 22), (0, 0, 33 << 20, 0, 22), (4, SIZE, 512, 0, 22), (6, SIZE, 512, 0, 28),
-            (99, 0, 0, 0, 22), (5, 0, 512, 0, 22), (7, 0, 512, 0, 22), (0, 0, 512, 1 << 2, 22), (4, 0, 512, 2, 22),
+            (99, 0, 0, 0, 22), (5, 0, 512, 0, 0), (5, SIZE, 512, 0, 22), (5, 0, 512, 2, 22), (7, 0, 512, 0, 22), (0, 0, 512, 1 << 2, 22), (4, 0, 512, 2, 22),
             (3, 0, 0, 1 << 5, 22), (6, 0, 4096, 3, 0), (4, 0, 4096, 1, 0), (3, 0, 0, 1, 0), (0, SIZE, 0, 0, 0)]
         for kind, offset, length, flags, expected in cases:
             raw.request(kind, offset, length, cookie=5, flags=flags)

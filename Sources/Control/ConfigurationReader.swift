@@ -1,0 +1,366 @@
+// ConfigurationReader.swift: values out of the parsed TOML file, each error with its line.
+
+import Base
+import NBDProtocol
+import NBDServer
+import TLS
+import TOMLKit
+import Volumes
+
+/// Takes values out of the parsed file and names the line of whatever is wrong with them.
+struct ConfigurationReader {
+    let path: String
+    private let lines: [Substring]
+
+    init(path: String, text: String) {
+        self.path = path
+        lines = text.split(separator: "\n", omittingEmptySubsequences: false)
+    }
+
+    func error(_ line: Int, _ message: String) -> ConfigurationError {
+        ConfigurationError(line > 0 ? "\(path):\(line): \(message)" : "\(path): \(message)")
+    }
+
+    /// The line of a key in a table, or of the table's header; the parser does not tell positions of values.
+    func line(_ section: String, _ key: String?) -> Int {
+        var current = ""
+        var header = 0
+        for (index, raw) in lines.enumerated() {
+            let text = raw.drop { $0 == " " || $0 == "\t" }
+            if text.hasPrefix("[") {
+                current = text.dropFirst().prefix { $0 != "]" }.filter { $0 != "\"" && $0 != " " }
+                if current == section || (key != nil && current == join(section, key!)) {
+                    header = index + 1
+                    if key == nil || current != section { return header }
+                }
+            } else if current == section, let key {
+                let word = text.prefix { $0 != "=" && $0 != " " && $0 != "." && $0 != "\t" }
+                if word.filter({ $0 != "\"" }) == key { return index + 1 }
+            }
+        }
+        return header
+    }
+
+    private func join(_ section: String, _ key: String) -> String {
+        section.isEmpty ? key : "\(section).\(key)"
+    }
+
+    private func fail(_ section: String, _ key: String, _ message: String) -> ConfigurationError {
+        error(line(section, key), "\(join(section, key)) \(message)")
+    }
+
+    func check(_ table: TOMLTable, _ section: String, known: [String]) throws {
+        for key in table.keys where !known.contains(key) {
+            throw error(
+                line(section, key),
+                "unknown key '\(join(section, key))'; known here: \(known.joined(separator: ", "))")
+        }
+    }
+
+    func table(_ parent: TOMLTable, _ section: String, _ key: String) throws -> TOMLTable {
+        guard let value = parent[key] else {
+            throw error(0, "the section [\(join(section, key))] is missing")
+        }
+        guard let table = value.table else { throw fail(section, key, "must be a section") }
+        return table
+    }
+
+    func string(_ table: TOMLTable, _ section: String, _ key: String) throws -> String {
+        guard let value = table[key] else {
+            throw error(line(section, nil), "\(join(section, key)) is missing")
+        }
+        guard let text = value.string else { throw fail(section, key, "must be a string") }
+        return text
+    }
+
+    func name(_ table: TOMLTable, _ section: String, _ key: String) throws -> String {
+        let text = try string(table, section, key)
+        try checkName(text, section, key)
+        return text
+    }
+
+    /// Names become file names and export names, where '@' and '/' have a meaning.
+    private func checkName(_ text: String, _ section: String, _ key: String) throws {
+        let valid =
+            !text.isEmpty && text.utf8.count <= 64 && text.first != "." && text.first != "-"
+            && text.utf8.allSatisfy {
+                (0x30...0x39).contains($0) || (0x41...0x5A).contains($0)
+                    || (0x61...0x7A).contains($0) || $0 == 0x2D || $0 == 0x2E || $0 == 0x5F
+            }
+        guard valid else {
+            throw fail(
+                section, key,
+                "has the name '\(text)'; use 1 to 64 letters, digits, '.', '_' and '-', "
+                    + "beginning with a letter, a digit or '_'")
+        }
+    }
+
+    func absolutePath(_ table: TOMLTable, _ section: String, _ key: String) throws -> String {
+        let text = try string(table, section, key)
+        guard text.hasPrefix("/") else { throw fail(section, key, "must be an absolute path") }
+        return text
+    }
+
+    func address(_ table: TOMLTable, _ section: String, _ key: String) throws -> Address {
+        let text = try string(table, section, key)
+        guard let address = Address(text) else {
+            throw fail(section, key, "'\(text)' is neither unix:/absolute/path nor host:port")
+        }
+        return address
+    }
+
+    func addresses(
+        _ table: TOMLTable, _ section: String, _ key: String, mayBeEmpty: Bool = false
+    ) throws -> [Address] {
+        guard let value = table[key] else {
+            if mayBeEmpty { return [] }
+            throw error(line(section, nil), "\(join(section, key)) is missing")
+        }
+        guard let array = value.array, !array.isEmpty || mayBeEmpty else {
+            throw fail(section, key, "must be a list of addresses with at least one in it")
+        }
+        return try array.map { element in
+            guard let text = element.string, let address = Address(text) else {
+                throw fail(section, key, "holds something that is neither unix:/absolute/path nor host:port")
+            }
+            return address
+        }
+    }
+
+    func volumes(_ root: TOMLTable) throws -> [Configuration.VolumeEntry] {
+        let table = try table(root, "", "volumes")
+        return try table.keys.sorted().map { name in
+            let section = "volumes.\(name)"
+            try checkName(name, "volumes", name)
+            let entry = try self.table(table, "volumes", name)
+            try check(
+                entry, section,
+                known: ["path", "size", "grain", "cache", "read_only", "allow_clients", "allow_addresses"])
+            let size = try entry["size"].map { _ in try self.size(entry, section, "size") }
+            let grain = try entry["grain"].map { _ in try self.size(entry, section, "grain") }
+            if let grain, Geometry(size: 1 << 40, grain: Int(clamping: grain)) == nil {
+                throw fail(section, "grain", "must be a power of two from 4KiB to 1MiB")
+            }
+            if let size, size == 0 || size % 512 != 0 || size > UInt64(Int64.max) {
+                throw fail(section, "size", "must be a multiple of 512 bytes, more than 0 and less than 8EiB")
+            }
+            return Configuration.VolumeEntry(
+                name: name, path: try absolutePath(entry, section, "path"), size: size,
+                grain: grain.map { Int($0) },
+                cache: try choice(entry, section, "cache", among: [.writeback, .none]) ?? .writeback,
+                readOnly: try flag(entry, section, "read_only") ?? false,
+                access: try access(entry, section), line: line(section, nil))
+        }
+    }
+
+    func peers(_ root: TOMLTable, site: String, tls: TLSPolicy) throws -> [String: Configuration.PeerEntry] {
+        guard root["peers"] != nil else { return [:] }
+        let table = try table(root, "", "peers")
+        var peers: [String: Configuration.PeerEntry] = [:]
+        for name in table.keys {
+            let section = "peers.\(name)"
+            let entry = try self.table(table, "peers", name)
+            try check(entry, section, known: ["nbd", "control", "tls", "tls_user"])
+            peers[name] = Configuration.PeerEntry(
+                name: name, nbd: try address(entry, section, "nbd"),
+                control: try address(entry, section, "control"),
+                tls: try choice(entry, section, "tls", among: [.off, .allow, .require]) ?? tls,
+                tlsUser: entry["tls_user"] == nil ? site : try string(entry, section, "tls_user"))
+        }
+        return peers
+    }
+
+    func groups(_ root: TOMLTable) throws -> [Configuration.GroupEntry] {
+        guard root["groups"] != nil else { return [] }
+        let table = try table(root, "", "groups")
+        return try table.keys.sorted().map { name in
+            try checkName(name, "groups", name)
+            return try group(try self.table(table, "groups", name), name)
+        }
+    }
+
+    private func group(_ entry: TOMLTable, _ name: String) throws -> Configuration.GroupEntry {
+        let section = "groups.\(name)"
+        try check(
+            entry, section,
+            known: [
+                "volumes", "role", "peer", "mode", "interval", "keep", "allow_clients", "allow_addresses",
+            ])
+        guard let list = entry["volumes"]?.array, !list.isEmpty else {
+            throw fail(section, "volumes", "must be a list of volume names with at least one in it")
+        }
+        let volumes = try list.map { element in
+            guard let text = element.string else {
+                throw fail(section, "volumes", "must be a list of strings")
+            }
+            return text
+        }
+        guard volumes.count <= Limits.volumesPerGroup, Set(volumes).count == volumes.count else {
+            throw fail(
+                section, "volumes", "must name each volume once, and at most \(Limits.volumesPerGroup)")
+        }
+        let roleText = try string(entry, section, "role")
+        guard let role = Configuration.Role(rawValue: roleText) else {
+            throw fail(section, "role", "is '\(roleText)'; it must be 'primary' or 'secondary'")
+        }
+        let modeText = entry["mode"] == nil ? "flashcopy" : try string(entry, section, "mode")
+        guard let mode = Configuration.Mode(rawValue: modeText) else {
+            throw fail(section, "mode", "is '\(modeText)'; this version has the mode 'flashcopy'")
+        }
+        var keep = 8
+        if let value = entry["keep"] {
+            guard let number = value.int, (1...64).contains(number) else {
+                throw fail(section, "keep", "must be a number of recovery points from 1 to 64")
+            }
+            keep = number
+        }
+        return Configuration.GroupEntry(
+            name: name, volumes: volumes, role: role, peer: try string(entry, section, "peer"),
+            mode: mode, interval: try interval(entry, section), keep: keep, access: try access(entry, section),
+            line: line(section, nil))
+    }
+
+    private func interval(_ entry: TOMLTable, _ section: String) throws
+        -> Configuration.IntervalSetting
+    {
+        guard entry["interval"] != nil else { return .seconds(5) }
+        let text = try string(entry, section, "interval")
+        if text == "manual" { return .manual }
+        if let seconds = seconds(text), seconds <= 31 * 86400 { return seconds == 0 ? .continuous : .seconds(seconds) }
+        throw fail(
+            section, "interval",
+            "is '\(text)'; write a time such as \"500ms\", \"5s\", \"10min\" or \"1h\", \"0s\" for continuously, or \"manual\""
+        )
+    }
+
+    // MARK: The NBD server
+
+    func nbd(_ root: TOMLTable) throws -> Configuration.NBDEntry {
+        let entry = try table(root, "", "nbd")
+        try check(
+            entry, "nbd",
+            known: [
+                "listen", "tls", "tls_certificates", "tls_psk_file", "tls_verify_peer", "max_connections",
+                "max_connections_per_address", "max_handshakes", "handshake_timeout",
+            ])
+        let files = TLSFiles(
+            certificates: entry["tls_certificates"] == nil ? nil : try absolutePath(entry, "nbd", "tls_certificates"),
+            pskFile: entry["tls_psk_file"] == nil ? nil : try absolutePath(entry, "nbd", "tls_psk_file"),
+            verifyPeer: try flag(entry, "nbd", "tls_verify_peer") ?? true)
+        let tls = try choice(entry, "nbd", "tls", among: [TLSPolicy.off, .allow, .require]) ?? .off
+        if tls != .off, files.isEmpty {
+            throw fail("nbd", "tls", "needs tls_certificates or tls_psk_file")
+        }
+        return Configuration.NBDEntry(
+            listen: try addresses(entry, "nbd", "listen", mayBeEmpty: SocketActivation.isOffered), tls: tls,
+            files: files, limits: try limits(entry))
+    }
+
+    private func limits(_ entry: TOMLTable) throws -> ServerLimits {
+        var limits = ServerLimits()
+        let most = Limits.connectionsPerReactor
+        limits.connections = try number(entry, "nbd", "max_connections", 1...64 * most) ?? limits.connections
+        limits.connectionsPerAddress =
+            try number(entry, "nbd", "max_connections_per_address", 1...64 * most) ?? limits.connectionsPerAddress
+        limits.handshakes = try number(entry, "nbd", "max_handshakes", 1...most) ?? limits.handshakes
+        if entry["handshake_timeout"] != nil {
+            let text = try string(entry, "nbd", "handshake_timeout")
+            guard let seconds = seconds(text), (1...600).contains(seconds) else {
+                throw fail("nbd", "handshake_timeout", "is '\(text)'; write a time from \"1s\" to \"10min\"")
+            }
+            limits.handshakeSeconds = Int(seconds)
+        }
+        return limits
+    }
+
+    /// Who may open an export.
+    private func access(_ entry: TOMLTable, _ section: String) throws -> AccessList {
+        var access = AccessList()
+        if entry["allow_clients"] != nil { access.clients = try strings(entry, section, "allow_clients") }
+        if entry["allow_addresses"] != nil {
+            access.addresses = try strings(entry, section, "allow_addresses").map { text in
+                guard let range = AddressRange(text) else {
+                    throw fail(
+                        section, "allow_addresses",
+                        "holds '\(text)'; write \"unix\", an address, or a network such as \"10.0.0.0/8\"")
+                }
+                return range
+            }
+        }
+        return access
+    }
+
+    private func strings(_ table: TOMLTable, _ section: String, _ key: String) throws -> [String] {
+        guard let array = table[key]?.array else { throw fail(section, key, "must be a list of strings") }
+        return try array.map { element in
+            guard let text = element.string else { throw fail(section, key, "must be a list of strings") }
+            return text
+        }
+    }
+
+    private func flag(_ table: TOMLTable, _ section: String, _ key: String) throws -> Bool? {
+        guard let value = table[key] else { return nil }
+        guard let flag = value.bool else { throw fail(section, key, "must be true or false") }
+        return flag
+    }
+
+    private func number(
+        _ table: TOMLTable, _ section: String, _ key: String, _ range: ClosedRange<Int>
+    ) throws -> Int? {
+        guard let value = table[key] else { return nil }
+        guard let number = value.int, range.contains(number) else {
+            throw fail(section, key, "must be a number from \(range.lowerBound) to \(range.upperBound)")
+        }
+        return number
+    }
+
+    private func choice<Value: RawRepresentable<String>>(
+        _ table: TOMLTable, _ section: String, _ key: String, among values: [Value]
+    ) throws -> Value? {
+        guard table[key] != nil else { return nil }
+        let text = try string(table, section, key)
+        guard let value = values.first(where: { $0.rawValue == text }) else {
+            let known = values.map { "'\($0.rawValue)'" }.joined(separator: ", ")
+            throw fail(section, key, "is '\(text)'; it must be one of \(known)")
+        }
+        return value
+    }
+
+    // MARK: Times and sizes
+
+    /// "500ms", "5s", "10min", "1h"; nil when it is no time.
+    private func seconds(_ text: String) -> Double? {
+        let units: [(String, Double)] = [("ms", 0.001), ("s", 1), ("min", 60), ("h", 3600)]
+        for (unit, seconds) in units where text.hasSuffix(unit) {
+            if let number = Double(text.dropLast(unit.count)), number >= 0 { return number * seconds }
+        }
+        return nil
+    }
+
+    /// "10GiB", "512MiB", "4096" …; bytes.
+    private func size(_ table: TOMLTable, _ section: String, _ key: String) throws -> UInt64 {
+        if let number = table[key]?.int, number >= 0 { return UInt64(number) }
+        let text = try string(table, section, key)
+        guard let bytes = parseSize(text) else {
+            throw fail(section, key, "is '\(text)'; write a size such as \"10GiB\", \"512MiB\" or \"4KiB\"")
+        }
+        return bytes
+    }
+}
+
+/// Bytes of "10GiB", "1.5TiB", "4096"; nil when it is no size.
+package func parseSize(_ text: String) -> UInt64? {
+    let units: [(String, UInt64)] = [
+        ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40), ("PiB", 1 << 50),
+    ]
+    for (unit, factor) in units where text.hasSuffix(unit) {
+        let number = text.dropLast(3)
+        if let whole = UInt64(number) {
+            let (bytes, overflow) = whole.multipliedReportingOverflow(by: factor)
+            return overflow ? nil : bytes
+        }
+        guard let value = Double(number), value >= 0, value * Double(factor) < 9e18 else { return nil }
+        return UInt64(value * Double(factor))
+    }
+    return UInt64(text)
+}
