@@ -98,6 +98,21 @@ listen = [{listen}]
     def stop(self):
         self.kill(signal.SIGTERM)
 
+    def sockets(self):
+        """How many sockets the process has open."""
+        directory, count = f"/proc/{self.process.pid}/fd", 0
+        for number in os.listdir(directory):
+            try:
+                count += os.readlink(f"{directory}/{number}").startswith("socket:")
+            except FileNotFoundError:
+                pass
+        return count
+
+    def resident(self):
+        """Bytes of memory that the process has in use."""
+        with open(f"/proc/{self.process.pid}/status") as file:
+            return int(next(line for line in file if line.startswith("VmRSS")).split()[1]) << 10
+
     def points(self, group="shop"):
         return json.loads(self.farcopy("points", group, "--json").stdout)
 
