@@ -74,3 +74,15 @@ let package = Package(
     ],
     swiftLanguageModes: [.v6]
 )
+
+// libFuzzer brings its own entry point, so these build only with `--sanitize fuzzer` (see `make fuzz`).
+if Context.environment["FARCOPY_FUZZ"] != nil {
+    package.targets += [
+        .executableTarget(
+            name: "fuzz-handshake", dependencies: ["Base", "NBDProtocol"], path: "Fuzz/handshake",
+            swiftSettings: strict + [.unsafeFlags(["-parse-as-library"])]),
+        .executableTarget(
+            name: "fuzz-session", dependencies: ["Base", "NBDProtocol", "NBDServer", "Ring", "Volumes"],
+            path: "Fuzz/session", swiftSettings: strict + [.unsafeFlags(["-parse-as-library"])]),
+    ]
+}

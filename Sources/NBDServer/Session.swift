@@ -12,7 +12,7 @@ extension Reactor {
     // MARK: Opening
 
     /// Takes an accepted socket; closes it when there are too many connections.
-    func open(_ socket: Int32) {
+    package func open(_ socket: Int32) {
         let client = Client(address: PeerAddress(socket: socket))
         if openConnections >= settings.budget.limits.handshakes {
             refuse("refused \(client.text): \(openConnections) clients are in their handshake already")

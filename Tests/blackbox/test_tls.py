@@ -230,7 +230,7 @@ class TLS(SiteTest):
     def test_clients_that_vanish_or_stall_in_the_tls_handshake(self):
         site = self.serve(lines='handshake_timeout = "1s"\n')
         stalled = []
-        for index in range(40):
+        for index in range(15):
             raw = Raw(site)
             raw.option(5)
             self.assertEqual(raw.reply()[1], ACK)
