@@ -27,6 +27,7 @@ let package = Package(
         .systemLibrary(name: "CLibNBD", pkgConfig: "libnbd", providers: [.apt(["libnbd-dev"])]),
 
         .systemLibrary(name: "CGnuTLS", pkgConfig: "gnutls", providers: [.apt(["libgnutls28-dev"])]),
+        .systemLibrary(name: "CNetlink", pkgConfig: "libnl-genl-3.0", providers: [.apt(["libnl-genl-3-dev"])]),
 
         .target(name: "Base", swiftSettings: strict),
         .target(name: "TLS", dependencies: ["CGnuTLS"], swiftSettings: strict),
@@ -49,10 +50,11 @@ let package = Package(
                 .product(name: "Hummingbird", package: "hummingbird"),
                 .product(name: "AsyncHTTPClient", package: "async-http-client"),
             ], swiftSettings: control),
+        .target(name: "KernelDevice", dependencies: ["Ring", "CLibNBD", "CNetlink"], swiftSettings: strict),
         .executableTarget(
             name: "farcopy",
             dependencies: [
-                "Control",
+                "Control", "KernelDevice", "Ring",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),

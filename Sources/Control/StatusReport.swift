@@ -63,6 +63,8 @@ package struct StatusReport: Codable, Sendable {
 
     package var site: String
     package var version: String
+    /// Where the NBD server listens.
+    package var nbd: [String]
     package var volumes: [String: VolumeReport]
     package var groups: [String: GroupReport]
 }
@@ -91,7 +93,8 @@ extension Site {
 
     package func status(group only: String? = nil) async throws -> StatusReport {
         if let only { _ = try group(only) }
-        var report = StatusReport(site: configuration.site, version: Self.version, volumes: [:], groups: [:])
+        var report = StatusReport(site: configuration.site, version: Self.version, nbd: configuration.nbd.listen.map(\.description),
+            volumes: [:], groups: [:])
         var pending: [String: UInt64] = [:]
         let names = exports.listed()
         for volume in volumes.values {

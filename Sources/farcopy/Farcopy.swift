@@ -12,7 +12,7 @@ struct Farcopy: AsyncParsableCommand {
         version: Site.version,
         subcommands: [
             Serve.self, Status.self, CycleCommand.self, Suspend.self, Resume.self, Points.self,
-            Failover.self, Events.self, FlashCopyCommand.self,
+            Failover.self, Events.self, FlashCopyCommand.self, Attach.self, Detach.self,
         ])
 
     static func main() async {

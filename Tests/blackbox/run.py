@@ -7,7 +7,12 @@ import unittest
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, here)
 loader = unittest.TestLoader()
-suite = loader.loadTestsFromNames(sys.argv[1:]) if sys.argv[1:] else loader.discover(here)
+kernel = os.path.join(os.path.dirname(here), "kernel")
+if sys.argv[1:] == ["kernel"]:
+    sys.path.insert(0, kernel)
+    suite = loader.discover(kernel)
+else:
+    suite = loader.loadTestsFromNames(sys.argv[1:]) if sys.argv[1:] else loader.discover(here)
 result = unittest.TextTestRunner(verbosity=2).run(suite)
 failed = len(result.failures) + len(result.errors)
 print(f"{result.testsRun - failed - len(result.skipped)} passed, {failed} failed, {len(result.skipped)} skipped")

@@ -42,6 +42,7 @@ class Site:
         self.control = "unix:" + os.path.join(self.path, "control.sock")
         self.config = os.path.join(self.path, "site.toml")
         self.process = None
+        self.program = FARCOPY
         self.log = os.path.join(self.path, "log")
         listen = ", ".join(f'"{address}"' for address in (f"unix:{self.socket}", *nbd_listen))
         text = f"""[site]
@@ -70,7 +71,7 @@ listen = [{listen}]
     def start(self, wait=True):
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                [FARCOPY, "serve", "--config", self.config], stdin=subprocess.DEVNULL,
+                [self.program, "serve", "--config", self.config], stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=die_with_parent)
         if wait:
             line = self.process.stdout.readline()
