@@ -41,7 +41,8 @@ PRELUDE = """
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin LD_LIBRARY_PATH=/lib/swift
 busybox mkdir -p /tmp/a /tmp/b
 fail() { echo "GUEST FAILED: $*"; dmesg | busybox tail -30; exit 1; }
-host() { echo "HOST $*"; read answer; }
+# The emulated serial line may sleep on an answer until something else happens.
+host() { echo "HOST $*"; until read -t 1 answer; do :; done; }
 mount() { busybox mount "$@"; }
 umount() { busybox umount "$@"; }
 sleep() { busybox sleep "$@"; }
