@@ -18,7 +18,7 @@ package enum Limits {
     package static let maximumNameLength = 4096
     /// A client that neither sends the rest of a payload nor takes its replies is ended after this long if others wait
     /// for memory, in seconds.
-    package static let stalledClientSeconds = 10
+    package static let stalledClientSeconds = 3
 
     /// Connections of one reactor, in any phase.
     package static let connectionsPerReactor = 1024
@@ -47,6 +47,11 @@ package enum Limits {
     package static let payloadPerConnection = 32 << 20
     /// Payload memory of one reactor (address space; pages are touched on demand).
     package static let payloadPool = 256 << 20
+    /// Connections that hold no more than `smallPayload` may use all of the pool; the others leave `payloadReserve` of it.
+    package static let smallPayload = 128 << 10
+    package static let payloadReserve = 64 << 20
+    /// So much of a larger payload must have arrived before it gets memory.
+    package static let payloadShown = 32 << 10
     /// Memory for copy jobs of one reactor, apart from payloads so that a write can always have its grains preserved.
     package static let copyPool = 64 << 20
     /// Messages waiting for one thread.
@@ -71,6 +76,9 @@ package enum Limits {
     package static func validate() {
         invariant(maximumPayload <= payloadPerConnection, "one payload fits a connection")
         invariant(8 * payloadPerConnection <= payloadPool, "one connection cannot take all payload memory")
+        invariant(
+            maximumPayload <= payloadPool - payloadReserve, "the largest payload fits beside the reserve")
+        invariant(payloadShown + 64 <= receiveBuffer, "what a payload must show fits the receive buffer")
         invariant(copyJobBytes >= maximumGrain, "a copy job moves at least one grain")
         invariant(
             copyPool >= copyJobBytes, "the copy pool holds at least one job")

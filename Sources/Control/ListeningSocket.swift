@@ -64,7 +64,7 @@ package enum ListeningSocket {
             guard withUnixAddress(path, { bind(descriptor, $0, $1) }) == 0 else {
                 throw SystemError("listen on \(address)")
             }
-            guard listen(descriptor, 128) == 0 else { throw SystemError("listen on \(address)") }
+            guard listen(descriptor, 4096) == 0 else { throw SystemError("listen on \(address)") }
             return [file]
         case .tcp(let host, let port):
             return try openTCP(host, port, address)
@@ -95,7 +95,7 @@ package enum ListeningSocket {
                 setsockopt(
                     descriptor, Int32(IPPROTO_IPV6), IPV6_V6ONLY, &on, socklen_t(MemoryLayout<Int32>.size))
             }
-            guard bind(descriptor, info.ai_addr, info.ai_addrlen) == 0, listen(descriptor, 128) == 0 else {
+            guard bind(descriptor, info.ai_addr, info.ai_addrlen) == 0, listen(descriptor, 4096) == 0 else {
                 throw SystemError("listen on \(address)")
             }
             files.append(file)

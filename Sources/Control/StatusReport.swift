@@ -93,7 +93,8 @@ extension Site {
 
     package func status(group only: String? = nil) async throws -> StatusReport {
         if let only { _ = try group(only) }
-        var report = StatusReport(site: configuration.site, version: Self.version, nbd: configuration.nbd.listen.map(\.description),
+        var report = StatusReport(
+            site: configuration.site, version: Self.version, nbd: configuration.nbd.listen.map(\.description),
             volumes: [:], groups: [:])
         var pending: [String: UInt64] = [:]
         let names = exports.listed()

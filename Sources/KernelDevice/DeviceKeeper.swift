@@ -58,7 +58,8 @@ package final class DeviceKeeper {
             identifier: identifier)
         let multiple = first.flags & (1 << 8) != 0
         guard multiple || options.connections == 1 else {
-            throw SystemError("attach \(device): the server allows one connection only; use --connections 1", errno: EINVAL)
+            throw SystemError(
+                "attach \(device): the server allows one connection only; use --connections 1", errno: EINVAL)
         }
         sockets = [dup(first.socket)]
         while sockets.count < options.connections {
@@ -111,7 +112,7 @@ package final class DeviceKeeper {
                 try netlink.reconnect(index, identifier: identifier, socket: connection.socket)
                 sockets[position] = dup(connection.socket)
                 log("/dev/nbd\(index): connection \(position + 1) is back")
-            } catch where error.errno == EINVAL || error.errno == ENODEV {
+            } catch  where error.errno == EINVAL || error.errno == ENODEV {
                 return Self.isConnected(index) && Self.attribute(index, "backend") == identifier
             } catch {
                 // The kernel has not noticed the death yet, or has no dead connection for us to replace.

@@ -144,6 +144,10 @@ extension Reactor {
         request.pointee.view = connection.pointee.view
         prepare(request, for: command)
         let memory = payloadMemory(for: command, header, connection)
+        if memory > Limits.smallPayload, !isArriving(header, connection) {
+            hosted.volume.releaseRequest(taken)
+            return false
+        }
         if memory > 0 {
             guard let buffer = takePayload(connection, memory) else {
                 hosted.volume.releaseRequest(taken)
@@ -193,6 +197,12 @@ extension Reactor {
         }
     }
 
+    /// A large payload has memory once a part of it is there, not when it is merely announced.
+    private func isArriving(_ header: RequestHeader, _ connection: UnsafeMutablePointer<Connection>) -> Bool {
+        let there = connection.pointee.inputAvailable - connection.pointee.style.requestByteCount
+        return header.payloadLength == 0 || there >= Limits.payloadShown
+    }
+
     private func payloadMemory(
         for command: ValidatedRequest, _ header: RequestHeader, _ connection: UnsafeMutablePointer<Connection>
     ) -> Int {
@@ -212,7 +222,9 @@ extension Reactor {
             connection.pointee.stall = .replies
             return nil
         }
-        guard let buffer = payloads.take(count) else {
+        // What everybody needs to make progress is kept from those who want much.
+        let small = held + count <= Limits.smallPayload
+        guard small || payloads.freeBytes - count >= Limits.payloadReserve, let buffer = payloads.take(count) else {
             connection.pointee.stall = .memory
             return nil
         }

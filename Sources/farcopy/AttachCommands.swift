@@ -10,7 +10,8 @@ import Ring
 struct Attach: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         abstract: "Make an export the kernel's /dev/nbdX, alive across restarts of the server.",
-        discussion: "A keeper stays in the background until the device is detached; with --foreground it is this process, "
+        discussion:
+            "A keeper stays in the background until the device is detached; with --foreground it is this process, "
             + "for a service manager to look after.")
     @OptionGroup var options: ControlOptions
     @Argument(help: "The name of an export of the site, or an NBD URI.") var export: String

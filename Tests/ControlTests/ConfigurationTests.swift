@@ -38,7 +38,7 @@ func wholeFile() throws {
     #expect(configuration.volumes[0].size == 10 << 30 && configuration.volumes[1].size == nil)
     #expect(configuration.groups[0].interval == .continuous && configuration.groups[0].keep == 3)
     #expect(configuration.peers["west"]?.nbd == .tcp(host: "west.example", port: 10809))
-    #expect(configuration.listen[1] == .tcp(host: "::1", port: 10809))
+    #expect(configuration.nbd.listen[1] == .tcp(host: "::1", port: 10809))
 }
 
 @Test(

@@ -30,9 +30,10 @@ private let clientFlags: [UInt8] = [0, 0, 0, 3]
 private let go: [UInt8] = [0, 0, 0, 4] + Array("disk".utf8) + [0, 0]
 
 /// Replies as (option, type) pairs, and what else happened.
-private func feed(_ bytes: [UInt8], pieces: Int = .max) -> (replies: [UInt32], started: Bool, closed: Bool, unread: Int)
-{
-    var machine = Handshake()
+private func feed(
+    _ bytes: [UInt8], pieces: Int = .max, tls: TLSPolicy = .off
+) -> (replies: [UInt32], started: Bool, closed: Bool, unread: Int) {
+    var machine = Handshake(tls: tls)
     var output: [UInt8] = []
     var started = false
     var closed = false
@@ -112,4 +113,73 @@ func noise() {
         if Bool.random() { bytes[Int.random(in: 0..<bytes.count)] ^= UInt8.random(in: 1...255) }
         #expect(!feed(bytes, pieces: Int.random(in: 1...50)).started)
     }
+}
+
+@Test("E3 where TLS is required every option but STARTTLS and ABORT waits for it")
+func forcedTLS() {
+    var options = (0...12).filter { ![1, 2, 5].contains($0) }.map { option(UInt32($0)) }.flatMap { $0 }
+    options += option(0x765_4321, [1, 2, 3]) + option(NBD_OPT_ABORT)
+    let result = feed(clientFlags + options, tls: .require)
+    #expect(result.replies == Array(repeating: NBD_REP_ERR_TLS_REQD, count: 11) + [NBD_REP_ACK])
+    #expect(feed(clientFlags + option(NBD_OPT_EXPORT_NAME, Array("disk".utf8)), tls: .require).closed)
+    #expect(feed([0, 0, 0, 2] + option(NBD_OPT_STARTTLS), tls: .require).closed, "A5: no TLS without fixed newstyle")
+}
+
+@Test("E5 TLS_REQD is for INFO and GO where TLS is a choice, and never said once it is on")
+func selectiveTLS() {
+    let wanted = [0, 0, 0, 7] + Array("private".utf8) + [0, 0] as [UInt8]
+    let context = [0, 0, 0, 7] + Array("private".utf8) + [0, 0, 0, 0] as [UInt8]
+    let result = feed(
+        clientFlags + option(NBD_OPT_STRUCTURED_REPLY) + option(NBD_OPT_INFO, wanted)
+            + option(NBD_OPT_SET_META_CONTEXT, context), tls: .allow)
+    #expect(result.replies == [NBD_REP_ACK, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN])
+}
+
+@Test("C5.5 bytes behind STARTTLS end the connection; C5.4 nothing from before it survives")
+func startTLS() {
+    #expect(feed(clientFlags + option(NBD_OPT_STARTTLS) + option(NBD_OPT_LIST), tls: .allow).closed)
+    #expect(feed(clientFlags + option(NBD_OPT_STARTTLS, [1]), tls: .allow).replies == [NBD_REP_ERR_INVALID])
+    #expect(feed(clientFlags + option(NBD_OPT_STARTTLS)).replies == [NBD_REP_ERR_POLICY])
+    var machine = Handshake(tls: .allow)
+    func receive(_ bytes: [UInt8]) -> [Handshake.Action] {
+        bytes.withUnsafeBytes { machine.receive($0, catalog: OneExport()) }
+    }
+    let query =
+        [0, 0, 0, 4] + Array("disk".utf8) + [0, 0, 0, 1, 0, 0, 0, 15] + Array("base:allocation".utf8) as [UInt8]
+    _ = receive(clientFlags + option(NBD_OPT_EXTENDED_HEADERS))
+    _ = receive(option(NBD_OPT_SET_META_CONTEXT, query))
+    _ = receive(option(NBD_OPT_STARTTLS))
+    machine.secured()
+    for action in receive(option(NBD_OPT_GO, go)) {
+        if case .start(let export, let negotiated) = action {
+            #expect(negotiated.style == .simple && negotiated.contexts.isEmpty && !export.flags.contains(.sendDF))
+        }
+    }
+}
+
+@Test("C8.6, C8.8 a selection is replaced by the next, and void for another export")
+func selections() {
+    func selected(_ steps: [UInt8]) -> [String]? {
+        var machine = Handshake()
+        let bytes = clientFlags + option(NBD_OPT_STRUCTURED_REPLY) + steps + option(NBD_OPT_GO, go)
+        for action in bytes.withUnsafeBytes({ machine.receive($0, catalog: OneExport()) }) {
+            if case .start(_, let negotiated) = action { return negotiated.contexts.map(\.name) }
+        }
+        return nil
+    }
+    func set(_ export: String, _ queries: [String]) -> [UInt8] {
+        var data: [UInt8] = []
+        for (index, text) in ([export] + queries).enumerated() {
+            data.appendBigEndian(UInt32(text.utf8.count))
+            data += Array(text.utf8)
+            if index == 0 { data.appendBigEndian(UInt32(queries.count)) }
+        }
+        return option(NBD_OPT_SET_META_CONTEXT, data)
+    }
+    let all = ["base:allocation", "qemu:dirty-bitmap:b"]
+    #expect(selected(set("disk", all + ["base:", "x:y", "base:allocation"])) == all)
+    #expect(selected(set("disk", all) + set("disk", [])) == [])
+    #expect(selected(set("disk", all) + set("nothing", all)) == [])
+    #expect(selected(set("disk", all) + option(NBD_OPT_SET_META_CONTEXT, [9])) == [])
+    #expect(selected(set("nothing", all)) == [])
 }

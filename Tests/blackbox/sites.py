@@ -43,6 +43,7 @@ class Site:
         self.config = os.path.join(self.path, "site.toml")
         self.process = None
         self.program = FARCOPY
+        self.environment = None
         self.log = os.path.join(self.path, "log")
         listen = ", ".join(f'"{address}"' for address in (f"unix:{self.socket}", *nbd_listen))
         text = f"""[site]
@@ -72,7 +73,7 @@ listen = [{listen}]
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 [self.program, "serve", "--config", self.config], stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=die_with_parent)
+                stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=die_with_parent, env=self.environment)
         if wait:
             line = self.process.stdout.readline()
             if line != "ready\n":

@@ -1,0 +1,163 @@
+import Base
+import Testing
+import Volumes
+
+/// A volume whose I/O the test answers by hand.
+private final class Bench {
+    let volume: Volume
+    private let memory: UnsafeMutableRawPointer
+    private var copies = 0
+
+    init(grains: Int = 512) {
+        memory = .allocate(byteCount: 1 << 20, alignment: 4096)
+        memory.initializeMemory(as: UInt8.self, repeating: 0, count: 1 << 20)
+        let pool = UnsafeMutableRawPointer.allocate(byteCount: 4 << 20, alignment: 4096)
+        volume = Volume(
+            geometry: Geometry(size: UInt64(grains) * 4096, grain: 4096)!,
+            bitmaps: (Bitmap(memory: memory, count: grains), Bitmap(memory: memory + 4096, count: grains)),
+            roles: (memory + 8192).bindMemory(to: RecordingRoles.self, capacity: 1),
+            copyBuffers: CopyBuffers(pool: BufferPool(base: pool, size: 4 << 20)))
+    }
+
+    /// Adds a FlashCopy with files of its own.
+    func addCopy(_ id: CopyID) {
+        copies += 1
+        volume.addCopy(
+            FlashCopy(
+                id: id, targetFile: StoreFile(2 * copies), bitmapFile: StoreFile(2 * copies + 1),
+                preserved: Bitmap(memory: memory + 16384 * copies, count: volume.geometry.grainCount), durable: false))
+    }
+
+    @discardableResult
+    func submit(_ operation: Request.Operation, grain: Int, count: Int = 1, owner: UInt64 = 1) -> Int32 {
+        let slot = volume.takeRequest()!
+        let request = volume.request(slot)
+        request.pointee.operation = operation
+        request.pointee.offset = UInt64(grain) * 4096
+        request.pointee.length = UInt64(count) * 4096
+        request.pointee.owner = owner
+        if operation == .read || operation == .write { request.pointee.buffer = memory + (512 << 10) }
+        volume.submit(slot)
+        return slot
+    }
+
+    func pending() -> [StoreIO] {
+        var found: [StoreIO] = []
+        while let io = volume.popIO() { found.append(io) }
+        return found
+    }
+
+    /// Answers everything until nothing is asked any more; returns the slots that finished.
+    func settle() -> [Int32] {
+        var finished: [Int32] = []
+        while true {
+            while let slot = volume.popFinished() { finished.append(slot) }
+            let ios = pending()
+            if ios.isEmpty { return finished }
+            for io in ios { volume.complete(io, errno: 0) }
+        }
+    }
+}
+
+@Test("M4 a later write that overlaps one of a dead client waits until that one has ended")
+func orphans() {
+    let bench = Bench()
+    let stale = bench.submit(.write, grain: 10, count: 4, owner: 7)
+    let staleIO = bench.pending()
+    #expect(staleIO.count == 1)
+    bench.volume.orphanRequests(of: 7)
+    let again = bench.submit(.write, grain: 12, owner: 8)
+    let elsewhere = bench.submit(.write, grain: 20, owner: 8)
+    let reading = bench.submit(.read, grain: 10, owner: 8)
+    let issued = bench.pending()
+    #expect(issued.count == 2, "only what overlaps a stale write waits")
+    for io in issued { bench.volume.complete(io, errno: 0) }
+    #expect([bench.volume.popFinished(), bench.volume.popFinished()] == [elsewhere, reading])
+    bench.volume.complete(staleIO[0], errno: 0)
+    #expect(bench.settle() == [stale, again])
+}
+
+@Test("M4 a stale write that waits for a grain to be preserved goes before its repetition")
+func orphansThatWait() {
+    let bench = Bench()
+    bench.addCopy(5)
+    let stale = bench.submit(.write, grain: 3, owner: 7)
+    bench.volume.orphanRequests(of: 7)
+    let again = bench.submit(.writeZeroes, grain: 3, owner: 8)
+    #expect(bench.settle() == [stale, again])
+}
+
+@Test("a finished request of a dead client holds nobody up")
+func finishedOrphans() {
+    let bench = Bench()
+    let done = bench.submit(.write, grain: 1, owner: 7)
+    #expect(bench.settle() == [done])
+    bench.volume.orphanRequests(of: 7)
+    let next = bench.submit(.write, grain: 1, owner: 8)
+    #expect(bench.settle() == [next])
+}
+
+/// Runs of `changedRun` over the whole view, as grains.
+private func changes(_ bench: Bench, since base: CopyID, in view: View = .volume) -> [Range<Int>] {
+    var runs: [Range<Int>] = []
+    var offset: UInt64 = 0
+    let size = bench.volume.geometry.size
+    while offset < size {
+        let run = bench.volume.changedRun(since: base, in: view, offset: offset, length: size - offset)
+        #expect(run.end > offset && run.end <= size)
+        if run.changed { runs.append(Int(offset / 4096)..<Int(run.end / 4096)) }
+        offset = run.end
+    }
+    return runs
+}
+
+@Test("what changed since a copy is what was written since, also when newer copies hold it")
+func changedSince() {
+    let bench = Bench()
+    bench.addCopy(1)
+    #expect(changes(bench, since: 1) == [])
+    bench.submit(.write, grain: 64, count: 65)
+    bench.submit(.trim, grain: 0)
+    _ = bench.settle()
+    #expect(changes(bench, since: 1) == [0..<1, 64..<129])
+    bench.addCopy(2)
+    bench.submit(.writeZeroes, grain: 500, count: 12)
+    _ = bench.settle()
+    #expect(changes(bench, since: 1) == [0..<1, 64..<129, 500..<512])
+    #expect(changes(bench, since: 2) == [500..<512])
+    #expect(changes(bench, since: 1, in: .copy(2)) == [0..<1, 64..<129])
+    #expect(changes(bench, since: 2, in: .copy(1)) == [0..<512], "a copy knows nothing of the time before it")
+    #expect(changes(bench, since: 99) == [0..<512], "without its base everything may have changed")
+}
+
+@Test("where a copy's data lies: its own target, a newer one's, or the source")
+func locations() {
+    let bench = Bench()
+    bench.addCopy(1)
+    bench.submit(.write, grain: 0, count: 2)
+    _ = bench.settle()
+    bench.addCopy(2)
+    bench.submit(.write, grain: 2, count: 2)
+    _ = bench.settle()
+    var found: [UInt32] = []
+    var offset: UInt64 = 0
+    while offset < 6 * 4096 {
+        let location = bench.volume.location(.copy(1), offset: offset, length: 6 * 4096 - offset)!
+        found += Array(repeating: location.depth, count: Int(location.end - offset) / 4096)
+        offset = location.end
+    }
+    #expect(found == [1, 1, 2, 2, 3, 3])
+    #expect(bench.volume.location(.copy(9), offset: 0, length: 4096) == nil)
+}
+
+@Test("a write in flight when a copy is taken leaves its range open until it ends")
+func unsettledLocation() {
+    let bench = Bench()
+    bench.submit(.write, grain: 4)
+    let inFlight = bench.pending()
+    bench.addCopy(1)
+    #expect(bench.volume.location(.copy(1), offset: 0, length: 8 * 4096)!.end == 4 * 4096)
+    #expect(bench.volume.location(.copy(1), offset: 4 * 4096, length: 4096)!.unsettled)
+    bench.volume.complete(inFlight[0], errno: 0)
+    #expect(!bench.volume.location(.copy(1), offset: 4 * 4096, length: 4096)!.unsettled)
+}
