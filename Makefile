@@ -6,7 +6,7 @@ RELEASE := $(SWIFT) build -c release --quiet
 PYTHON := /usr/bin/python3
 .DEFAULT_GOAL := help
 
-.PHONY: help bootstrap build test test-unit test-simulation test-blackbox test-kernel test-fuzz fuzz demo demo-postgres bench simulate format lint install clean
+.PHONY: help bootstrap build test test-unit test-simulation test-blackbox test-asan test-kernel test-fuzz fuzz demo demo-postgres bench simulate format lint install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,7 +18,7 @@ build: ## Build .build/release/farcopy
 	@scripts/bootstrap build
 	$(RELEASE) --product farcopy
 
-test: lint test-unit test-simulation test-fuzz test-blackbox test-kernel ## Run everything: lint, unit tests, simulation, real clients
+test: lint test-unit test-simulation test-fuzz test-blackbox test-asan test-kernel ## Run everything: lint, unit tests, simulation, real clients
 
 test-unit: ## Unit tests of every target
 	@scripts/bootstrap build
@@ -43,6 +43,12 @@ test-fuzz: ## Both fuzz targets over their corpus and 20,000 inputs more, with t
 fuzz: ## Fuzz for longer: make fuzz [FUZZ_SECONDS=3600] each target
 	@scripts/bootstrap build
 	scripts/fuzz $(or $(FUZZ_SECONDS),3600)
+
+test-asan: ## The suites about clients again, with the address sanitizer in the server
+	@scripts/bootstrap build test
+	$(RELEASE) --sanitize address --scratch-path .build-asan --product farcopy
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 FARCOPY=$(CURDIR)/.build-asan/release/farcopy $(PYTHON) run.py \
+		test_protocol test_structured test_hostile test_tls test_access test_direct test_flashcopy
 
 test-kernel: ## File systems on the kernel's /dev/nbdX, in a small machine under qemu
 	@scripts/bootstrap build test kernel
