@@ -82,6 +82,9 @@ package final class Reactor {
     private var quiesces: [Quiesce] = []
     private var listeners: [OpenFile] = []
     private var nextTick: UInt64 = 0
+    /// Turns since the kernel was last asked for completions.
+    private var turnsUnseen = 0
+    private static let turnsBetweenLooks = 8
     private var stopping: (@Sendable () -> Void)?
     /// Called with what a volume tells outside the data path.
     package var onEvent: (@Sendable (String, VolumeEvent) -> Void)?
@@ -171,7 +174,12 @@ package final class Reactor {
         if !quiesces.isEmpty { checkQuiesces() }
         tick()
         if polledCount > 0 || resourcesFreed || !dirtyConnections.isEmpty {
-            ring.submitAndWait(milliseconds: 0)
+            // While nothing but sockets and messages can complete, a look at the ring every few turns will do.
+            turnsUnseen += 1
+            if ring.hasQueued || stores.inUse > 0 || turnsUnseen >= Self.turnsBetweenLooks {
+                turnsUnseen = 0
+                ring.submitAndWait(milliseconds: 0)
+            }
         } else {
             ring.submitAndWait(milliseconds: anyHold ? 5 : 1000)
         }

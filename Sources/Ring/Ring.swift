@@ -117,7 +117,8 @@ package struct Ring: ~Copyable {
         _ socket: Int32, _ message: UnsafePointer<msghdr>, _ userData: UserData
     ) {
         let entry = entry()
-        io_uring_prep_sendmsg(entry, socket, message, UInt32(MSG_NOSIGNAL))
+        // The kernel goes on by itself after a part, as long as the message is not through.
+        io_uring_prep_sendmsg(entry, socket, message, UInt32(MSG_NOSIGNAL) | UInt32(MSG_WAITALL))
         entry.pointee.user_data = userData.rawValue
     }
 
@@ -165,6 +166,9 @@ package struct Ring: ~Copyable {
             invariant(result >= 0, "io_uring takes well-formed entries")
         }
     }
+
+    /// Whether entries wait to be handed to the kernel.
+    package var hasQueued: Bool { io_uring_sq_ready(ring) > 0 }
 
     /// Submits, then waits for a completion, at most `milliseconds` (0: only looks).
     package mutating func submitAndWait(milliseconds: Int) {
