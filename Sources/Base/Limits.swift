@@ -34,6 +34,11 @@ package enum Limits {
     package static let writeWindowBytes = 4 << 20
     /// Receive buffer of one connection.
     package static let receiveBuffer = 128 << 10
+    /// Unix sockets that are read in pieces larger than `wideReply` have send buffers of `wideSendBuffer` (the kernel takes
+    /// about twice that), so many of each reactor.
+    package static let wideReply = 32 << 10
+    package static let wideSendBuffer = 1 << 20
+    package static let wideConnectionsPerReactor = 64
     /// Replies gathered into one send.
     package static let repliesPerSend = 64
     /// Descriptors of one BLOCK_STATUS chunk, and file-system queries made for one request.

@@ -46,6 +46,10 @@ struct Connection {
     var inputEnd = 0
     var receiveArmed = false
     var idlePolls = 0
+    /// Requests parsed since the beginning, modulo 2^32.
+    var requestsTaken: UInt32 = 0
+    /// Has a large send buffer.
+    var isWide = false
     /// In the list of connections that are polled instead of armed.
     var polled = false
     var peerClosed = false

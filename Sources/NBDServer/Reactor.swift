@@ -64,6 +64,7 @@ package final class Reactor {
     /// Connections that wait for request slots or memory.
     var stalledConnections: FixedQueue<Int32>
     var resourcesFreed = false
+    var wideConnections = 0
 
     private let payloadMemory: PoolMemory
     var payloads: BufferPool

@@ -104,7 +104,7 @@ extension Reactor {
     // MARK: Polling
 
     /// A direct, non-blocking receive is cheaper than the ring while a client is busy.
-    private static let idlePollLimit = 60
+    private static let idlePollLimit = 200
 
     func startPolling(_ slot: Int32) {
         let connection = connections + Int(slot)
@@ -146,7 +146,14 @@ extension Reactor {
             guard connection.pointee.stall == .none else { return false }
             let count = receiveNow(slot)
             if count > 0 {
+                let before = connection.pointee.requestsTaken
                 tookRequests(slot, count)
+                // A client that has one request under way waits for its answer: there is nothing more to receive.
+                if connection.pointee.requestsTaken &- before == 1, connection.pointee.requestsInFlight == 1,
+                    connection.pointee.payloadRequest < 0
+                {
+                    return connection.pointee.isTransmitting
+                }
                 continue
             }
             if count < 0, errno == EAGAIN || errno == EINTR { return stillPolled(slot) }

@@ -280,6 +280,7 @@ extension Reactor {
             hosted(connection.pointee.volume).volume.releaseCopy(connection.pointee.view.rawValue)
         }
         if connection.pointee.polled { unpoll(slot) }
+        if connection.pointee.isWide { wideConnections -= 1 }
         connection.pointee.tls?.free()
         if connection.pointee.socket >= 0 {
             close(connection.pointee.socket)

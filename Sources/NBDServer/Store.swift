@@ -73,8 +73,9 @@ struct StoreTable {
 }
 
 extension Reactor {
-    /// The largest transfer that is tried without the ring.
+    /// The largest transfer that is tried without the ring; of files that lie in memory, where it is a copy and no more.
     private static let inlineBytes: UInt64 = 64 << 10
+    private static let immediateBytes: UInt64 = 1 << 20
 
     func startStore(_ io: StoreIO, _ number: VolumeNumber, _ hosted: HostedVolume) {
         let file = hosted.slots + Int(io.file)
@@ -82,7 +83,8 @@ extension Reactor {
         var done: UInt64 = 0
         switch io.operation {
         case .read, .write:
-            if io.length <= Self.inlineBytes, let result = transferAtOnce(io, file) {
+            let limit = file.pointee.immediate ? Self.immediateBytes : Self.inlineBytes
+            if io.length <= limit, let result = transferAtOnce(io, file) {
                 if result < 0 || UInt64(result) == io.length {
                     hosted.volume.complete(io, errno: result < 0 ? Int32(-result) : 0)
                     return

@@ -157,7 +157,11 @@ extension Reactor {
         }
         connection.pointee.inputStart += connection.pointee.style.requestByteCount
         connection.pointee.requestsInFlight += 1
+        connection.pointee.requestsTaken &+= 1
         switch command {
+        case .read where header.length > Limits.wideReply && !connection.pointee.isWide:
+            widen(connection)
+            hosted.volume.submit(taken)
         case .write where header.payloadLength > 0:
             return beginPayload(slot, taken, Int(header.payloadLength), hosted)
         case .blockStatus(let reqOne):

@@ -89,6 +89,21 @@ extension Reactor {
         }
     }
 
+    /// Gives a client of large reads a large send buffer. TCP sizes its own.
+    func widen(_ connection: UnsafeMutablePointer<Connection>) {
+        guard wideConnections < Limits.wideConnectionsPerReactor, connection.pointee.client.address == .unix else {
+            return
+        }
+        connection.pointee.isWide = true
+        wideConnections += 1
+        var bytes = Int32(Limits.wideSendBuffer)
+        let size = socklen_t(MemoryLayout<Int32>.size)
+        // The privileged option goes beyond what net.core.wmem_max allows.
+        if setsockopt(connection.pointee.socket, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, size) != 0 {
+            setsockopt(connection.pointee.socket, SOL_SOCKET, SO_SNDBUF, &bytes, size)
+        }
+    }
+
     func armReceive(_ slot: Int32) {
         let connection = connections + Int(slot)
         guard !connection.pointee.receiveArmed, !connection.pointee.peerClosed else { return }
