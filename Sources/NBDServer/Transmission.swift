@@ -23,7 +23,8 @@ extension Reactor {
             connection.pointee.payloadRequest < 0
         else { return }
         let hosted = hosted(connection.pointee.volume)
-        if connection.pointee.stall != .none, wasAbandoned(connection) { return beginClosing(slot) }
+        let wasStalled = connection.pointee.stall != .none
+        if wasStalled, wasAbandoned(connection) { return beginClosing(slot) }
         connection.pointee.stall = .none
         while connection.pointee.isTransmitting, !connection.pointee.disconnecting || connection.pointee.peerClosed {
             if connection.pointee.discard > 0, !discardPayload(slot, hosted) { break }
@@ -31,15 +32,16 @@ extension Reactor {
             guard parseOne(slot, hosted, limits) else { break }
         }
         compact(connection)
-        if connection.pointee.stall != .none { connection.pointee.stalledAt = monotonicNanoseconds() }
+        if connection.pointee.stall != .none, !wasStalled { connection.pointee.stalledAt = monotonicNanoseconds() }
         if connection.pointee.stall == .volume || connection.pointee.stall == .memory {
             _ = stalledConnections.tryAppend(slot)
         }
         if connection.pointee.disconnecting { endIfDrained(slot) }
     }
 
-    /// A client that has been kept waiting may have given the connection up and gone on with another one.
-    private static let abandonedNanoseconds: UInt64 = 500_000_000
+    /// A client that has been kept waiting for so long may have given the connection up and gone on with another one; the
+    /// kernel's waits for a second at least.
+    private static let abandonedNanoseconds: UInt64 = 900_000_000
 
     private func wasAbandoned(_ connection: UnsafeMutablePointer<Connection>) -> Bool {
         guard monotonicNanoseconds() - connection.pointee.stalledAt > Self.abandonedNanoseconds else { return false }

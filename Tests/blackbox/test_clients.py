@@ -46,6 +46,14 @@ for bad in (lambda: h.pread(1, 512 << 20), lambda: h.pwrite(b"x", 512 << 20), la
                 "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--output=/dev/null",
                 timeout=110)
 
+    def test_attach_says_what_is_wrong(self):
+        for words, said in ((("disk", "/dev/sda"), "/dev/nbd0"), (("nothing", "/dev/nbd0"), "has no export 'nothing'"),
+                            (("nbd://127.0.0.1:1/disk", "/dev/sda"), "/dev/nbd0")):
+            done = self.server.farcopy("attach", *words, check=False)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn(said, done.stderr)
+        self.assertEqual(self.server.farcopy("attach", "disk", "/dev/nbd0", "--timeout", "0", check=False).returncode, 2)
+
     def test_file_systems_through_nbdfuse(self):
         """Needs root, for the loop device and the mount."""
         image, mount = os.path.join(self.directory, "image"), os.path.join(self.directory, "mount")
