@@ -154,6 +154,12 @@ package struct Configuration: Sendable {
                 }
             }
         }
+        let named = volumes.map { ("volumes.\($0.name)", $0.access) } + groups.map { ("groups.\($0.name)", $0.access) }
+        for (section, access) in named where access.clients != nil && nbd.tls == .off {
+            throw reader.error(
+                reader.line(section, "allow_clients"),
+                "\(section).allow_clients needs nbd.tls: without it no client can say who it is")
+        }
         for peer in peers.values where peer.tls != .off && nbd.files.isEmpty {
             throw reader.error(
                 reader.line("peers.\(peer.name)", "tls"),

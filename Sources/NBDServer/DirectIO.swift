@@ -47,6 +47,10 @@ extension Reactor {
             return true
         }
         if aligned { return false }
+        if io.operation == .zero, io.fast {
+            hosted.volume.complete(io, errno: EOPNOTSUPP)  // blocks that change in part must be read and written
+            return true
+        }
         guard io.length > 0 else {
             hosted.volume.complete(io, errno: 0)
             return true

@@ -46,6 +46,11 @@ func wholeFile() throws {
     arguments: [
         ("keep = 3", "keeps = 3", "site.toml:22: unknown key 'groups.shop.keeps'"),
         ("size = \"10GiB\"", "size = \"ten\"", "site.toml:11: volumes.orders.size is 'ten'"),
+        ("keep = 3", "keep = 3\nallow_clients = [\"db1\"]", "site.toml:23: groups.shop.allow_clients needs nbd.tls"),
+        (
+            "keep = 3", "keep = 3\nallow_addresses = [\"10.0.0.0/99\"]",
+            "site.toml:23: groups.shop.allow_addresses holds"
+        ),
         ("interval = \"0s\"", "interval = \"5 parsecs\"", "site.toml:21: groups.shop.interval"),
         ("[volumes.orders]", "[volumes.\"a/b\"]", "has the name 'a/b'"),
         ("role = \"primary\"", "", "site.toml:16: groups.shop.role is missing"),

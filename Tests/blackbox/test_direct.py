@@ -7,6 +7,8 @@ import shutil
 import tempfile
 import threading
 
+import nbd
+
 from sites import SiteTest, run
 
 MIB = 1 << 20
@@ -86,6 +88,14 @@ class Direct(SiteTest):
         self.assertEqual(errors, [])
         pattern = b"".join(bytes([number + 1]) * 100 for number in range(4))
         self.assertEqual(self.server.read("disk")[:600_000], pattern * 1500)
+
+    def test_a_fast_zero_of_parts_of_blocks_is_refused(self):
+        handle = self.server.connect("disk")
+        handle.set_strict_mode(0)
+        handle.zero(MIB, 0, nbd.CMD_FLAG_FAST_ZERO)
+        with self.assertRaises(nbd.Error) as error:
+            handle.zero(MIB, 1, nbd.CMD_FLAG_FAST_ZERO)
+        self.assertEqual(error.exception.errno, "ENOTSUP")
 
     def test_trims_round_inwards(self):
         handle = self.server.connect("disk")
