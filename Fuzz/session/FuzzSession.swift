@@ -25,7 +25,7 @@ private struct Server {
             let source = try Self.memory("disk", Int(volumeBytes))
             let setup = VolumeSetup(
                 name: "disk", geometry: Geometry(size: volumeBytes, grain: 4096)!, source: source,
-                recordingMappings: (try Self.mapping("0"), try Self.mapping("1")), rolesMapping: try Self.mapping("2"))
+                recording: try Self.mapping("recording"))
             let done = Latch()
             reactor.perform { reactor in
                 let number = reactor.host(setup)
@@ -54,7 +54,7 @@ private struct Server {
     private static func mapping(_ name: String) throws -> MappedFile {
         let path = "/dev/shm/farcopy-fuzz-\(getpid())-map-\(name)"
         defer { unlink(path) }
-        return try MappedFile(path: path, byteCount: 4096, create: true)
+        return try MappedFile(path: path, byteCount: 3 * 4096, create: true)
     }
 }
 

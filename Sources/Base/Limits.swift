@@ -66,6 +66,8 @@ package enum Limits {
 
     /// FlashCopies (recovery points included) of one volume.
     package static let copiesPerVolume = 256
+    /// A region to which nothing is written for this long, or twice that, leaves the activity log.
+    package static let activitySweepSeconds = 10
     /// Volumes of one group.
     package static let volumesPerGroup = 64
     /// Acknowledgements are let go after this long even if the point could not be formed; the point is then given up.

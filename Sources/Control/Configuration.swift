@@ -50,6 +50,7 @@ package struct Configuration: Sendable {
         package var cache: Cache
         package var readOnly: Bool
         package var access: AccessList
+        package var hooks: HookCommands
         var line: Int
     }
 
@@ -76,6 +77,7 @@ package struct Configuration: Sendable {
         package var interval: IntervalSetting
         package var keep: Int
         package var access: AccessList
+        package var hooks: HookCommands
         var line: Int
     }
 

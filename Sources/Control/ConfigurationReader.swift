@@ -135,7 +135,7 @@ struct ConfigurationReader {
             let entry = try self.table(table, "volumes", name)
             try check(
                 entry, section,
-                known: ["path", "size", "grain", "cache", "read_only", "allow_clients", "allow_addresses"])
+                known: ["path", "size", "grain", "cache", "read_only", "allow_clients", "allow_addresses"] + Self.hookKeys)
             let size = try entry["size"].map { _ in try self.size(entry, section, "size") }
             let grain = try entry["grain"].map { _ in try self.size(entry, section, "grain") }
             if let grain, Geometry(size: 1 << 40, grain: Int(clamping: grain)) == nil {
@@ -149,8 +149,25 @@ struct ConfigurationReader {
                 grain: grain.map { Int($0) },
                 cache: try choice(entry, section, "cache", among: [.writeback, .none]) ?? .writeback,
                 readOnly: try flag(entry, section, "read_only") ?? false,
-                access: try access(entry, section), line: line(section, nil))
+                access: try access(entry, section), hooks: try hooks(entry, section), line: line(section, nil))
         }
+    }
+
+    private static let hookKeys = ["on_freeze", "on_thaw", "hook_timeout"]
+
+    /// Commands around FlashCopies.
+    private func hooks(_ entry: TOMLTable, _ section: String) throws -> HookCommands {
+        var hooks = HookCommands()
+        if entry["on_freeze"] != nil { hooks.onFreeze = try string(entry, section, "on_freeze") }
+        if entry["on_thaw"] != nil { hooks.onThaw = try string(entry, section, "on_thaw") }
+        if entry["hook_timeout"] != nil {
+            let text = try string(entry, section, "hook_timeout")
+            guard let seconds = seconds(text), (0.1...3600).contains(seconds) else {
+                throw fail(section, "hook_timeout", "is '\(text)'; write a time from \"100ms\" to \"1h\"")
+            }
+            hooks.timeout = seconds
+        }
+        return hooks
     }
 
     func peers(_ root: TOMLTable, site: String, tls: TLSPolicy) throws -> [String: Configuration.PeerEntry] {
@@ -185,7 +202,7 @@ struct ConfigurationReader {
             entry, section,
             known: [
                 "volumes", "role", "peer", "mode", "interval", "keep", "allow_clients", "allow_addresses",
-            ])
+            ] + Self.hookKeys)
         guard let list = entry["volumes"]?.array, !list.isEmpty else {
             throw fail(section, "volumes", "must be a list of volume names with at least one in it")
         }
@@ -217,7 +234,7 @@ struct ConfigurationReader {
         return Configuration.GroupEntry(
             name: name, volumes: volumes, role: role, peer: try string(entry, section, "peer"),
             mode: mode, interval: try interval(entry, section), keep: keep, access: try access(entry, section),
-            line: line(section, nil))
+            hooks: try hooks(entry, section), line: line(section, nil))
     }
 
     private func interval(_ entry: TOMLTable, _ section: String) throws

@@ -151,6 +151,27 @@ package struct ControlServer: Sendable {
                 return try answer(Done(done: "withdrawn"))
             }
         }
+        router.get("/v1/flashcopies/{name}") { request, context in
+            await guarded {
+                let names = request.uri.queryParameters["volumes"].map { String($0).split(separator: ",").map(String.init) }
+                return try answer(
+                    try await site.showFlashCopy(try context.parameters.require("name"), names ?? []))
+            }
+        }
+        change(router, "set") { try await site.setFlashCopy($0) }
+        change(router, "clone") { try await site.cloneFlashCopy($0) }
+        change(router, "refresh") { try await site.refreshFlashCopy($0) }
+        change(router, "restore") { try await site.restoreFlashCopy($0) }
+    }
+
+    /// A call that changes FlashCopies and tells how they are afterwards.
+    private func change(
+        _ router: Router<BasicRequestContext>, _ word: String,
+        _ body: @escaping @Sendable (FlashCopyRequest) async throws -> [FlashCopyReport]
+    ) {
+        router.post("/v1/flashcopies/\(word)") { request, _ in
+            await guarded { try answer(try await body(try await decode(FlashCopyRequest.self, request))) }
+        }
     }
 
     private func addPeer(_ router: Router<BasicRequestContext>) {

@@ -13,11 +13,7 @@ import FoundationEssentials
 import Glibc
 import Ring
 
-package final class DurableRecord<Value: Codable & Sendable> {
-    private static var copyBytes: Int { 256 << 10 }
-    private static var headerBytes: Int { 32 }
-    private static var magic: [UInt8] { Array("FARCOPY1".utf8) }
-
+final class DurableRecord<Value: VersionedRecord> {
     private let file: OpenFile
     private var sequence: UInt64 = 0
     private let directory: String
@@ -27,57 +23,50 @@ package final class DurableRecord<Value: Codable & Sendable> {
     ///
     /// - Returns: in `value`, what it holds; nil when it is new.
     /// - Throws: when there are contents but no valid copy, naming the file.
-    package init(path: String, value: inout Value?) throws {
+    init(path: String, value: inout Value?) throws {
         file = try OpenFile(path: path, flags: O_RDWR | O_CREAT)
         directory = path.split(separator: "/").dropLast().reduce("") { $0 + "/" + $1 }
         let bytes = try file.readAll()
         isNew = bytes.isEmpty
         guard !bytes.isEmpty else { return }
-        var best: (UInt64, ArraySlice<UInt8>)?
-        for start in [0, Self.copyBytes] {
-            if let copy = Self.parse(bytes, start), copy.0 > best?.0 ?? 0 { best = copy }
-        }
-        guard let best else {
+        let valid = RecordCopy.all(in: bytes).filter { $0.payload != nil }
+        guard let best = valid.max(by: { $0.sequence < $1.sequence }), let payload = best.payload else {
             throw SiteError(
                 "\(path) holds no valid record; restore it from a backup, or remove it to begin anew "
                     + "(what it described must then be copied in full)")
         }
-        sequence = best.0
+        sequence = best.sequence
+        try checkFormat(Data(payload))
         do {
-            value = try JSONDecoder().decode(Value.self, from: Data(best.1))
+            value = try JSONDecoder().decode(Value.self, from: Data(payload))
         } catch {
             throw SiteError(
                 "\(path) was written by another version of farcopy and cannot be read: \(error)")
         }
     }
 
-    private static func parse(_ bytes: [UInt8], _ start: Int) -> (UInt64, ArraySlice<UInt8>)? {
-        guard bytes.count >= start + headerBytes, Array(bytes[start..<start + 8]) == magic else {
-            return nil
-        }
-        func integer(_ offset: Int, _ count: Int) -> UInt64 {
-            (0..<count).reduce(0) { $0 | UInt64(bytes[start + offset + $1]) << UInt64(8 * $1) }
-        }
-        let length = Int(integer(16, 4))
-        guard length <= copyBytes - headerBytes, bytes.count >= start + headerBytes + length else {
-            return nil
-        }
-        let payload = bytes[start + headerBytes..<start + headerBytes + length]
-        let covered = Array(bytes[start..<start + 20]) + bytes[start + 24..<start + 32] + payload
-        guard CRC32C.checksum(covered) == UInt32(integer(20, 4)) else { return nil }
-        return (integer(8, 8), payload)
+    private struct Format: Decodable { var format: Int }
+
+    private func checkFormat(_ payload: Data) throws {
+        guard let found = (try? JSONDecoder().decode(Format.self, from: payload))?.format, found != Value.currentFormat
+        else { return }
+        throw SiteError(
+            found > Value.currentFormat
+                ? "\(file.path) was written by a newer farcopy (format \(found); this one reads \(Value.currentFormat)); run that version"
+                : "\(file.path) was written by an older farcopy (format \(found)), which was never released; remove the state directory"
+        )
     }
 
     /// Replaces the value; on return it is on stable storage.
-    package func save(_ value: Value) throws {
+    func save(_ value: Value) throws {
         let encoder = JSONEncoder()
         encoder.outputFormatting = [.sortedKeys]
         let payload = [UInt8](try encoder.encode(value))
-        guard payload.count <= Self.copyBytes - Self.headerBytes else {
+        guard payload.count <= RecordCopy.spaceBytes - RecordCopy.headerBytes else {
             throw SiteError("\(file.path): a record of \(payload.count) bytes is too large")
         }
         sequence += 1
-        var head = Self.magic
+        var head = RecordCopy.magic
         for (number, count) in [(sequence, 8), (UInt64(payload.count), 4)] {
             for index in 0..<count { head.append(UInt8(truncatingIfNeeded: number >> UInt64(8 * index))) }
         }
@@ -86,12 +75,46 @@ package final class DurableRecord<Value: Codable & Sendable> {
         var bytes = head
         for index in 0..<4 { bytes.append(UInt8(truncatingIfNeeded: checksum >> UInt32(8 * index))) }
         bytes += reserved + payload
-        try file.write(bytes, at: sequence % 2 == 0 ? 0 : Self.copyBytes)
+        try file.write(bytes, at: sequence % 2 == 0 ? 0 : RecordCopy.spaceBytes)
         try file.synchronize()
         if isNew {
             try synchronizeDirectory(directory)
             isNew = false
         }
+    }
+}
+
+/// One of the two copies in a record's file.
+struct RecordCopy {
+    static let spaceBytes = 256 << 10
+    static let headerBytes = 32
+    static let magic = Array("FARCOPY1".utf8)
+
+    var offset: Int
+    /// Something was written here.
+    var isPresent: Bool
+    var sequence: UInt64 = 0
+    /// Nil unless the copy is whole.
+    var payload: ArraySlice<UInt8>?
+
+    static func all(in bytes: [UInt8]) -> [RecordCopy] { [0, spaceBytes].map { parse(bytes, $0) } }
+
+    private static func parse(_ bytes: [UInt8], _ start: Int) -> RecordCopy {
+        guard bytes.count >= start + headerBytes else { return RecordCopy(offset: start, isPresent: false) }
+        let header = bytes[start..<start + headerBytes]
+        guard Array(header.prefix(8)) == magic else {
+            return RecordCopy(offset: start, isPresent: header.contains { $0 != 0 })
+        }
+        func integer(_ offset: Int, _ count: Int) -> UInt64 {
+            (0..<count).reduce(0) { $0 | UInt64(bytes[start + offset + $1]) << UInt64(8 * $1) }
+        }
+        var copy = RecordCopy(offset: start, isPresent: true, sequence: integer(8, 8))
+        let length = Int(integer(16, 4))
+        guard length <= spaceBytes - headerBytes, bytes.count >= start + headerBytes + length else { return copy }
+        let payload = bytes[start + headerBytes..<start + headerBytes + length]
+        let covered = Array(bytes[start..<start + 20]) + bytes[start + 24..<start + 32] + payload
+        if CRC32C.checksum(covered) == UInt32(integer(20, 4)) { copy.payload = payload }
+        return copy
     }
 }
 

@@ -1,4 +1,9 @@
-// FlashCopies.swift: `farcopy flashcopy create | list | withdraw`.
+// FlashCopies.swift: `farcopy flashcopy create | list | show | set | withdraw`.
+//
+// Must be prevented:
+//   a copy takes old content before it is written down (a crash would lose what older copies need)
+//   copies of several volumes are of different instants
+//   a target overwrites something that is in use
 
 import Base
 import FoundationEssentials
@@ -11,6 +16,17 @@ import Volumes
 package struct FlashCopyRequest: Codable, Sendable {
     package var name: String
     package var volumes: [String]
+    /// `clone`: the FlashCopy, or the number of the recovery point, that is cloned.
+    package var of: String?
+    /// Copy everything in the background.
+    package var copy: Bool?
+    /// Bytes a second of the background copy; 0 = as fast as it goes.
+    package var rate: UInt64?
+    /// Files or devices that take the data, one for each volume.
+    package var targets: [String]?
+    package var writable: Bool?
+    /// Survive power loss.
+    package var durable: Bool?
 
     package init(name: String, volumes: [String]) {
         self.name = name
@@ -25,15 +41,53 @@ package struct FlashCopyReport: Codable, Sendable {
     package var createdAt: String
     package var state: String
     package var reason: String?
-    /// Bytes of old content in the target.
+    package var writable: Bool
+    /// Says whether it survives power loss of the site.
+    package var survivesPowerLoss: Bool
+    package var target: String
+    /// Bytes whose data is in the target.
     package var preservedBytes: UInt64
+    package var size: UInt64
+    /// Of the background copy, if there is one.
+    package var backgroundCopy: BackgroundReport?
+
+    package struct BackgroundReport: Codable, Sendable {
+        package var complete: Bool
+        /// The bound; 0 = as fast as it goes.
+        package var rateBytesPerSecond: UInt64
+        package var measuredBytesPerSecond: Double
+        package var etaSeconds: Double?
+        enum CodingKeys: String, CodingKey {
+            case complete
+            case rateBytesPerSecond = "rate_bytes_per_second"
+            case measuredBytesPerSecond = "measured_bytes_per_second"
+            case etaSeconds = "eta_seconds"
+        }
+    }
+
+    enum CodingKeys: String, CodingKey {
+        case volume, name, export, state, reason, writable, target, size
+        case createdAt = "created_at"
+        case survivesPowerLoss = "survives_power_loss"
+        case preservedBytes = "preserved_bytes"
+        case backgroundCopy = "background_copy"
+    }
+}
+
+/// A copy on its way into a volume's chain.
+struct NewCopy {
+    var volume: VolumeState
+    var record: CopyRecord
+    var files: CopyFiles
 }
 
 extension Site {
     /// Identifiers of FlashCopies begin here, apart from those of recovery points, which are their numbers.
-    private static let firstCopyID: CopyID = 1 << 62
+    static let firstCopyID: CopyID = 1 << 62
+    /// Bytes a second of a background copy when nothing is said.
+    static let usualRate: UInt64 = 100 << 20
 
-    private func members(_ names: [String]) throws -> [VolumeState] {
+    func members(_ names: [String]) throws -> [VolumeState] {
         guard !names.isEmpty, Set(names).count == names.count else {
             throw SiteError("name each volume once, and at least one", status: 400)
         }
@@ -46,35 +100,51 @@ extension Site {
         }
     }
 
+    // MARK: Creating
+
     /// Takes FlashCopies of several volumes at one instant.
     func createFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
         let members = try members(request.volumes)
         try checkCopyName(request.name)
+        try checkTargetCount(request)
         for volume in members {
-            if volume.record.copies.contains(where: { $0.name == request.name }) {
-                throw SiteError(
-                    "volume '\(volume.name)' has a FlashCopy '\(request.name)' already; withdraw it or choose another name"
-                )
-            }
+            try checkFree(request.name, volume)
             if group(ofVolume: volume.name)?.record.role == .secondary {
                 throw SiteError(
                     "volume '\(volume.name)' is a secondary, which is consistent at its recovery points only; "
-                        + "use those, or fail over first")
-            }
-            guard volume.copies.count < Limits.copiesPerVolume - 8 else {
-                throw SiteError(
-                    "volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit; withdraw some")
+                        + "clone one of those, or fail over first")
             }
         }
-        try await establishPatiently(request.name, members)
-        return try await listFlashCopies().filter {
-            $0.name == request.name && request.volumes.contains($0.volume)
+        try await frozen(members, request.name) {
+            try await self.patiently(request.name) { try await self.establish(request, members) }
+        }
+        note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) created")
+        return try await reports(request.name, members)
+    }
+
+    func checkFree(_ name: String, _ volume: VolumeState) throws {
+        if volume.copyRecord(name) != nil {
+            throw SiteError(
+                "volume '\(volume.name)' has a FlashCopy '\(name)' already; withdraw it or choose another name")
+        }
+        guard volume.copies.count < Limits.copiesPerVolume - 8 else {
+            throw SiteError(
+                "volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit; withdraw some")
+        }
+        try checkNotRestoring(volume)
+    }
+
+    func checkNotRestoring(_ volume: VolumeState) throws {
+        let failingBack = group(ofVolume: volume.name)?.record.failedOver?.restoring.contains(volume.name) ?? false
+        guard volume.record.restoring == nil, !failingBack else {
+            throw SiteError(
+                "volume '\(volume.name)' is being restored; wait until `farcopy status` shows no more bytes to restore")
         }
     }
 
-    private func checkCopyName(_ name: String) throws {
+    func checkCopyName(_ name: String) throws {
         let valid =
             !name.isEmpty && name.utf8.count <= 64 && !name.allSatisfy(\.isNumber) && name != "secondary"
             && name.utf8.allSatisfy { $0 > 0x20 && $0 < 0x7F && $0 != 0x40 && $0 != 0x2F && $0 != 0x3A }
@@ -85,107 +155,332 @@ extension Site {
         }
     }
 
+    func checkTargetCount(_ request: FlashCopyRequest) throws {
+        guard let targets = request.targets, targets.count != request.volumes.count else { return }
+        throw SiteError(
+            "\(targets.count) targets for \(request.volumes.count) volumes: give one for each, in the same order",
+            status: 400)
+    }
+
     /// A busy machine may let the hold's deadline pass; a few tries later it seldom does.
-    private func establishPatiently(_ name: String, _ members: [VolumeState]) async throws {
+    func patiently(_ name: String, _ body: () async throws -> Void) async throws {
         var triesLeft = 5
         while true {
             triesLeft -= 1
             do {
-                return try await establish(name, members)
+                return try await body()
             } catch let error as SiteError where error.status == 503 && triesLeft > 0 {
                 logger.info("FlashCopy '\(name)': \(error); trying again")
             }
         }
     }
 
-    private func establish(_ name: String, _ members: [VolumeState]) async throws {
-        var made: [(VolumeState, CopyID, (target: OpenFile, bitmap: MappedFile))] = []
-        for volume in members {
-            let id = Self.firstCopyID + volume.record.nextCopy
-            volume.record.nextCopy += 1
-            try volume.recordFile.save(volume.record)  // an identifier is never used twice
-            made.append((volume, id, try volume.openCopy(id, create: true)))
+    private func establish(_ request: FlashCopyRequest, _ members: [VolumeState]) async throws {
+        var made: [NewCopy] = []
+        do {
+            for (index, volume) in members.enumerated() {
+                made.append(try await prepare(request, volume, target: request.targets?[index], order: volume.takeOrder()))
+            }
+        } catch {
+            for copy in made { try discard(copy) }
+            throw error
         }
-        for (volume, id, files) in made {
-            let number = volume.number
-            await volume.reactor.run { $0.hold(number) }
-            try await addCopy(volume, id, files, durable: false)
+        let intact = await together(members) { index in
+            await self.enterChain(made[index].volume, made[index].record, made[index].files) { $0.addCopy($1) }
+        }
+        try await conclude(made, intact)
+    }
+
+    /// Writes a copy down and makes its files; it takes nothing yet.
+    func prepare(
+        _ request: FlashCopyRequest, _ volume: VolumeState, target: String?, order: UInt64
+    ) async throws -> NewCopy {
+        var record = CopyRecord(
+            id: Self.firstCopyID + volume.record.nextCopy, name: request.name, createdAt: realSeconds(), order: order,
+            state: .creating)
+        let number = volume.number
+        let chainIsDurable = await volume.reactor.run { $0.hosted(number).volume.chainIsDurable }
+        record.isFilled = request.copy ?? false
+        record.rate = request.rate ?? Self.usualRate
+        record.isWritable = request.writable ?? false
+        record.isDurable = request.durable ?? false || chainIsDurable
+        record.target = target
+        let opened: OpenFile
+        if let target {
+            (opened, record.targetIsZero) = try openOperatorTarget(target, volume)
+        } else {
+            opened = try volume.openTarget(record.id, create: true)
+        }
+        return try await writeDown(record, volume, opened)
+    }
+
+    func writeDown(_ record: CopyRecord, _ volume: VolumeState, _ target: OpenFile) async throws -> NewCopy {
+        if record.isFilled { try await startActivityLog(volume) }
+        let files = CopyFiles(
+            target: target,
+            bitmap: try BitmapFile(
+                path: volume.bitmapPath(record.id),
+                header: volume.header(ofCopy: record.id, recordsChanges: record.isFilled), create: true))
+        if record.isDurable {
+            try target.synchronize()
+            try synchronizeDirectory("\(volume.directory)/copies")
+        }
+        volume.record.nextCopy += 1
+        volume.record.copies.append(record)
+        try volume.recordFile.save(volume.record)  // from here on a crash finds it
+        return NewCopy(volume: volume, record: record, files: files)
+    }
+
+    /// A file or device of the operator's, and whether it reads as zeroes.
+    func openOperatorTarget(_ path: String, _ volume: VolumeState) throws -> (OpenFile, isZero: Bool) {
+        guard path.hasPrefix("/") else { throw SiteError("the target '\(path)' must be an absolute path", status: 400) }
+        let size = volume.geometry.size
+        let target: OpenFile
+        do { target = try OpenFile(path: path, flags: O_RDWR | O_CREAT) } catch { throw SiteError("target: \(error)") }
+        guard target.tryLock() else {
+            throw SiteError("the target \(path) is in use: it is a volume, or the target of another FlashCopy")
+        }
+        let present = try target.size()
+        if try target.isRegularFile() {
+            guard present == 0 || present == size else {
+                throw SiteError(
+                    "the target \(path) has \(present) bytes, volume '\(volume.name)' has \(size); give a file of that size, "
+                        + "or a new one")
+            }
+            if present == 0 { try target.truncate(to: size) }
+            return (target, present == 0)
+        }
+        guard present >= size else {
+            throw SiteError("the target \(path) has \(present) bytes, volume '\(volume.name)' needs \(size)")
+        }
+        return (target, false)
+    }
+
+    /// Does something on every volume at one instant: acknowledgements are held while it is done. False when the hold's
+    /// deadline passed.
+    func together(
+        _ members: [VolumeState], each: (Int) async -> Void
+    ) async -> Bool {
+        for index in members.indices {
+            let number = members[index].number
+            await members[index].reactor.run { $0.hold(number) }
+            await each(index)
         }
         var intact = true
-        for (volume, _, _) in made {
+        for volume in members {
             let number = volume.number
             if await !volume.reactor.run({ $0.releaseHold(number) }) { intact = false }
         }
-        guard intact || members.count == 1 else {
-            for (volume, id, _) in made {
-                let number = volume.number
-                volume.reactor.perform { $0.hosted(number).volume.withdrawCopy(id) }
-            }
+        return intact || members.count == 1
+    }
+
+    /// Gives the files of a new copy to the volume's reactor, and the copy to `place` there.
+    func enterChain(
+        _ volume: VolumeState, _ record: CopyRecord, _ parts: CopyFiles, targetFile: StoreFile? = nil,
+        place: @escaping @Sendable (Volume, FlashCopy) -> Void
+    ) async {
+        var files = parts
+        let number = volume.number
+        (files.targetFile, files.bitmapFile) = await volume.reactor.run { reactor in
+            let hosted = reactor.hosted(number)
+            let target = targetFile ?? hosted.addFile(parts.target)
+            let bitmap = hosted.addFile(parts.bitmap.file, mapping: parts.bitmap.mapping)
+            place(
+                hosted.volume,
+                FlashCopy(
+                    id: record.id, targetFile: target, bitmapFile: bitmap, preserved: parts.bitmap.bitmap(),
+                    changes: record.isFilled ? parts.bitmap.bitmap(1) : nil, durable: record.isDurable,
+                    targetIsZero: record.targetIsZero, isFilled: record.isFilled, rate: record.rate))
+            return (target, bitmap)
+        }
+        volume.copies[record.id] = files
+        fillStarts[record.id] = nil
+    }
+
+    /// Records that the copies are there; or takes them out again when they are not of one instant.
+    func conclude(_ made: [NewCopy], _ intact: Bool) async throws {
+        guard intact else {
+            for copy in made { await leave(copy.volume, copy.record.id) }
             throw SiteError(
                 "the volumes could not be held together within \(Limits.holdMilliseconds) ms; nothing was created, try again",
                 status: 503)
         }
-        for (volume, id, _) in made {
-            volume.record.copies.append(
-                VolumeRecord.Copy(
-                    id: id, name: name, createdAt: realSeconds(), order: volume.takeOrder(), state: .active))
-            try volume.recordFile.save(volume.record)
-            await publish(volume, group(ofVolume: volume.name))
+        for copy in made {
+            try copy.volume.update(copy.record.id) { $0.state = .active }
+            await publish(copy.volume, group(ofVolume: copy.volume.name))
         }
-        note(nil, "FlashCopy '\(name)' of \(members.map(\.name).joined(separator: ", ")) created")
     }
 
+    /// Takes a copy out of the chain; `copyWithdrawn` follows.
+    func leave(_ volume: VolumeState, _ id: CopyID) async {
+        let number = volume.number
+        let present = await volume.reactor.run { reactor in
+            reactor.disconnectReaders(number, of: id)
+            reactor.hosted(number).volume.withdrawCopy(id)
+            return reactor.hosted(number).volume.copy(id) != nil
+        }
+        if !present { copyWithdrawn(volume, id) }
+    }
+
+    private func discard(_ copy: NewCopy) throws {
+        copy.volume.record.copies.removeAll { $0.id == copy.record.id }
+        try copy.volume.recordFile.save(copy.volume.record)
+        copy.volume.removeCopyFiles(copy.record.id, targetOwner: copy.record.target == nil ? copy.record.id : nil)
+    }
+
+    // MARK: Showing
+
     func listFlashCopies() async throws -> [FlashCopyReport] {
-        var reports: [FlashCopyReport] = []
+        var all: [FlashCopyReport] = []
         for volume in volumes.values.sorted(by: { $0.name < $1.name }) {
-            for copy in volume.record.copies {
-                let (number, id, grain) = (volume.number, copy.id, UInt64(volume.geometry.grain))
-                let grains = await volume.reactor.run { reactor in
-                    reactor.hosted(number).volume.copy(id)?.preserved.population() ?? 0
-                }
-                reports.append(
-                    FlashCopyReport(
-                        volume: volume.name, name: copy.name, export: "\(volume.name)@\(copy.name)",
-                        createdAt: timestamp(copy.createdAt), state: copy.state.rawValue,
-                        reason: copy.reason, preservedBytes: UInt64(grains) * grain))
+            for record in volume.record.copies where record.state != .creating {
+                all.append(await report(volume, record))
             }
         }
-        return reports
+        return all
+    }
+
+    func showFlashCopy(_ name: String, _ names: [String]) async throws -> [FlashCopyReport] {
+        try await reports(name, try copies(name, members(names)).map(\.0))
+    }
+
+    func reports(_ name: String, _ members: [VolumeState]) async throws -> [FlashCopyReport] {
+        var found: [FlashCopyReport] = []
+        for (volume, record) in try copies(name, members) { found.append(await report(volume, record)) }
+        return found
+    }
+
+    /// The volumes with the records of their copies of that name.
+    func copies(_ name: String, _ members: [VolumeState]) throws -> [(VolumeState, CopyRecord)] {
+        try members.map { volume in
+            guard let record = volume.copyRecord(name) else {
+                let known = volume.record.copies.map(\.name).joined(separator: ", ")
+                throw SiteError(
+                    "volume '\(volume.name)' has no FlashCopy '\(name)'; it has \(known.isEmpty ? "none" : known)",
+                    status: 404)
+            }
+            return (volume, record)
+        }
+    }
+
+    private func report(_ volume: VolumeState, _ record: CopyRecord) async -> FlashCopyReport {
+        let (number, id, grain) = (volume.number, record.id, UInt64(volume.geometry.grain))
+        let grains = await volume.reactor.run { $0.hosted(number).volume.copy(id)?.preservedCount ?? 0 }
+        var report = FlashCopyReport(
+            volume: volume.name, name: record.name, export: "\(volume.name)@\(record.name)",
+            createdAt: timestamp(record.createdAt), state: record.state.rawValue, reason: record.reason,
+            writable: record.isWritable,
+            survivesPowerLoss: record.state == .active && (record.isDurable || record.isComplete),
+            target: record.target ?? volume.targetPath(record.targetOwner),
+            preservedBytes: min(volume.geometry.size, UInt64(grains) * grain), size: volume.geometry.size)
+        guard record.isFilled else { return report }
+        let now = monotonicNanoseconds()
+        let start = fillStarts[id] ?? (now, grains)
+        fillStarts[id] = start
+        let seconds = Double(now - start.0) / 1e9
+        let rate = seconds > 0 ? Double(grains - start.1) * Double(grain) / seconds : 0
+        let left = Double(volume.geometry.size - report.preservedBytes)
+        report.backgroundCopy = FlashCopyReport.BackgroundReport(
+            complete: record.isComplete, rateBytesPerSecond: record.rate, measuredBytesPerSecond: rate,
+            etaSeconds: record.isComplete ? nil : rate > 0 ? left / rate : record.rate > 0 ? left / Double(record.rate) : nil)
+        return report
+    }
+
+    // MARK: Changing and ending
+
+    /// Changes the rate of a background copy, or whether clients may write.
+    func setFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
+        await copyTurnstile.enter()
+        defer { copyTurnstile.leave() }
+        let members = try members(request.volumes)
+        for (volume, record) in try copies(request.name, members) {
+            let (number, id) = (volume.number, record.id)
+            try volume.update(id) { copy in
+                copy.rate = request.rate ?? copy.rate
+                copy.isWritable = request.writable ?? copy.isWritable
+            }
+            if let rate = request.rate {
+                fillStarts[id] = nil
+                await volume.reactor.run { $0.hosted(number).volume.setRate(id, rate) }
+            }
+            await publish(volume, group(ofVolume: volume.name))
+            if request.writable == false { await volume.reactor.run { $0.disconnectReaders(number, of: id) } }
+        }
+        return try await reports(request.name, members)
     }
 
     /// Takes FlashCopies out of service; readers are disconnected, and what older copies need is handed over first.
     func withdrawFlashCopy(_ request: FlashCopyRequest) async throws {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
-        let members = try members(request.volumes)
-        for volume in members {
-            guard volume.record.copies.contains(where: { $0.name == request.name }) else {
-                throw SiteError("volume '\(volume.name)' has no FlashCopy '\(request.name)'", status: 404)
-            }
+        let found = try copies(request.name, members(request.volumes))
+        for (volume, record) in found where volume.record.restoring?.copy == record.id {
+            throw SiteError(
+                "volume '\(volume.name)' is being restored from '\(request.name)'; wait until it holds all of it")
         }
-        for volume in members {
-            guard let index = volume.record.copies.firstIndex(where: { $0.name == request.name }) else { continue }
-            let id = volume.record.copies[index].id
-            volume.record.copies[index].state = .withdrawing
-            try volume.recordFile.save(volume.record)
-            await publish(volume, group(ofVolume: volume.name))
-            let number = volume.number
-            volume.reactor.perform { reactor in
-                reactor.disconnectReaders(number, of: id)
-                reactor.hosted(number).volume.withdrawCopy(id)
+        for (volume, record) in found {
+            guard volume.copies[record.id] != nil else {
+                forget(volume, record.id)
+                continue
             }
+            try volume.update(record.id) { $0.state = .withdrawing }
+            await publish(volume, group(ofVolume: volume.name))
+            await leave(volume, record.id)
         }
         note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) withdrawn")
     }
 
+    // MARK: Events
+
     func copyFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) {
         let reason = "old content could not be preserved: \(String(cString: strerror(errno)))"
-        if let index = volume.record.copies.firstIndex(where: { $0.id == id }) {
-            volume.record.copies[index].state = .failed
-            volume.record.copies[index].reason = reason
-            do { try volume.recordFile.save(volume.record) } catch { fatalError("farcopy: \(error)") }
+        let name = volume.record.copies.first { $0.id == id }?.name ?? String(id)
+        saveOrStop {
+            try volume.update(id) { copy in
+                copy.state = .failed
+                copy.reason = reason
+            }
         }
-        note(nil, "volume \(volume.name): copy \(id) has failed: \(reason)")
+        note(nil, "volume \(volume.name): FlashCopy '\(name)' has failed: \(reason)")
         Task { await publish(volume, group(ofVolume: volume.name)) }
+    }
+
+    /// The background copy is finished; once its data is on stable storage the target is an image by itself.
+    func copyCompleted(_ volume: VolumeState, _ id: CopyID) {
+        guard let files = volume.copies[id], let record = volume.record.copies.first(where: { $0.id == id }) else { return }
+        do {
+            try files.target.synchronize()
+            try files.bitmap.synchronize()
+        } catch {
+            note(nil, "volume \(volume.name): the target of FlashCopy '\(record.name)' cannot be flushed: \(error)")
+            return
+        }
+        saveOrStop { try volume.update(id) { $0.isComplete = true } }
+        note(nil, "volume \(volume.name): the background copy of '\(record.name)' is complete")
+    }
+
+    /// A copy has left the chain: its record and files go, or, when only its content was lost, its files.
+    func copyWithdrawn(_ volume: VolumeState, _ id: CopyID) {
+        if let files = volume.copies[id] {
+            let number = volume.number
+            volume.reactor.perform { reactor in
+                reactor.hosted(number).removeFile(files.targetFile)
+                reactor.hosted(number).removeFile(files.bitmapFile)
+            }
+        }
+        forget(volume, id)
+    }
+
+    private func forget(_ volume: VolumeState, _ id: CopyID) {
+        let record = volume.record.copies.first { $0.id == id }
+        // A target that its successor has taken over stays.
+        let owner = record?.targetOwner ?? id
+        let shared = volume.record.copies.contains { $0.id != id && $0.targetOwner == owner && $0.state != .lost }
+        let keepsRecord = record?.state == .lost && volume.copies[id] != nil
+        if record != nil, !keepsRecord {
+            volume.record.copies.removeAll { $0.id == id }
+            saveOrStop { try volume.recordFile.save(volume.record) }
+        }
+        volume.removeCopyFiles(id, targetOwner: shared || record?.target != nil ? nil : owner)
     }
 }

@@ -14,6 +14,8 @@ final class GroupRecordFile: @unchecked Sendable {
     }
 }
 
+extension GroupRecord: VersionedRecord {}
+
 final class GroupState {
     let entry: Configuration.GroupEntry
     /// Current while the group has no replicator; otherwise the replicator's copy counts.

@@ -180,17 +180,17 @@ extension Site {
     private func take(_ request: CommitRequest, _ group: GroupState) async throws -> CommitAnswer {
         let id = CopyID(request.number)
         let members = members(group)
-        var files: [(target: OpenFile, bitmap: MappedFile)] = []
+        var files: [CopyFiles] = []
         for volume in members {
             try await makeRoom(volume)
-            let pair = try volume.openCopy(id, create: true)
+            let pair = try volume.openPoint(id, create: true)
             try pair.target.synchronize()
             try pair.bitmap.file.synchronize()
             try synchronizeDirectory("\(volume.directory)/copies")
             files.append(pair)
         }
         let order = members.map(\.nextOrder).max() ?? 1
-        for volume in members { volume.nextOrder = order + 1 }
+        for volume in members { volume.nextOrder = order + CopyRecord.orderStep }
         let now = realSeconds()
         var points = group.record.points
         points.append(
@@ -200,7 +200,9 @@ extension Site {
         group.record.points = points
         try group.save()  // the decision: from here on the point is committed
         for (volume, pair) in zip(members, files) {
-            try await addCopy(volume, id, pair, durable: true)
+            var record = CopyRecord(id: id, name: "", createdAt: now, order: order, state: .active)
+            record.isDurable = true
+            await enterChain(volume, record, pair) { $0.addCopy($1) }
             let (number, ids) = (volume.number, dropped.map { CopyID($0.number) })
             volume.reactor.perform { reactor in
                 for id in ids { reactor.hosted(number).volume.withdrawCopy(id) }
@@ -222,22 +224,6 @@ extension Site {
         guard volume.copies.count < Limits.copiesPerVolume - 2 else {
             throw SiteError("volume '\(volume.name)' has \(volume.copies.count) copies; withdraw some", status: 503)
         }
-    }
-
-    /// A copy has left the chain: its record and files go.
-    func copyWithdrawn(_ volume: VolumeState, _ id: CopyID) {
-        if let files = volume.copies[id] {
-            let number = volume.number
-            volume.reactor.perform { reactor in
-                reactor.hosted(number).removeFile(files.targetFile)
-                reactor.hosted(number).removeFile(files.bitmapFile)
-            }
-        }
-        if volume.record.copies.contains(where: { $0.id == id }) {
-            volume.record.copies.removeAll { $0.id == id }
-            do { try volume.recordFile.save(volume.record) } catch { fatalError("farcopy: \(error)") }
-        }
-        volume.removeCopyFiles(id)
     }
 
     // MARK: Failover
@@ -276,8 +262,7 @@ extension Site {
     private func takeOver(_ group: GroupState, _ point: PointRecord) async throws {
         let members = members(group)
         let id = CopyID(point.number)
-        var pending: [MappedFile] = []
-        for volume in members { pending.append(try await prepareRestore(volume, from: id)) }
+        for volume in members { try await prepareRestore(volume, from: id) }
         group.record.role = .primary
         group.record.failedOver = GroupRecord.Failover(
             point: point.number, at: realSeconds(), restoring: members.map(\.name))
@@ -285,7 +270,8 @@ extension Site {
         try group.save()  // the decision
         for volume in members {
             let number = volume.number
-            try await startRestore(volume, from: id)
+            await beginRestore(volume, from: id, fresh: false)
+            try await startActivityLog(volume)
             await volume.reactor.run { reactor in
                 let hosted = reactor.hosted(number)
                 hosted.volume.policy = .hostFirst
@@ -299,32 +285,16 @@ extension Site {
     }
 
     /// Writes down, durably, which grains must come back from the point.
-    private func prepareRestore(_ volume: VolumeState, from id: CopyID) async throws -> MappedFile {
-        let path = "\(volume.directory)/restore.bitmap"
-        unlink(path)
-        let mapping = try MappedFile(
-            path: path, byteCount: Bitmap.byteCount(bits: volume.geometry.grainCount), create: true)
-        let (number, count) = (volume.number, volume.geometry.grainCount)
-        await volume.reactor.run { reactor in
-            reactor.hosted(number).volume.markDifferences(
-                from: id, in: Bitmap(memory: mapping.memory, count: count))
-        }
-        try mapping.file.synchronize()
-        try synchronizeDirectory(volume.directory)
-        return mapping
-    }
-
-    /// Starts, or takes up, the flow back from a point.
-    func startRestore(_ volume: VolumeState, from id: CopyID) async throws {
-        let mapping = try MappedFile(
+    private func prepareRestore(_ volume: VolumeState, from id: CopyID) async throws {
+        let file = try BitmapFile(
             path: "\(volume.directory)/restore.bitmap",
-            byteCount: Bitmap.byteCount(bits: volume.geometry.grainCount), create: false)
-        let (number, count) = (volume.number, volume.geometry.grainCount)
+            header: BitmapHeader(.restore, volume: volume.identity, geometry: volume.geometry), create: true)
+        volume.restoreBitmap = file
+        let number = volume.number
         await volume.reactor.run { reactor in
-            let hosted = reactor.hosted(number)
-            let file = hosted.addFile(mapping.file, mapping: mapping)
-            hosted.volume.startRestore(
-                from: id, pending: Bitmap(memory: mapping.memory, count: count), bitmapFile: file)
+            reactor.hosted(number).volume.markDifferences(from: id, in: file.bitmap())
         }
+        try file.synchronize()
+        try synchronizeDirectory(volume.directory)
     }
 }

@@ -4,7 +4,6 @@
 //
 // Must be prevented:
 //   something is created or changed before the whole configuration was found good
-//   bitmaps are trusted after power loss
 //   an export shows a volume whose chain or point is not yet in place
 
 import Base
@@ -26,7 +25,7 @@ package actor Site {
 
     let state: StateDirectory
     private let siteRecordFile: DurableRecord<SiteRecord>
-    private(set) var siteRecord: SiteRecord
+    let siteRecord: SiteRecord
     let exports: ExportDirectory
     private let reactorSettings: ReactorSettings
     private var reactors: [ReactorHandle] = []
@@ -35,6 +34,10 @@ package actor Site {
     private(set) var groups: [String: GroupState] = [:]
     let events = EventLog()
     let copyTurnstile = Turnstile()
+    /// Refreshes that wait until a copy is out of use.
+    var readyWaiters: [CopyID: CheckedContinuation<Void, Never>] = [:]
+    /// When the progress of a background copy was looked at first, and how many grains it had.
+    var fillStarts: [CopyID: (at: UInt64, grains: Int)] = [:]
 
     /// Reads, checks and opens everything; hosts and resumes every volume. Listens on nothing yet.
     package init(configuration: Configuration, logger: Logger) throws {
@@ -51,9 +54,8 @@ package actor Site {
         state = try StateDirectory(path: configuration.state)
         var found: SiteRecord?
         siteRecordFile = try DurableRecord(path: "\(configuration.state)/site.record", value: &found)
-        siteRecord =
-            try found
-            ?? SiteRecord(id: randomIdentity(), bootID: StateDirectory.bootID(), clean: true)
+        siteRecord = found ?? SiteRecord(id: randomIdentity())
+        if found == nil { try siteRecordFile.save(siteRecord) }
     }
 
     private static func checkEverything(_ configuration: Configuration) throws {
@@ -66,12 +68,6 @@ package actor Site {
     /// Brings everything back to where the last process left it, then exports it.
     package func start() async throws {
         let bootID = try StateDirectory.bootID()
-        let trusted = siteRecord.clean || siteRecord.bootID == bootID
-        siteRecord.bootID = bootID
-        siteRecord.clean = false
-        if !trusted {
-            logger.warning("the machine went down with the site running; primaries compare everything anew")
-        }
         let count = max(1, min(sysconf(Int32(_SC_NPROCESSORS_ONLN)), 64))
         for number in 0..<count { reactors.append(try startReactor(number)) }
         let greeter = try startReactor(count)
@@ -79,11 +75,17 @@ package actor Site {
         listenForEvents()
         for entry in configuration.groups { try openGroup(entry) }
         for (index, entry) in configuration.volumes.enumerated() {
-            volumes[entry.name] = try VolumeState(entry, state: state, reactor: reactors[index % count])
+            let points = group(ofVolume: entry.name)?.record.points ?? []
+            let volume = try VolumeState(
+                entry, state: state, reactor: reactors[index % count], bootID: bootID, hasPoints: !points.isEmpty)
+            volumes[entry.name] = volume
+            for finding in volume.findings { note(group(ofVolume: entry.name)?.entry.name, "volume \(entry.name): \(finding)") }
         }
-        for group in groups.values { try renewIfServedElsewhere(group) }
-        for entry in configuration.volumes { try await host(volumes[entry.name]!, trusted: trusted) }
-        try siteRecordFile.save(siteRecord)
+        for group in groups.values {
+            try renewIfServedElsewhere(group)
+            try giveUpUncertainPoint(group)
+        }
+        for entry in configuration.volumes { try await host(volumes[entry.name]!) }
         for socket in try SocketActivation.take() { greeter.perform { $0.listen(on: socket) } }
         for address in configuration.nbd.listen {
             for socket in try ListeningSocket.open(address) {
@@ -140,112 +142,18 @@ package actor Site {
         try group.save()
     }
 
-    private func host(_ volume: VolumeState, trusted: Bool) async throws {
-        let setup = volume.setup
-        let group = group(ofVolume: volume.name)
-        volume.number = await volume.reactor.run { $0.host(setup) }
-        try await resumeChain(volume, group, trusted: trusted)
-        try await resumeRole(volume, group, trusted: trusted)
-        await publish(volume, group)
+    /// A point that was held is given up when the bitmaps of one volume do not say any more what of it is still to be sent.
+    private func giveUpUncertainPoint(_ group: GroupState) throws {
+        guard group.record.held != nil || group.record.forming != nil,
+            !group.entry.volumes.compactMap({ volumes[$0] }).allSatisfy({ $0.isTrusted && $0.recordingIsWhole && $0.pointIsWhole })
+        else { return }
+        group.record.held = nil
+        group.record.forming = nil
+        try group.save()
     }
 
     func group(ofVolume name: String) -> GroupState? {
         groups.values.first { $0.entry.volumes.contains(name) }
-    }
-
-    /// The chain, oldest first: recovery points from the group's record, FlashCopies from the volume's.
-    private func resumeChain(_ volume: VolumeState, _ group: GroupState?, trusted: Bool) async throws {
-        let points = group?.record.points ?? []
-        if !trusted {
-            for index in volume.record.copies.indices where volume.record.copies[index].state == .active {
-                volume.record.copies[index].state = .failed
-                volume.record.copies[index].reason = "lost when the machine went down"
-            }
-            try volume.recordFile.save(volume.record)
-        }
-        var links: [(order: UInt64, id: CopyID, durable: Bool, state: VolumeRecord.Copy.State)] =
-            points.map { ($0.order ?? $0.number, CopyID($0.number), true, .active) }
-        links += volume.record.copies.map { ($0.order, $0.id, false, $0.state) }
-        links.sort { $0.order < $1.order }
-        state.removeOrphans(volume.name, keeping: Set(links.map(\.id)))
-        volume.nextOrder = (links.last?.order ?? 0) + 1
-        for link in links {
-            // A point of the record whose files a crash prevented takes them now: it was recorded, so it is.
-            let missing = access("\(volume.directory)/copies/\(link.id).bitmap", F_OK) != 0
-            let files = try volume.openCopy(link.id, create: missing)
-            // A bit that only the last process's mapping had must be durable before a write relies on it.
-            if link.durable { try files.bitmap.file.synchronize() }
-            try await addCopy(
-                volume, link.id, files, durable: link.durable, resume: true,
-                failed: link.state == .failed)
-            if link.state == .withdrawing {
-                let (number, id) = (volume.number, link.id)
-                volume.reactor.perform { $0.hosted(number).volume.withdrawCopy(id) }
-            }
-        }
-    }
-
-    /// Puts a copy with its files into the volume's chain.
-    func addCopy(
-        _ volume: VolumeState, _ id: CopyID, _ files: (target: OpenFile, bitmap: MappedFile),
-        durable: Bool, resume: Bool = false, failed: Bool = false
-    ) async throws {
-        let number = volume.number
-        let count = volume.geometry.grainCount
-        let slots = await volume.reactor.run { reactor in
-            let hosted = reactor.hosted(number)
-            let targetFile = hosted.addFile(files.target)
-            let bitmapFile = hosted.addFile(files.bitmap.file, mapping: files.bitmap)
-            let copy = FlashCopy(
-                id: id, targetFile: targetFile, bitmapFile: bitmapFile,
-                preserved: Bitmap(memory: files.bitmap.memory, count: count), durable: durable)
-            if resume {
-                hosted.volume.resumeCopy(copy, failed: failed)
-            } else {
-                hosted.volume.addCopy(copy)
-            }
-            return (targetFile, bitmapFile)
-        }
-        volume.copies[id] = CopyFiles(
-            target: files.target, bitmap: files.bitmap, targetFile: slots.0, bitmapFile: slots.1)
-    }
-
-    private func resumeRole(_ volume: VolumeState, _ group: GroupState?, trusted: Bool) async throws {
-        let number = volume.number
-        let record = group?.record
-        let isSecondary = record?.role == .secondary
-        let isPrimary = record?.role == .primary
-        let recorded = volume.record.servedAs == group?.servedAs
-        let held = trusted ? record?.held?.number : nil
-        let (target, bitmap, count) = (volume.pointTarget, volume.pointBitmap, volume.geometry.grainCount)
-        volume.pointTargetFile = await volume.reactor.run { reactor in
-            let hosted = reactor.hosted(number)
-            let targetFile = hosted.addFile(target)
-            hosted.writable = !isSecondary
-            hosted.volume.policy = isSecondary ? .copiesFirst : .hostFirst
-            hosted.volume.recording = isPrimary
-            if !trusted || !recorded, isPrimary { hosted.volume.markAllChanged() }
-            if isPrimary, let held {
-                hosted.volume.resumePoint(
-                    number: held, targetFile: targetFile,
-                    preserved: Bitmap(memory: bitmap.memory, count: count))
-            } else if isPrimary {
-                hosted.volume.mergeOutOfSync()
-            }
-            return targetFile
-        }
-        if !recorded {
-            volume.record.servedAs = group?.servedAs
-            try volume.recordFile.save(volume.record)
-        }
-        if !trusted, let group, group.record.held != nil || group.record.forming != nil {
-            group.record.held = nil
-            group.record.forming = nil
-            try group.save()
-        }
-        if let failover = record?.failedOver, failover.restoring.contains(volume.name) {
-            try await startRestore(volume, from: CopyID(failover.point))
-        }
     }
 
     // MARK: Exports
@@ -270,7 +178,8 @@ package actor Site {
         }
         for (index, copy) in kept.enumerated() {
             entries["\(name)@\(copy.name)"] = entry(
-                .copy(copy.id), "\(copy.text) of \(name)", readOnly: true, since: kept[..<index])
+                .copy(copy.id), "\(copy.text) of \(name)",
+                readOnly: !copy.isWritable || volume.record.restoring?.copy == copy.id, since: kept[..<index])
         }
         if let group, group.record.role == .secondary {
             if let newest = group.record.points.last,
@@ -301,12 +210,15 @@ package actor Site {
         var name: String
         var text: String
         var order: UInt64
+        var isWritable = false
     }
 
     /// Oldest first.
     private func keptCopies(_ volume: VolumeState, _ group: GroupState?) -> [KeptCopy] {
         var kept = volume.record.copies.filter { $0.state == .active }.map {
-            KeptCopy(id: $0.id, name: $0.name, text: "FlashCopy of \(timestamp($0.createdAt))", order: $0.order)
+            KeptCopy(
+                id: $0.id, name: $0.name, text: "FlashCopy of \(timestamp($0.createdAt))", order: $0.order,
+                isWritable: $0.isWritable)
         }
         kept += (group?.record.points ?? []).map {
             KeptCopy(
@@ -346,7 +258,7 @@ package actor Site {
                     ReplicatedVolume(
                         name: volume.name, reactor: volume.reactor, number: volume.number,
                         geometry: volume.geometry, targetFile: volume.pointTargetFile,
-                        target: volume.pointTarget, preserved: volume.pointBitmap)
+                        target: volume.pointTarget, preserved: volume.pointBitmap.mapping)
                 },
                 address: address,
                 tls: LinkTLS(
@@ -372,11 +284,21 @@ package actor Site {
             group?.replicator?.pointLost(reason)
         case .copyFailed(let id, let errno): copyFailed(volume, id, errno)
         case .copyWithdrawn(let id): copyWithdrawn(volume, id)
+        case .copyCompleted(let id): copyCompleted(volume, id)
+        case .copyReady(let id): copyReady(id)
+        case .activityLogFailed(let errno):
+            volume.record.logIsBroken = true
+            saveOrStop { try volume.recordFile.save(volume.record) }
+            note(
+                group?.entry.name,
+                "volume \(name): its activity log cannot be written (\(String(cString: strerror(errno)))); after power loss "
+                    + "everything will be compared")
         case .restoreFinished:
-            guard let group else { return }
-            group.record.failedOver?.restoring.removeAll { $0 == name }
-            saveOrStop(group)
-            note(group.entry.name, "volume \(name) holds all of its point again")
+            if let group, group.record.failedOver?.restoring.contains(name) == true {
+                group.record.failedOver?.restoring.removeAll { $0 == name }
+                saveOrStop { try group.save() }
+            }
+            restoreFinished(volume)
         case .restoreFailed(let grain, let errno):
             note(
                 group?.entry.name,
@@ -389,8 +311,9 @@ package actor Site {
         events.add(group: group, text)
     }
 
-    func saveOrStop(_ group: GroupState) {
-        do { try group.save() } catch { fatalError("farcopy: \(error)") }
+    /// A record that cannot be written would no longer say what is; a restart goes on from the last that could.
+    func saveOrStop(_ save: () throws -> Void) {
+        do { try save() } catch { fatalError("farcopy: \(error)") }
     }
 
     // MARK: Stopping
@@ -407,9 +330,7 @@ package actor Site {
             }
         }
         do {
-            for volume in volumes.values { try volume.synchronize() }
-            siteRecord.clean = true
-            try siteRecordFile.save(siteRecord)
+            for volume in volumes.values { try volume.finish() }
         } catch {
             logger.error("the stop is not clean: \(error)")
         }

@@ -15,12 +15,22 @@ package struct StatusReport: Codable, Sendable {
         package var restoringBytes: UInt64
         package var bytesRead: UInt64
         package var bytesWritten: UInt64
+        package var flashcopies: [CopyReport]
+        /// Bytes that would be compared anew if the machine went down now; nil while nothing is logged.
+        package var activeBytes: UInt64?
         enum CodingKeys: String, CodingKey {
-            case size, grain, exports
+            case size, grain, exports, flashcopies
+            case activeBytes = "active_bytes"
             case restoringBytes = "restoring_bytes"
             case bytesRead = "bytes_read"
             case bytesWritten = "bytes_written"
         }
+    }
+
+    package struct CopyReport: Codable, Sendable {
+        package var name: String
+        package var state: String
+        package var reason: String?
     }
 
     package struct PointReport: Codable, Sendable {
@@ -104,7 +114,7 @@ extension Site {
                 let hosted = reactor.hosted(number)
                 return (
                     pending: hosted.volume.changedGrains + hosted.volume.outOfSyncGrains,
-                    restoring: hosted.volume.restoringGrains,
+                    restoring: hosted.volume.restoringGrains, active: hosted.volume.activeBytes,
                     read: hosted.bytesRead, written: hosted.bytesWritten
                 )
             }
@@ -114,7 +124,10 @@ extension Site {
                 size: volume.geometry.size, grain: volume.geometry.grain,
                 exports: names.filter { $0 == volume.name || $0.hasPrefix("\(volume.name)@") },
                 restoringBytes: UInt64(figures.restoring) * grain,
-                bytesRead: figures.read, bytesWritten: figures.written)
+                bytesRead: figures.read, bytesWritten: figures.written,
+                flashcopies: volume.record.copies.filter { $0.state != .creating }.map {
+                    StatusReport.CopyReport(name: $0.name, state: $0.state.rawValue, reason: $0.reason)
+                }, activeBytes: figures.active)
         }
         for group in groups.values where only == nil || only == group.entry.name {
             report.groups[group.entry.name] = groupReport(group, pending)

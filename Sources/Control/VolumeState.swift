@@ -1,4 +1,8 @@
-// VolumeState.swift: one volume of a site as the control plane holds it.
+// VolumeState.swift: one volume of a site as the control plane holds it: its files and what they are worth.
+//
+// Must be prevented:
+//   metadata of another volume, of a newer version, or damaged, is taken for this volume's
+//   a volume file that was exchanged, or written to while nobody looked, is believed to be what the bitmaps describe
 
 import Base
 import CLibURing
@@ -11,9 +15,9 @@ import Volumes
 /// Files of one FlashCopy or recovery point.
 struct CopyFiles: Sendable {
     var target: OpenFile
-    var bitmap: MappedFile
-    var targetFile: StoreFile
-    var bitmapFile: StoreFile
+    var bitmap: BitmapFile
+    var targetFile: StoreFile = -1
+    var bitmapFile: StoreFile = -1
 }
 
 final class VolumeState {
@@ -25,31 +29,46 @@ final class VolumeState {
     var number: VolumeNumber = -1
     var record: VolumeRecord
     let recordFile: DurableRecord<VolumeRecord>
-    let recording: (MappedFile, MappedFile)
-    let roles: MappedFile
+    let recording: BitmapFile
     let pointTarget: OpenFile
-    let pointBitmap: MappedFile
+    let pointBitmap: BitmapFile
+    let activityLog: BitmapFile
+    var activityLogIsOn = false
     var pointTargetFile: StoreFile = -1
     var copies: [CopyID: CopyFiles] = [:]
+    var restoreBitmap: BitmapFile?
+    var restoreFile: StoreFile = -1
     /// Larger than the order of every copy and point in the chain.
-    var nextOrder: UInt64 = 1
+    var nextOrder = CopyRecord.orderStep
+
+    // What the last run left, and what it is worth.
+    /// Mapped files are as the last process left them.
+    let isTrusted: Bool
+    /// The mark of a clean stop; taken out of the record as soon as the volume is open.
+    let cleanMark: VolumeRecord.CleanMark?
+    /// The recording bitmaps say what changed.
+    private(set) var recordingIsWhole = true
+    /// So does the bitmap of the point that was held.
+    private(set) var pointIsWhole = true
+    /// What was found wrong and mended, for the log.
+    private(set) var findings: [String] = []
+
     var name: String { entry.name }
+    var identity: (UInt64, UInt64) { identityWords(record.id) }
 
     /// Opens the volume's file and its metadata, creating what is new.
-    init(_ entry: Configuration.VolumeEntry, state: StateDirectory, reactor: ReactorHandle) throws {
+    ///
+    /// - Parameter hasPoints: the volume's group has recovery points of it.
+    init(
+        _ entry: Configuration.VolumeEntry, state: StateDirectory, reactor: ReactorHandle, bootID: String,
+        hasPoints: Bool
+    ) throws {
         self.entry = entry
         self.reactor = reactor
         directory = state.volume(entry.name)
         try StateDirectory.makeDirectory(directory)
         try StateDirectory.makeDirectory("\(directory)/copies")
         source = try Self.openSource(entry)
-        guard source.tryLock() else {
-            throw SiteError("volume '\(entry.name)': \(entry.path) is served by another farcopy process")
-        }
-        if try source.isRegularFile(), try source.size() == 0, let size = entry.size {
-            try source.truncate(to: size)
-            try source.synchronize()
-        }
         let size = try source.size()
         var found: VolumeRecord?
         recordFile = try DurableRecord(path: "\(directory)/volume.record", value: &found)
@@ -63,29 +82,105 @@ final class VolumeState {
                 "volume '\(entry.name)': its size \(size) is no multiple of \(source.directAlignment) bytes, which "
                     + "direct I/O needs; remove cache = \"none\"")
         }
-        record = found ?? VolumeRecord(id: randomIdentity(), size: size, grain: grain)
-        let bytes = Bitmap.byteCount(bits: geometry.grainCount)
-        recording = (
-            try MappedFile(path: "\(directory)/recording-0.bitmap", byteCount: bytes, create: true),
-            try MappedFile(path: "\(directory)/recording-1.bitmap", byteCount: bytes, create: true)
-        )
-        roles = try MappedFile(path: "\(directory)/roles", byteCount: 4096, create: true)
-        pointBitmap = try MappedFile(path: "\(directory)/point.bitmap", byteCount: bytes, create: true)
+        var record =
+            found
+            ?? VolumeRecord(id: randomIdentity(), name: entry.name, size: size, grain: grain, bootID: bootID)
+        isTrusted = record.clean != nil || record.bootID == bootID
+        cleanMark = record.clean
+        var findings: [String] = []
+        if found != nil, let change = try Self.changeBehindOurBack(source, record) {
+            try Self.refuseIfCopiesAreLost(entry, change, record, hasPoints)
+            findings.append("\(change); every grain counts as changed")
+            record.servedAs = "another file"
+        }
+        let identity = identityWords(record.id)
+        func header(_ kind: BitmapHeader.Kind, _ bitmaps: Int = 1) -> BitmapHeader {
+            BitmapHeader(kind, volume: identity, geometry: geometry, bitmaps: bitmaps)
+        }
+        let isNew = found == nil
+        func open(_ name: String, _ header: BitmapHeader) throws -> (BitmapFile, whole: Bool) {
+            let path = "\(directory)/\(name)"
+            if isNew { return (try BitmapFile(path: path, header: header, create: true), true) }
+            do {
+                let file = try BitmapFile(path: path, header: header)
+                try Self.verify(file, name, found?.clean)
+                return (file, true)
+            } catch let damage as DamagedMetadata {
+                findings.append("\(damage); what it said is lost, and the worst is assumed")
+                return (try BitmapFile(path: path, header: header, create: true), false)
+            }
+        }
+        let directory = self.directory
+        (recording, recordingIsWhole) = try open("recording.bitmap", header(.recording, 2))
+        (pointBitmap, pointIsWhole) = try open("point.bitmap", header(.point))
+        let (log, logIsWhole) = try open("activity.log", header(.activityLog))
+        activityLog = log
+        if !logIsWhole, !isTrusted { recordingIsWhole = false }
         pointTarget = try OpenFile(path: "\(directory)/point.target", flags: O_RDWR | O_CREAT)
         if try pointTarget.size() != size { try pointTarget.truncate(to: size) }
-        if found == nil { try recordFile.save(record) }
+        self.findings = findings
+        record.clean = nil
+        record.bootID = bootID
+        record.file = try source.identity()
+        self.record = record
+        try synchronizeDirectory(directory)
+        try recordFile.save(record)
     }
+
+    /// After a clean stop a bitmap has the checksum that it had then.
+    private static func verify(_ file: BitmapFile, _ name: String, _ mark: VolumeRecord.CleanMark?) throws {
+        guard let expected = mark?.checksums[name], name != "activity.log" else { return }
+        guard file.checksum() == expected else {
+            throw DamagedMetadata(description: "\(file.path) is not as the last stop left it: some bits are wrong")
+        }
+    }
+
+    func verify(_ file: BitmapFile, _ name: String) throws { try Self.verify(file, name, cleanMark) }
 
     private static func openSource(_ entry: Configuration.VolumeEntry) throws -> OpenFile {
         let direct = entry.cache == .none ? farcopy_open_direct : 0
+        let source: OpenFile
         do {
-            return try OpenFile(path: entry.path, flags: O_RDWR | O_CREAT | direct)
+            source = try OpenFile(path: entry.path, flags: O_RDWR | O_CREAT | direct)
         } catch {
             guard error.errno == EINVAL, direct != 0 else { throw error }
             throw SiteError(
                 "volume '\(entry.name)': the storage of \(entry.path) has no direct I/O; remove cache = \"none\"")
         }
+        guard source.tryLock() else {
+            throw SiteError("volume '\(entry.name)': \(entry.path) is served by another farcopy process")
+        }
+        if try source.isRegularFile(), try source.size() == 0, let size = entry.size {
+            try source.truncate(to: size)
+            try source.synchronize()
+        }
+        return source
     }
+
+    // MARK: What others may have done to the file
+
+    private static func changeBehindOurBack(_ source: OpenFile, _ record: VolumeRecord) throws -> String? {
+        if let known = record.file, let present = try source.identity(), known != present {
+            return "\(source.path) is another file than the one that was served last"
+        }
+        if let mark = record.clean, let known = mark.modifiedAt, let present = try source.modifiedAt(), known != present {
+            return "\(source.path) was written to at \(timestamp(Double(present) / 1e9)), while Farcopy was stopped"
+        }
+        return nil
+    }
+
+    private static func refuseIfCopiesAreLost(
+        _ entry: Configuration.VolumeEntry, _ change: String, _ record: VolumeRecord, _ hasPoints: Bool
+    ) throws {
+        let names = record.copies.filter { $0.state == .active }.map { "'\($0.name)'" }
+        guard !names.isEmpty || hasPoints else { return }
+        let lost = names.isEmpty ? "its recovery points" : "the FlashCopies \(names.joined(separator: ", "))"
+        throw SiteError(
+            "volume '\(entry.name)': \(change), and \(lost) would be lost; bring the file back as it was, or accept it "
+                + "with `farcopy adopt \(entry.name) --config FILE`")
+    }
+
+    // MARK: Checking before anything is touched
 
     /// Checks what can be known without touching anything.
     static func check(_ entry: Configuration.VolumeEntry, state: String) throws {
@@ -130,6 +225,11 @@ final class VolumeState {
         var found: VolumeRecord?
         _ = try DurableRecord(path: path, value: &found)
         guard let found else { return }
+        guard found.name == entry.name else {
+            throw SiteError(
+                "volume '\(entry.name)': \(path) is of volume '\(found.name)'; bring this volume's own directory back, or "
+                    + "remove it to begin anew (what it described must then be copied in full)")
+        }
         if found.size != size {
             throw SiteError(
                 "volume '\(entry.name)': \(entry.path) has \(size) bytes, but had \(found.size) when it was served last; "
@@ -142,45 +242,75 @@ final class VolumeState {
         }
     }
 
-    /// Opens, or makes, the files of a copy.
-    func openCopy(_ id: CopyID, create: Bool) throws -> (target: OpenFile, bitmap: MappedFile) {
-        let base = "\(directory)/copies/\(id)"
-        if create {
-            // Left over from an attempt that was not recorded.
-            unlink("\(base).target")
-            unlink("\(base).bitmap")
-        }
-        let target = try OpenFile(path: "\(base).target", flags: create ? O_RDWR | O_CREAT : O_RDWR)
-        if create { try target.truncate(to: geometry.size) }
-        let bitmap = try MappedFile(
-            path: "\(base).bitmap", byteCount: Bitmap.byteCount(bits: geometry.grainCount), create: create)
-        return (target, bitmap)
+    // MARK: Copies
+
+    func header(ofCopy id: CopyID, recordsChanges: Bool) -> BitmapHeader {
+        BitmapHeader(.copy, volume: identity, geometry: geometry, copy: id, bitmaps: recordsChanges ? 2 : 1)
     }
 
-    func removeCopyFiles(_ id: CopyID) {
+    func bitmapPath(_ id: CopyID) -> String { "\(directory)/copies/\(id).bitmap" }
+    func targetPath(_ owner: CopyID) -> String { "\(directory)/copies/\(owner).target" }
+
+    /// Opens, or makes, the sparse target of a copy in the state directory.
+    func openTarget(_ owner: CopyID, create: Bool) throws -> OpenFile {
+        if create { unlink(targetPath(owner)) }  // left over from an attempt that was not recorded
+        let target = try OpenFile(path: targetPath(owner), flags: create ? O_RDWR | O_CREAT : O_RDWR)
+        if try target.size() != geometry.size { try target.truncate(to: geometry.size) }
+        return target
+    }
+
+    /// Opens, or makes, the files of a recovery point.
+    func openPoint(_ id: CopyID, create: Bool) throws -> CopyFiles {
+        CopyFiles(
+            target: try openTarget(id, create: create),
+            bitmap: try BitmapFile(
+                path: bitmapPath(id), header: header(ofCopy: id, recordsChanges: false), create: create))
+    }
+
+    /// Lets go of a copy's files and removes those that lie in the state directory.
+    func removeCopyFiles(_ id: CopyID, targetOwner: CopyID?) {
         copies[id] = nil
-        unlink("\(directory)/copies/\(id).target")
-        unlink("\(directory)/copies/\(id).bitmap")
+        unlink(bitmapPath(id))
+        if let targetOwner { unlink(targetPath(targetOwner)) }
     }
 
     func takeOrder() -> UInt64 {
-        nextOrder += 1
-        return nextOrder - 1
+        nextOrder += CopyRecord.orderStep
+        return nextOrder - CopyRecord.orderStep
     }
 
-    func synchronize() throws {
+    func copyRecord(_ name: String) -> CopyRecord? { record.copies.first { $0.name == name && $0.state != .creating } }
+
+    /// Changes a copy's record and makes that durable.
+    func update(_ id: CopyID, _ change: (inout CopyRecord) -> Void) throws {
+        guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
+        change(&record.copies[index])
+        try recordFile.save(record)
+    }
+
+    // MARK: Stopping
+
+    private var bitmaps: [(name: String, file: BitmapFile)] {
+        var all = [("recording.bitmap", recording), ("point.bitmap", pointBitmap)]
+        if let restoreBitmap { all.append(("restore.bitmap", restoreBitmap)) }
+        return all + copies.map { ("copies/\($0.key).bitmap", $0.value.bitmap) }
+    }
+
+    /// Everything is on stable storage, and the record says how it was left.
+    func finish() throws {
         try source.synchronize()
-        for mapping in [recording.0, recording.1, roles, pointBitmap] { try mapping.synchronize() }
         try pointTarget.synchronize()
-        for files in copies.values {
-            try files.target.synchronize()
-            try files.bitmap.synchronize()
+        for files in copies.values { try files.target.synchronize() }
+        var mark = VolumeRecord.CleanMark(stoppedAt: realSeconds(), modifiedAt: try source.modifiedAt(), checksums: [:])
+        for (name, file) in bitmaps {
+            try file.synchronize()
+            mark.checksums[name] = file.checksum()
         }
+        record.clean = mark
+        try recordFile.save(record)
     }
 
     var setup: VolumeSetup {
-        VolumeSetup(
-            name: name, geometry: geometry, source: source, recordingMappings: recording,
-            rolesMapping: roles)
+        VolumeSetup(name: name, geometry: geometry, source: source, recording: recording.mapping)
     }
 }

@@ -37,17 +37,18 @@ package final class HostedVolume {
     private var files: [OpenFile?]
     /// Mappings under the engine's bitmaps, kept alive as long as the engine.
     private var mappings: [StoreFile: MappedFile] = [:]
-    private let permanentMappings: [MappedFile]
+    /// The file of the recording bitmaps.
+    package private(set) var recordingFile: StoreFile = -1
 
-    init(name: String, volume: Volume, source: OpenFile, mappings: [MappedFile]) {
-        self.name = name
+    init(_ setup: VolumeSetup, volume: Volume) {
+        name = setup.name
         self.volume = volume
-        permanentMappings = mappings
         slots = .allocate(capacity: Volume.fileCapacity)
         slots.initialize(repeating: FileSlot(), count: Volume.fileCapacity)
         files = Array(repeating: nil, count: Volume.fileCapacity)
-        let slot = addFile(source)
+        let slot = addFile(setup.source)
         invariant(slot == Volume.source, "the source is the first file")
+        recordingFile = addFile(setup.recording.file, mapping: setup.recording)
     }
 
     deinit { slots.deallocate() }
@@ -79,18 +80,13 @@ package struct VolumeSetup: Sendable {
     package var name: String
     package var geometry: Geometry
     package var source: OpenFile
-    /// The two recording bitmaps and the page with their roles.
-    package var recordingMappings: (MappedFile, MappedFile)
-    package var rolesMapping: MappedFile
+    /// The two recording bitmaps behind a page that says which is which (`BitmapHeader`).
+    package var recording: MappedFile
 
-    package init(
-        name: String, geometry: Geometry, source: OpenFile,
-        recordingMappings: (MappedFile, MappedFile), rolesMapping: MappedFile
-    ) {
+    package init(name: String, geometry: Geometry, source: OpenFile, recording: MappedFile) {
         self.name = name
         self.geometry = geometry
         self.source = source
-        self.recordingMappings = recordingMappings
-        self.rolesMapping = rolesMapping
+        self.recording = recording
     }
 }

@@ -83,6 +83,9 @@ package final class Reactor {
     private var quiesces: [Quiesce] = []
     private var listeners: [OpenFile] = []
     private var nextTick: UInt64 = 0
+    private var nextSweep: UInt64 = 0
+    /// Some volume has background work for the next turn.
+    private var backgroundDue = false
     /// Turns since the kernel was last asked for completions.
     private var turnsUnseen = 0
     private static let turnsBetweenLooks = 8
@@ -174,7 +177,7 @@ package final class Reactor {
         sendReplies()
         if !quiesces.isEmpty { checkQuiesces() }
         tick()
-        if polledCount > 0 || resourcesFreed || !dirtyConnections.isEmpty {
+        if polledCount > 0 || resourcesFreed || !dirtyConnections.isEmpty || backgroundDue {
             // While nothing but sockets and messages can complete, a look at the ring every few turns will do.
             turnsUnseen += 1
             if ring.hasQueued || stores.inUse > 0 || turnsUnseen >= Self.turnsBetweenLooks {
@@ -182,7 +185,7 @@ package final class Reactor {
                 ring.submitAndWait(milliseconds: 0)
             }
         } else {
-            ring.submitAndWait(milliseconds: anyHold ? 5 : 1000)
+            ring.submitAndWait(milliseconds: anyHold ? 5 : anyClock ? 20 : 1000)
         }
     }
 
@@ -256,20 +259,17 @@ package final class Reactor {
     /// Makes the engine of a volume; its chain and point are added before it is exported.
     package func host(_ setup: VolumeSetup) -> VolumeNumber {
         let count = setup.geometry.grainCount
+        let header = BitmapHeader(.recording, volume: (0, 0), geometry: setup.geometry, bitmaps: 2)
+        let memory = setup.recording.memory
         let volume = Volume(
             geometry: setup.geometry,
             bitmaps: (
-                Bitmap(memory: setup.recordingMappings.0.memory, count: count),
-                Bitmap(memory: setup.recordingMappings.1.memory, count: count)
+                Bitmap(memory: memory + header.offset(ofBitmap: 0), count: count),
+                Bitmap(memory: memory + header.offset(ofBitmap: 1), count: count)
             ),
-            roles: setup.rolesMapping.memory.bindMemory(to: RecordingRoles.self, capacity: 1),
+            roles: (memory + BitmapHeader.rolesOffset).bindMemory(to: RecordingRoles.self, capacity: 1),
             copyBuffers: copyBuffers)
-        volumes.append(
-            HostedVolume(
-                name: setup.name, volume: volume, source: setup.source,
-                mappings: [
-                    setup.recordingMappings.0, setup.recordingMappings.1, setup.rolesMapping,
-                ]))
+        volumes.append(HostedVolume(setup, volume: volume))
         return volumes.count - 1
     }
 
@@ -280,6 +280,12 @@ package final class Reactor {
         return hosted
     }
 
+    /// Some volume's background work goes on by the time.
+    private var anyClock: Bool {
+        for hosted in volumes { if let hosted, hosted.volume.fillsWithRate { return true } }
+        return false
+    }
+
     private var anyHold: Bool {
         for hosted in volumes { if let hosted, hosted.volume.holding { return true } }
         return false
@@ -287,8 +293,11 @@ package final class Reactor {
 
     /// Drives every volume until none has anything to do at once.
     func pumpVolumes() {
+        backgroundDue = false
         for number in volumes.indices {
             guard let hosted = volumes[number] else { continue }
+            if hosted.volume.fillsWithRate { hosted.volume.advanceClock(to: monotonicNanoseconds()) }
+            if hosted.volume.backgroundDue { hosted.volume.runBackground() }
             var busy = true
             while busy {
                 busy = false
@@ -302,6 +311,7 @@ package final class Reactor {
                 }
             }
             while let event = hosted.volume.popEvent() { onEvent?(hosted.name, event) }
+            if hosted.volume.backgroundDue, stores.hasRoom { backgroundDue = true }
         }
     }
 
@@ -366,6 +376,10 @@ package final class Reactor {
         }
         guard now >= nextTick else { return }
         nextTick = now + 1_000_000_000
+        if now >= nextSweep {
+            nextSweep = now + UInt64(Limits.activitySweepSeconds) * 1_000_000_000
+            for case let hosted? in volumes { hosted.volume.sweepActivity() }
+        }
         guard openConnections > 0 else { return }
         let second: UInt64 = 1_000_000_000
         for slot in 0..<Limits.connectionsPerReactor {
@@ -396,6 +410,12 @@ package final class Reactor {
     ) {
         let hosted = hosted(number)
         beginHold(hosted)
+        guard !hosted.volume.isRestoring else {
+            // Hosts see the restored data before it is there; a drain would send what was there before.
+            hosted.holdExpired = true
+            hosted.volume.hold()
+            return
+        }
         hosted.volume.formPoint(number: point, targetFile: targetFile, preserved: preserved)
     }
 

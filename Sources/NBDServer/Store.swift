@@ -79,6 +79,10 @@ extension Reactor {
 
     func startStore(_ io: StoreIO, _ number: VolumeNumber, _ hosted: HostedVolume) {
         let file = hosted.slots + Int(io.file)
+        if io.seeksHole, isHole(io, file.pointee.descriptor) {
+            hosted.volume.complete(io, errno: StoreIO.hole)
+            return
+        }
         if file.pointee.isDirect, startDirect(io, number, hosted) { return }
         var done: UInt64 = 0
         switch io.operation {
@@ -107,6 +111,11 @@ extension Reactor {
         let slot = stores.take(
             StoreOperation(io: io, volume: number, step: step, done: done))
         submitStore(slot)
+    }
+
+    private func isHole(_ io: StoreIO, _ descriptor: Int32) -> Bool {
+        let data = lseek(descriptor, off_t(io.offset), SEEK_DATA)
+        return data < 0 ? errno == ENXIO : UInt64(data) >= io.offset + io.length
     }
 
     /// Bytes moved or a negative errno; nil when the call would block or cannot be made without blocking.

@@ -42,6 +42,8 @@ package struct Cycle {
         case allMarked
         /// `changed`: some volume was written to since the last point.
         case prepared(changed: Bool)
+        /// A volume is being restored from a FlashCopy; a point would be neither what was nor what hosts see.
+        case restoring
         /// Every volume has formed, and acknowledgements go again; `intact`: none let go before all had formed.
         case formed(at: Double, intact: Bool)
         case read(slot: Int, grains: Range<Int>?, offset: UInt64, length: Int)
@@ -122,6 +124,9 @@ package struct Cycle {
     private var lastFailure: String?
     private var dueAt: UInt64 = 0
     private var requested = false
+    /// While a volume is restored no point is formed; asked again after `restoreRetry`.
+    private var notBefore: UInt64 = 0
+    private static let restoreRetry: UInt64 = 100_000_000
     private var attempt = 0
     /// A link lost for longer than this ends the point that is held, so that its target stops growing.
     package static let heldLimit: UInt64 = 30_000_000_000
@@ -178,7 +183,7 @@ package struct Cycle {
         switch state {
         case .offline(_, let retryAt): retryAt
         case .idle:
-            if requested { 0 } else if waitsForCommand { nil } else { dueAt }
+            if requested { notBefore } else if waitsForCommand { nil } else { max(dueAt, notBefore) }
         default: nil
         }
     }
@@ -211,6 +216,10 @@ package struct Cycle {
             record.lastNumber = number
             state = .forming(number)
             return [.save(record), .form(number: number)]
+        case (.preparing, .restoring):
+            notBefore = now + Self.restoreRetry
+            state = .idle
+            return []
         case (.forming(let number), .formed(let time, let intact)):
             guard intact else { return giveUp(.carryOn) }
             let point = PointRecord(number: number, formedAt: time)
@@ -336,7 +345,7 @@ package struct Cycle {
             }
             state = .connecting
             return [.openSession]
-        case .idle where requested || (!waitsForCommand && now >= dueAt):
+        case .idle where now >= notBefore && (requested || (!waitsForCommand && now >= dueAt)):
             switch settings.interval {
             case .continuous: dueAt = now + Self.shortestCycle
             case .every(let nanoseconds): dueAt = now + nanoseconds

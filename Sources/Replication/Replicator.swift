@@ -22,7 +22,7 @@ package struct ReplicatedVolume: Sendable {
     /// Takes the old content of colliding writes.
     package var targetFile: StoreFile
     package var target: OpenFile
-    /// Which grains of the point are in the target.
+    /// Which grains of the point are in the target; behind the file's header.
     package var preserved: MappedFile
 
     package init(
@@ -39,7 +39,7 @@ package struct ReplicatedVolume: Sendable {
     }
 
     package var preservedBitmap: Bitmap {
-        Bitmap(memory: preserved.memory, count: geometry.grainCount)
+        Bitmap(memory: preserved.memory + BitmapHeader.byteCount, count: geometry.grainCount)
     }
 }
 
@@ -419,10 +419,19 @@ private final class ReplicatorThread {
     private func prepare() {
         let mailbox = replicator.mailbox
         let sender = epoch
+        let volumes = configuration.volumes
         onEveryVolume { reactor, volume in
-            reactor.hosted(volume.number).volume.changedGrains == 0
-        } done: { unchanged in
-            mailbox.send(.released(changed: !unchanged, epoch: sender))
+            !reactor.hosted(volume.number).volume.isRestoring
+        } done: { whole in
+            guard whole else {
+                mailbox.send(.event(.restoring, epoch: sender))
+                return
+            }
+            onEvery(volumes) { reactor, volume in
+                reactor.hosted(volume.number).volume.changedGrains == 0
+            } done: { unchanged in
+                mailbox.send(.released(changed: !unchanged, epoch: sender))
+            }
         }
     }
 

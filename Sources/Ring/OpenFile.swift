@@ -53,6 +53,27 @@ package final class OpenFile: Sendable {
         return bytes
     }
 
+    /// What tells one regular file from another at the same path: a file that was put in its place has another identity.
+    package struct Identity: Codable, Sendable, Equatable {
+        package var inode: UInt64
+        /// Nanoseconds since 1970; 0 = the file system does not tell.
+        package var bornAt: Int64
+    }
+
+    /// Nil for block devices, whose numbers change from boot to boot.
+    package func identity() throws(SystemError) -> Identity? {
+        let facts = try status()
+        guard facts.st_mode & S_IFMT == S_IFREG else { return nil }
+        return Identity(inode: UInt64(facts.st_ino), bornAt: farcopy_birth_time(descriptor))
+    }
+
+    /// When the contents changed last, in nanoseconds since 1970; nil for block devices.
+    package func modifiedAt() throws(SystemError) -> Int64? {
+        let facts = try status()
+        guard facts.st_mode & S_IFMT == S_IFREG else { return nil }
+        return Int64(facts.st_mtim.tv_sec) * 1_000_000_000 + Int64(facts.st_mtim.tv_nsec)
+    }
+
     package var isOnTmpfs: Bool { farcopy_is_tmpfs(descriptor) != 0 }
 
     package func truncate(to size: UInt64) throws(SystemError) {
@@ -65,17 +86,20 @@ package final class OpenFile: Sendable {
         guard fdatasync(descriptor) == 0 else { throw SystemError("flush \(path)") }
     }
 
-    package func readAll() throws(SystemError) -> [UInt8] {
-        var bytes = [UInt8](repeating: 0, count: Int(try size()))
+    package func readAll() throws(SystemError) -> [UInt8] { try read(at: 0, count: Int(try size())) }
+
+    /// As much of the range as there is.
+    package func read(at offset: Int, count: Int) throws(SystemError) -> [UInt8] {
+        var bytes = [UInt8](repeating: 0, count: count)
         var done = 0
         while done < bytes.count {
-            let count = bytes.withUnsafeMutableBytes {
-                pread(descriptor, $0.baseAddress! + done, $0.count - done, off_t(done))
+            let moved = bytes.withUnsafeMutableBytes {
+                pread(descriptor, $0.baseAddress! + done, $0.count - done, off_t(offset + done))
             }
-            if count < 0, errno == EINTR { continue }
-            guard count >= 0 else { throw SystemError("read \(path)") }
-            if count == 0 { break }
-            done += count
+            if moved < 0, errno == EINTR { continue }
+            guard moved >= 0 else { throw SystemError("read \(path)") }
+            if moved == 0 { break }
+            done += moved
         }
         return Array(bytes[..<done])
     }
@@ -90,6 +114,13 @@ package final class OpenFile: Sendable {
             guard count > 0 else { throw SystemError("write \(path)") }
             done += count
         }
+    }
+
+    /// Where the next data at or behind an offset lies; nil = only a hole follows.
+    package func nextData(from offset: UInt64) -> UInt64? {
+        let found = lseek(descriptor, off_t(offset), SEEK_DATA)
+        if found >= 0 { return UInt64(found) }
+        return errno == ENXIO ? nil : offset
     }
 
     /// Takes an exclusive lock that lasts as long as the descriptor; false when another process has it.

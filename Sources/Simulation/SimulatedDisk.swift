@@ -143,6 +143,7 @@ final class SimulatedVolume {
 
     /// Moves everything that the engine wants to say.
     func pump() {
+        if volume.backgroundDue { volume.runBackground() }
         var busy = true
         while busy {
             busy = false
@@ -186,7 +187,7 @@ final class SimulatedVolume {
 
     /// Lets one I/O take effect or complete.
     func step(_ random: inout SeededGenerator) {
-        guard !pending.isEmpty else { return }
+        guard !pending.isEmpty else { return pump() }
         let index = random.below(pending.count)
         if !pending[index].applied {
             pending[index].errno = apply(pending[index].io, bytes: Int(pending[index].io.length))

@@ -115,6 +115,25 @@ package struct Bitmap: BitwiseCopyable {
         for word in 0..<wordCount where other.words[word] != 0 { words[word] |= other.words[word] }
     }
 
+    /// Becomes what is set in `kept` and not in `removed`, touching only the words that need it.
+    package func formDifference(_ kept: Bitmap, _ removed: Bitmap) {
+        invariant(kept.count == count && removed.count == count, "bitmaps of one volume are alike")
+        for word in 0..<wordCount {
+            let bits = kept.words[word] & ~removed.words[word]
+            if words[word] != bits { words[word] = bits }
+        }
+    }
+
+    /// Whether every bit of `range` is set.
+    @inlinable
+    package func containsAll(_ range: Range<Int>) -> Bool {
+        for word in words(of: range) {
+            let mask = Self.mask(range, word: word)
+            if words[word] & mask != mask { return false }
+        }
+        return true
+    }
+
     /// Clears all bits, touching only the words that need it.
     package func clearAll() {
         for word in 0..<wordCount where words[word] != 0 { words[word] = 0 }

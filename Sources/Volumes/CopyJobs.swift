@@ -1,4 +1,4 @@
-// CopyJobs.swift: moving grains between source and targets: preserve, restore, hand over.
+// CopyJobs.swift: moving grains between source and targets: preserve, fill, restore.
 //
 //   reading ─► writing (one or two targets) ─► [durable: wait for a flush shared by many jobs ─► set bits
 //            ─► flush the bitmap] ─► set bits ─► wake the waiters, who plan anew
@@ -11,7 +11,7 @@
 import Base
 
 struct CopyJob: BitwiseCopyable {
-    enum Purpose: UInt8, BitwiseCopyable { case preserve, restore, handOver }
+    enum Purpose: UInt8, BitwiseCopyable { case preserve, fill, restore }
 
     var purpose = Purpose.preserve
     var generation: UInt16 = 0
@@ -26,6 +26,12 @@ struct CopyJob: BitwiseCopyable {
     var targetCopy: CopyID = -1
     var copyFile: StoreFile = 0
     var durable = false
+    /// Fills a heir; if it fails for want of the data, everything older has lost it, too.
+    var handsOver = false
+    /// What was read is a hole; the buffer was not filled.
+    var isHole = false
+    /// The target reads as zeroes where nothing was written.
+    var targetIsZero = false
     var writesLeft: Int8 = 0
     var readError: Int32 = 0
     var pointError: Int32 = 0
@@ -50,7 +56,6 @@ struct FlushBatch: BitwiseCopyable {
 
 extension Volume {
     var jobGrains: Int { max(1, Limits.copyJobBytes / geometry.grain) }
-    var backgroundMayStart: Bool { activeJobCount < Limits.copyJobsPerVolume / 4 }
 
     // MARK: What is needed
 
@@ -68,11 +73,13 @@ extension Volume {
         return bits
     }
 
-    /// Set = the chain has the grain: in the copy that preserves, or in a newer one that is being withdrawn.
+    /// Set = the chain has the grain: in the copy that preserves, or in a newer one that will hand it over when it leaves.
     private func preservedBits(_ word: Int) -> UInt64 {
-        var bits: UInt64 = 0
-        for index in preserveIndex..<chainCount where chain[index].state != .failed {
-            bits |= chain[index].preserved.word(word)
+        var bits = chain[preserveIndex].preserved.word(word)
+        var index = preserveIndex + 1
+        while index < chainCount {
+            bits |= chain[index].preserved.word(word) & chain[index].changes.word(word)
+            index += 1
         }
         return bits
     }
@@ -103,13 +110,14 @@ extension Volume {
         var grain = grains.lowerBound
         var blockedByUnsettled = false
         while let first = firstNeeded(in: grain..<grains.upperBound) {
+            if let restore, restore.paused, need(first) == Need(point: false, copy: false) { break }
             if let job = activeJob(overlapping: first..<first + 1) {
                 lastJob = job
                 grain = jobs[Int(job)].grains.upperBound
                 if grain >= grains.upperBound { break }
                 continue
             }
-            let unsettled = unsettledGrains(in: first..<grains.upperBound)
+            let unsettled = unsettledGrains(in: first..<grains.upperBound, of: Self.source)
             if let unsettled, unsettled.lowerBound == first {
                 blockedByUnsettled = true
                 break
@@ -136,11 +144,7 @@ extension Volume {
     /// no other job on it.
     private func jobRun(_ bound: Range<Int>) -> Range<Int> {
         let first = bound.lowerBound
-        var end = min(bound.upperBound, first + jobGrains)
-        for index in 0..<activeJobCount {
-            let other = jobs[Int(activeJobs[index])].grains
-            if other.lowerBound > first { end = min(end, other.lowerBound) }
-        }
+        var end = cutAtJobs(first..<min(bound.upperBound, first + jobGrains)).upperBound
         let wanted = need(first)
         if !wanted.point && !wanted.copy, let (_, run) = resolve(.volume, first..<end) {
             end = run
@@ -152,6 +156,16 @@ extension Volume {
             grain += 1
         }
         return first..<grain
+    }
+
+    /// The part of a run before the next job; none is on its first grain.
+    func cutAtJobs(_ run: Range<Int>) -> Range<Int> {
+        var end = run.upperBound
+        for index in 0..<activeJobCount {
+            let other = jobs[Int(activeJobs[index])].grains
+            if other.lowerBound > run.lowerBound { end = min(end, other.lowerBound) }
+        }
+        return run.lowerBound..<end
     }
 
     func activeJob(overlapping grains: Range<Int>) -> Int32? {
@@ -186,6 +200,7 @@ extension Volume {
         jobs[Int(slot)].buffer = buffer
         activeJobs[activeJobCount] = slot
         activeJobCount += 1
+        if backgroundAllowance > 0 { backgroundAllowance -= 1 }
         return slot
     }
 
@@ -207,21 +222,16 @@ extension Volume {
         issueJob(slot, .read, job.pointee.readFile)
     }
 
-    func startHandover(_ slot: Int32, from: FlashCopy, to: FlashCopy) {
-        let job = jobs + Int(slot)
-        job.pointee.purpose = .handOver
-        job.pointee.readFile = from.targetFile
-        aim(job, at: to)
-        issueJob(slot, .read, from.targetFile)
-    }
-
-    private func aim(_ job: UnsafeMutablePointer<CopyJob>, at copy: FlashCopy) {
+    func aim(_ job: UnsafeMutablePointer<CopyJob>, at copy: FlashCopy) {
         job.pointee.targetCopy = copy.id
         job.pointee.copyFile = copy.targetFile
         job.pointee.durable = copy.durable
+        job.pointee.targetIsZero = copy.targetIsZero
     }
 
-    private func issueJob(_ slot: Int32, _ operation: StoreIO.Operation, _ file: StoreFile) {
+    func issueJob(
+        _ slot: Int32, _ operation: StoreIO.Operation, _ file: StoreFile, seeksHole: Bool = false
+    ) {
         let job = jobs[Int(slot)]
         let range = geometry.byteRange(job.grains)
         issue(
@@ -229,7 +239,7 @@ extension Volume {
                 operation: operation, fua: false, noHole: false, file: file,
                 offset: range.lowerBound, length: range.upperBound - range.lowerBound,
                 buffer: job.buffer,
-                token: IOToken(owner: .copyJob, slot: slot, generation: job.generation)))
+                token: IOToken(owner: .copyJob, slot: slot, generation: job.generation), seeksHole: seeksHole))
     }
 
     // MARK: Completing
@@ -237,7 +247,10 @@ extension Volume {
     func completeJob(_ slot: Int32, _ io: StoreIO, _ errno: Int32) {
         let job = jobs + Int(slot)
         if io.operation == .read {
-            if errno != 0 {
+            if errno == StoreIO.hole {
+                job.pointee.isHole = true
+                writeTargets(slot)
+            } else if errno != 0 {
                 job.pointee.readError = errno
                 endJob(slot)
             } else {
@@ -253,7 +266,11 @@ extension Volume {
             }
         }
         job.pointee.writesLeft -= 1
-        guard job.pointee.writesLeft == 0 else { return }
+        if job.pointee.writesLeft == 0 { moved(slot) }
+    }
+
+    private func moved(_ slot: Int32) {
+        let job = jobs + Int(slot)
         if job.pointee.durable, job.pointee.copyError == 0 {
             awaitFlush(slot)
         } else {
@@ -266,8 +283,15 @@ extension Volume {
         let job = jobs + Int(slot)
         if job.pointee.purpose == .restore {
             job.pointee.writesLeft = 1
-            if recording { mark(job.pointee.grains) }  // a restored grain differs from what the peer was sent
+            recordChanges(job.pointee.grains)
             issueJob(slot, .write, Self.source)
+            return
+        }
+        if job.pointee.isHole {
+            // An untouched target reads as zeroes already.
+            if job.pointee.targetIsZero { return moved(slot) }
+            job.pointee.writesLeft = 1
+            issueJob(slot, .zero, job.pointee.copyFile)
             return
         }
         // The point may have ended while its old content was read; nobody needs it then.
@@ -290,7 +314,11 @@ extension Volume {
             point.preserved.set(job.grains)
         }
         if job.targetCopy >= 0, job.copyError == 0, let index = chainIndex(job.targetCopy) {
-            chain[index].preserved.set(job.grains)
+            chain[index].preservedCount += chain[index].preserved.set(job.grains)
+            if chain[index].isFilled, chain[index].isComplete, chain[index].state == .active {
+                emit(.copyCompleted(id: job.targetCopy))
+                reviewChain()
+            }
         }
     }
 
@@ -303,7 +331,7 @@ extension Volume {
             if refused != 0 { finish(waiter, error: refused) } else { resume(waiter) }
         }
         wakeStarved()
-        pumpBackground()
+        if backgroundWork { backgroundDue = true }
     }
 
     /// Who gives way: the point and the copy (0 is returned and the host write goes on), or the write (its errno).
@@ -317,18 +345,25 @@ extension Volume {
             }
             guard copyError != 0, job.targetCopy >= 0 else { return 0 }
             if policy == .copiesFirst { return copyError }
-            if let index = chainIndex(job.targetCopy) { failCopies(upTo: index, errno: copyError) }
+            if let index = chainIndex(job.targetCopy) {
+                // A target that does not take old content ends its own copy; the next older one may have room. Old
+                // content that cannot be read is lost to all.
+                if job.readError != 0 { failCopies(upTo: index, errno: copyError) } else { failCopy(index, errno: copyError) }
+            }
+            return 0
+        case .fill:
+            guard copyError != 0, let index = chainIndex(job.targetCopy) else { return 0 }
+            if job.readError != 0, job.handsOver {
+                failCopies(upTo: index, errno: copyError)
+            } else {
+                failCopy(index, errno: copyError)
+            }
             return 0
         case .restore:
             guard copyError != 0, restore != nil else { return copyError }
             restore!.stalled = true
             emit(.restoreFailed(grain: job.firstGrain, errno: copyError))
             return copyError
-        case .handOver:
-            if copyError != 0, let index = chainIndex(job.targetCopy) {
-                failCopies(upTo: index, errno: copyError)
-            }
-            return 0
         }
     }
 

@@ -22,7 +22,7 @@ extension Volume {
         guard let (file, run) = resolve(view, grains) else { return nil }
         let end = min(offset + length, geometry.offset(ofGrain: run))
         let found = Location(file: file, end: end, depth: depth(view, of: file), unsettled: false)
-        guard file == Self.source, view != .volume, let unsettled = unsettledGrains(in: grains.lowerBound..<run) else {
+        guard view != .volume, let unsettled = unsettledGrains(in: grains.lowerBound..<run, of: file) else {
             return found
         }
         if unsettled.lowerBound > grains.lowerBound {
@@ -63,25 +63,26 @@ extension Volume {
             last = index
         }
         let grains = geometry.grains(offset: offset, length: length)
-        let changed = isPreserved(grains.lowerBound, in: first..<last)
+        let pending = view == .volume ? restore?.pending : nil
+        let changed = changedBits(grains.lowerBound >> 6, first..<last, pending) >> UInt64(grains.lowerBound & 63) & 1 != 0
         let bound = Self.changeScanWords / (last - first) * 64
         let end = runEnd(
-            grains.lowerBound..<min(grains.upperBound, grains.lowerBound + max(64, bound)), changed, first..<last)
+            grains.lowerBound..<min(grains.upperBound, grains.lowerBound + max(64, bound)), changed, first..<last, pending)
         return ChangedRun(changed: changed, end: min(offset + length, geometry.offset(ofGrain: end)))
     }
 
-    private func isPreserved(_ grain: Int, in copies: Range<Int>) -> Bool {
-        for index in copies where chain[index].preserved.contains(grain) { return true }
-        return false
+    private func changedBits(_ word: Int, _ copies: Range<Int>, _ pending: Bitmap?) -> UInt64 {
+        var bits = pending?.word(word) ?? 0
+        for index in copies { bits |= chain[index].changes.word(word) }
+        return bits
     }
 
     /// The first grain after the start whose state is not `changed`.
-    private func runEnd(_ grains: Range<Int>, _ changed: Bool, _ copies: Range<Int>) -> Int {
+    private func runEnd(_ grains: Range<Int>, _ changed: Bool, _ copies: Range<Int>, _ pending: Bitmap?) -> Int {
         var grain = grains.lowerBound + 1
         while grain < grains.upperBound {
-            var word: UInt64 = 0
-            for index in copies { word |= chain[index].preserved.word(grain >> 6) }
-            let differing = (changed ? ~word : word) & (~0 << UInt64(grain & 63))
+            let bits = changedBits(grain >> 6, copies, pending)
+            let differing = (changed ? ~bits : bits) & (~0 << UInt64(grain & 63))
             if differing != 0 { return min(grains.upperBound, grain & ~63 | differing.trailingZeroBitCount) }
             grain = (grain & ~63) + 64
         }

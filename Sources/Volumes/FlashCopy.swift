@@ -1,38 +1,90 @@
 // FlashCopy.swift: the chain of FlashCopies of one source, recovery points included.
 //
 // Old content goes once, into the newest active copy; an older copy reads through the newer ones. A copy that is
-// withdrawn first hands to the next older one what that still needs.
+// withdrawn first hands to the next older one what that still needs (Fill.swift).
 //
 // Must be prevented:
 //   an older copy reads the source for a grain that only the withdrawn copy had preserved
+//   a copy that is leaving counts as having a grain that it will not hand over
+//   something is handed over to a copy that leaves, after it has looked at what it must hand over itself
 //   a file is closed while an I/O on it is in flight
+//
+// Invariants:
+//   C1  A grain that the source has changed since a copy was taken is set in `changes` of that copy or of a newer one.
+//   C2  `changes` of a copy lies within its `preserved`, except for what was written after the copy began to leave.
+//   C3  A copy that is newer than a durable one is durable, since the durable one reads through it.
 
 import Base
 
 package struct FlashCopy: BitwiseCopyable {
-    package enum State: UInt8, Sendable, BitwiseCopyable { case active, withdrawing, failed }
+    package enum State: UInt8, Sendable, BitwiseCopyable {
+        case active
+        /// Leaves the chain to be taken anew (`retakeCopy`); what the source changes is still recorded.
+        case refreshing
+        case withdrawing
+        /// Lost old content of its own; what it has preserved is whole and serves older copies.
+        case failed
+    }
+
     package let id: CopyID
     package let targetFile: StoreFile
     package let bitmapFile: StoreFile
     /// The FlashCopy bitmap, inverted, so that a new one is a hole of zeros: set = the point-in-time data of this
     /// grain is in the target.
     package let preserved: Bitmap
+    /// Set = source or target was written to here since; `preserved` itself unless `recordsChanges`.
+    package let changes: Bitmap
+    /// Has a bitmap of its own for changes, since a background copy fills `preserved`.
+    package let recordsChanges: Bool
     /// Old content and its bit are on stable storage before the source is overwritten.
     package let durable: Bool
+    /// The target holds zeroes where it was never written.
+    package let targetIsZero: Bool
+    /// Every grain is copied to the target in the background.
+    package let isFilled: Bool
+    /// Bytes a second of the background copy; 0 = as fast as it goes.
+    package var rate: UInt64
+
     package internal(set) var state = State.active
     /// Connections that have it open; it stays until they leave.
     package var readers: Int32 = 0
+    /// Grains whose point-in-time data is in the target.
+    package internal(set) var preservedCount: Int
     var handoverCursor = 0
+    var fillCursor = 0
+    /// Bytes that the background copy may still move before the clock goes on.
+    var fillBudget: Int64 = 0
+    /// `changes` is whole, so that a refresh need not copy everything.
+    var isIncremental: Bool
+    /// The control plane was told that it can be taken anew.
+    var readyTold = false
 
+    /// - Parameters:
+    ///   - preserved, changes: a bit for each grain, over memory that outlives a process crash and is backed by
+    ///     `bitmapFile`; `changes` is nil for copies without background copy.
     package init(
-        id: CopyID, targetFile: StoreFile, bitmapFile: StoreFile, preserved: Bitmap, durable: Bool
+        id: CopyID, targetFile: StoreFile, bitmapFile: StoreFile, preserved: Bitmap, changes: Bitmap? = nil,
+        durable: Bool, targetIsZero: Bool = true, isFilled: Bool = false, rate: UInt64 = 0
     ) {
+        invariant(changes != nil || !isFilled, "a background copy needs a bitmap for changes")
         self.id = id
         self.targetFile = targetFile
         self.bitmapFile = bitmapFile
         self.preserved = preserved
+        self.changes = changes ?? preserved
+        recordsChanges = changes != nil
+        isIncremental = changes != nil
         self.durable = durable
+        self.targetIsZero = targetIsZero
+        self.isFilled = isFilled
+        self.rate = rate
+        preservedCount = preserved.population()
     }
+
+    /// The target is an image by itself.
+    package var isComplete: Bool { preservedCount == preserved.count }
+    var isLeaving: Bool { state == .withdrawing || state == .refreshing }
+    var needsFilling: Bool { isFilled && state == .active && !isComplete }
 }
 
 extension Volume {
@@ -47,48 +99,107 @@ extension Volume {
 
     package func copy(_ id: CopyID) -> FlashCopy? { chainIndex(id).map { chain[$0] } }
     package var oldestCopy: FlashCopy? { chainCount > 0 ? chain[0] : nil }
+    /// Whether some copy of the chain must survive power loss, so that a newer one has to as well (C3).
+    package var chainIsDurable: Bool {
+        for index in 0..<chainCount where chain[index].durable && chain[index].state != .failed { return true }
+        return false
+    }
+
+    // MARK: Establishing
 
     /// Establishes a FlashCopy of this instant as the newest of the chain.
     ///
     /// For a copy over several volumes hold acknowledgements first (`hold`) on all of them.
     package func addCopy(_ copy: FlashCopy) {
-        invariant(chainCount < Limits.copiesPerVolume, "the chain has a limit")
-        invariant(chainIndex(copy.id) == nil, "identifiers of copies are not reused")
-        (chain + chainCount).initialize(to: copy)
-        chainCount += 1
-        choosePreserving()
-        unsettleWritesInFlight()
+        invariant(restore == nil, "no copy is taken of a volume that is being restored")
+        insert(copy, at: chainCount)
+        unsettleWritesInFlight(to: Self.source)
+    }
+
+    /// Establishes a copy of what a copy of the chain holds at this instant, right below it.
+    package func cloneCopy(_ id: CopyID, as clone: FlashCopy) {
+        guard let index = chainIndex(id), chain[index].state == .active else {
+            invariantFailed("a clone is taken of an active copy", #fileID, #line)
+        }
+        insert(clone, at: index)
+        unsettleWritesInFlight(to: chain[index + 1].targetFile)
+    }
+
+    /// Takes a copy anew that has handed over what others need and has no readers: it leaves the chain, and `renewed`,
+    /// over the same target, is the newest. Only what changed on either side since has to be copied.
+    ///
+    /// - Parameter renewed: its bitmaps are clear.
+    package func retakeCopy(_ id: CopyID, as renewed: FlashCopy) {
+        guard let index = chainIndex(id), chain[index].state == .refreshing, isIdle(index) else {
+            invariantFailed("a copy is taken anew when it is out of use", #fileID, #line)
+        }
+        let old = chain[index]
+        var renewed = renewed
+        if old.isIncremental, renewed.recordsChanges {
+            renewed.preserved.formDifference(old.preserved, old.changes)
+            renewed.preservedCount = renewed.preserved.population()
+        }
+        remove(index)
+        addCopy(renewed)
     }
 
     /// Takes up the chain of an earlier run; copies come oldest first. The bitmap of a durable copy is on stable
     /// storage: a write that finds its bit set goes straight to the source.
     package func resumeCopy(_ copy: FlashCopy, failed: Bool) {
+        insert(copy, at: chainCount)
+        if failed {
+            chain[chainCount - 1].state = .failed
+            chain[chainCount - 1].isIncremental = false
+        }
+        reviewChain()
+    }
+
+    private func insert(_ copy: FlashCopy, at place: Int) {
         invariant(chainCount < Limits.copiesPerVolume, "the chain has a limit")
+        invariant(chainIndex(copy.id) == nil, "identifiers of copies are not reused")
         (chain + chainCount).initialize(to: copy)
-        if failed { chain[chainCount].state = .failed }
+        var index = chainCount
+        while index > place {
+            chain[index] = chain[index - 1]
+            index -= 1
+        }
+        chain[place] = copy
         chainCount += 1
-        choosePreserving()
+        reviewChain()
     }
 
     /// Holds acknowledgements while FlashCopies of several volumes are established.
     package func hold() { holding = true }
 
-    func choosePreserving() {
+    /// After a change of the chain: who takes old content, and whether there is work in the background.
+    func reviewChain() {
         preserveIndex = chainCount - 1
         while preserveIndex >= 0, chain[preserveIndex].state != .active { preserveIndex -= 1 }
+        refreshingCount = 0
+        backgroundWork = restore != nil
+        fillsWithRate = false
+        for index in 0..<chainCount {
+            if chain[index].state == .refreshing { refreshingCount += 1 }
+            if chain[index].isLeaving || chain[index].needsFilling { backgroundWork = true }
+            if chain[index].needsFilling, chain[index].rate > 0 { fillsWithRate = true }
+        }
+        backgroundDue = backgroundWork
     }
 
+    // MARK: Leaving
+
     /// Begins to take a copy out of the chain; `.copyWithdrawn` tells when it is out.
-    package func withdrawCopy(_ id: CopyID) {
+    package func withdrawCopy(_ id: CopyID) { leave(id, .withdrawing) }
+
+    /// Begins to take a copy out of use so that it can be taken anew; `.copyReady` tells when.
+    package func beginRefresh(_ id: CopyID) { leave(id, .refreshing) }
+
+    private func leave(_ id: CopyID, _ state: FlashCopy.State) {
         guard let index = chainIndex(id), chain[index].state != .withdrawing else { return }
-        if chain[index].state == .active { chain[index].state = .withdrawing }
-        if chain[index].state == .failed {
-            chain[index].state = .withdrawing
-            chain[index].handoverCursor = geometry.grainCount  // nothing of it is whole
-        }
-        choosePreserving()
+        chain[index].state = state
+        rewindHandovers(from: index)
+        reviewChain()
         wakeStarved()
-        pumpBackground()
     }
 
     package func retainCopy(_ id: CopyID) -> Bool {
@@ -101,29 +212,22 @@ extension Volume {
         guard let index = chainIndex(id) else { return }
         chain[index].readers -= 1
         invariant(chain[index].readers >= 0, "a copy is released once for each reader")
-        pumpBackground()
+        backgroundDue = backgroundWork
     }
 
-    /// The next older copy that still needs its data.
+    /// The next older copy that still needs its data. One that leaves needs nothing: what it hands over, its own heir has
+    /// from here as well.
     func heir(of index: Int) -> Int? {
         var older = index - 1
         while older >= 0 {
-            if chain[older].state != .failed { return older }
+            if chain[older].state == .active { return older }
             older -= 1
         }
         return nil
     }
 
-    /// Moves withdrawals on: hand over, then wait for readers and I/O, then leave.
-    func advanceWithdrawals() {
-        var index = chainCount - 1
-        while index >= 0 {
-            if chain[index].state == .withdrawing, handOver(index), isIdle(index) { remove(index) }
-            index -= 1
-        }
-    }
-
-    private func isIdle(_ index: Int) -> Bool {
+    /// Whether nothing reads or writes the files of a copy.
+    func isIdle(_ index: Int) -> Bool {
         let copy = chain[index]
         guard copy.readers == 0, fileInFlight[Int(copy.targetFile)] == 0,
             fileInFlight[Int(copy.bitmapFile)] == 0, restore?.copy != copy.id
@@ -135,61 +239,46 @@ extension Volume {
         return true
     }
 
-    private func remove(_ index: Int) {
-        let id = chain[index].id
+    func remove(_ index: Int) {
+        // C1: what the source changed while this was the newest, it changed since the older ones were taken, too.
+        if let heir = heir(of: index), chain[heir].recordsChanges { chain[heir].changes.formUnion(chain[index].changes) }
         for later in index..<chainCount - 1 { chain[later] = chain[later + 1] }
         chainCount -= 1
-        choosePreserving()
-        emit(.copyWithdrawn(id: id))
+        reviewChain()
     }
 
-    /// Starts jobs that copy what the next older copy lacks; true when nothing is left to hand over.
-    private func handOver(_ index: Int) -> Bool {
-        guard let heir = heir(of: index) else { return true }
-        let from = chain[index]
-        let to = chain[heir]
-        var unfinished = false
-        for active in 0..<activeJobCount where jobs[Int(activeJobs[active])].targetCopy == from.id {
-            return false  // a preserve into it is under way; its outcome decides what there is to hand over
-        }
-        while let run = nextHandover(
-            from.preserved, to.preserved, from: chain[index].handoverCursor)
-        {
-            if activeJob(overlapping: run) != nil { return false }
-            guard backgroundMayStart, let job = takeJob(run) else { return false }
-            chain[index].handoverCursor = run.upperBound
-            unfinished = true
-            startHandover(job, from: from, to: to)
-        }
-        for active in 0..<activeJobCount
-        where jobs[Int(activeJobs[active])].purpose == .handOver
-            && jobs[Int(activeJobs[active])].readFile == from.targetFile
-        { unfinished = true }
-        return !unfinished
+    // MARK: Failing
+
+    /// Ends a copy whose target did not take old content. Older ones go on: the next of them takes it.
+    func failCopy(_ index: Int, errno: Int32) {
+        guard chain[index].state == .active || chain[index].state == .refreshing else { return }
+        chain[index].state = .failed
+        chain[index].isIncremental = false
+        emit(.copyFailed(id: chain[index].id, errno: errno))
+        rewindHandovers(from: index)
+        reviewChain()
     }
 
-    /// The next run preserved in `from` and not in `to`, at most one job long.
-    private func nextHandover(_ from: Bitmap, _ to: Bitmap, from start: Int) -> Range<Int>? {
-        var grain = start
-        while grain < geometry.grainCount {
-            guard let first = from.firstSet(in: grain..<geometry.grainCount) else { return nil }
-            let bound = first..<min(geometry.grainCount, first + jobGrains)
-            let end = from.firstClear(in: bound) ?? bound.upperBound
-            guard let lacking = to.firstClear(in: first..<end) else {
-                grain = end
-                continue
-            }
-            return lacking..<(to.firstSet(in: lacking..<end) ?? end)
+    /// Whoever hands over to this copy has another heir now.
+    private func rewindHandovers(from index: Int) {
+        for newer in index..<chainCount {
+            chain[newer].handoverCursor = 0
+            chain[newer].readyTold = false
         }
-        return nil
     }
 
-    /// Ends every copy that would have taken the content that could not be preserved.
+    /// Ends every copy that needed content which could not be read.
     func failCopies(upTo index: Int, errno: Int32) {
-        for older in 0...index where chain[older].state == .active {
-            chain[older].state = .failed
-            emit(.copyFailed(id: chain[older].id, errno: errno))
+        for older in 0...index { failCopy(older, errno: errno) }
+    }
+
+    /// C1: the source, which is about to be written, differs here from every copy.
+    func recordChanges(_ grains: Range<Int>) {
+        if recording { mark(grains) }  // V1
+        if preserveIndex >= 0, chain[preserveIndex].recordsChanges { chain[preserveIndex].changes.set(grains) }
+        guard refreshingCount > 0 else { return }
+        for index in 0..<chainCount where chain[index].state == .refreshing && chain[index].recordsChanges {
+            chain[index].changes.set(grains)
         }
-        choosePreserving()
     }
 }

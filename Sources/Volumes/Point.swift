@@ -29,7 +29,7 @@ extension Volume {
         outOfSyncCount = changeCount
         changeCount = 0
         drainCursor = 0
-        unsettleWritesInFlight()
+        unsettleWritesInFlight(to: Self.source)
     }
 
     /// Lets acknowledgements go: every volume of the group has formed the point, or the point is given up.

@@ -26,9 +26,7 @@ extension Volume {
             return
         }
         var end = min(request.pointee.end, geometry.offset(ofGrain: run))
-        if file == Self.source, view != .volume,
-            let unsettled = unsettledGrains(in: grains.lowerBound..<run)
-        {
+        if unsettledCount > 0, view != .volume, let unsettled = unsettledGrains(in: grains.lowerBound..<run, of: file) {
             if unsettled.lowerBound == grains.lowerBound {
                 request.pointee.state = .waiting
                 settleWaiters.append(slot, in: requests)
@@ -104,7 +102,7 @@ extension Volume {
     }
 
     /// A copy reads through every newer one before it reads the source.
-    private func resolveCopy(_ index: Int, _ grains: Range<Int>) -> (file: StoreFile, runEnd: Int) {
+    func resolveCopy(_ index: Int, _ grains: Range<Int>) -> (file: StoreFile, runEnd: Int) {
         var run = grains.upperBound
         for newer in index..<chainCount {
             let preserved = chain[newer].preserved

@@ -5,6 +5,7 @@
 // Must be prevented:
 //   after power loss, a grain counts as restored although its data was not yet on stable storage
 //   after power loss, a grain is restored again over a host write that was acknowledged and flushed
+//   the source changes before the decision to restore is on stable storage (the restore then begins paused)
 // Therefore: a pending bit is cleared only when the restored data is durable, and a host's FLUSH or FUA write also
 // flushes the bitmap of pending grains.
 
@@ -18,27 +19,46 @@ struct Restore {
     var pendingCount: Int
     var cursor = 0
     var stalled = false
+    /// Hosts see the copy's data already; nothing flows yet.
+    var paused = false
     /// Every bit is clear; the bitmap is being flushed before the restore may be called finished.
     var finishing = false
 }
 
 extension Volume {
+    package var isRestoring: Bool { restore != nil }
     package var restoringGrains: Int { restore?.pendingCount ?? 0 }
 
     /// Writes into `pending` every grain in which the source may differ from the copy.
     package func markDifferences(from id: CopyID, in pending: Bitmap) {
         guard let index = chainIndex(id) else { return }
-        for newer in index..<chainCount { pending.formUnion(chain[newer].preserved) }
+        for newer in index..<chainCount { pending.formUnion(chain[newer].changes) }
     }
 
     /// Starts, or takes up, a restore of the source from a copy of its chain. `pending` says which grains are still
     /// to be restored; it lies in memory backed by `bitmapFile`.
-    package func startRestore(from id: CopyID, pending: Bitmap, bitmapFile: StoreFile) {
+    package func startRestore(from id: CopyID, pending: Bitmap, bitmapFile: StoreFile, paused: Bool = false) {
         invariant(restore == nil, "one restore at a time")
         invariant(chainIndex(id) != nil, "a restore reads a copy of the chain")
         restore = Restore(
-            copy: id, pending: pending, bitmapFile: bitmapFile, pendingCount: pending.population())
-        pumpBackground()
+            copy: id, pending: pending, bitmapFile: bitmapFile, pendingCount: pending.population(), paused: paused)
+        unsettleWritesInFlight(to: Self.source)
+        reviewChain()
+    }
+
+    /// Lets the data of a restore that began paused flow back.
+    package func continueRestore() {
+        restore?.paused = false
+        wakeStarved()
+        reviewChain()
+    }
+
+    /// Ends a restore that began paused, as if it had not been asked for.
+    package func cancelRestore() {
+        guard let current = restore, current.paused else { return }
+        restore = nil
+        wakeStarved()
+        reviewChain()
     }
 
     func markRestored(_ grains: Range<Int>) {
@@ -46,10 +66,8 @@ extension Volume {
         restore!.pendingCount -= restore!.pending.clear(grains)
     }
 
-    /// Work that nobody waits for: hand-overs, restores.
-    func pumpBackground() {
-        if chainCount > 0 { advanceWithdrawals() }
-        guard let current = restore else { return }
+    func advanceRestore() {
+        guard let current = restore, !current.paused else { return }
         if current.pendingCount > 0 {
             sweepRestore()
         } else if !current.finishing, !hasJob(.restore) {
@@ -68,7 +86,7 @@ extension Volume {
         }
         restore = nil
         emit(.restoreFinished)
-        advanceWithdrawals()
+        reviewChain()
     }
 
     private func sweepRestore() {
@@ -82,6 +100,7 @@ extension Volume {
                 continue
             }
             let bound = min(count, first + jobGrains)
+            guard requireRegions(first..<bound) else { return }
             restore!.cursor = bound
             startCopies(in: first..<bound, for: nil)
         }

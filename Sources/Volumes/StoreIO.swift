@@ -21,11 +21,16 @@ package struct StoreIO: BitwiseCopyable {
     package var token: IOToken
     /// Zeroing must fail with EOPNOTSUPP at once where it would be no faster than writing.
     package var fast = false
+    /// A read that may be answered with `hole` instead of data.
+    package var seeksHole = false
+
+    /// In place of an errno: the whole range is a hole, and the buffer was not filled.
+    package static let hole: Int32 = -1
 }
 
 /// Which request or copy job an I/O belongs to; carried through the driver untouched.
 package struct IOToken: BitwiseCopyable, Equatable, Sendable {
-    package enum Owner: UInt8, Sendable, BitwiseCopyable { case request, copyJob, copyFlush, restoreFlush }
+    package enum Owner: UInt8, Sendable, BitwiseCopyable { case request, copyJob, copyFlush, restoreFlush, activityWrite, activityFlush }
     package var owner: Owner
     package var slot: Int32
     package var generation: UInt16
@@ -45,6 +50,12 @@ package enum VolumeEvent: Sendable, Equatable {
     case copyFailed(id: CopyID, errno: Int32)
     /// A withdrawn FlashCopy is out of the chain; nothing reads or writes its files any more.
     case copyWithdrawn(id: CopyID)
+    /// A background copy has brought every grain to its target.
+    case copyCompleted(id: CopyID)
+    /// A copy that is refreshed has nothing left to hand over and no readers; it can be taken anew.
+    case copyReady(id: CopyID)
+    /// The activity log could not be written; after power loss every grain has to be compared.
+    case activityLogFailed(errno: Int32)
     /// Every grain of a restore is back on the source.
     case restoreFinished
     /// A restore cannot go on: this grain could not be read or written.

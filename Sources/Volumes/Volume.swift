@@ -78,8 +78,24 @@ package final class Volume {
     var preserveIndex = -1
     package var policy = PreservePolicy.hostFirst
 
+    /// Copies that are to be taken anew.
+    var refreshingCount = 0
+
     // A restore under way.
     var restore: Restore?
+
+    // Work in the background.
+    /// There is some: a restore, copies that leave, background copies.
+    var backgroundWork = false
+    /// `runBackground` has something to do at once.
+    package internal(set) var backgroundDue = false
+    /// Jobs that this turn's background work may still start; 0 outside of it.
+    var backgroundAllowance = 0
+    /// Some background copy has a rate: the driver tells the time by `advanceClock`.
+    package internal(set) var fillsWithRate = false
+    var clock: UInt64 = 0
+
+    let activity: ActivityLog
 
     // Copy jobs.
     let jobs: UnsafeMutablePointer<CopyJob>
@@ -97,6 +113,7 @@ package final class Volume {
         geometry: Geometry, bitmaps: (Bitmap, Bitmap), roles: UnsafeMutablePointer<RecordingRoles>,
         copyBuffers: CopyBuffers, requestCapacity: Int = Limits.requestsPerVolume
     ) {
+        activity = ActivityLog(geometry: geometry)
         invariant(
             bitmaps.0.count == geometry.grainCount && bitmaps.1.count == geometry.grainCount,
             "a bitmap has a bit for each grain")
@@ -109,7 +126,9 @@ package final class Volume {
         requests.initialize(repeating: Request(), count: requestCapacity)
         for slot in 0..<requestCapacity { freeRequests.append(Int32(slot), in: requests) }
         // Each request has at most two I/Os in flight (a flush during a restore), each job two, plus the batch's flush.
-        outbox = FixedQueue(capacity: 2 * requestCapacity + 2 * Limits.copyJobsPerVolume + 4)
+        // The activity log writes once and flushes every bitmap file at a time.
+        outbox = FixedQueue(
+            capacity: 2 * requestCapacity + 2 * Limits.copyJobsPerVolume + Limits.copiesPerVolume + 8)
         fileInFlight = .allocate(capacity: Self.fileCapacity)
         fileInFlight.initialize(repeating: 0, count: Self.fileCapacity)
         chain = .allocate(capacity: Limits.copiesPerVolume)
@@ -239,6 +258,10 @@ package final class Volume {
             completeBatchFlush(errno)
         case .restoreFlush:
             completeRestore(errno)
+        case .activityWrite:
+            completeActivityWrite(errno)
+        case .activityFlush:
+            completeActivityFlush(errno)
         }
     }
 
@@ -262,6 +285,10 @@ package final class Volume {
         let request = requests + Int(slot)
         request.pointee.state = .issued
         request.pointee.flushesLeft = 1
+        guard request.pointee.view == .volume else {
+            issue(flushIO(chainIndex(request.pointee.view.rawValue).map { chain[$0].targetFile } ?? Self.source, token(slot)))
+            return
+        }
         if let restore {
             request.pointee.flushesLeft = 2
             issue(flushIO(restore.bitmapFile, token(slot)))
@@ -277,11 +304,14 @@ package final class Volume {
 
     func completeFlush(_ slot: Int32, _ errno: Int32) {
         let request = requests + Int(slot)
-        if errno != 0 {
-            // The kernel may have dropped the dirty pages: a later flush must not report what this one lost.
-            flushError = errno
-        }
         request.pointee.flushesLeft -= 1
+        if request.pointee.view != .volume {
+            if errno != 0, let index = chainIndex(request.pointee.view.rawValue) { failCopy(index, errno: errno) }
+            finish(slot, error: errno)
+            return
+        }
+        // The kernel may have dropped the dirty pages: a later flush must not report what this one lost.
+        if errno != 0 { flushError = errno }
         if request.pointee.flushesLeft == 0 { finish(slot, error: flushError) }
     }
 

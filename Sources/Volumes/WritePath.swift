@@ -1,8 +1,12 @@
 // WritePath.swift: WRITE, WRITE_ZEROES and TRIM from arrival to acknowledgement.
 //
-//   advanceWrite ── some grain needed by point, chain or restore? ── yes ─► copy jobs, wait, ask again
+//   advanceWrite ── its regions in the activity log? ── no ─► log them, wait, ask again
+//        │ yes
+//   some grain needed by point, chain or restore? ── yes ─► copy jobs, wait, ask again
 //        │ no
 //   mark CR ─► issue ─► completed ─► marked in an older epoch? mark again ─► acknowledge (or hold)
+//
+// A write to a FlashCopy goes to its target (TargetWrites.swift).
 //
 // A request over a large range goes through in windows, so that the memory for old content is bounded.
 
@@ -31,6 +35,11 @@ extension Volume {
             orphanWaiters.append(slot, in: requests)
             return
         }
+        if request.pointee.view != .volume {
+            advanceTargetWrite(slot)
+            return
+        }
+        if activity.isOn, !enterRegions(slot) { return }
         var segmentEnd = request.pointee.end
         if preserves {
             let grains = geometry.grains(
@@ -45,16 +54,25 @@ extension Volume {
                 segmentEnd = geometry.offset(ofGrain: first)
             }
         }
-        issueWrite(slot, until: segmentEnd)
+        let cursor = request.pointee.cursor
+        if recording || recordsCopyChanges {
+            recordChanges(geometry.grains(offset: cursor, length: segmentEnd - cursor))
+        }
+        request.pointee.epoch = epoch
+        issueWrite(slot, to: Self.source, until: segmentEnd)
     }
 
-    private func issueWrite(_ slot: Int32, until segmentEnd: UInt64) {
+    /// Whether a write has to be noted for a FlashCopy.
+    private var recordsCopyChanges: Bool {
+        refreshingCount > 0 || preserveIndex >= 0 && chain[preserveIndex].recordsChanges
+    }
+
+    func issueWrite(_ slot: Int32, to file: StoreFile, until segmentEnd: UInt64) {
         let request = requests + Int(slot)
         let cursor = request.pointee.cursor
         let length = segmentEnd - cursor
-        if recording { mark(geometry.grains(offset: cursor, length: length)) }  // V1
-        request.pointee.epoch = epoch
         request.pointee.segmentEnd = segmentEnd
+        request.pointee.segmentFile = file
         request.pointee.state = .issued
         let operation: StoreIO.Operation =
             switch request.pointee.operation {
@@ -65,7 +83,7 @@ extension Volume {
         issue(
             StoreIO(
                 operation: operation, fua: request.pointee.fua, noHole: request.pointee.noHole,
-                file: Self.source, offset: cursor, length: length,
+                file: file, offset: cursor, length: length,
                 buffer: request.pointee.buffer.map { $0 + Int(cursor - request.pointee.offset) },
                 token: token(slot), fast: request.pointee.fast))
     }
@@ -77,7 +95,7 @@ extension Volume {
         let start = request.pointee.cursor
         let segment = geometry.grains(offset: start, length: request.pointee.segmentEnd - start)
         // V1: the mark that was set before the issue went to the point; the data may have come after the cut.
-        if recording, request.pointee.epoch != epoch { mark(segment) }
+        if recording, request.pointee.view == .volume, request.pointee.epoch != epoch { mark(segment) }
         if request.pointee.unsettled { settle(slot) }
         if errno != 0 {
             finish(slot, error: errno)
@@ -87,7 +105,7 @@ extension Volume {
         request.pointee.state = .waiting
         if request.pointee.cursor < request.pointee.end {
             advanceWrite(slot)
-        } else if request.pointee.fua, restore != nil {
+        } else if request.pointee.fua, restore != nil, request.pointee.view == .volume {
             issueFlush(slot)  // the record of what was restored is part of the write's durability
         } else {
             finish(slot)
@@ -96,13 +114,13 @@ extension Volume {
 
     // MARK: Writes in flight when a point or FlashCopy is taken
 
-    /// Flags every write that is on its way to the source. Until it ends, what it touches belongs to neither side of
-    /// the cut for sure, and nobody may read that range as point-in-time data.
-    func unsettleWritesInFlight() {
+    /// Flags every write that is on its way to a file. Until it ends, what it touches belongs to neither side of
+    /// the cut for sure, and nobody may read that range of the file as point-in-time data.
+    func unsettleWritesInFlight(to file: StoreFile) {
         guard modifyingInFlight > 0 else { return }
         for slot in 0..<requestCapacity {
             let request = requests + slot
-            if request.pointee.isModifying, request.pointee.state == .issued,
+            if request.pointee.isModifying, request.pointee.state == .issued, request.pointee.segmentFile == file,
                 !request.pointee.unsettled
             {
                 request.pointee.unsettled = true
@@ -117,14 +135,14 @@ extension Volume {
         var waiters = settleWaiters
         settleWaiters = SlotList()
         while let waiter = waiters.popFirst(in: requests) { resume(waiter) }
-        pumpBackground()
+        if backgroundWork { backgroundDue = true }
     }
 
-    /// The grains of the first unsettled write that overlaps `grains`, cut to it.
-    func unsettledGrains(in grains: Range<Int>) -> Range<Int>? {
+    /// The grains of the first unsettled write to a file that overlaps `grains`, cut to it.
+    func unsettledGrains(in grains: Range<Int>, of file: StoreFile) -> Range<Int>? {
         guard unsettledCount > 0 else { return nil }
         var found: Range<Int>?
-        for slot in 0..<requestCapacity where requests[slot].unsettled {
+        for slot in 0..<requestCapacity where requests[slot].unsettled && requests[slot].segmentFile == file {
             let request = requests + slot
             let touched = geometry.grains(
                 offset: request.pointee.cursor,
@@ -151,9 +169,11 @@ extension Volume {
     }
 
     private func overlapsOrphan(_ slot: Int32) -> Bool {
-        let (start, end) = (requests[Int(slot)].offset, requests[Int(slot)].end)
+        let request = requests[Int(slot)]
         for other in 0..<requestCapacity
-        where requests[other].orphaned && requests[other].offset < end && start < requests[other].end {
+        where requests[other].orphaned && requests[other].view == request.view
+            && requests[other].offset < request.end && request.offset < requests[other].end
+        {
             return true
         }
         return false

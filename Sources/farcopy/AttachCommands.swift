@@ -41,7 +41,7 @@ struct Attach: AsyncParsableCommand {
                     connections: connections, timeoutSeconds: timeout, deadConnectionSeconds: deadTimeout),
                 log: { Output.line($0) })
             keeper.run()
-        } catch let error as SystemError {
+        } catch {
             throw SiteError(error.description)
         }
     }
@@ -107,7 +107,7 @@ struct Detach: ParsableCommand {
     func run() throws {
         do {
             try DeviceKeeper.detach(device: device, force: force)
-        } catch let error as SystemError {
+        } catch {
             throw SiteError(error.description)
         }
     }

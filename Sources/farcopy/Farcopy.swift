@@ -13,6 +13,7 @@ struct Farcopy: AsyncParsableCommand {
         subcommands: [
             Serve.self, Status.self, CycleCommand.self, Suspend.self, Resume.self, Points.self,
             Failover.self, Events.self, FlashCopyCommand.self, Attach.self, Detach.self,
+            Inspect.self, Adopt.self,
         ])
 
     static func main() async {

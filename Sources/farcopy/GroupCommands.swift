@@ -123,58 +123,6 @@ struct Events: AsyncParsableCommand {
     }
 }
 
-struct FlashCopyCommand: AsyncParsableCommand {
-    static let configuration = CommandConfiguration(
-        commandName: "flashcopy", abstract: "Instant point-in-time copies of volumes at this site.",
-        subcommands: [Create.self, List.self, Withdraw.self])
-
-    struct Create: AsyncParsableCommand {
-        static let configuration = CommandConfiguration(
-            abstract: "Take a FlashCopy of one or more volumes at one instant; it is exported as VOLUME@NAME.")
-        @OptionGroup var options: ControlOptions
-        @Argument(help: "VOLUME… NAME") var words: [String]
-        func run() async throws {
-            let bytes = try await options.call("POST", "/v1/flashcopies", body: try request(words))
-            if options.json { return printRaw(bytes) }
-            let reports: [FlashCopyReport] = try decode(bytes)
-            for report in reports { Output.line(report.export) }
-        }
-    }
-
-    struct List: AsyncParsableCommand {
-        static let configuration = CommandConfiguration(abstract: "List the FlashCopies of this site.")
-        @OptionGroup var options: ControlOptions
-        func run() async throws {
-            let bytes = try await options.call("GET", "/v1/flashcopies")
-            if options.json { return printRaw(bytes) }
-            let reports: [FlashCopyReport] = try decode(bytes)
-            for report in reports {
-                let reason = report.reason.map { " (\($0))" } ?? ""
-                Output.line(
-                    "\(report.export)\t\(report.createdAt)\t\(report.state)\(reason)\t\(StatusText.bytes(report.preservedBytes)) preserved"
-                )
-            }
-        }
-    }
-
-    struct Withdraw: AsyncParsableCommand {
-        static let configuration = CommandConfiguration(
-            abstract: "End a FlashCopy of one or more volumes and free its space; readers are disconnected.")
-        @OptionGroup var options: ControlOptions
-        @Argument(help: "VOLUME… NAME") var words: [String]
-        func run() async throws {
-            let bytes = try await options.call("POST", "/v1/flashcopies/withdraw", body: try request(words))
-            if options.json { printRaw(bytes) }
-        }
-    }
-
-    private static func request(_ words: [String]) throws -> [UInt8] {
-        guard words.count >= 2 else { throw ValidationError("give one or more volumes and a name: VOLUME… NAME") }
-        let request = FlashCopyRequest(name: words.last!, volumes: Array(words.dropLast()))
-        return [UInt8](try JSONEncoder().encode(request))
-    }
-}
-
 /// `status` for people.
 enum StatusText {
     static func bytes(_ count: UInt64) -> String {
@@ -201,6 +149,9 @@ enum StatusText {
             var line = "volume \(name): \(bytes(volume.size)), grain \(bytes(UInt64(volume.grain)))"
             if volume.restoringBytes > 0 { line += ", restoring \(bytes(volume.restoringBytes))" }
             lines.append(line)
+            for copy in volume.flashcopies where copy.reason != nil {
+                lines.append("  FlashCopy \(copy.name): \(copy.state): \(copy.reason!)")
+            }
             lines.append("  exports: \(volume.exports.isEmpty ? "none yet" : volume.exports.joined(separator: " "))")
         }
         return lines.joined(separator: "\n")

@@ -25,7 +25,7 @@ struct Serve: AsyncParsableCommand {
         LoggingSystem.bootstrap(StreamLogHandler.standardError)
         var logger = Logger(label: "farcopy")
         logger.logLevel = level
-        let configuration = try Configuration(text: try read(config), path: config)
+        let configuration = try Self.configuration(at: config)
         do {
             try await serve(configuration, logger)
         } catch let error as SiteError {
@@ -63,7 +63,11 @@ struct Serve: AsyncParsableCommand {
         await site.stop()
     }
 
-    private func read(_ path: String) throws -> String {
+    static func configuration(at path: String) throws -> Configuration {
+        try Configuration(text: try read(path), path: path)
+    }
+
+    private static func read(_ path: String) throws -> String {
         guard let file = fopen(path, "r") else {
             throw SiteError("open \(path): \(String(cString: strerror(errno)))")
         }

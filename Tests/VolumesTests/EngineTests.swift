@@ -52,6 +52,7 @@ private final class Bench {
         var finished: [Int32] = []
         while true {
             while let slot = volume.popFinished() { finished.append(slot) }
+            if volume.backgroundDue { volume.runBackground() }
             let ios = pending()
             if ios.isEmpty { return finished }
             for io in ios { volume.complete(io, errno: 0) }

@@ -1,0 +1,112 @@
+// BitmapFile.swift: a file of bitmaps, or the activity log, whose first page says whose it is.
+
+import Base
+import Glibc
+import Ring
+import Volumes
+
+/// Metadata that cannot be relied on. What it described is unknown, and can be mended by assuming the worst.
+struct DamagedMetadata: Error, CustomStringConvertible {
+    var description: String
+}
+
+final class BitmapFile: Sendable {
+    let mapping: MappedFile
+    let header: BitmapHeader
+    var file: OpenFile { mapping.file }
+    var path: String { mapping.file.path }
+
+    /// Opens a file that must be the one that `header` describes, or makes it.
+    ///
+    /// - Throws: `DamagedMetadata` when it is missing, cut short or has no valid header; `SiteError` when it belongs to
+    ///   something else or is of a newer version, since then nothing may be touched.
+    init(path: String, header: BitmapHeader, create: Bool = false) throws {
+        self.header = header
+        if create {
+            unlink(path)
+            mapping = try MappedFile(path: path, byteCount: header.fileBytes, create: true)
+            let bytes = header.encoded
+            mapping.memory.copyMemory(from: bytes, byteCount: bytes.count)
+            try mapping.synchronize()
+            return
+        }
+        try Self.check(path, header)
+        mapping = try MappedFile(path: path, byteCount: header.fileBytes, create: false)
+    }
+
+    private static func check(_ path: String, _ expected: BitmapHeader) throws {
+        guard access(path, F_OK) == 0 else { throw DamagedMetadata(description: "\(path) is missing") }
+        let file = try OpenFile(path: path, flags: O_RDONLY)
+        let found = try readHeader(file)
+        guard found == expected else {
+            throw SiteError(
+                "\(path) belongs to something else: \(difference(found, expected)); bring this volume's own file back, or "
+                    + "move the file away to have it made anew")
+        }
+        let size = try file.size()
+        guard size == UInt64(expected.fileBytes) else {
+            throw DamagedMetadata(description: "\(path) has \(size) bytes instead of \(expected.fileBytes): it was cut short")
+        }
+    }
+
+    static func readHeader(_ file: OpenFile) throws -> BitmapHeader {
+        let bytes = try file.read(at: 0, count: BitmapHeader.byteCount)
+        do {
+            return try bytes.withUnsafeBytes { bytes throws(BitmapHeader.Fault) in try BitmapHeader(bytes) }
+        } catch BitmapHeader.Fault.newer(let format) {
+            throw SiteError(
+                "\(file.path) was written by a newer farcopy (format \(format); this one reads \(BitmapHeader.currentFormat)); "
+                    + "run that version")
+        } catch {
+            throw DamagedMetadata(description: "\(file.path) has no valid header: it is torn or damaged")
+        }
+    }
+
+    private static func difference(_ found: BitmapHeader, _ expected: BitmapHeader) -> String {
+        if found.volume != expected.volume {
+            return "it has the bitmaps of volume \(identityText(found.volume)), not of \(identityText(expected.volume))"
+        }
+        if found.kind != expected.kind { return "it is a \(found.kind) file" }
+        if found.copy != expected.copy { return "it is of copy \(found.copy), not of \(expected.copy)" }
+        return "it is for \(found.size) bytes in grains of \(found.grain), not \(expected.size) in \(expected.grain)"
+    }
+
+    func bitmap(_ index: Int = 0) -> Bitmap {
+        Bitmap(memory: mapping.memory + header.offset(ofBitmap: index), count: grainCount)
+    }
+
+    private var grainCount: Int { Geometry(size: header.size, grain: Int(header.grain))!.grainCount }
+
+    func synchronize() throws { try mapping.synchronize() }
+
+    /// A checksum of everything behind the identity: of each page that is not all zero, with its number. It is kept while
+    /// the site is stopped, so that bits that flip meanwhile are seen.
+    func checksum() -> UInt32 {
+        let page = BitmapHeader.byteCount
+        var checksum: UInt32 = 0
+        var offset: UInt64? = 0
+        while let start = offset.flatMap({ file.nextData(from: $0) }), start < UInt64(mapping.byteCount) {
+            let first = Int(start) / page * page
+            let bytes = UnsafeRawBufferPointer(
+                start: mapping.memory + first, count: min(page, mapping.byteCount - first))
+            if bytes.contains(where: { $0 != 0 }) {
+                let number = withUnsafeBytes(of: UInt64(first / page).littleEndian) { CRC32C.checksum($0, after: checksum) }
+                checksum = CRC32C.checksum(bytes, after: number)
+            }
+            offset = UInt64(first + page)
+        }
+        return checksum
+    }
+}
+
+/// 128 bits as 32 hexadecimal digits, and back.
+func identityText(_ identity: (UInt64, UInt64)) -> String {
+    [identity.0, identity.1].map { word in
+        let text = String(word, radix: 16)
+        return String(repeating: "0", count: 16 - text.count) + text
+    }.joined()
+}
+
+func identityWords(_ text: String) -> (UInt64, UInt64) {
+    (UInt64(text.prefix(16), radix: 16) ?? 0, UInt64(text.dropFirst(16), radix: 16) ?? 0)
+}

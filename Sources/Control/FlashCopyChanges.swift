@@ -1,0 +1,291 @@
+// FlashCopyChanges.swift: `farcopy flashcopy clone | refresh | restore`.
+//
+// Must be prevented:
+//   a refreshed copy is taken anew while others still read the old one through it
+//   the source changes before the decision to restore it is on stable storage
+//   a clone, which others read through, is placed where it holds another instant
+
+import Base
+import FoundationEssentials
+import Glibc
+import NBDServer
+import Replication
+import Ring
+import Synchronization
+import Volumes
+
+extension Site {
+    // MARK: Clone
+
+    /// Takes FlashCopies of what other FlashCopies, or recovery points, hold.
+    func cloneFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
+        await copyTurnstile.enter()
+        defer { copyTurnstile.leave() }
+        guard let origin = request.of else { throw SiteError("a clone needs 'of', a FlashCopy's name", status: 400) }
+        let members = try members(request.volumes)
+        try checkCopyName(request.name)
+        try checkTargetCount(request)
+        let origins = try members.map { try chainPlace($0, origin) }
+        for volume in members { try checkFree(request.name, volume) }
+        try await patiently(request.name) { try await self.establishClone(request, members, origins) }
+        note(nil, "FlashCopy '\(request.name)' of '\(origin)' of \(request.volumes.joined(separator: ", ")) created")
+        return try await reports(request.name, members)
+    }
+
+    /// Identifier and order of a FlashCopy by name, or of a recovery point by number.
+    private func chainPlace(_ volume: VolumeState, _ name: String) throws -> (id: CopyID, order: UInt64) {
+        if let point = UInt64(name),
+            let found = group(ofVolume: volume.name)?.record.points.first(where: { $0.number == point })
+        {
+            return (CopyID(point), found.order ?? point)
+        }
+        let record = try copies(name, [volume])[0].1
+        guard record.state == .active else {
+            throw SiteError("FlashCopy '\(name)' of volume '\(volume.name)' is \(record.state.rawValue) and cannot be cloned")
+        }
+        return (record.id, record.order)
+    }
+
+    /// Right below the origin, where a clone reads everything through it.
+    private func orderBelow(_ volume: VolumeState, _ order: UInt64) throws -> UInt64 {
+        let points = group(ofVolume: volume.name)?.record.points.map { $0.order ?? $0.number } ?? []
+        let below = (volume.record.copies.map(\.order) + points).filter { $0 < order }.max() ?? 0
+        let middle = below + (order - below) / 2
+        guard middle > below else {
+            throw SiteError("volume '\(volume.name)' has too many clones of clones; withdraw some")
+        }
+        return middle
+    }
+
+    private func establishClone(
+        _ request: FlashCopyRequest, _ members: [VolumeState], _ origins: [(id: CopyID, order: UInt64)]
+    ) async throws {
+        var made: [NewCopy] = []
+        for (index, volume) in members.enumerated() {
+            made.append(
+                try await prepare(
+                    request, volume, target: request.targets?[index], order: try orderBelow(volume, origins[index].order)))
+        }
+        let vanished = Atomic(false)
+        let parts = made.map { ($0.record, $0.files) }
+        let intact = await together(members) { index in
+            let origin = origins[index].id
+            await self.enterChain(members[index], parts[index].0, parts[index].1) { volume, copy in
+                if volume.copy(origin)?.state == .active {
+                    volume.cloneCopy(origin, as: copy)
+                } else {
+                    vanished.store(true, ordering: .relaxed)
+                }
+            }
+        }
+        guard !vanished.load(ordering: .relaxed) else {
+            for copy in made { await leave(copy.volume, copy.record.id) }
+            throw SiteError("'\(request.of ?? "")' went away or failed meanwhile; nothing was created")
+        }
+        try await conclude(made, intact)
+    }
+
+    // MARK: Refresh
+
+    /// Takes FlashCopies anew, of this instant; with a background copy, only what changed on either side is copied.
+    func refreshFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
+        await copyTurnstile.enter()
+        defer { copyTurnstile.leave() }
+        let members = try members(request.volumes)
+        for (volume, record) in try copies(request.name, members) {
+            try checkNotRestoring(volume)
+            guard record.state != .withdrawing else {
+                throw SiteError("FlashCopy '\(request.name)' of volume '\(volume.name)' is being withdrawn")
+            }
+            if group(ofVolume: volume.name)?.record.role == .secondary {
+                throw SiteError("volume '\(volume.name)' is a secondary; clone one of its recovery points instead")
+            }
+        }
+        for (volume, record) in try copies(request.name, members) { try await takeOutOfUse(volume, record) }
+        try await frozen(members, request.name) {
+            try await self.patiently(request.name) { try await self.retake(request.name, members) }
+        }
+        note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) taken anew")
+        return try await reports(request.name, members)
+    }
+
+    /// Waits until nobody reads a copy, and older ones have what they need of it.
+    private func takeOutOfUse(_ volume: VolumeState, _ record: CopyRecord) async throws {
+        guard volume.copies[record.id] != nil else { return }  // lost: nothing of it is left
+        try volume.update(record.id) { $0.state = .refreshing }
+        await publish(volume, group(ofVolume: volume.name))
+        let (number, id) = (volume.number, record.id)
+        await withCheckedContinuation { continuation in
+            readyWaiters[id] = continuation
+            volume.reactor.perform { reactor in
+                reactor.disconnectReaders(number, of: id)
+                reactor.hosted(number).volume.beginRefresh(id)
+            }
+        }
+    }
+
+    func copyReady(_ id: CopyID) { readyWaiters.removeValue(forKey: id)?.resume() }
+
+    private func retake(_ name: String, _ members: [VolumeState]) async throws {
+        // After a failed try the copies are in use again, of instants that differ.
+        for (volume, record) in try copies(name, members) where record.state == .active {
+            try await takeOutOfUse(volume, record)
+        }
+        let old = try copies(name, members)
+        var made: [NewCopy] = []
+        for (volume, record) in old { made.append(try await successor(volume, record)) }
+        let parts = made.map { ($0.record, $0.files) }
+        let intact = await together(members) { index in
+            let (volume, record) = old[index]
+            let oldFiles = volume.copies[record.id]
+            let id = record.id
+            let (successor, files) = parts[index]
+            await self.enterChain(volume, successor, files, targetFile: oldFiles?.targetFile) { volume, copy in
+                if oldFiles != nil { volume.retakeCopy(id, as: copy) } else { volume.addCopy(copy) }
+            }
+        }
+        for (index, new) in made.enumerated() {
+            let (volume, record) = old[index]
+            release(volume, record.id)
+            volume.record.copies.removeAll { $0.id == record.id }
+            try volume.update(new.record.id) { $0.state = .active }
+            await publish(volume, group(ofVolume: volume.name))
+        }
+        guard intact else {
+            throw SiteError(
+                "the volumes could not be held together within \(Limits.holdMilliseconds) ms: FlashCopy '\(name)' is of "
+                    + "slightly different instants; refresh it again", status: 503)
+        }
+    }
+
+    /// The bitmap of a copy that was taken anew goes; its target lives on.
+    private func release(_ volume: VolumeState, _ id: CopyID) {
+        guard let files = volume.copies.removeValue(forKey: id) else { return }
+        let number = volume.number
+        volume.reactor.perform { $0.hosted(number).removeFile(files.bitmapFile) }
+        unlink(volume.bitmapPath(id))
+    }
+
+    /// What takes the place of a copy: the same, over the same target.
+    private func successor(_ volume: VolumeState, _ old: CopyRecord) async throws -> NewCopy {
+        var record = old
+        record.id = Self.firstCopyID + volume.record.nextCopy
+        record.createdAt = realSeconds()
+        record.order = volume.takeOrder()
+        record.state = .creating
+        record.reason = nil
+        record.isComplete = false
+        let number = volume.number
+        let chainIsDurable = await volume.reactor.run { $0.hosted(number).volume.chainIsDurable }
+        record.isDurable = old.isDurable || chainIsDurable
+        let target: OpenFile
+        if let files = volume.copies[old.id] {
+            target = files.target
+            if !record.isFilled, record.target == nil {
+                try target.truncate(to: 0)
+                try target.truncate(to: volume.geometry.size)
+                record.targetIsZero = true
+            } else {
+                record.targetIsZero = false
+            }
+        } else if let path = old.target {
+            (target, record.targetIsZero) = try openOperatorTarget(path, volume)
+        } else {
+            record.targetOwner = record.id
+            target = try volume.openTarget(record.id, create: true)
+            record.targetIsZero = true
+        }
+        return try await writeDown(record, volume, target)
+    }
+
+    // MARK: Restore
+
+    /// The volumes become the FlashCopies' point in time again, at once; data flows back in the background.
+    func restoreFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
+        await copyTurnstile.enter()
+        defer { copyTurnstile.leave() }
+        let members = try members(request.volumes)
+        let found = try copies(request.name, members)
+        for (volume, record) in found {
+            try checkNotRestoring(volume)
+            guard record.state == .active else {
+                throw SiteError(
+                    "FlashCopy '\(request.name)' of volume '\(volume.name)' is \(record.state.rawValue): \(record.reason ?? "it cannot be restored")")
+            }
+            if group(ofVolume: volume.name)?.record.role == .secondary {
+                throw SiteError("volume '\(volume.name)' is a secondary; fail over to a recovery point instead")
+            }
+        }
+        try await patiently(request.name) { try await self.restore(found) }
+        note(nil, "\(request.volumes.joined(separator: ", ")) restored from FlashCopy '\(request.name)'")
+        return try await reports(request.name, members)
+    }
+
+    private func restore(_ copies: [(VolumeState, CopyRecord)]) async throws {
+        for (volume, record) in copies {
+            volume.restoreBitmap = try BitmapFile(
+                path: "\(volume.directory)/restore.bitmap",
+                header: BitmapHeader(.restore, volume: volume.identity, geometry: volume.geometry), create: true)
+            try synchronizeDirectory(volume.directory)
+            volume.record.restoring = VolumeRecord.Restoring(copy: record.id, decided: false)
+            try volume.recordFile.save(volume.record)
+            await publish(volume, group(ofVolume: volume.name))  // the copy is read-only from here on
+            await disconnect(volume, record)
+        }
+        let intact = await together(copies.map(\.0)) { index in
+            let (volume, record) = copies[index]
+            await self.beginRestore(volume, from: record.id, fresh: true)
+        }
+        guard intact else {
+            for (volume, _) in copies {
+                let number = volume.number
+                await volume.reactor.run { $0.hosted(number).volume.cancelRestore() }
+                volume.record.restoring = nil
+                try volume.recordFile.save(volume.record)
+                await publish(volume, group(ofVolume: volume.name))
+            }
+            throw SiteError(
+                "the volumes could not be held together within \(Limits.holdMilliseconds) ms; nothing was restored, try again",
+                status: 503)
+        }
+        for (volume, record) in copies {
+            try volume.restoreBitmap?.synchronize()
+            volume.record.restoring = VolumeRecord.Restoring(copy: record.id, decided: true)
+            try volume.recordFile.save(volume.record)  // the decision
+            let number = volume.number
+            await volume.reactor.run { $0.hosted(number).volume.continueRestore() }
+        }
+    }
+
+    private func disconnect(_ volume: VolumeState, _ record: CopyRecord) async {
+        guard record.isWritable else { return }
+        let (number, id) = (volume.number, record.id)
+        await volume.reactor.run { $0.disconnectReaders(number, of: id) }
+    }
+
+    /// Gives the bitmap of grains to restore to the reactor. `fresh`: it is filled there, and the restore begins paused.
+    func beginRestore(_ volume: VolumeState, from id: CopyID, fresh: Bool) async {
+        guard let file = volume.restoreBitmap else { return }
+        let number = volume.number
+        volume.restoreFile = await volume.reactor.run { reactor in
+            let hosted = reactor.hosted(number)
+            let slot = hosted.addFile(file.file, mapping: file.mapping)
+            if fresh { hosted.volume.markDifferences(from: id, in: file.bitmap()) }
+            hosted.volume.startRestore(from: id, pending: file.bitmap(), bitmapFile: slot, paused: fresh)
+            return slot
+        }
+    }
+
+    func restoreFinished(_ volume: VolumeState) {
+        if volume.record.restoring != nil {
+            volume.record.restoring = nil
+            saveOrStop { try volume.recordFile.save(volume.record) }
+        }
+        let (number, slot) = (volume.number, volume.restoreFile)
+        volume.restoreFile = -1
+        volume.restoreBitmap = nil
+        if slot >= 0 { volume.reactor.perform { $0.hosted(number).removeFile(slot) } }
+        note(group(ofVolume: volume.name)?.entry.name, "volume \(volume.name) holds all of its point in time again")
+        Task { await publish(volume, group(ofVolume: volume.name)) }
+    }
+}

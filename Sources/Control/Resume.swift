@@ -1,0 +1,237 @@
+// Resume.swift: how a volume goes on from what the last run left.
+//
+// Must be prevented:
+//   bitmaps are trusted after power loss, beyond what the activity log allows
+//   a copy whose bits power loss may have taken serves its readers or an older copy
+//   a restore that nobody was told of goes on
+
+import Base
+import Glibc
+import NBDServer
+import Replication
+import Ring
+import Volumes
+
+extension Site {
+    func host(_ volume: VolumeState) async throws {
+        let setup = volume.setup
+        let group = group(ofVolume: volume.name)
+        volume.number = await volume.reactor.run { $0.host(setup) }
+        try await resumeChain(volume, group)
+        try await resumeRole(volume, group)
+        try await resumeRestore(volume, group)
+        await publish(volume, group)
+    }
+
+    // MARK: The chain
+
+    /// A recovery point or FlashCopy that takes its place in the chain.
+    private struct Link {
+        var id: CopyID
+        var order: UInt64
+        /// Nil for recovery points.
+        var record: CopyRecord?
+        var resumption: CopyRecord.Resumption
+    }
+
+    /// The chain, oldest first: recovery points from the group's record, FlashCopies from the volume's.
+    private func resumeChain(_ volume: VolumeState, _ group: GroupState?) async throws {
+        var links = (group?.record.points ?? []).map {
+            Link(id: CopyID($0.number), order: $0.order ?? $0.number, resumption: .serves)
+        }
+        for index in volume.record.copies.indices {
+            let resumption = volume.record.copies[index].resume(trusted: volume.isTrusted)
+            let record = volume.record.copies[index]
+            links.append(Link(id: record.id, order: record.order, record: record, resumption: resumption))
+        }
+        let forgotten = Set(links.filter { $0.resumption == .forgotten }.map(\.id))
+        volume.record.copies.removeAll { forgotten.contains($0.id) }
+        try volume.recordFile.save(volume.record)
+        links = links.filter { $0.resumption != .forgotten && $0.resumption != .absent }
+        links.sort { $0.order < $1.order }
+        volume.nextOrder = ((links.last?.order ?? 0) / CopyRecord.orderStep + 1) * CopyRecord.orderStep
+        state.removeOrphans(
+            volume.name, bitmaps: Set(links.map(\.id)),
+            targets: Set(links.map { $0.record?.targetOwner ?? $0.id }))
+        let opened = try openLinks(volume, links)
+        if let lost = opened.lastIndex(where: { $0 == nil }) { try loseCopies(volume, group, links[...lost]) }
+        for (link, files) in zip(links, opened).dropFirst((opened.lastIndex { $0 == nil } ?? -1) + 1) {
+            try await resumeLink(volume, link, files!)
+        }
+    }
+
+    /// The files of each link; nil where they cannot be relied on.
+    private func openLinks(_ volume: VolumeState, _ links: [Link]) throws -> [CopyFiles?] {
+        try links.map { link in
+            do {
+                return try openLink(volume, link)
+            } catch let damage as DamagedMetadata {
+                note(group(ofVolume: volume.name)?.entry.name, "volume \(volume.name): \(damage)")
+                return nil
+            }
+        }
+    }
+
+    private func openLink(_ volume: VolumeState, _ link: Link) throws -> CopyFiles {
+        // A point of the record whose files a crash prevented takes them now: it was recorded, so it is.
+        let missing = access(volume.bitmapPath(link.id), F_OK) != 0
+        guard let record = link.record else {
+            let files = try volume.openPoint(link.id, create: missing)
+            // A bit that only the last process's mapping had must be durable before a write relies on it.
+            try files.bitmap.file.synchronize()
+            try volume.verify(files.bitmap, "copies/\(link.id).bitmap")
+            return files
+        }
+        if missing, record.state != .creating { throw DamagedMetadata(description: "\(volume.bitmapPath(link.id)) is missing") }
+        let bitmap = try BitmapFile(
+            path: volume.bitmapPath(link.id), header: volume.header(ofCopy: link.id, recordsChanges: record.isFilled),
+            create: missing)
+        try volume.verify(bitmap, "copies/\(link.id).bitmap")
+        let target =
+            if let path = record.target { try openOperatorTarget(path, volume).0 } else {
+                try volume.openTarget(record.targetOwner, create: missing && record.targetOwner == record.id)
+            }
+        if record.isDurable { try bitmap.file.synchronize() }
+        return CopyFiles(target: target, bitmap: bitmap)
+    }
+
+    /// Copies up to one whose bitmap is damaged: they read through it, and nobody knows what it has.
+    private func loseCopies(_ volume: VolumeState, _ group: GroupState?, _ links: ArraySlice<Link>) throws {
+        let ids = Set(links.map(\.id))
+        for index in volume.record.copies.indices where ids.contains(volume.record.copies[index].id) {
+            volume.record.copies[index].state = .lost
+            volume.record.copies[index].reason = "its bitmap, or that of a newer copy that it reads through, is damaged"
+        }
+        try volume.recordFile.save(volume.record)
+        for id in ids { unlink(volume.bitmapPath(id)) }
+        guard let group, let last = group.record.points.lastIndex(where: { ids.contains(CopyID($0.number)) }) else { return }
+        note(
+            group.entry.name,
+            "volume \(volume.name): the recovery points up to \(group.record.points[last].number) are void, since a bitmap is "
+                + "damaged\(last == group.record.points.count - 1 ? "; everything is copied anew" : "")")
+        if last == group.record.points.count - 1 { group.record.lineage = randomIdentity() }
+        group.record.points.removeFirst(last + 1)
+        try group.save()
+    }
+
+    private func resumeLink(_ volume: VolumeState, _ link: Link, _ files: CopyFiles) async throws {
+        var record = link.record ?? CopyRecord(id: link.id, name: "", createdAt: 0, order: link.order, state: .active)
+        if link.record == nil { record.isDurable = true }
+        if !volume.isTrusted, record.isComplete { files.bitmap.bitmap().setAll() }
+        let fails = link.resumption == .servesOlder
+        await enterChain(volume, record, files) { volume, copy in volume.resumeCopy(copy, failed: fails) }
+        let (number, id) = (volume.number, link.id)
+        if record.isFilled, !volume.isTrusted {
+            let regions = try Regions(volume)
+            let forgets = record.isWritable || volume.record.logIsBroken
+            await volume.reactor.run { reactor in
+                reactor.hosted(number).volume.recoverChanges(of: id, regions: forgets ? regions.all : regions.bitmap)
+            }
+        }
+        if record.isFilled { try await startActivityLog(volume) }
+        if link.resumption == .leaves { volume.reactor.perform { $0.hosted(number).volume.withdrawCopy(id) } }
+    }
+
+    // MARK: The role
+
+    private func resumeRole(_ volume: VolumeState, _ group: GroupState?) async throws {
+        let number = volume.number
+        let isSecondary = group?.record.role == .secondary
+        let isPrimary = group?.record.role == .primary
+        let recorded = volume.record.servedAs == group?.servedAs
+        let held = group?.record.held?.number
+        let (target, bitmap) = (volume.pointTarget, volume.pointBitmap)
+        let knowsNothing = !recorded || !volume.recordingIsWhole || (!volume.isTrusted && volume.record.logIsBroken)
+        let regions = isPrimary && !volume.isTrusted && !knowsNothing ? try Regions(volume) : nil
+        volume.pointTargetFile = await volume.reactor.run { reactor in
+            let hosted = reactor.hosted(number)
+            let targetFile = hosted.addFile(target)
+            hosted.writable = !isSecondary
+            hosted.volume.policy = isSecondary ? .copiesFirst : .hostFirst
+            hosted.volume.recording = isPrimary
+            if isPrimary, knowsNothing { hosted.volume.markAllChanged() }
+            if let regions { hosted.volume.recoverChanges(regions: regions.bitmap) }
+            if isPrimary, let held {
+                hosted.volume.resumePoint(number: held, targetFile: targetFile, preserved: bitmap.bitmap())
+            } else if isPrimary {
+                hosted.volume.mergeOutOfSync()
+            }
+            return targetFile
+        }
+        if let regions {
+            note(
+                group?.entry.name,
+                "volume \(volume.name): the machine went down; \(regions.bitmap.population()) active regions of "
+                    + "\(regions.bitmap.count) are compared anew")
+        }
+        if !recorded || volume.record.logIsBroken {
+            volume.record.servedAs = group?.servedAs
+            volume.record.logIsBroken = false
+            try volume.recordFile.save(volume.record)
+        }
+        if isPrimary { try await startActivityLog(volume) }
+    }
+
+    /// Writes to the volume are logged before they are issued, from now on.
+    func startActivityLog(_ volume: VolumeState) async throws {
+        guard !volume.activityLogIsOn else { return }
+        volume.activityLogIsOn = true
+        let (number, log) = (volume.number, volume.activityLog)
+        await volume.reactor.run { reactor in
+            let hosted = reactor.hosted(number)
+            let file = hosted.addFile(log.file, mapping: log.mapping)
+            let contents = UnsafeRawBufferPointer(
+                start: log.mapping.memory + ActivityLog.fileOffset, count: Int(log.header.bitmapBytes))
+            hosted.volume.startActivityLog(file: file, contents: contents, bitmapFile: hosted.recordingFile)
+        }
+    }
+
+    // MARK: Restores
+
+    private func resumeRestore(_ volume: VolumeState, _ group: GroupState?) async throws {
+        let header = BitmapHeader(.restore, volume: volume.identity, geometry: volume.geometry)
+        let path = "\(volume.directory)/restore.bitmap"
+        if let failover = group?.record.failedOver, failover.restoring.contains(volume.name) {
+            volume.restoreBitmap = try BitmapFile(path: path, header: header)
+            await beginRestore(volume, from: CopyID(failover.point), fresh: false)
+        }
+        guard let restoring = volume.record.restoring else { return }
+        guard restoring.decided, volume.copies[restoring.copy] != nil else {
+            if restoring.decided {
+                note(
+                    group?.entry.name,
+                    "volume \(volume.name): it was being restored from a FlashCopy that is lost; parts of it are of the FlashCopy's "
+                        + "time and parts are newer: restore it from another copy")
+            }
+            volume.record.restoring = nil
+            try volume.recordFile.save(volume.record)
+            return
+        }
+        volume.restoreBitmap = try BitmapFile(path: path, header: header)
+        await beginRestore(volume, from: restoring.copy, fresh: false)
+    }
+}
+
+/// The regions of a volume that its activity log says may have changed since the bitmaps were flushed.
+final class Regions: @unchecked Sendable {
+    // Safe because: filled by init and read afterwards.
+    private let memory: UnsafeMutableRawPointer
+    let bitmap: Bitmap
+    let all: Bitmap
+
+    init(_ volume: VolumeState) throws {
+        let count = ActivityLog.layout(size: volume.geometry.size).count
+        let bytes = Bitmap.byteCount(bits: count)
+        memory = .allocate(byteCount: 2 * bytes, alignment: 8)
+        memory.initializeMemory(as: UInt8.self, repeating: 0, count: 2 * bytes)
+        bitmap = Bitmap(memory: memory, count: count)
+        all = Bitmap(memory: memory + bytes, count: count)
+        all.setAll()
+        let log = volume.activityLog
+        _ = ActivityLog.decode(
+            UnsafeRawBufferPointer(
+                start: log.mapping.memory + ActivityLog.fileOffset, count: Int(log.header.bitmapBytes)), into: bitmap)
+    }
+
+    deinit { memory.deallocate() }
+}

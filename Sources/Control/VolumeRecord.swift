@@ -1,0 +1,49 @@
+// VolumeRecord.swift: what is written down about a volume, apart from the recovery points, which are its group's.
+
+import Ring
+import Volumes
+
+/// A record that says which version of its layout it has.
+protocol VersionedRecord: Codable, Sendable {
+    static var currentFormat: Int { get }
+}
+
+struct VolumeRecord: VersionedRecord {
+    static let currentFormat = 2
+
+    /// Left by a stop in order: what everything looked like then.
+    struct CleanMark: Codable, Sendable {
+        /// Seconds since 1970.
+        var stoppedAt: Double
+        /// Modification time of the volume's file, in nanoseconds since 1970; nil for block devices.
+        var modifiedAt: Int64?
+        /// Of each bitmap file, by its name in the volume's directory.
+        var checksums: [String: UInt32]
+    }
+
+    struct Restoring: Codable, Sendable {
+        var copy: CopyID
+        /// False: nothing has flowed back yet, and nobody was told that it would.
+        var decided: Bool
+    }
+
+    var format = currentFormat
+    var id: String
+    var name: String
+    var size: UInt64
+    var grain: Int
+    var copies: [CopyRecord] = []
+    var nextCopy: Int64 = 1
+    /// Role and group that it was served in last, "primary shop"; nil = in none. Bitmaps and recovery points of a group
+    /// say nothing about a volume that was written to outside it.
+    var servedAs: String?
+    /// The kernel's boot id of the last run.
+    var bootID: String
+    var clean: CleanMark?
+    /// The file that was served last.
+    var file: OpenFile.Identity?
+    /// The volume becomes a FlashCopy's point in time again.
+    var restoring: Restoring?
+    /// The activity log could not be written: after power loss it says nothing.
+    var logIsBroken = false
+}

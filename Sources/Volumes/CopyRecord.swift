@@ -1,0 +1,93 @@
+// CopyRecord.swift: what is written down about a FlashCopy, and what that means after a restart.
+//
+// Must be prevented:
+//   a copy that is not written down takes old content that older copies need: the record comes before the engine, and
+//     what a copy has taken before it was finished is handed over
+//   a copy whose bits or data power loss may have taken is read, or serves an older one
+
+package struct CopyRecord: Codable, Sendable, Equatable {
+    package enum State: String, Codable, Sendable {
+        /// Being established; found at a start, nobody was told of it, and it leaves.
+        case creating
+        case active
+        /// Being taken anew.
+        case refreshing
+        case withdrawing
+        /// Old content could not be preserved; what it has still serves older copies.
+        case failed
+        /// Nothing of it is left but this record.
+        case lost
+    }
+
+    package var id: CopyID
+    package var name: String
+    /// Seconds since 1970.
+    package var createdAt: Double
+    /// Its place in the chain; larger is newer.
+    package var order: UInt64
+    package var state: State
+    package var reason: String?
+    /// The operator's file or device; nil = a sparse file in the state directory, named by `targetOwner`.
+    package var target: String?
+    package var targetOwner: CopyID
+    /// The target read as zeroes when it was taken.
+    package var targetIsZero = true
+    /// Has a background copy, at this many bytes a second (0 = as fast as it goes).
+    package var isFilled = false
+    package var rate: UInt64 = 0
+    /// The background copy is finished, and its data on stable storage.
+    package var isComplete = false
+    package var isWritable = false
+    /// Survives power loss: old content is made durable before it is overwritten.
+    package var isDurable = false
+
+    package init(id: CopyID, name: String, createdAt: Double, order: UInt64, state: State) {
+        self.id = id
+        self.name = name
+        self.createdAt = createdAt
+        self.order = order
+        self.state = state
+        targetOwner = id
+    }
+
+    /// What a copy does in the chain after a restart.
+    package enum Resumption: Equatable, Sendable {
+        /// Not there; only listed.
+        case absent
+        /// Not there, and nobody is to be told of it.
+        case forgotten
+        case serves
+        /// Read by older copies only.
+        case servesOlder
+        /// Hands over what older copies need, and leaves.
+        case leaves
+    }
+
+    /// Brings the record up to date with a restart and tells what the copy does from now on.
+    ///
+    /// - Parameter trusted: mapped files are as the last process left them: it was the process that ended, not the machine.
+    package mutating func resume(trusted: Bool) -> Resumption {
+        guard trusted || isDurable || (isComplete && state == .active) else {
+            if state == .creating || state == .withdrawing { return .forgotten }
+            if state != .lost {
+                reason = "lost when the machine went down"
+                state = .lost
+            }
+            return .absent
+        }
+        switch state {
+        case .creating: return .leaves
+        case .active: return .serves
+        case .refreshing:
+            state = .lost
+            reason = "its refresh was interrupted; refresh it again, or withdraw it"
+            return .leaves
+        case .withdrawing: return .leaves
+        case .failed: return .servesOlder
+        case .lost: return .absent
+        }
+    }
+
+    /// The space between the orders of copies that are taken one after the other, so that clones fit in between.
+    package static let orderStep: UInt64 = 1 << 20
+}
