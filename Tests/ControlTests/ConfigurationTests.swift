@@ -1,4 +1,4 @@
-import Control
+@testable import Control
 import Glibc
 import Testing
 
@@ -68,14 +68,32 @@ func sizes() {
     for wrong in ["", "x", "-1KiB", "99999999999PiB", "1kb", "nanKiB"] { #expect(parseSize(wrong) == nil) }
 }
 
+private struct Sample: VersionedRecord {
+    static let currentFormat = 3
+    var format = currentFormat
+    var words: [String]
+}
+
+@Test("a record of a newer version is refused, and named")
+func newerRecord() throws {
+    let path = "/tmp/farcopy-newer-\(getpid())"
+    defer { unlink(path) }
+    var none: Sample?
+    try DurableRecord<Sample>(path: path, value: &none).save(Sample(format: 4, words: []))
+    #expect {
+        var found: Sample?
+        _ = try DurableRecord<Sample>(path: path, value: &found)
+    } throws: { "\($0)".contains("written by a newer farcopy (format 4") }
+}
+
 @Test("a record survives a torn write of either copy, and says so when both are broken")
 func durableRecord() throws {
     let path = "/tmp/farcopy-record-\(getpid())"
     defer { unlink(path) }
-    var value: [String]?
-    let record = try DurableRecord<[String]>(path: path, value: &value)
+    var value: Sample?
+    let record = try DurableRecord<Sample>(path: path, value: &value)
     #expect(value == nil)
-    for number in 1...4 { try record.save(["value", "\(number)"]) }
+    for number in 1...4 { try record.save(Sample(words: ["value", "\(number)"])) }
     func broken(_ offsets: [Int]) throws -> [String]? {
         let file = fopen(path, "r+")!
         for offset in offsets {
@@ -83,9 +101,9 @@ func durableRecord() throws {
             fputc(0x7F, file)
         }
         fclose(file)
-        var found: [String]?
-        _ = try DurableRecord<[String]>(path: path, value: &found)
-        return found
+        var found: Sample?
+        _ = try DurableRecord<Sample>(path: path, value: &found)
+        return found?.words
     }
     #expect(try broken([]) == ["value", "4"])
     #expect(try broken([36]) == ["value", "3"], "the newest copy is torn, the one before counts")

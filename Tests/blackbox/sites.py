@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import tempfile
 import time
@@ -29,6 +30,42 @@ def run(*words, check=True, timeout=120, **options):
 def die_with_parent():
     """Runs in the child: a test that is itself killed leaves no server behind (prctl PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def crc32c(data):
+    if not CRC_TABLE:
+        for index in range(256):
+            value = index
+            for _ in range(8):
+                value = (value >> 1) ^ 0x82F63B78 if value & 1 else value >> 1
+            CRC_TABLE.append(value)
+    value = 0xffffffff
+    for byte in data:
+        value = (value >> 8) ^ CRC_TABLE[(value ^ byte) & 255]
+    return value ^ 0xffffffff
+
+
+CRC_TABLE = []
+RECORD_SPACE = 256 << 10
+
+
+def rewrite_record(path, change):
+    """Changes the JSON of a record (docs/FORMAT.md) in both of its copies."""
+    with open(path, "rb") as file:
+        data = bytearray(file.read())
+    for start in (0, RECORD_SPACE):
+        if bytes(data[start:start + 8]) != b"FARCOPY1":
+            continue
+        length = struct.unpack("<I", data[start + 16:start + 20])[0]
+        payload = json.loads(bytes(data[start + 32:start + 32 + length]))
+        change(payload)
+        text = json.dumps(payload, separators=(",", ":"), sort_keys=True).encode()
+        data[start + 16:start + 20] = struct.pack("<I", len(text))
+        data[start + 32:start + 32 + len(text)] = text
+        data[start + 20:start + 24] = struct.pack(
+            "<I", crc32c(data[start:start + 20] + data[start + 24:start + 32] + text))
+    with open(path, "wb") as file:
+        file.write(data)
 
 
 class Site:
@@ -99,6 +136,14 @@ listen = [{listen}]
 
     def stop(self):
         self.kill(signal.SIGTERM)
+
+    def lose_power(self):
+        """Ends the process and makes its records those of another boot: what a machine that went down would find, except
+        that nothing that was written is missing."""
+        self.kill()
+        volumes = os.path.join(self.path, "state", "volumes")
+        for name in os.listdir(volumes):
+            rewrite_record(os.path.join(volumes, name, "volume.record"), lambda record: record.update(bootID="another boot"))
 
     def sockets(self):
         """How many sockets the process has open."""
