@@ -193,7 +193,7 @@ extension Site {
 
     /// Writes a copy down and makes its files; it takes nothing yet.
     func prepare(
-        _ request: FlashCopyRequest, _ volume: VolumeState, target: String?, order: UInt64
+        _ request: FlashCopyRequest, _ volume: VolumeState, target: String?, order: UInt64, originIsDurable: Bool? = nil
     ) async throws -> NewCopy {
         var record = CopyRecord(
             id: Self.firstCopyID + volume.record.nextCopy, name: request.name, createdAt: realSeconds(), order: order,
@@ -203,7 +203,7 @@ extension Site {
         record.isFilled = request.copy ?? false
         record.rate = request.rate ?? Self.usualRate
         record.isWritable = request.writable ?? false
-        record.isDurable = request.durable ?? false || chainIsDurable
+        record.isDurable = originIsDurable ?? (request.durable ?? false || chainIsDurable)
         record.target = target
         let opened: OpenFile
         if let target {
@@ -297,6 +297,13 @@ extension Site {
         fillStarts[record.id] = nil
     }
 
+    /// What a durable copy reads elsewhere is on stable storage before anybody is told of it.
+    func settle(_ copy: NewCopy) throws {
+        guard copy.record.isDurable else { return }
+        try copy.volume.source.synchronize()
+        for files in copy.volume.copies.values { try files.target.synchronize() }
+    }
+
     /// Records that the copies are there; or takes them out again when they are not of one instant.
     func conclude(_ made: [NewCopy], _ intact: Bool) async throws {
         guard intact else {
@@ -306,6 +313,7 @@ extension Site {
                 status: 503)
         }
         for copy in made {
+            try settle(copy)
             try copy.volume.update(copy.record.id) { $0.state = .active }
             await publish(copy.volume, group(ofVolume: copy.volume.name))
         }
@@ -442,6 +450,7 @@ extension Site {
             }
         }
         note(nil, "volume \(volume.name): FlashCopy '\(name)' has failed: \(reason)")
+        copyReady(id)  // a refresh that waits for it begins again
         Task { await publish(volume, group(ofVolume: volume.name)) }
     }
 
@@ -476,9 +485,8 @@ extension Site {
         // A target that its successor has taken over stays.
         let owner = record?.targetOwner ?? id
         let shared = volume.record.copies.contains { $0.id != id && $0.targetOwner == owner && $0.state != .lost }
-        let keepsRecord = record?.state == .lost && volume.copies[id] != nil
-        if record != nil, !keepsRecord {
-            volume.record.copies.removeAll { $0.id == id }
+        if let index = volume.record.copies.firstIndex(where: { $0.id == id }) {
+            if volume.copies[id] == nil || !volume.record.copies[index].hasLeft() { volume.record.copies.remove(at: index) }
             saveOrStop { try volume.recordFile.save(volume.record) }
         }
         volume.removeCopyFiles(id, targetOwner: shared || record?.target != nil ? nil : owner)

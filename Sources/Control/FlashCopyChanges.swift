@@ -26,24 +26,36 @@ extension Site {
         try checkCopyName(request.name)
         try checkTargetCount(request)
         let origins = try members.map { try chainPlace($0, origin) }
-        for volume in members { try checkFree(request.name, volume) }
+        for (volume, found) in zip(members, origins) {
+            try checkFree(request.name, volume)
+            guard request.durable != true || found.isDurable else {
+                throw SiteError("a clone of '\(origin)' cannot be durable, since it reads through '\(origin)', which is not")
+            }
+        }
         try await patiently(request.name) { try await self.establishClone(request, members, origins) }
         note(nil, "FlashCopy '\(request.name)' of '\(origin)' of \(request.volumes.joined(separator: ", ")) created")
         return try await reports(request.name, members)
     }
 
-    /// Identifier and order of a FlashCopy by name, or of a recovery point by number.
-    private func chainPlace(_ volume: VolumeState, _ name: String) throws -> (id: CopyID, order: UInt64) {
+    /// What is cloned. A clone reads through it, and so survives power loss if it does.
+    private struct Origin {
+        var id: CopyID
+        var order: UInt64
+        var isDurable: Bool
+    }
+
+    /// A FlashCopy by name, or a recovery point by number.
+    private func chainPlace(_ volume: VolumeState, _ name: String) throws -> Origin {
         if let point = UInt64(name),
             let found = group(ofVolume: volume.name)?.record.points.first(where: { $0.number == point })
         {
-            return (CopyID(point), found.order ?? point)
+            return Origin(id: CopyID(point), order: found.order ?? point, isDurable: true)
         }
         let record = try copies(name, [volume])[0].1
         guard record.state == .active else {
             throw SiteError("FlashCopy '\(name)' of volume '\(volume.name)' is \(record.state.rawValue) and cannot be cloned")
         }
-        return (record.id, record.order)
+        return Origin(id: record.id, order: record.order, isDurable: record.isDurable)
     }
 
     /// Right below the origin, where a clone reads everything through it.
@@ -58,13 +70,14 @@ extension Site {
     }
 
     private func establishClone(
-        _ request: FlashCopyRequest, _ members: [VolumeState], _ origins: [(id: CopyID, order: UInt64)]
+        _ request: FlashCopyRequest, _ members: [VolumeState], _ origins: [Origin]
     ) async throws {
         var made: [NewCopy] = []
         for (index, volume) in members.enumerated() {
             made.append(
                 try await prepare(
-                    request, volume, target: request.targets?[index], order: try orderBelow(volume, origins[index].order)))
+                    request, volume, target: request.targets?[index], order: try orderBelow(volume, origins[index].order),
+                    originIsDurable: origins[index].isDurable))
         }
         let vanished = Atomic(false)
         let parts = made.map { ($0.record, $0.files) }
@@ -101,6 +114,7 @@ extension Site {
                 throw SiteError("volume '\(volume.name)' is a secondary; clone one of its recovery points instead")
             }
         }
+        // Before anything is frozen, since it may take a while.
         for (volume, record) in try copies(request.name, members) { try await takeOutOfUse(volume, record) }
         try await frozen(members, request.name) {
             try await self.patiently(request.name) { try await self.retake(request.name, members) }
@@ -112,9 +126,13 @@ extension Site {
     /// Waits until nobody reads a copy, and older ones have what they need of it.
     private func takeOutOfUse(_ volume: VolumeState, _ record: CopyRecord) async throws {
         guard volume.copies[record.id] != nil else { return }  // lost: nothing of it is left
+        let (number, id) = (volume.number, record.id)
+        guard await volume.reactor.run({ $0.hosted(number).volume.copy(id)?.state }) != .withdrawing else {
+            throw SiteError(
+                "FlashCopy '\(record.name)' of volume '\(volume.name)' still hands over what older ones need; try again soon")
+        }
         try volume.update(record.id) { $0.state = .refreshing }
         await publish(volume, group(ofVolume: volume.name))
-        let (number, id) = (volume.number, record.id)
         await withCheckedContinuation { continuation in
             readyWaiters[id] = continuation
             volume.reactor.perform { reactor in
@@ -127,34 +145,45 @@ extension Site {
     func copyReady(_ id: CopyID) { readyWaiters.removeValue(forKey: id)?.resume() }
 
     private func retake(_ name: String, _ members: [VolumeState]) async throws {
-        // After a failed try the copies are in use again, of instants that differ.
-        for (volume, record) in try copies(name, members) where record.state == .active {
-            try await takeOutOfUse(volume, record)
-        }
+        for (volume, record) in try copies(name, members) { try await takeOutOfUse(volume, record) }
         let old = try copies(name, members)
         var made: [NewCopy] = []
         for (volume, record) in old { made.append(try await successor(volume, record)) }
         let parts = made.map { ($0.record, $0.files) }
+        let missed = Mutex<Set<Int>>([])
         let intact = await together(members) { index in
             let (volume, record) = old[index]
             let oldFiles = volume.copies[record.id]
             let id = record.id
             let (successor, files) = parts[index]
             await self.enterChain(volume, successor, files, targetFile: oldFiles?.targetFile) { volume, copy in
-                if oldFiles != nil { volume.retakeCopy(id, as: copy) } else { volume.addCopy(copy) }
+                if oldFiles == nil {
+                    volume.addCopy(copy)
+                } else if volume.mayRetake(id) {
+                    volume.retakeCopy(id, as: copy)
+                } else {
+                    missed.withLock { _ = $0.insert(index) }
+                }
             }
         }
+        let inUse = missed.withLock { $0 }
         for (index, new) in made.enumerated() {
             let (volume, record) = old[index]
+            if inUse.contains(index) {
+                release(volume, new.record.id)
+                volume.record.copies.removeAll { $0.id == new.record.id }
+                try volume.recordFile.save(volume.record)
+                continue
+            }
             release(volume, record.id)
+            try settle(new)
             volume.record.copies.removeAll { $0.id == record.id }
             try volume.update(new.record.id) { $0.state = .active }
             await publish(volume, group(ofVolume: volume.name))
         }
-        guard intact else {
+        guard intact, inUse.isEmpty else {
             throw SiteError(
-                "the volumes could not be held together within \(Limits.holdMilliseconds) ms: FlashCopy '\(name)' is of "
-                    + "slightly different instants; refresh it again", status: 503)
+                "FlashCopy '\(name)' could not be taken anew on all volumes at one instant; refresh it again", status: 503)
         }
     }
 

@@ -3,6 +3,7 @@
 // Must be prevented:
 //   bitmaps are trusted after power loss, beyond what the activity log allows
 //   a copy whose bits power loss may have taken serves its readers or an older copy
+//   work in the background begins before the chain is complete
 //   a restore that nobody was told of goes on
 
 import Base
@@ -16,10 +17,16 @@ extension Site {
     func host(_ volume: VolumeState) async throws {
         let setup = volume.setup
         let group = group(ofVolume: volume.name)
-        volume.number = await volume.reactor.run { $0.host(setup) }
+        volume.number = await volume.reactor.run { reactor in
+            let number = reactor.host(setup)
+            reactor.hosted(number).volume.beginResuming()
+            return number
+        }
         try await resumeChain(volume, group)
         try await resumeRole(volume, group)
         try await resumeRestore(volume, group)
+        let number = volume.number
+        await volume.reactor.run { $0.hosted(number).volume.finishResuming() }
         await publish(volume, group)
     }
 
@@ -143,6 +150,7 @@ extension Site {
         let (target, bitmap) = (volume.pointTarget, volume.pointBitmap)
         let knowsNothing = !recorded || !volume.recordingIsWhole || (!volume.isTrusted && volume.record.logIsBroken)
         let regions = isPrimary && !volume.isTrusted && !knowsNothing ? try Regions(volume) : nil
+        if isPrimary { try await startActivityLog(volume) }
         volume.pointTargetFile = await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
             let targetFile = hosted.addFile(target)
@@ -169,7 +177,6 @@ extension Site {
             volume.record.logIsBroken = false
             try volume.recordFile.save(volume.record)
         }
-        if isPrimary { try await startActivityLog(volume) }
     }
 
     /// Writes to the volume are logged before they are issued, from now on.
@@ -182,7 +189,7 @@ extension Site {
             let file = hosted.addFile(log.file, mapping: log.mapping)
             let contents = UnsafeRawBufferPointer(
                 start: log.mapping.memory + ActivityLog.fileOffset, count: Int(log.header.bitmapBytes))
-            hosted.volume.startActivityLog(file: file, contents: contents, bitmapFile: hosted.recordingFile)
+            hosted.volume.startActivityLog(file: file, contents: contents, recordingFile: hosted.recordingFile)
         }
     }
 

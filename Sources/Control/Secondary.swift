@@ -140,32 +140,28 @@ extension Site {
         let group = try group(name)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
-        guard group.record.failedOver == nil, group.record.role == .secondary else {
-            throw SiteError("group '\(name)' has failed over to '\(configuration.site)'", status: 403)
-        }
         guard group.record.peerSite == request.siteID, group.session == request.session else {
             throw SiteError("point \(request.number) comes from a session that has ended", status: 403)
         }
-        let newest = group.record.points.last
-        if let newest, newest.number == request.number {
-            return CommitAnswer(committedAt: newest.committedAt ?? newest.formedAt)  // asked again
+        if let done = group.record.hasCommitted(request.number) {
+            return CommitAnswer(committedAt: done.committedAt ?? done.formedAt)  // asked again
         }
-        guard newest?.number == request.previous, request.number > newest?.number ?? 0 else {
-            throw SiteError(
-                "point \(request.number) is out of order: the newest here is \(newest.map { String($0.number) } ?? "none"), "
-                    + "the primary expects \(request.previous.map(String.init) ?? "none")", status: 403)
-        }
-        try await requireQuiet(group)
-        return try await take(request, group)
-    }
-
-    /// The primary commits only what was acknowledged and flushed, so nothing of it can be under way.
-    private func requireQuiet(_ group: GroupState) async throws {
+        var writes = 0
         for volume in members(group) {
-            let writes = await writesUnderWay(volume)
-            if writes > 0 { throw Self.notQuiet(volume.name, writes) }
+            writes += await writesUnderWay(volume)
             try volume.source.synchronize()
         }
+        let plan: CommitPlan
+        do {
+            plan = try group.record.planCommit(
+                request.number, after: request.previous, formedAt: request.formedAt, now: realSeconds(),
+                order: members(group).map(\.nextOrder).max() ?? CopyRecord.orderStep, keep: group.entry.keep,
+                writesUnderWay: writes)
+        } catch {
+            throw SiteError("group '\(name)': \(error)", status: 403)
+        }
+        try await carryOut(plan, group)
+        return CommitAnswer(committedAt: plan.point.committedAt ?? plan.point.formedAt)
     }
 
     private func writesUnderWay(_ volume: VolumeState) async -> Int {
@@ -173,43 +169,41 @@ extension Site {
         return await volume.reactor.run { $0.hosted(number).volume.modifyingInFlight }
     }
 
-    private static func notQuiet(_ volume: String, _ writes: Int) -> SiteError {
-        SiteError("volume '\(volume)' has \(writes) writes to its intake under way", status: 403)
+    private func carryOut(_ plan: CommitPlan, _ group: GroupState) async throws {
+        let members = members(group)
+        let id = CopyID(plan.point.number)
+        var files: [CopyFiles] = []
+        for step in CommitStep.allCases {
+            switch step {
+            case .files:
+                for volume in members {
+                    try await makeRoom(volume)
+                    let made = try volume.openPoint(id, create: true)
+                    try made.target.synchronize()
+                    try synchronizeDirectory("\(volume.directory)/copies")
+                    files.append(made)
+                }
+            case .record:
+                for volume in members { volume.nextOrder = (plan.point.order ?? 0) + CopyRecord.orderStep }
+                group.record = plan.record
+                try group.save()
+            case .chains:
+                for (volume, made) in zip(members, files) { await takePoint(volume, plan, made, group) }
+            }
+        }
     }
 
-    private func take(_ request: CommitRequest, _ group: GroupState) async throws -> CommitAnswer {
-        let id = CopyID(request.number)
-        let members = members(group)
-        var files: [CopyFiles] = []
-        for volume in members {
-            try await makeRoom(volume)
-            let pair = try volume.openPoint(id, create: true)
-            try pair.target.synchronize()
-            try pair.bitmap.file.synchronize()
-            try synchronizeDirectory("\(volume.directory)/copies")
-            files.append(pair)
+    private func takePoint(_ volume: VolumeState, _ plan: CommitPlan, _ files: CopyFiles, _ group: GroupState) async {
+        var record = CopyRecord(
+            id: CopyID(plan.point.number), name: "", createdAt: plan.point.formedAt, order: plan.point.order ?? 0,
+            state: .active)
+        record.isDurable = true
+        await enterChain(volume, record, files) { $0.addCopy($1) }
+        let (number, ids) = (volume.number, plan.dropped.map { CopyID($0.number) })
+        volume.reactor.perform { reactor in
+            for id in ids { reactor.hosted(number).volume.withdrawCopy(id) }
         }
-        let order = members.map(\.nextOrder).max() ?? 1
-        for volume in members { volume.nextOrder = order + CopyRecord.orderStep }
-        let now = realSeconds()
-        var points = group.record.points
-        points.append(
-            PointRecord(number: request.number, formedAt: request.formedAt, committedAt: now, order: order))
-        let dropped = points.prefix(max(0, points.count - group.entry.keep))
-        points.removeFirst(dropped.count)
-        group.record.points = points
-        try group.save()  // the decision: from here on the point is committed
-        for (volume, pair) in zip(members, files) {
-            var record = CopyRecord(id: id, name: "", createdAt: now, order: order, state: .active)
-            record.isDurable = true
-            await enterChain(volume, record, pair) { $0.addCopy($1) }
-            let (number, ids) = (volume.number, dropped.map { CopyID($0.number) })
-            volume.reactor.perform { reactor in
-                for id in ids { reactor.hosted(number).volume.withdrawCopy(id) }
-            }
-            await publish(volume, group)
-        }
-        return CommitAnswer(committedAt: now)
+        await publish(volume, group)
     }
 
     /// Points that readers keep open past their retention must not fill the chain.
@@ -241,47 +235,50 @@ extension Site {
             }
             throw SiteError("group '\(name)' has failed over to point \(done.point) already")
         }
-        guard group.record.role == .secondary else {
-            throw SiteError("group '\(name)' is primary at '\(configuration.site)' already; fail over at its peer")
+        let point: PointRecord
+        do {
+            point = try group.record.failoverPoint(wanted)
+        } catch {
+            throw SiteError("group '\(name)' at '\(configuration.site)': \(error)")
         }
-        guard let newest = group.record.points.last else {
-            throw SiteError("group '\(name)' has no recovery point yet: its first copy is not complete")
-        }
-        let number = wanted ?? newest.number
-        guard let point = group.record.points.first(where: { $0.number == number }) else {
-            let known = group.record.points.map { String($0.number) }.joined(separator: ", ")
-            throw SiteError("group '\(name)' has no point \(number); it has \(known)", status: 404)
-        }
-        group.session = nil
-        for volume in members(group) { await endIntake(volume, next: 0) }
         try await takeOver(group, point)
-        note(name, "failed over to point \(number)")
+        note(name, "failed over to point \(point.number)")
         return point
     }
 
     private func takeOver(_ group: GroupState, _ point: PointRecord) async throws {
         let members = members(group)
         let id = CopyID(point.number)
-        for volume in members { try await prepareRestore(volume, from: id) }
-        group.record.role = .primary
-        group.record.failedOver = GroupRecord.Failover(
-            point: point.number, at: realSeconds(), restoring: members.map(\.name))
-        group.record.generations.insert(randomIdentity(), at: 0)
-        try group.save()  // the decision
-        for volume in members {
-            let number = volume.number
-            await beginRestore(volume, from: id, fresh: false)
-            try await startActivityLog(volume)
-            await volume.reactor.run { reactor in
-                let hosted = reactor.hosted(number)
-                hosted.volume.policy = .hostFirst
-                hosted.volume.recording = true
-                hosted.writable = true
+        for step in FailoverStep.allCases {
+            switch step {
+            case .fence:
+                group.session = nil
+                for volume in members { await endIntake(volume, next: 0) }
+            case .differences:
+                for volume in members { try await prepareRestore(volume, from: id) }
+            case .record:
+                group.record = group.record.afterFailover(
+                    to: point.number, volumes: members.map(\.name), generation: randomIdentity(), now: realSeconds())
+                try group.save()
+            case .open:
+                for volume in members { try await open(volume, id, group) }
             }
-            volume.record.servedAs = group.servedAs
-            try volume.recordFile.save(volume.record)
-            await publish(volume, group)
         }
+    }
+
+    private func open(_ volume: VolumeState, _ id: CopyID, _ group: GroupState) async throws {
+        let number = volume.number
+        await beginRestore(volume, from: id, fresh: false)
+        try await startActivityLog(volume)
+        await volume.reactor.run { reactor in
+            let hosted = reactor.hosted(number)
+            hosted.volume.policy = .hostFirst
+            hosted.volume.recording = true
+            hosted.writable = true
+        }
+        volume.record.servedAs = group.servedAs
+        try volume.recordFile.save(volume.record)
+        await publish(volume, group)
     }
 
     /// Writes down, durably, which grains must come back from the point.

@@ -142,14 +142,10 @@ package actor Site {
         try group.save()
     }
 
-    /// A point that was held is given up when the bitmaps of one volume do not say any more what of it is still to be sent.
+    /// A point that was held is given up when one volume does not say any more what of it is still to be sent.
     private func giveUpUncertainPoint(_ group: GroupState) throws {
-        guard group.record.held != nil || group.record.forming != nil,
-            !group.entry.volumes.compactMap({ volumes[$0] }).allSatisfy({ $0.isTrusted && $0.recordingIsWhole && $0.pointIsWhole })
-        else { return }
-        group.record.held = nil
-        group.record.forming = nil
-        try group.save()
+        let held = group.entry.volumes.map { volumes[$0].flatMap(\.heldPoint) }
+        if group.record.giveUpPoint(unlessHeldBy: held) { try group.save() }
     }
 
     func group(ofVolume name: String) -> GroupState? {

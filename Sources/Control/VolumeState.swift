@@ -50,6 +50,11 @@ final class VolumeState {
     private(set) var recordingIsWhole = true
     /// So does the bitmap of the point that was held.
     private(set) var pointIsWhole = true
+    /// The point that the bitmaps are of; nil = they say nothing.
+    var heldPoint: UInt64? {
+        guard isTrusted, recordingIsWhole, pointIsWhole else { return nil }
+        return (recording.mapping.memory + BitmapHeader.rolesOffset).load(as: RecordingRoles.self).heldPoint
+    }
     /// What was found wrong and mended, for the log.
     private(set) var findings: [String] = []
 

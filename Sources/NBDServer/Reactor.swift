@@ -297,7 +297,7 @@ package final class Reactor {
         for number in volumes.indices {
             guard let hosted = volumes[number] else { continue }
             if hosted.volume.fillsWithRate { hosted.volume.advanceClock(to: monotonicNanoseconds()) }
-            if hosted.volume.backgroundDue { hosted.volume.runBackground() }
+            if hosted.volume.backgroundDue || hosted.volume.isStarved { hosted.volume.runBackground() }
             var busy = true
             while busy {
                 busy = false
@@ -410,8 +410,8 @@ package final class Reactor {
     ) {
         let hosted = hosted(number)
         beginHold(hosted)
-        guard !hosted.volume.isRestoring else {
-            // Hosts see the restored data before it is there; a drain would send what was there before.
+        guard hosted.volume.mayFormPoint else {
+            // A restore began meanwhile: hosts see the restored data before it is there, and a drain would send what was.
             hosted.holdExpired = true
             hosted.volume.hold()
             return

@@ -42,8 +42,9 @@ package struct Cycle {
         case allMarked
         /// `changed`: some volume was written to since the last point.
         case prepared(changed: Bool)
-        /// A volume is being restored from a FlashCopy; a point would be neither what was nor what hosts see.
-        case restoring
+        /// A volume cannot form a point just now: it is being restored from a FlashCopy, so that a point would be neither what
+        /// was nor what hosts see; or the bits of the point before are not yet merged back.
+        case notReady
         /// Every volume has formed, and acknowledgements go again; `intact`: none let go before all had formed.
         case formed(at: Double, intact: Bool)
         case read(slot: Int, grains: Range<Int>?, offset: UInt64, length: Int)
@@ -124,9 +125,9 @@ package struct Cycle {
     private var lastFailure: String?
     private var dueAt: UInt64 = 0
     private var requested = false
-    /// While a volume is restored no point is formed; asked again after `restoreRetry`.
+    /// While a volume is not ready no point is formed; asked again after `readyRetry`.
     private var notBefore: UInt64 = 0
-    private static let restoreRetry: UInt64 = 100_000_000
+    private static let readyRetry: UInt64 = 50_000_000
     private var attempt = 0
     /// A link lost for longer than this ends the point that is held, so that its target stops growing.
     package static let heldLimit: UInt64 = 30_000_000_000
@@ -216,8 +217,8 @@ package struct Cycle {
             record.lastNumber = number
             state = .forming(number)
             return [.save(record), .form(number: number)]
-        case (.preparing, .restoring):
-            notBefore = now + Self.restoreRetry
+        case (.preparing, .notReady):
+            notBefore = now + Self.readyRetry
             state = .idle
             return []
         case (.forming(let number), .formed(let time, let intact)):
@@ -410,7 +411,7 @@ package struct Cycle {
 
     private mutating func pointLost(_ reason: String) -> [Action] {
         switch state {
-        case .stopped, .offline, .connecting:
+        case .stopped, .offline:
             record.held = nil
             return [.giveUp, .save(record)]
         case .givingUp, .marking, .idle, .preparing: return []

@@ -72,4 +72,15 @@ package struct GroupRecord: Codable, Sendable, Equatable {
         self.role = role
         generations = [generation]
     }
+
+    /// At a start: gives up a point that some volume does not hold any more.
+    ///
+    /// - Parameter held: for each volume the point that its bitmaps are of; nil = they cannot be relied on.
+    /// - Returns: whether the record has changed.
+    package mutating func giveUpPoint(unlessHeldBy held: [UInt64?]) -> Bool {
+        guard let point = self.held?.number, held.contains(where: { $0 != point }) else { return false }
+        self.held = nil
+        forming = nil
+        return true
+    }
 }

@@ -421,10 +421,10 @@ private final class ReplicatorThread {
         let sender = epoch
         let volumes = configuration.volumes
         onEveryVolume { reactor, volume in
-            !reactor.hosted(volume.number).volume.isRestoring
+            reactor.hosted(volume.number).volume.mayFormPoint
         } done: { whole in
             guard whole else {
-                mailbox.send(.event(.restoring, epoch: sender))
+                mailbox.send(.event(.notReady, epoch: sender))
                 return
             }
             onEvery(volumes) { reactor, volume in

@@ -20,6 +20,11 @@ extension World {
     func failOver() throws(SimulationFailure) {
         for volume in east { volume.crash(&random) }
         for volume in west { while !volume.pending.isEmpty { volume.step(&random) } }
+        for copies in westCopies { for (file, _) in copies.values { file.spaceLeft = nil } }
+        // A commit that was under way is decided by the record.
+        if west.contains(where: { volume in westPoints.contains { volume.volume.copy(CopyID($0)) == nil } }) {
+            restartWest(powerLoss: false, also: [])
+        }
         guard let point = westPoints.randomElement(using: &random) else { return }
         note("west fails over to point \(point)")
         let before = try westPoints.map { number throws(SimulationFailure) in try readNow(number) }

@@ -26,10 +26,36 @@ final class SimulatedFile {
     var cached: [UInt8]
     private(set) var durable: [UInt8]
     private var unsynced: Set<Int> = []
+    /// Sectors that cannot be read until they are written again.
+    var latent: Set<Int> = []
+    /// Sectors that may still be taken by first writes; nil = any number.
+    var spaceLeft: Int?
+    private var allocated: Set<Int> = []
+    /// Every write fails.
+    var refusesWrites = false
 
     init(byteCount: Int) {
         cached = Array(repeating: 0, count: byteCount)
         durable = cached
+    }
+
+    private func sectors(_ offset: Int, _ count: Int) -> ClosedRange<Int> {
+        offset / Self.sector...(offset + max(1, count) - 1) / Self.sector
+    }
+
+    func isReadable(_ offset: Int, _ count: Int) -> Bool {
+        latent.isEmpty || !sectors(offset, count).contains { latent.contains($0) }
+    }
+
+    /// Takes space for a write; the errno when there is none.
+    func claim(_ offset: Int, _ count: Int) -> Int32 {
+        if refusesWrites { return 5 }  // EIO
+        guard let left = spaceLeft else { return 0 }
+        let new = sectors(offset, count).filter { !allocated.contains($0) }
+        guard new.count <= left else { return 28 }  // ENOSPC
+        spaceLeft = left - new.count
+        allocated.formUnion(new)
+        return 0
     }
 
     func write(_ offset: Int, _ bytes: UnsafeRawBufferPointer) {
@@ -47,12 +73,29 @@ final class SimulatedFile {
 
     private func markUnsynced(_ offset: Int, _ count: Int) {
         guard count > 0 else { return }
-        for sector in offset / Self.sector...(offset + count - 1) / Self.sector { unsynced.insert(sector) }
+        for sector in sectors(offset, count) {
+            unsynced.insert(sector)
+            latent.remove(sector)
+        }
+    }
+
+    /// What a new file of the same length would hold.
+    func truncate() {
+        cached = Array(repeating: 0, count: cached.count)
+        unsynced = Set(0..<(cached.count + Self.sector - 1) / Self.sector)
+        latent = []
     }
 
     func flush() {
         for sector in unsynced { copySector(sector, from: cached, to: &durable) }
         unsynced = []
+    }
+
+    /// What a write with FUA makes durable: itself.
+    func flushRange(_ offset: Int, _ count: Int) {
+        for sector in sectors(offset, count) where unsynced.remove(sector) != nil {
+            copySector(sector, from: cached, to: &durable)
+        }
     }
 
     private func copySector(_ sector: Int, from: [UInt8], to: inout [UInt8]) {
@@ -105,6 +148,8 @@ final class SimulatedBitmap {
 enum SimulatedStore {
     case file(SimulatedFile)
     case bitmap(SimulatedBitmap)
+    /// Both recording bitmaps, which lie in one file.
+    case recording((SimulatedBitmap, SimulatedBitmap))
 }
 
 /// The I/O of one engine that is under way.
@@ -143,7 +188,7 @@ final class SimulatedVolume {
 
     /// Moves everything that the engine wants to say.
     func pump() {
-        if volume.backgroundDue { volume.runBackground() }
+        if volume.backgroundDue || volume.isStarved { volume.runBackground() }
         var busy = true
         while busy {
             busy = false
@@ -165,9 +210,10 @@ final class SimulatedVolume {
     /// Starts a request; false when every slot is taken.
     func submit(
         _ operation: Request.Operation, view: View = .volume, offset: Int, length: Int,
-        data: [UInt8]? = nil, fua: Bool = false, done: @escaping (Request) -> Void
+        data: [UInt8]? = nil, fua: Bool = false, before: () -> Void = {}, done: @escaping (Request) -> Void
     ) -> Bool {
         guard let slot = volume.takeRequest() else { return false }
+        before()
         let request = volume.request(slot)
         request.pointee.operation = operation
         request.pointee.view = view
@@ -205,18 +251,27 @@ final class SimulatedVolume {
         switch store {
         case .bitmap(let bitmap):
             if !skipFlushes { bitmap.flush() }
+        case .recording(let pair):
+            if !skipFlushes {
+                pair.0.flush()
+                pair.1.flush()
+            }
         case .file(let file):
             switch io.operation {
             case .read:
+                guard file.isReadable(offset, bytes) else { return 5 }
                 file.cached.withUnsafeBytes { source in
                     UnsafeMutableRawBufferPointer(start: io.buffer, count: bytes).copyMemory(
                         from: UnsafeRawBufferPointer(rebasing: source[offset..<offset + bytes]))
                 }
-            case .write: file.write(offset, UnsafeRawBufferPointer(start: io.buffer, count: bytes))
+            case .write:
+                let errno = file.claim(offset, bytes)
+                if errno != 0 { return errno }
+                file.write(offset, UnsafeRawBufferPointer(start: io.buffer, count: bytes))
             case .zero, .trim: file.zero(offset, bytes)
             case .flush: if !skipFlushes { file.flush() }
             }
-            if io.fua { file.flush() }
+            if io.fua, !skipFlushes { file.flushRange(offset, bytes) }
         }
         return 0
     }

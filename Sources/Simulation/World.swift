@@ -8,34 +8,9 @@ import Base
 import Replication
 import Volumes
 
-/// Mistakes to make on purpose, to show that the checker sees them.
-package enum DeliberateFault: String, CaseIterable, Sendable {
-    /// Acknowledgements are let go before every volume has formed.
-    case releaseEarly
-    /// The secondary's flushes do nothing, and it loses power.
-    case skipFlushes
-    /// A commit does not wait for the drain to be acknowledged.
-    case commitEarly
-    /// Bits are cleared although the point was not flushed, and the secondary loses power.
-    case acknowledgeFlushEarly
-    /// After power loss the primary trusts its bitmaps.
-    case trustBitmapsAfterPowerLoss
-    /// The next point's bitmaps are cleared while a reactor may still hold the point before.
-    case prepareWithoutBarrier
-    /// A restarted secondary relies on bits that the killed process had not flushed.
-    case trustUnflushedBits
-    /// A new session does not wait for the writes of the one before.
-    case skipFencing
-}
-
-package struct SimulationFailure: Error, CustomStringConvertible {
-    package var description: String
-    init(_ description: String) { self.description = description }
-}
-
 /// What a step may do.
 private enum Happening: CaseIterable {
-    case host, eastIO, westIO, message, task, killEast, eastPower, killWest, westPower, linkLoss, read
+    case host, eastIO, westIO, message, task, killEast, eastPower, killWest, westPower, linkLoss, partition, trouble, read, sweep
 
     /// Out of about ten thousand.
     var usualWeight: Int {
@@ -49,23 +24,27 @@ private enum Happening: CaseIterable {
         case .eastPower: 3
         case .westPower: 7
         case .linkLoss: 8
+        case .partition: 2
+        case .trouble: 4
+        case .sweep: 20
         case .read: 70
         }
     }
 
     var isFault: Bool {
         switch self {
-        case .killEast, .eastPower, .killWest, .westPower, .linkLoss: true
+        case .killEast, .eastPower, .killWest, .westPower, .linkLoss, .partition, .trouble: true
         default: false
         }
     }
 }
 
-package final class World {
+package final class World: Scenario {
     static let grain = 4096
     static let grains = 24
     static let size = grains * grain
     static let volumes = 2
+    static let regionBytes: UInt64 = 8192
     static let chains = 4
 
     var random: SeededGenerator
@@ -76,8 +55,7 @@ package final class World {
     var now: UInt64 = 0
     package private(set) var trace: [String] = []
     package private(set) var steps = 0
-    package private(set) var commits = 0
-    package private(set) var crashes = 0
+    package private(set) var figures = SimulationFigures()
 
     // East: files and metadata outlive its processes.
     private var eastFiles: [SimulatedFile] = []
@@ -85,6 +63,7 @@ package final class World {
     private var eastRoles: [UnsafeMutablePointer<RecordingRoles>] = []
     private var eastTargets: [SimulatedFile] = []
     private var eastPreserved: [SimulatedBitmap] = []
+    private var eastLogs: [SimulatedFile] = []
     private var eastRecord = GroupRecord(role: .primary, generation: "east")
     var east: [SimulatedVolume] = []
     private var cycle: Cycle!
@@ -96,8 +75,14 @@ package final class World {
     private var westBitmaps: [(SimulatedBitmap, SimulatedBitmap)] = []
     private var westRoles: [UnsafeMutablePointer<RecordingRoles>] = []
     var westCopies: [[CopyID: (SimulatedFile, SimulatedBitmap)]] = []
-    var westPoints: [UInt64] = []
+    private var westRecord = GroupRecord(role: .secondary, generation: "east")
+    var westPoints: [UInt64] { westRecord.points.map(\.number) }
+    private var westOrder = CopyRecord.orderStep
     var west: [SimulatedVolume] = []
+    private var westLife = 0
+    private var committing = false
+    /// Steps of a commit, which go on when the primary dies.
+    private var westTasks: [() -> Void] = []
     private var session: UInt64 = 0
     /// The session that the primary's connections belong to.
     private var linkSession: UInt64 = 0
@@ -105,13 +90,13 @@ package final class World {
     // The link and everything else that takes time: run in any order.
     private var tasks: [() -> Void] = []
     private var epoch: UInt64 = 0
-    private var flushesLeft = 0
-    private let copyBuffers: CopyBuffers
+    /// Nothing reaches the other site before this step.
+    private var partitionedUntil = 0
+    private var copyBuffers: CopyBuffers
     private let copyMemory: UnsafeMutableRawPointer
 
     var hosts: Hosts
     private var remembered: [UInt64: [[UInt8]]] = [:]
-    package private(set) var checks = 0
     private var failure: SimulationFailure?
 
     package init(seed: UInt64, fault: DeliberateFault? = nil) {
@@ -123,13 +108,14 @@ package final class World {
         quietWeights = Happening.allCases.map { $0.isFault ? 0 : $0.usualWeight }
         random = generator
         self.fault = fault
-        copyMemory = .allocate(byteCount: 8 << 20, alignment: 4096)
+        copyMemory = .allocate(byteCount: 16 << 20, alignment: 4096)
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
         hosts = Hosts(chains: Self.chains)
         for _ in 0..<Self.volumes {
             eastFiles.append(SimulatedFile(byteCount: Self.size))
             eastTargets.append(SimulatedFile(byteCount: Self.size))
             eastPreserved.append(SimulatedBitmap(bits: Self.grains))
+            eastLogs.append(SimulatedFile(byteCount: ActivityLog.fileOffset + 4096))
             eastBitmaps.append((SimulatedBitmap(bits: Self.grains), SimulatedBitmap(bits: Self.grains)))
             eastRoles.append(Self.newRoles())
             westFiles.append(SimulatedFile(byteCount: Self.size))
@@ -170,7 +156,8 @@ package final class World {
             volume: Volume(
                 geometry: Geometry(size: UInt64(Self.size), grain: Self.grain)!,
                 bitmaps: (bitmaps.0.bitmap(Self.grains), bitmaps.1.bitmap(Self.grains)),
-                roles: roles, copyBuffers: copyBuffers, requestCapacity: 48))
+                roles: roles, copyBuffers: copyBuffers, requestCapacity: 48, smallestRegion: Self.regionBytes,
+                faults: fault?.engine ?? []))
         _ = volume.addStore(.file(source))
         return volume
     }
@@ -180,7 +167,9 @@ package final class World {
             eastRecord.held = nil
             eastRecord.forming = nil
         }
+        _ = eastRecord.giveUpPoint(unlessHeldBy: eastRoles.map { $0.pointee.heldPoint })
         east = []
+        copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
         targetFiles = []
         mailboxes = Array(repeating: [], count: Self.volumes)
         epoch += 1
@@ -189,7 +178,7 @@ package final class World {
             let target = simulated.addStore(.file(eastTargets[index]))
             targetFiles.append(target)
             simulated.volume.recording = true
-            if !trusted, fault != .trustBitmapsAfterPowerLoss { simulated.volume.markAllChanged() }
+            startLog(index, simulated, trusted)
             if let held = eastRecord.held?.number {
                 simulated.volume.resumePoint(
                     number: held, targetFile: target,
@@ -206,14 +195,37 @@ package final class World {
         perform(cycle.start(now: now))
     }
 
+    private func startLog(_ index: Int, _ simulated: SimulatedVolume, _ trusted: Bool) {
+        let regions = SimulatedBitmap(bits: 64)
+        let layout = ActivityLog.layout(size: UInt64(Self.size), smallest: Self.regionBytes)
+        let region = Bitmap(memory: regions.memory, count: layout.count)
+        let log = eastLogs[index]
+        let (bitmapFile, logFile) = (simulated.addStore(.recording(eastBitmaps[index])), simulated.addStore(.file(log)))
+        log.cached.withUnsafeBytes { bytes in
+            let contents = UnsafeRawBufferPointer(rebasing: bytes[ActivityLog.fileOffset...])
+            _ = ActivityLog.decode(contents, into: region)
+            simulated.volume.startActivityLog(file: logFile, contents: contents, recordingFile: bitmapFile)
+        }
+        if !trusted, fault != .trustBitmapsAfterPowerLoss { simulated.volume.recoverChanges(regions: region) }
+    }
+
     private func startWest() {
+        westLife += 1
+        committing = false
+        // What was made for a point that no record names.
+        for index in 0..<Self.volumes {
+            for id in westCopies[index].keys where !westPoints.contains(UInt64(id)) { westCopies[index][id] = nil }
+        }
         west = []
+        copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory + (8 << 20), size: 8 << 20))
         session = 0
         for index in 0..<Self.volumes {
             let simulated = makeVolume(westFiles[index], westBitmaps[index], westRoles[index])
             simulated.volume.policy = .copiesFirst
             simulated.skipFlushes = fault == .skipFlushes
+            simulated.volume.beginResuming()
             for point in westPoints { addPoint(point, to: simulated, index, resume: true) }
+            simulated.volume.finishResuming()
             west.append(simulated)
         }
     }
@@ -233,11 +245,11 @@ package final class World {
 
     private func crashEast(powerLoss: Bool) {
         note("east \(powerLoss ? "loses power" : "is killed")")
-        crashes += 1
+        figures.crashes += 1
         for volume in east { volume.crash(&random) }
         east = []
         if powerLoss {
-            for file in eastFiles + eastTargets { file.losePower(&random) }
+            for file in eastFiles + eastTargets + eastLogs { file.losePower(&random) }
             for bitmap in eastPreserved + eastBitmaps.flatMap({ [$0.0, $0.1] }) { bitmap.losePower(&random) }
         }
         tasks = []
@@ -252,7 +264,7 @@ package final class World {
 
     func restartWest(powerLoss: Bool, also bitmaps: [SimulatedBitmap]) {
         note("west \(powerLoss ? "loses power" : "is killed")")
-        crashes += 1
+        figures.crashes += 1
         for volume in west { volume.crash(&random) }
         if powerLoss {
             for file in westFiles { file.losePower(&random) }
@@ -346,6 +358,7 @@ package final class World {
         let sender = epoch
         let clear: () -> Void = { [unowned self] in
             guard sender == epoch else { return }
+            guard east.allSatisfy({ $0.volume.mayFormPoint }) else { return handle(.notReady) }
             for bitmap in eastPreserved { bitmap.bitmap(Self.grains).clearAll() }
             handle(.prepared(changed: east.contains { $0.volume.changedGrains > 0 }))
         }
@@ -409,11 +422,14 @@ package final class World {
         let (offset, length) = (Int(range.lowerBound), Int(range.upperBound - range.lowerBound))
         let index = east.firstIndex { $0 === volume }!
         let submitted = volume.submit(.read, view: .point, offset: offset, length: length) { [unowned self] request in
-            guard request.error == 0 else { return }
+            guard request.error == 0 else {
+                return tasks.append { [unowned self] in event(.pointLost("it cannot be read"), sender) }
+            }
             let data = Array(UnsafeRawBufferPointer(start: request.buffer, count: length))
             tasks.append { [unowned self] in
                 guard sender == epoch else { return }
                 handle(.read(slot: slot, grains: grains, offset: UInt64(offset), length: length))
+                if fault == .clearEarly { post(index) { $0.volume.clearOutOfSync(grains, point: point) } }
                 send(slot, index, offset, data, sender)
             }
         }
@@ -428,6 +444,7 @@ package final class World {
     private func openSession(_ sender: UInt64) {
         tasks.append { [unowned self] in
             guard sender == epoch else { return }
+            guard steps >= partitionedUntil else { return loseSession(sender) }
             session = random.next() | 1
             answerSession(sender, session)
         }
@@ -437,6 +454,8 @@ package final class World {
     private func answerSession(_ sender: UInt64, _ opened: UInt64) {
         tasks.append { [unowned self] in
             guard session == opened else { return loseSession(sender) }
+            // Sessions, commits and failovers come one after the other.
+            guard !committing else { return answerSession(sender, opened) }
             guard fault == .skipFencing || west.allSatisfy({ $0.volume.modifyingInFlight == 0 }) else {
                 return answerSession(sender, opened)
             }
@@ -501,44 +520,71 @@ package final class World {
         let sender = epoch
         let opened = linkSession
         tasks.append { [unowned self] in
-            guard session == opened else { return loseLink() }
-            if westPoints.last != number {
-                guard westPoints.last == previous else {
-                    failure = SimulationFailure(
-                        "point \(number) comes after \(previous ?? 0), west has \(westPoints.last ?? 0)")
-                    return
-                }
-                if fault != .commitEarly, west.contains(where: { $0.volume.modifyingInFlight > 0 }) {
-                    failure = SimulationFailure("a commit while writes to the intake are under way")
-                    return
-                }
-                take(number)
+            guard session == opened, steps >= partitionedUntil, !committing else { return loseLink() }
+            if westRecord.hasCommitted(number) != nil { return answerCommit(sender) }
+            let writes = fault == .commitEarly ? 0 : west.reduce(0) { $0 + $1.volume.modifyingInFlight }
+            do {
+                let plan = try westRecord.planCommit(
+                    number, after: previous, formedAt: 0, now: 0, order: westOrder, keep: 4, writesUnderWay: writes)
+                let steps = fault == .chainBeforeRecord ? [.files, .chains, .record] : CommitStep.allCases
+                carryOut(plan, steps[...]) { [unowned self] in answerCommit(sender) }
+            } catch {
+                failure = SimulationFailure("a commit is refused: \(error)")
             }
-            // The answer may be lost.
-            if random.chance(5) { return loseLink() }
-            tasks.append { [unowned self] in event(.committed(at: Double(now)), sender) }
         }
     }
 
-    private func take(_ number: UInt64) {
-        note("point \(number) is committed")
-        commits += 1
-        westPoints.append(number)
-        for index in 0..<Self.volumes { addPoint(number, to: west[index], index, resume: false) }
-        if westPoints.count > 4 {
-            let dropped = westPoints.removeFirst()
-            remembered[dropped] = nil
-            for volume in west { volume.volume.withdrawCopy(CopyID(dropped)) }
+    private func answerCommit(_ sender: UInt64) {
+        // The answer may be lost.
+        if random.chance(5) { return loseLink() }
+        tasks.append { [unowned self] in event(.committed(at: Double(now)), sender) }
+    }
+
+    /// One step after the other; west may be killed between any two, and its tasks with it.
+    private func carryOut(_ plan: CommitPlan, _ steps: ArraySlice<CommitStep>, done: @escaping () -> Void) {
+        committing = true
+        guard let step = steps.first else {
+            committing = false
+            return done()
         }
-        for volume in west { volume.pump() }
+        let life = westLife
+        switch step {
+        case .files:
+            for index in 0..<Self.volumes {
+                westCopies[index][CopyID(plan.point.number)] = (
+                    SimulatedFile(byteCount: Self.size), SimulatedBitmap(bits: Self.grains)
+                )
+            }
+        case .record:
+            note("point \(plan.point.number) is committed")
+            figures.commits += 1
+            westRecord = plan.record
+            westOrder += CopyRecord.orderStep
+            for point in plan.dropped { remembered[point.number] = nil }
+        case .chains:
+            for index in 0..<Self.volumes {
+                addPoint(plan.point.number, to: west[index], index, resume: false)
+                for point in plan.dropped { west[index].volume.withdrawCopy(CopyID(point.number)) }
+                west[index].pump()
+            }
+        }
+        westTasks.append { [unowned self] in
+            if life == westLife { carryOut(plan, steps.dropFirst(), done: done) }
+        }
     }
 
     // MARK: Running
 
     /// Runs `count` steps with faults. Then either everything settles and the sites are compared, or the secondary
     /// takes over from wherever it is; the seed decides.
-    package func run(steps count: Int) throws(SimulationFailure) {
-        while steps < count { try step(faults: true) }
+    package func run(steps count: Int, skipping skipped: Set<Int>) throws(SimulationFailure) {
+        let seed = random.next()
+        for index in 0..<count where !skipped.contains(index) {
+            steps = index
+            random = SeededGenerator(seed: seed &+ UInt64(index) &* 0x9E37_79B9)
+            try step(faults: true)
+        }
+        random = SeededGenerator(seed: ~seed)
         let settles = random.chance(50)
         if settles { try settle() }
         if fault == nil || !settles { try failOver() }
@@ -546,10 +592,13 @@ package final class World {
 
     private func step(faults: Bool) throws(SimulationFailure) {
         steps += 1
+        figures.steps += 1
         now += UInt64(random.below(20_000_000))
         handle(.tick)
         switch choose(faults) {
-        case .host: hosts.act(self)
+        case .host:
+            figures.operations += 1
+            hosts.act(self)
         case .eastIO: east[random.below(Self.volumes)].step(&random)
         case .westIO: west[random.below(Self.volumes)].step(&random)
         case .message: takeMessage()
@@ -559,7 +608,15 @@ package final class World {
         case .killWest: crashWest(powerLoss: false)
         case .westPower: crashWest(powerLoss: true)
         case .linkLoss: loseLink()
+        case .partition:
+            partitionedUntil = steps + random.below(800)
+            loseLink()
+        case .trouble: makeTrouble()
         case .read: readPoint()
+        case .sweep: for volume in east {
+            volume.volume.sweepActivity()
+            volume.pump()
+        }
         }
         collectEvents()
         if let failure { throw failure }
@@ -581,12 +638,37 @@ package final class World {
     }
 
     private func takeTask() {
+        if !westTasks.isEmpty, random.chance(30) { return westTasks.removeFirst()() }
         guard !tasks.isEmpty else { return }
         tasks.remove(at: random.below(tasks.count))()
     }
 
+    /// A target that is full or fails, a sector that cannot be read: for a while.
+    private func makeTrouble() {
+        switch random.below(4) {
+        case 0: eastTargets[random.below(Self.volumes)].spaceLeft = random.below(40)
+        case 1: eastFiles[random.below(Self.volumes)].latent.insert(random.below(Self.size / SimulatedFile.sector))
+        case 2:
+            let copies = westCopies[random.below(Self.volumes)]
+            if let id = copies.keys.sorted().last { copies[id]!.0.spaceLeft = random.below(20) }
+        default: endTrouble()
+        }
+    }
+
+    private func endTrouble() {
+        for file in eastFiles { file.latent = [] }
+        for target in eastTargets { target.spaceLeft = nil }
+        for copies in westCopies { for (file, _) in copies.values { file.spaceLeft = nil } }
+    }
+
     private func collectEvents() {
-        for volume in east { for event in volume.takeEvents() { note("east: \(event)") } }
+        for volume in east {
+            for event in volume.takeEvents() {
+                note("east: \(event)")
+                guard case .pointGivenUp = event else { continue }
+                tasks.append { [unowned self] in handle(.pointLost("a volume could not hold it")) }
+            }
+        }
         for volume in west {
             for case .copyWithdrawn(let id) in volume.takeEvents() {
                 let index = west.firstIndex { $0 === volume }!
@@ -613,7 +695,7 @@ package final class World {
     }
 
     private func check(_ point: UInt64, _ images: [[UInt8]]) {
-        checks += 1
+        figures.checks += 1
         if let before = remembered[point], before != images {
             failure = SimulationFailure("point \(point) has changed since it was read before")
             return
@@ -627,6 +709,8 @@ package final class World {
     /// No more faults: hosts stop, everything under way ends, a last point holds all that was acknowledged.
     private func settle() throws(SimulationFailure) {
         hosts.stopped = true
+        endTrouble()
+        partitionedUntil = 0
         let deadline = steps + 200_000
         while !hosts.isIdle(self) {
             try step(faults: false)
@@ -636,10 +720,16 @@ package final class World {
         while westPoints.last ?? 0 < wanted {
             try step(faults: false)
             guard steps < deadline else {
-                throw SimulationFailure("no point is committed any more: \(cycle.stateName) \(cycle.suspension ?? "")")
+                throw SimulationFailure("no point is committed any more: \(cycle.stateName) \(cycle.suspension ?? "")\(stuckState)")
             }
         }
+        while west.contains(where: { $0.volume.copy(CopyID(westPoints.last!)) == nil }) { try step(faults: false) }
         try compareSites(westPoints.last!)
+    }
+
+    private var stuckState: String {
+        let volumes = east.map { "point \($0.volume.point?.number ?? 0) oos \($0.volume.outOfSyncGrains) ready \($0.volume.mayFormPoint) requests \($0.volume.requestsInUse) io \($0.pending.count)" }
+        return " \(cycle.state), east \(volumes), west \(west.map(\.volume.modifyingInFlight)), tasks \(tasks.count)"
     }
 
     private func compareSites(_ point: UInt64) throws(SimulationFailure) {

@@ -2,7 +2,7 @@
 //
 // The bitmaps are mapped files: they outlive the process, but after power loss they are as old as their last flush. So
 // a region is written down, durably, before the first write to it. It is taken out lazily: once nothing was written to
-// it for a while, and the bitmaps were flushed since. After power loss what is set in the bitmaps, and every grain of
+// it for a while, and data and bitmaps were flushed since. After power loss what is set in the bitmaps, and every grain of
 // the regions in the log, is what may have changed (as with md's write-intent bitmap; DRBD's activity log bounds the
 // number of regions instead, and so has to wait for one to leave).
 //
@@ -11,6 +11,7 @@
 // Must be prevented:
 //   a write is issued before its region is on stable storage
 //   a region leaves before the bits of its writes are on stable storage
+//   a region leaves before its writes are: what was sent is cleared, and power loss takes it back at this site only
 //   a region leaves while a write to it is in flight, whose bits are set once more when it ends
 //
 // Owner: the reactor of the volume.
@@ -23,7 +24,7 @@ package final class ActivityLog {
     package static let sectorBytes = 512
     /// The log begins behind the file's header.
     package static let fileOffset = 4096
-    private static let smallestRegion: UInt64 = 4 << 20
+    package static let smallestRegion: UInt64 = 4 << 20
     private static let mostRegions = 1 << 16
 
     package let regionShift: UInt64
@@ -31,8 +32,8 @@ package final class ActivityLog {
     package var sectorCount: Int { Self.sectors(of: regionCount) }
     package fileprivate(set) var isOn = false
     fileprivate var file: StoreFile = -1
-    /// Files with bits that a region's end waits for.
-    fileprivate var bitmapFile: StoreFile = -1
+    /// The recording bitmaps.
+    fileprivate(set) var recordingFile: StoreFile = -1
 
     /// On stable storage.
     fileprivate let logged: Bitmap
@@ -58,14 +59,16 @@ package final class ActivityLog {
     package static func sectors(of regions: Int) -> Int { (regions + 8 * bitBytes - 1) / (8 * bitBytes) }
 
     /// Bytes of one region of a volume, as a power of two, and how many regions there are.
-    package static func layout(size: UInt64) -> (shift: UInt64, count: Int) {
+    ///
+    /// - Parameter smallest: bytes of a region of a small volume; a power of two.
+    package static func layout(size: UInt64, smallest smallestRegion: UInt64 = smallestRegion) -> (shift: UInt64, count: Int) {
         var shift = UInt64(smallestRegion.trailingZeroBitCount)
         while (size - 1) >> shift >= UInt64(mostRegions) { shift += 1 }
         return (shift, Int((size - 1) >> shift) + 1)
     }
 
-    init(geometry: Geometry) {
-        (regionShift, regionCount) = Self.layout(size: geometry.size)
+    init(geometry: Geometry, smallestRegion: UInt64) {
+        (regionShift, regionCount) = Self.layout(size: geometry.size, smallest: smallestRegion)
         let bytes = Bitmap.byteCount(bits: regionCount)
         memory = .allocate(byteCount: 5 * bytes, alignment: 8)
         memory.initializeMemory(as: UInt8.self, repeating: 0, count: 5 * bytes)
@@ -140,12 +143,12 @@ extension Volume {
     ///
     /// - Parameters:
     ///   - contents: what `file` holds behind its header; empty for a log that is all zeros.
-    ///   - bitmapFile: file of the recording bitmaps.
-    package func startActivityLog(file: StoreFile, contents: UnsafeRawBufferPointer, bitmapFile: StoreFile) {
+    ///   - recordingFile: file of the recording bitmaps.
+    package func startActivityLog(file: StoreFile, contents: UnsafeRawBufferPointer, recordingFile: StoreFile) {
         if !contents.isEmpty { _ = ActivityLog.decode(contents, into: activity.logged) }
         activity.touched.setAll()  // nobody knows; the first sweep lets them be
         activity.file = file
-        activity.bitmapFile = bitmapFile
+        activity.recordingFile = recordingFile
         activity.isOn = true
     }
 
@@ -259,10 +262,11 @@ extension Volume {
         activity.leaving.formDifference(activity.logged, activity.touched)
         activity.touched.clearAll()
         guard activity.leaving.firstSet(in: 0..<activity.regionCount) != nil else { return }
-        activity.flushesLeft = 1
+        activity.flushesLeft = 2
         activity.flushFailed = false
         let token = IOToken(owner: .activityFlush, slot: 0, generation: 0)
-        issue(flushIO(activity.bitmapFile, token))
+        issue(flushIO(Self.source, token))
+        issue(flushIO(activity.recordingFile, token))
         for index in 0..<chainCount where chain[index].recordsChanges {
             activity.flushesLeft += 1
             issue(flushIO(chain[index].bitmapFile, token))

@@ -97,14 +97,13 @@ package struct Bitmap: BitwiseCopyable {
         return sum
     }
 
-    /// Sets every bit that is set in `other`, and clears `other`; returns how many bits were added.
-    package func absorb(_ other: Bitmap) -> Int {
+    /// Sets every bit that is set in `other`; returns how many bits were added.
+    package func add(_ other: Bitmap) -> Int {
         invariant(other.count == count, "bitmaps of one volume are alike")
         var added = 0
-        for word in 0..<wordCount where other.words[word] != 0 {
+        for word in 0..<wordCount where other.words[word] & ~words[word] != 0 {
             added += (other.words[word] & ~words[word]).nonzeroBitCount
             words[word] |= other.words[word]
-            other.words[word] = 0
         }
         return added
     }

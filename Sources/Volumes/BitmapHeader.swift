@@ -6,7 +6,8 @@
 //   40 size of the volume in bytes (64)               48  grain in bytes (32)
 //   52 number of bitmaps in the file (32)             56  bytes from one bitmap to the next (64)
 //   64 CRC-32C of bytes 0 to 63 (32)
-//   128 recording bitmaps: which of the two records changes (64), changed while the file is in use
+//   128 recording bitmaps: which of the two records changes (64); 136 the point that the other one is of (64), 0 = none.
+//       Both change while the file is in use.
 // The bitmaps begin at 4096.
 //
 // Must be prevented: bits of another volume, of another grain, or of a newer format are taken for this volume's.

@@ -5,6 +5,7 @@
 //
 // Must be prevented:
 //   two jobs on one grain at a time (a late write of the first would overwrite the second's)
+//   old content read from the source after a newer copy came to have it, and a host write no longer waited
 //   old content read from the source while a write that was in flight at the cut is still changing it
 //   a durable copy's bit on stable storage before its data
 
@@ -190,6 +191,7 @@ extension Volume {
         let range = geometry.byteRange(run)
         guard let buffer = copyBuffers.take(Int(range.upperBound - range.lowerBound)) else {
             freeJobs.append(slot)
+            isStarved = true
             return nil
         }
         let generation = jobs[Int(slot)].generation &+ 1
@@ -225,7 +227,7 @@ extension Volume {
     func aim(_ job: UnsafeMutablePointer<CopyJob>, at copy: FlashCopy) {
         job.pointee.targetCopy = copy.id
         job.pointee.copyFile = copy.targetFile
-        job.pointee.durable = copy.durable
+        job.pointee.durable = copy.durable && !faults.contains(.skipDurability)
         job.pointee.targetIsZero = copy.targetIsZero
     }
 
@@ -269,6 +271,14 @@ extension Volume {
         if job.pointee.writesLeft == 0 { moved(slot) }
     }
 
+    /// Whether what was read is still where the copy has its data.
+    private func stillReads(_ slot: Int32) -> Bool {
+        guard !faults.contains(.skipReadCheck) else { return true }
+        let job = jobs[Int(slot)]
+        guard let index = chainIndex(job.targetCopy) else { return false }
+        return resolveCopy(index, job.grains) == (job.readFile, job.grains.upperBound)
+    }
+
     private func moved(_ slot: Int32) {
         let job = jobs + Int(slot)
         if job.pointee.durable, job.pointee.copyError == 0 {
@@ -288,6 +298,7 @@ extension Volume {
             return
         }
         if job.pointee.isHole {
+            guard stillReads(slot) else { return endJob(slot) }
             // An untouched target reads as zeroes already.
             if job.pointee.targetIsZero { return moved(slot) }
             job.pointee.writesLeft = 1
@@ -296,6 +307,9 @@ extension Volume {
         }
         // The point may have ended while its old content was read; nobody needs it then.
         if job.pointee.targetPoint != point?.number ?? 0 { job.pointee.targetPoint = 0 }
+        // A copy that was taken anew meanwhile may have the grains: a host write did not wait, and may have overtaken the
+        // read, but the older copy finds them there.
+        if job.pointee.targetCopy >= 0, !stillReads(slot) { job.pointee.targetCopy = -1 }
         job.pointee.writesLeft =
             (job.pointee.targetPoint != 0 ? 1 : 0) + (job.pointee.targetCopy >= 0 ? 1 : 0)
         guard job.pointee.writesLeft > 0 else { return endJob(slot) }

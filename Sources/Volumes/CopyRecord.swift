@@ -79,13 +79,22 @@ package struct CopyRecord: Codable, Sendable, Equatable {
         case .creating: return .leaves
         case .active: return .serves
         case .refreshing:
-            state = .lost
+            // It stays in the record until it has handed over, and longer (`hasLeft`).
             reason = "its refresh was interrupted; refresh it again, or withdraw it"
             return .leaves
         case .withdrawing: return .leaves
         case .failed: return .servesOlder
         case .lost: return .absent
         }
+    }
+
+    /// The copy is out of the chain.
+    ///
+    /// - Returns: whether its record stays, for the operator to see what became of it.
+    package mutating func hasLeft() -> Bool {
+        guard state == .refreshing else { return false }
+        state = .lost
+        return true
     }
 
     /// The space between the orders of copies that are taken one after the other, so that clones fit in between.

@@ -7,6 +7,7 @@
 //
 // Must be prevented:
 //   a copy leaves while its heir lacks something that only it has
+//   work begins on a chain that is only half taken up after a restart, and reads past copies that are still to come
 //   a background copy takes the volume's copy jobs or the driver's turn from hosts
 
 import Base
@@ -17,15 +18,24 @@ extension Volume {
     /// Starts what background work may start just now.
     package func runBackground() {
         backgroundDue = false
+        isStarved = false
         // Memory for copy jobs is shared: another volume may have given some back.
         if activeJobCount == 0, !starvedWaiters.isEmpty { wakeStarved() }
-        guard backgroundWork else { return }
+        guard backgroundWork, !isResuming else { return }
         backgroundAllowance = Self.backgroundStarts
         advanceRestore()
         advanceLeaving()
         advanceFills()
         if backgroundAllowance == 0 { backgroundDue = true }
         backgroundAllowance = 0
+    }
+
+    /// Chain, role and restore of an earlier run are taken up between the two calls.
+    package func beginResuming() { isResuming = true }
+
+    package func finishResuming() {
+        isResuming = false
+        backgroundDue = backgroundWork
     }
 
     var backgroundMayStart: Bool {
@@ -130,7 +140,7 @@ extension Volume {
 
     /// Starts jobs that copy what the next older copy lacks; true when nothing is left to hand over.
     private func handOver(_ index: Int) -> Bool {
-        guard let heir = heir(of: index) else { return true }
+        guard let heir = heir(of: index), !faults.contains(.dropHandover) else { return true }
         let id = chain[index].id
         for active in 0..<activeJobCount where jobs[Int(activeJobs[active])].targetCopy == id {
             return false  // its outcome decides what there is to hand over

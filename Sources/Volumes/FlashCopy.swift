@@ -125,18 +125,29 @@ extension Volume {
         unsettleWritesInFlight(to: chain[index + 1].targetFile)
     }
 
+    /// Whether a copy whose refresh has begun is out of use just now. It may come into use again: when the copy that it has
+    /// handed over to leaves, the next older one needs the same.
+    package func mayRetake(_ id: CopyID) -> Bool {
+        guard let index = chainIndex(id) else { return false }
+        return chain[index].state == .refreshing && chain[index].readyTold && isIdle(index)
+    }
+
     /// Takes a copy anew that has handed over what others need and has no readers: it leaves the chain, and `renewed`,
     /// over the same target, is the newest. Only what changed on either side since has to be copied.
     ///
     /// - Parameter renewed: its bitmaps are clear.
     package func retakeCopy(_ id: CopyID, as renewed: FlashCopy) {
-        guard let index = chainIndex(id), chain[index].state == .refreshing, isIdle(index) else {
+        guard let index = chainIndex(id), mayRetake(id) else {
             invariantFailed("a copy is taken anew when it is out of use", #fileID, #line)
         }
         let old = chain[index]
         var renewed = renewed
         if old.isIncremental, renewed.recordsChanges {
+            // C1: what changed since is noted here or in a newer copy.
             renewed.preserved.formDifference(old.preserved, old.changes)
+            for newer in index + 1..<max(index + 1, chainCount) {
+                renewed.preserved.formDifference(renewed.preserved, chain[newer].changes)
+            }
             renewed.preservedCount = renewed.preserved.population()
         }
         remove(index)
@@ -241,7 +252,13 @@ extension Volume {
 
     func remove(_ index: Int) {
         // C1: what the source changed while this was the newest, it changed since the older ones were taken, too.
-        if let heir = heir(of: index), chain[heir].recordsChanges { chain[heir].changes.formUnion(chain[index].changes) }
+        var older = index - 1
+        while older >= 0 {
+            let keeps = chain[older].state == .active || chain[older].state == .refreshing
+            if keeps, chain[older].recordsChanges { chain[older].changes.formUnion(chain[index].changes) }
+            if chain[older].state == .active { break }
+            older -= 1
+        }
         for later in index..<chainCount - 1 { chain[later] = chain[later + 1] }
         chainCount -= 1
         reviewChain()
@@ -274,7 +291,8 @@ extension Volume {
 
     /// C1: the source, which is about to be written, differs here from every copy.
     func recordChanges(_ grains: Range<Int>) {
-        if recording { mark(grains) }  // V1
+        if recording, !faults.contains(.forgetMark) { mark(grains) }  // V1
+        guard !faults.contains(.forgetChanges) else { return }
         if preserveIndex >= 0, chain[preserveIndex].recordsChanges { chain[preserveIndex].changes.set(grains) }
         guard refreshingCount > 0 else { return }
         for index in 0..<chainCount where chain[index].state == .refreshing && chain[index].recordsChanges {

@@ -21,11 +21,12 @@ extension Volume {
     /// - Parameter preserved: all clear; over memory that outlives a process crash.
     package func formPoint(number: UInt64, targetFile: StoreFile, preserved: Bitmap) {
         invariant(recording, "only a recording volume forms points")
-        invariant(point == nil && outOfSyncCount == 0, "a point waits for the one before")
+        invariant(point == nil && outOfSyncCount == 0 && mayFormPoint, "a point waits for the one before")
         holding = true
         epoch &+= 1
         point = PointHold(number: number, targetFile: targetFile, preserved: preserved)
         roles.pointee.changeRecordingIndex ^= 1
+        roles.pointee.heldPoint = number
         outOfSyncCount = changeCount
         changeCount = 0
         drainCursor = 0
@@ -86,6 +87,7 @@ extension Volume {
 
     /// The point cannot be held or sent: what it had still to send is changed again.
     package func giveUpPoint(errno: Int32 = 0) {
+        roles.pointee.heldPoint = 0
         guard let point else { return mergeOutOfSync() }
         self.point = nil
         mergeOutOfSync()
@@ -93,11 +95,29 @@ extension Volume {
         wakeStarved()
     }
 
-    /// Rule 2: no bit is lost when a point is.
+    /// Rule 2: no bit is lost when a point is. Bits move from one bitmap to the other, and power loss may keep the old state
+    /// of either, so the ones are on stable storage before the others are cleared.
     package func mergeOutOfSync() {
-        changeCount += changeRecording.absorb(outOfSync)
+        changeCount += changeRecording.add(outOfSync)
         outOfSyncCount = 0
+        guard activity.isOn else { return outOfSync.clearAll() }
+        guard !isMerging else { return }
+        isMerging = true
+        issue(flushIO(activity.recordingFile, IOToken(owner: .mergeFlush, slot: 0, generation: 0)))
     }
+
+    /// A merge that cannot be made durable holds nobody up, like a log that cannot be written.
+    func completeMerge(_ errno: Int32) {
+        isMerging = false
+        outOfSync.clearAll()
+        if errno != 0 { emit(.activityLogFailed(errno: errno)) }
+    }
+
+    /// Whether a point may be formed: hosts see what lies on the volume, and the next out-of-sync bitmap is empty.
+    package var mayFormPoint: Bool { restore == nil && !isMerging }
+
+    /// Counts the changed grains anew, after somebody else has cleared bits.
+    package func recountChanges() { changeCount = changeRecording.population() }
 
     /// Every grain may differ from the secondary's.
     package func markAllChanged() {

@@ -24,7 +24,7 @@ extension Volume {
         }
         let grains = geometry.grains(
             offset: request.pointee.cursor, length: request.pointee.end - request.pointee.cursor)
-        if let heir = heir(of: index), !prepareGrains(of: heir, in: grains, for: slot, handsOver: true) { return }
+        if let heir = heir(of: index), !faults.contains(.forgetHeir), !prepareGrains(of: heir, in: grains, for: slot, handsOver: true) { return }
         if let heir = heir(of: index), chain[heir].recordsChanges { chain[heir].changes.set(grains) }
         guard prepareGrains(of: index, in: grains, for: slot, handsOver: false) else { return }
         if chain[index].recordsChanges { chain[index].changes.set(grains) }

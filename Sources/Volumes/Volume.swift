@@ -69,6 +69,8 @@ package final class Volume {
     var drainCursor = 0
     var epoch: UInt32 = 0
     package internal(set) var holding = false
+    /// Bits of a point that was given up are in both bitmaps until they are on stable storage in the one.
+    var isMerging = false
     var unsettledCount = 0
 
     // FlashCopies, oldest first.
@@ -89,6 +91,10 @@ package final class Volume {
     var backgroundWork = false
     /// `runBackground` has something to do at once.
     package internal(set) var backgroundDue = false
+    /// Memory for copy jobs, which other volumes share, was short; `runBackground` tries again when asked.
+    package internal(set) var isStarved = false
+    /// The chain is not complete yet.
+    var isResuming = false
     /// Jobs that this turn's background work may still start; 0 outside of it.
     var backgroundAllowance = 0
     /// Some background copy has a rate: the driver tells the time by `advanceClock`.
@@ -96,6 +102,8 @@ package final class Volume {
     var clock: UInt64 = 0
 
     let activity: ActivityLog
+    /// Empty, except where a test shows that it sees what they break.
+    let faults: EngineFaults
 
     // Copy jobs.
     let jobs: UnsafeMutablePointer<CopyJob>
@@ -111,9 +119,11 @@ package final class Volume {
     ///   - copyBuffers: buffers of `Limits.copyJobBytes` for copy jobs.
     package init(
         geometry: Geometry, bitmaps: (Bitmap, Bitmap), roles: UnsafeMutablePointer<RecordingRoles>,
-        copyBuffers: CopyBuffers, requestCapacity: Int = Limits.requestsPerVolume
+        copyBuffers: CopyBuffers, requestCapacity: Int = Limits.requestsPerVolume,
+        smallestRegion: UInt64 = ActivityLog.smallestRegion, faults: EngineFaults = []
     ) {
-        activity = ActivityLog(geometry: geometry)
+        self.faults = faults
+        activity = ActivityLog(geometry: geometry, smallestRegion: smallestRegion)
         invariant(
             bitmaps.0.count == geometry.grainCount && bitmaps.1.count == geometry.grainCount,
             "a bitmap has a bit for each grain")
@@ -262,6 +272,8 @@ package final class Volume {
             completeActivityWrite(errno)
         case .activityFlush:
             completeActivityFlush(errno)
+        case .mergeFlush:
+            completeMerge(errno)
         }
     }
 
@@ -327,6 +339,9 @@ package final class Volume {
 package struct RecordingRoles: BitwiseCopyable {
     /// 0 or 1; one aligned store changes the roles of both bitmaps at once.
     package var changeRecordingIndex: UInt64 = 0
+    /// The point that the other bitmap and the point's target belong to; 0 once it was given up here. The group's record
+    /// learns that later, and a crash may come between.
+    package var heldPoint: UInt64 = 0
     package init() {}
 }
 

@@ -39,7 +39,7 @@ extension Volume {
             advanceTargetWrite(slot)
             return
         }
-        if activity.isOn, !enterRegions(slot) { return }
+        if activity.isOn, !faults.contains(.skipActivityLog), !enterRegions(slot) { return }
         var segmentEnd = request.pointee.end
         if preserves {
             let grains = geometry.grains(
@@ -95,7 +95,11 @@ extension Volume {
         let start = request.pointee.cursor
         let segment = geometry.grains(offset: start, length: request.pointee.segmentEnd - start)
         // V1: the mark that was set before the issue went to the point; the data may have come after the cut.
-        if recording, request.pointee.view == .volume, request.pointee.epoch != epoch { mark(segment) }
+        if recording, request.pointee.view == .volume, request.pointee.epoch != epoch,
+            !faults.contains(.forgetInFlightMark)
+        {
+            mark(segment)
+        }
         if request.pointee.unsettled { settle(slot) }
         if errno != 0 {
             finish(slot, error: errno)
@@ -117,7 +121,7 @@ extension Volume {
     /// Flags every write that is on its way to a file. Until it ends, what it touches belongs to neither side of
     /// the cut for sure, and nobody may read that range of the file as point-in-time data.
     func unsettleWritesInFlight(to file: StoreFile) {
-        guard modifyingInFlight > 0 else { return }
+        guard modifyingInFlight > 0, !faults.contains(.ignoreUnsettled) else { return }
         for slot in 0..<requestCapacity {
             let request = requests + slot
             if request.pointee.isModifying, request.pointee.state == .issued, request.pointee.segmentFile == file,

@@ -46,43 +46,62 @@ struct Simulate {
         return number
     }
 
+    /// Every scenario with every seed.
     private static func run(_ seeds: Range<UInt64>, steps: Int, fault: DeliberateFault?) {
-        var (commits, crashes, total, checks) = (0, 0, 0, 0)
+        let scenarios: [any Scenario.Type] = fault.map { [$0.scenario] } ?? [World.self, CopyWorld.self]
+        for scenario in scenarios { run(scenario, seeds, steps: steps, fault: fault) }
+    }
+
+    private static func run<Kind: Scenario>(
+        _ scenario: Kind.Type, _ seeds: Range<UInt64>, steps: Int, fault: DeliberateFault?
+    ) {
+        var sum = SimulationFigures()
         for seed in seeds {
-            let world = World(seed: seed, fault: fault)
+            let world = Kind(seed: seed, fault: fault)
             do throws(SimulationFailure) {
-                try world.run(steps: steps)
+                try world.run(steps: steps, skipping: [])
             } catch {
-                for line in world.trace.suffix(seeds.count == 1 ? 400 : 30) { print(line) }
-                print("seed \(seed) fails at step \(world.steps): \(error)")
-                print("replay: make simulate SEED=\(seed) STEPS=\(steps)")
+                print("\(scenario) seed \(seed) fails at step \(world.steps): \(error)")
+                explain(scenario, seed, steps, fault)
                 exit(1)
             }
-            commits += world.commits
-            crashes += world.crashes
-            checks += world.checks
-            total += world.steps
+            sum += world.figures
         }
         print(
-            "\(seeds.count) seeds from \(seeds.lowerBound), \(total) steps, \(commits) points committed, "
-                + "\(checks) points read in full, \(crashes) crashes: no rule broken")
+            "\(scenario): \(seeds.count) seeds from \(seeds.lowerBound), \(sum.steps) steps, \(sum.operations) requests, "
+                + "\(sum.commits) points committed, \(sum.checks) reads compared, \(sum.crashes) crashes: no rule broken")
+    }
+
+    /// The shortest run of the seed that still fails.
+    private static func explain<Kind: Scenario>(_ scenario: Kind.Type, _ seed: UInt64, _ steps: Int, _ fault: DeliberateFault?) {
+        let (end, skipped) = Kind.shortest(seed: seed, fault: fault, steps: steps)
+        let world = Kind(seed: seed, fault: fault)
+        do throws(SimulationFailure) {
+            try world.run(steps: end, skipping: skipped)
+        } catch {
+            for line in world.trace { print(line) }
+            print("\(end - skipped.count) of \(end) steps are enough: \(error)")
+        }
+        print("replay: make simulate SEED=\(seed) STEPS=\(steps)\(fault.map { " FAULT=\($0.rawValue)" } ?? "")")
     }
 
     private static func catchAll(steps: Int) -> Never {
         var missed = false
         for fault in DeliberateFault.allCases {
-            let caught = (1...seedsToCatch).first { seed in
-                do throws(SimulationFailure) {
-                    try World(seed: seed, fault: fault).run(steps: steps)
-                    return false
-                } catch {
-                    return true
-                }
-            }
+            let caught = (1...seedsToCatch).first { seed in breaks(fault.scenario, seed, steps, fault) }
             print(
                 "\(fault.rawValue): \(caught.map { "caught by seed \($0)" } ?? "NOT caught in \(seedsToCatch) seeds")")
             if caught == nil { missed = true }
         }
         exit(missed ? 1 : 0)
+    }
+
+    private static func breaks(_ scenario: any Scenario.Type, _ seed: UInt64, _ steps: Int, _ fault: DeliberateFault) -> Bool {
+        do throws(SimulationFailure) {
+            try scenario.init(seed: seed, fault: fault).run(steps: steps, skipping: [])
+            return false
+        } catch {
+            return true
+        }
     }
 }

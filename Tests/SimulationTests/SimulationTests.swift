@@ -4,20 +4,20 @@ import Testing
 @Test("seeds of every length break no rule", arguments: [UInt64(1), 7, 198, 306, 413, 624])
 func seeds(seed: UInt64) throws {
     let world = World(seed: seed)
-    try world.run(steps: 20_000)
-    #expect(world.commits > 0 || world.crashes > 0)
+    try world.run(steps: 20_000, skipping: [])
+    #expect(world.figures.commits > 0 || world.figures.crashes > 0)
 }
 
 @Test("one seed replays exactly")
 func replay() throws {
     let worlds = [World(seed: 5), World(seed: 5)]
-    for world in worlds { try world.run(steps: 5_000) }
+    for world in worlds { try world.run(steps: 5_000, skipping: []) }
     #expect(
         worlds[0].trace == worlds[1].trace && worlds[0].steps == worlds[1].steps
-            && worlds[0].commits == worlds[1].commits)
+            && worlds[0].figures.commits == worlds[1].figures.commits)
 }
 
 @Test("a deliberate fault is seen")
 func fault() {
-    #expect(throws: SimulationFailure.self) { try World(seed: 1, fault: .skipFlushes).run(steps: 20_000) }
+    #expect(throws: SimulationFailure.self) { try World(seed: 1, fault: .skipFlushes).run(steps: 20_000, skipping: []) }
 }

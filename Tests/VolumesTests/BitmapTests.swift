@@ -25,16 +25,16 @@ func model(seed: Int) {
     }
 }
 
-@Test("absorbing counts what is new and empties the other")
-func absorb() {
+@Test("adding counts what is new")
+func add() {
     let memory = UnsafeMutableRawPointer.allocate(byteCount: 32, alignment: 8)
     defer { memory.deallocate() }
     memory.initializeMemory(as: UInt8.self, repeating: 0, count: 32)
     let (first, second) = (Bitmap(memory: memory, count: 100), Bitmap(memory: memory + 16, count: 100))
     first.set(10..<30)
     second.set(20..<90)
-    #expect(first.absorb(second) == 60)
-    #expect(second.population() == 0 && first.population() == 80)
+    #expect(first.add(second) == 60)
+    #expect(second.population() == 70 && first.population() == 80)
 }
 
 @Test("buffers are aligned, disjoint, and join again when they are given back")

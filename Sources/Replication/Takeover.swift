@@ -1,0 +1,102 @@
+// Takeover.swift: what a secondary decides: whether a point is committed, and what a failover makes of the group.
+//
+// Only decisions and the order of steps, without I/O, so that a site and the simulator do the same.
+//
+// Must be prevented:
+//   a point is committed out of order, twice, from an ended session, or while writes to the intake are under way
+//   a commit is half done after a crash: the record alone decides, files come before it and chains after
+//   a group has two current primaries
+
+/// Why something was not done, in words for the operator.
+package struct TakeoverRefusal: Error, CustomStringConvertible {
+    package var description: String
+    package init(_ description: String) { self.description = description }
+}
+
+/// The steps of a commit, in order; a crash may come between any two.
+package enum CommitStep: CaseIterable, Sendable {
+    /// Targets and bitmaps of every volume, empty and on stable storage.
+    case files
+    /// The group's record: the decision.
+    case record
+    /// Each volume takes the point as the newest of its chain, and points past their retention leave.
+    case chains
+}
+
+/// The steps of a failover, in order.
+package enum FailoverStep: CaseIterable, Sendable {
+    /// Nothing of the replicator's is under way any more.
+    case fence
+    /// Which grains must come back from the point, on stable storage.
+    case differences
+    /// The group's record: the decision.
+    case record
+    /// Hosts may write; data flows back.
+    case open
+}
+
+package struct CommitPlan: Sendable {
+    package var point: PointRecord
+    /// Points past their retention.
+    package var dropped: [PointRecord]
+    package var record: GroupRecord
+}
+
+extension GroupRecord {
+    /// Whether the point was committed already: its answer was lost, and it is asked for again.
+    package func hasCommitted(_ number: UInt64) -> PointRecord? {
+        points.last.flatMap { $0.number == number ? $0 : nil }
+    }
+
+    /// What the commit of a point makes of the record.
+    ///
+    /// - Parameters:
+    ///   - previous: the newest point that the primary knows to be committed.
+    ///   - order: the point's place in the chains.
+    ///   - keep: how many points stay.
+    ///   - writesUnderWay: writes to the intake that have not ended, of all volumes.
+    package func planCommit(
+        _ number: UInt64, after previous: UInt64?, formedAt: Double, now: Double, order: UInt64, keep: Int,
+        writesUnderWay: Int
+    ) throws(TakeoverRefusal) -> CommitPlan {
+        guard failedOver == nil, role == .secondary else { throw TakeoverRefusal("the group has failed over") }
+        let newest = points.last
+        guard newest?.number == previous, number > newest?.number ?? 0 else {
+            throw TakeoverRefusal(
+                "point \(number) is out of order: the newest here is \(newest.map { String($0.number) } ?? "none"), "
+                    + "the primary expects \(previous.map(String.init) ?? "none")")
+        }
+        guard writesUnderWay == 0 else {
+            throw TakeoverRefusal("\(writesUnderWay) writes to the intake are under way")
+        }
+        let point = PointRecord(number: number, formedAt: formedAt, committedAt: now, order: order)
+        var record = self
+        record.points.append(point)
+        let dropped = Array(record.points.prefix(max(0, record.points.count - keep)))
+        record.points.removeFirst(dropped.count)
+        return CommitPlan(point: point, dropped: dropped, record: record)
+    }
+
+    /// The point that a failover goes to.
+    package func failoverPoint(_ wanted: UInt64?) throws(TakeoverRefusal) -> PointRecord {
+        guard role == .secondary else { throw TakeoverRefusal("the group is primary here already; fail over at its peer") }
+        guard let newest = points.last else {
+            throw TakeoverRefusal("the group has no recovery point yet: its first copy is not complete")
+        }
+        guard let wanted else { return newest }
+        guard let point = points.first(where: { $0.number == wanted }) else {
+            let known = points.map { String($0.number) }.joined(separator: ", ")
+            throw TakeoverRefusal("the group has no point \(wanted); it has \(known)")
+        }
+        return point
+    }
+
+    /// The record after a failover: primary, of a new generation.
+    package func afterFailover(to point: UInt64, volumes: [String], generation: String, now: Double) -> GroupRecord {
+        var record = self
+        record.role = .primary
+        record.failedOver = Failover(point: point, at: now, restoring: volumes)
+        record.generations.insert(generation, at: 0)
+        return record
+    }
+}

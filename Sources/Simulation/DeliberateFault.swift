@@ -1,0 +1,66 @@
+// DeliberateFault.swift: mistakes to make on purpose, to show that the checker sees them.
+
+import Volumes
+
+package enum DeliberateFault: String, CaseIterable, Sendable {
+    // Two sites (World).
+    /// Acknowledgements are let go before every volume has formed: volumes exchange their bitmaps one after the other.
+    case releaseEarly
+    /// Flushes do nothing, and power is lost.
+    case skipFlushes
+    /// A commit does not wait for the drain to be acknowledged.
+    case commitEarly
+    /// Bits are cleared although the point was not flushed, and the secondary loses power.
+    case acknowledgeFlushEarly
+    /// Bits are cleared when the data is sent, not when it is acknowledged.
+    case clearEarly
+    /// After power loss bitmaps are trusted without the activity log.
+    case trustBitmapsAfterPowerLoss
+    /// The next point's bitmaps are cleared while a reactor may still hold the point before.
+    case prepareWithoutBarrier
+    /// A restarted secondary relies on bits that the killed process had not flushed.
+    case trustUnflushedBits
+    /// A new session does not wait for the writes of the one before.
+    case skipFencing
+    /// The volumes take a committed point before the group's record says so.
+    case chainBeforeRecord
+    case forgetMark
+    case forgetInFlightMark
+    case skipReadCheck
+    case skipDurability
+
+    // One site with FlashCopies (CopyWorld).
+    /// A copy takes old content before it is written down.
+    case recordAfterChain
+    /// Work in the background begins before the chain of an earlier run is complete.
+    case resumePiecemeal
+    case ignoreUnsettled
+    case dropHandover
+    case skipActivityLog
+    case forgetHeir
+    case forgetChanges
+
+    /// The rule of the engine that is left out.
+    var engine: EngineFaults {
+        switch self {
+        case .forgetMark: .forgetMark
+        case .forgetInFlightMark: .forgetInFlightMark
+        case .skipReadCheck: .skipReadCheck
+        case .skipDurability: .skipDurability
+        case .ignoreUnsettled: .ignoreUnsettled
+        case .dropHandover: .dropHandover
+        case .skipActivityLog: .skipActivityLog
+        case .forgetHeir: .forgetHeir
+        case .forgetChanges: .forgetChanges
+        default: []
+        }
+    }
+
+    /// The scenario that shows it.
+    package var scenario: any Scenario.Type {
+        switch self {
+        case .recordAfterChain, .resumePiecemeal, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges: CopyWorld.self
+        default: World.self
+        }
+    }
+}

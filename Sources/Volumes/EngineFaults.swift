@@ -1,0 +1,26 @@
+// EngineFaults.swift: mistakes that the simulator can switch on, to show that its checker sees them.
+
+/// Rules of the engine that are left out on purpose. Empty in every volume that holds anybody's data.
+package struct EngineFaults: OptionSet, Sendable {
+    package let rawValue: UInt16
+    package init(rawValue: UInt16) { self.rawValue = rawValue }
+
+    /// A write is not marked in CR before it is issued.
+    package static let forgetMark = EngineFaults(rawValue: 1 << 0)
+    /// A write in flight across the exchange of bitmaps is not marked again.
+    package static let forgetInFlightMark = EngineFaults(rawValue: 1 << 1)
+    /// What was read from the source is not looked at again.
+    package static let skipReadCheck = EngineFaults(rawValue: 1 << 2)
+    /// Old content of a durable copy is not flushed before the source is overwritten.
+    package static let skipDurability = EngineFaults(rawValue: 1 << 3)
+    /// Writes in flight when a copy is taken are not waited for.
+    package static let ignoreUnsettled = EngineFaults(rawValue: 1 << 4)
+    /// A copy that leaves hands nothing over.
+    package static let dropHandover = EngineFaults(rawValue: 1 << 5)
+    /// A write does not wait until its region is in the activity log.
+    package static let skipActivityLog = EngineFaults(rawValue: 1 << 6)
+    /// A write to a copy does not fill the next older one first.
+    package static let forgetHeir = EngineFaults(rawValue: 1 << 7)
+    /// A write under a copy with background copy is not noted in its changes.
+    package static let forgetChanges = EngineFaults(rawValue: 1 << 8)
+}
