@@ -156,10 +156,13 @@ extension Site {
             let oldFiles = volume.copies[record.id]
             let id = record.id
             let (successor, files) = parts[index]
-            await self.enterChain(volume, successor, files, targetFile: oldFiles?.targetFile) { volume, copy in
+            let shared = successor.targetOwner == record.targetOwner ? oldFiles?.targetFile : nil
+            await self.enterChain(volume, successor, files, targetFile: shared) { volume, copy in
                 if oldFiles == nil {
                     volume.addCopy(copy)
                 } else if volume.mayRetake(id) {
+                    let mark = files.bitmap.mapping.memory + BitmapHeader.takenOffset
+                    mark.storeBytes(of: UInt64(1).littleEndian, as: UInt64.self)
                     volume.retakeCopy(id, as: copy)
                 } else {
                     missed.withLock { _ = $0.insert(index) }
@@ -170,12 +173,12 @@ extension Site {
         for (index, new) in made.enumerated() {
             let (volume, record) = old[index]
             if inUse.contains(index) {
-                release(volume, new.record.id)
+                release(volume, new.record, keepsTarget: new.record.targetOwner == record.targetOwner)
                 volume.record.copies.removeAll { $0.id == new.record.id }
                 try volume.recordFile.save(volume.record)
                 continue
             }
-            release(volume, record.id)
+            release(volume, record, keepsTarget: new.record.targetOwner == record.targetOwner)
             try settle(new)
             volume.record.copies.removeAll { $0.id == record.id }
             try volume.update(new.record.id) { $0.state = .active }
@@ -187,12 +190,16 @@ extension Site {
         }
     }
 
-    /// The bitmap of a copy that was taken anew goes; its target lives on.
-    private func release(_ volume: VolumeState, _ id: CopyID) {
-        guard let files = volume.copies.removeValue(forKey: id) else { return }
+    /// The bitmap of a copy that was taken anew goes, and its target unless that lives on.
+    private func release(_ volume: VolumeState, _ record: CopyRecord, keepsTarget: Bool) {
+        guard let files = volume.copies.removeValue(forKey: record.id) else { return }
         let number = volume.number
-        volume.reactor.perform { $0.hosted(number).removeFile(files.bitmapFile) }
-        unlink(volume.bitmapPath(id))
+        volume.reactor.perform { reactor in
+            reactor.hosted(number).removeFile(files.bitmapFile)
+            if !keepsTarget { reactor.hosted(number).removeFile(files.targetFile) }
+        }
+        unlink(volume.bitmapPath(record.id))
+        if !keepsTarget, record.target == nil { unlink(volume.targetPath(record.targetOwner)) }
     }
 
     /// What takes the place of a copy: the same, over the same target.
@@ -208,15 +215,9 @@ extension Site {
         let chainIsDurable = await volume.reactor.run { $0.hosted(number).volume.chainIsDurable }
         record.isDurable = old.isDurable || chainIsDurable
         let target: OpenFile
-        if let files = volume.copies[old.id] {
+        if let files = volume.copies[old.id], record.isFilled || record.target != nil {
             target = files.target
-            if !record.isFilled, record.target == nil {
-                try target.truncate(to: 0)
-                try target.truncate(to: volume.geometry.size)
-                record.targetIsZero = true
-            } else {
-                record.targetIsZero = false
-            }
+            record.targetIsZero = false
         } else if let path = old.target {
             (target, record.targetIsZero) = try openOperatorTarget(path, volume)
         } else {
@@ -278,6 +279,10 @@ extension Site {
                 status: 503)
         }
         for (volume, record) in copies {
+            // What does not have to come back is the copy's as well, and may not have been flushed yet; nor may what clients
+            // wrote to the copy.
+            try volume.source.synchronize()
+            for files in volume.copies.values { try files.target.synchronize() }
             try volume.restoreBitmap?.synchronize()
             volume.record.restoring = VolumeRecord.Restoring(copy: record.id, decided: true)
             try volume.recordFile.save(volume.record)  // the decision

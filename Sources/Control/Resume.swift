@@ -47,7 +47,8 @@ extension Site {
             Link(id: CopyID($0.number), order: $0.order ?? $0.number, resumption: .serves)
         }
         for index in volume.record.copies.indices {
-            let resumption = volume.record.copies[index].resume(trusted: volume.isTrusted)
+            let overtaken = try isOvertaken(volume, volume.record.copies[index])
+            let resumption = volume.record.copies[index].resume(trusted: volume.isTrusted, overtaken: overtaken)
             let record = volume.record.copies[index]
             links.append(Link(id: record.id, order: record.order, record: record, resumption: resumption))
         }
@@ -65,6 +66,18 @@ extension Site {
         for (link, files) in zip(links, opened).dropFirst((opened.lastIndex { $0 == nil } ?? -1) + 1) {
             try await resumeLink(volume, link, files!)
         }
+    }
+
+    /// Whether the copy that is to take the place of a refreshed one has begun to use its target.
+    private func isOvertaken(_ volume: VolumeState, _ record: CopyRecord) throws -> Bool {
+        guard record.state == .refreshing else { return false }
+        for other in volume.record.copies
+        where other.state == .creating && other.targetOwner == record.targetOwner && other.id != record.id {
+            guard access(volume.bitmapPath(other.id), F_OK) == 0 else { continue }
+            let file = try OpenFile(path: volume.bitmapPath(other.id), flags: O_RDONLY)
+            return try file.read(at: BitmapHeader.takenOffset, count: 1).first == 1
+        }
+        return false
     }
 
     /// The files of each link; nil where they cannot be relied on.

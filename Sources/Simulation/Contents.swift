@@ -42,7 +42,7 @@ struct Contents {
             if durable { history[sector].removeFirst(history[sector].count - 1) }
             if restoredMeanwhile.remove(sector) == nil, let values = open.removeValue(forKey: sector) {
                 // What was there before the write may still be what is on stable storage.
-                let before = values.subtracting(history[sector].map(\.value)).map { Entry(value: $0, doneAt: 0) }
+                let before = values.subtracting(history[sector].map(\.value)).sorted().map { Entry(value: $0, doneAt: 0) }
                 if !durable { history[sector].insert(contentsOf: before, at: 0) }
             }
             touchedAt[sector] = step
@@ -139,8 +139,10 @@ struct Contents {
             let busy = history[sector].contains { $0.doneAt == nil }
             if busy || touchedAt[sector] >= step { continue }
             guard possible(sector).contains(found[index]) else { return sector }
-            guard open.removeValue(forKey: sector) != nil else { continue }
+            guard let values = open.removeValue(forKey: sector) else { continue }
             let step = history[sector].last!.doneAt
+            let others = values.subtracting(history[sector].map(\.value)).sorted()
+            history[sector].insert(contentsOf: others.map { Entry(value: $0, doneAt: 0) }, at: 0)
             history[sector].removeAll { $0.value == found[index] }
             history[sector].append(Entry(value: found[index], doneAt: step))
         }

@@ -38,6 +38,8 @@ package final class CopyWorld: Scenario {
     private var pending = SimulatedBitmap(bits: 64)
     private var targets: [CopyID: SimulatedFile] = [:]
     private var bitmaps: [CopyID: SimulatedBitmap] = [:]
+    /// Copies whose bitmap file says that they have taken over the target of the one that they refresh.
+    private var taken: Set<CopyID> = []
     private var nextID: CopyID = 1
     private var nextOrder = CopyRecord.orderStep
 
@@ -62,6 +64,9 @@ package final class CopyWorld: Scenario {
     /// What the volume held when its change recording was last cleared.
     private var mirrored: [UInt8]?
     private var nextValue: UInt32 = 1
+    /// A sector to tell about in the trace (the simulate command's WATCH).
+    package nonisolated(unsafe) static var watching: Int?
+    private var watched: Int? { Self.watching }
 
     private enum Happening: CaseIterable {
         case write, read, io, task, operate, kill, powerLoss, trouble, sweep, mirror
@@ -147,7 +152,16 @@ package final class CopyWorld: Scenario {
 
     private func resumeChain(_ trusted: Bool, _ regions: Bitmap) {
         var links: [(CopyRecord, CopyRecord.Resumption)] = []
-        for index in records.indices { links.append((CopyRecord(id: 0, name: "", createdAt: 0, order: 0, state: .lost), records[index].resume(trusted: trusted))); links[index].0 = records[index] }
+        for index in records.indices {
+            let record = records[index]
+            let overtaken =
+                record.state == .refreshing
+                && records.contains {
+                    $0.state == .creating && $0.targetOwner == record.targetOwner && taken.contains($0.id)
+                }
+            let resumption = records[index].resume(trusted: trusted, overtaken: overtaken)
+            links.append((records[index], resumption))
+        }
         for (record, resumption) in links where resumption == .forgotten || resumption == .absent {
             if resumption == .forgotten { records.removeAll { $0.id == record.id } }
             images[record.id] = nil
@@ -160,8 +174,10 @@ package final class CopyWorld: Scenario {
             if record.isDurable, fault != .trustUnflushedBits { bitmap.flush() }
             enterChain(record) { $0.resumeCopy($1, failed: resumption == .servesOlder) }
             if !trusted, record.isFilled {
-                if record.isWritable { regions.setAll() }
-                volume.recoverChanges(of: record.id, regions: regions)
+                let all = SimulatedBitmap(bits: 64)
+                let every = Bitmap(memory: all.memory, count: regions.count)
+                every.setAll()
+                volume.recoverChanges(of: record.id, regions: record.isWritable ? every : regions)
             }
             if resumption == .leaves {
                 images[record.id] = nil
@@ -199,8 +215,11 @@ package final class CopyWorld: Scenario {
 
     private func crash(powerLoss: Bool) {
         note(powerLoss ? "power is lost" : "the process is killed")
+        if let at = watched { noteState(at) }
         figures.crashes += 1
         process.crash(&random)
+        // What could not be read would leave open what the next checks must find.
+        for file in [source] + targets.values { file.latent = [] }
         if powerLoss {
             for file in [source, log] { file.losePower(&random) }
             for id in targets.keys.sorted() { targets[id]!.losePower(&random) }
@@ -225,23 +244,15 @@ package final class CopyWorld: Scenario {
 
     private func readEverything() {
         for id in [nil] + images.keys.sorted() {
-            // Where a sector cannot be read, the others of other grains can.
-            let piece = troubled ? 8 : Self.sectors
-            for start in stride(from: 0, to: Self.sectors, by: piece) {
-                readThrough(id, start..<min(Self.sectors, start + piece))
+            var done = false
+            guard read(id, 0..<Self.sectors, done: { done = true }) else { continue }
+            var patience = 20_000
+            while !done, failure == nil {
+                process.step(&random)
+                takeEvents()
+                patience -= 1
+                if patience == 0 { fail("a read after a crash never ends") }
             }
-        }
-    }
-
-    private func readThrough(_ id: CopyID?, _ sectors: Range<Int>) {
-        var done = false
-        guard read(id, sectors, done: { done = true }) else { return }
-        var patience = 20_000
-        while !done, failure == nil {
-            process.step(&random)
-            takeEvents()
-            patience -= 1
-            if patience == 0 { fail("a read after a crash never ends") }
         }
     }
 
@@ -471,17 +482,26 @@ package final class CopyWorld: Scenario {
             if let wrong { expected = contents.expected(wrong) }
         }
         guard let wrong, unrestored == nil else { return }
-        noteState()
+        noteState(wrong)
         fail("sector \(wrong) of \(name(id)) holds \(found[wrong - sectors.lowerBound]) instead of \(expected)")
     }
 
-    private func noteState() {
+    private static func value(_ file: SimulatedFile?, _ sector: Int) -> String {
+        guard let file else { return "none" }
+        func word(_ bytes: [UInt8]) -> UInt32 {
+            bytes.withUnsafeBytes { $0.loadUnaligned(fromByteOffset: sector * 512, as: UInt32.self) }
+        }
+        return "\(word(file.cached)) (flushed: \(word(file.durable)))"
+    }
+
+    private func noteState(_ sector: Int) {
+        note("source \(Self.value(source, sector)), restore \(restoring.map { "\($0)" } ?? "none")")
         for record in records {
             let bits = bitmaps[record.id].map { bitmap in
                 [0, 8].map { String(Bitmap(memory: bitmap.memory + $0, count: Self.grains).word(0), radix: 2) }.joined(separator: " ")
             }
             let kind = [record.isFilled ? "filled" : "", record.isDurable ? "durable" : "", record.isWritable ? "writable" : ""]
-            note("copy \(record.id) order \(record.order >> 17) \(record.state) \(kind) preserved, changes: \(bits ?? "none")")
+            note("copy \(record.id) order \(record.order >> 17) \(record.state) \(kind) preserved, changes: \(bits ?? "none"), target \(Self.value(targets[record.targetOwner], sector))")
         }
     }
 
@@ -617,8 +637,11 @@ package final class CopyWorld: Scenario {
         record.state = .creating
         record.isComplete = false
         record.isDurable = old.isDurable || volume.chainIsDurable
-        record.targetIsZero = !record.isFilled
-        if !record.isFilled { targets[record.targetOwner]!.truncate() }
+        record.targetIsZero = false
+        if !record.isFilled, random.chance(50) {
+            record.targetOwner = record.id
+            record.targetIsZero = true
+        }
         writeDown(record)
         then { [unowned self] in
             guard volume.mayRetake(old.id) else {
@@ -628,6 +651,7 @@ package final class CopyWorld: Scenario {
                 return
             }
             images[record.id] = contents.copied(at: steps)
+            taken.insert(record.id)
             enterChain(record) { $0.retakeCopy(old.id, as: $1) }
             note("copy \(old.id) is taken anew as \(record.id)")
             then { [unowned self] in
@@ -657,7 +681,11 @@ package final class CopyWorld: Scenario {
             contents.restored(from: image, at: steps)
             beginRestore(record.id, fresh: true)
             then { [unowned self] in
-                if fault != .skipFlushes { pending.flush() }
+                if fault != .skipFlushes {
+                    pending.flush()
+                    source.flush()
+                    for file in targets.values { file.flush() }
+                }
                 restoring = (record.id, true)
                 unrestored = nil
                 volume.continueRestore()
@@ -728,7 +756,6 @@ package final class CopyWorld: Scenario {
             file.refusesWrites = false
         }
         let trouble = troubled
-        troubled = false
         for id in records.map(\.id) { volume.setRate(id, 0) }
         var patience = 200_000
         while !process.pending.isEmpty || !tasks.isEmpty || volume.backgroundDue || operating {
@@ -743,6 +770,7 @@ package final class CopyWorld: Scenario {
             if let failure { throw failure }
         }
         guard volume.modifyingInFlight == 0 || trouble else { throw SimulationFailure("a write waits for ever") }
+        troubled = false
         steps += 1
         readEverything()
         if let failure { throw failure }

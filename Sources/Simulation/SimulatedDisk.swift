@@ -79,13 +79,6 @@ final class SimulatedFile {
         }
     }
 
-    /// What a new file of the same length would hold.
-    func truncate() {
-        cached = Array(repeating: 0, count: cached.count)
-        unsynced = Set(0..<(cached.count + Self.sector - 1) / Self.sector)
-        latent = []
-    }
-
     func flush() {
         for sector in unsynced { copySector(sector, from: cached, to: &durable) }
         unsynced = []

@@ -4,10 +4,12 @@
 //            ─► flush the bitmap] ─► set bits ─► wake the waiters, who plan anew
 //
 // Must be prevented:
+//   a restore writes to the source although a copy has come to need what is there since the job began
 //   two jobs on one grain at a time (a late write of the first would overwrite the second's)
 //   old content read from the source after a newer copy came to have it, and a host write no longer waited
 //   old content read from the source while a write that was in flight at the cut is still changing it
 //   a durable copy's bit on stable storage before its data
+//   a write goes ahead because of a durable copy's bit that is set but not yet on stable storage
 
 import Base
 
@@ -101,6 +103,12 @@ extension Volume {
         return Need(
             point: point.map { outOfSync.word(word) & ~$0.preserved.word(word) & bit != 0 } ?? false,
             copy: preserveIndex >= 0 && preservedBits(word) & bit == 0)
+    }
+
+    /// Whether the point or a copy needs what lies on the source of some grain.
+    private func isNeeded(_ grains: Range<Int>) -> Bool {
+        for grain in grains where need(grain) != Need(point: false, copy: false) { return true }
+        return false
     }
 
     // MARK: Starting
@@ -292,6 +300,8 @@ extension Volume {
     private func writeTargets(_ slot: Int32) {
         let job = jobs + Int(slot)
         if job.pointee.purpose == .restore {
+            // Who takes old content may have changed since the job began.
+            guard !isNeeded(job.pointee.grains) else { return endJob(slot) }
             job.pointee.writesLeft = 1
             recordChanges(job.pointee.grains)
             issueJob(slot, .write, Self.source)
@@ -436,6 +446,21 @@ extension Volume {
         }
         flushBatch.stage = .data
         issue(flushIO(file, IOToken(owner: .copyFlush, slot: 0, generation: 0)))
+    }
+
+    /// Whether a write has to wait because bits that let it go are set, but not yet on stable storage.
+    func waitsForRecord(_ slot: Int32, _ grains: Range<Int>) -> Bool {
+        guard flushBatch.stage == .record, !faults.contains(.skipDurability) else { return false }
+        var job = flushBatch.runningHead
+        while job >= 0 {
+            if jobs[Int(job)].grains.overlaps(grains) {
+                requests[Int(slot)].state = .waiting
+                jobs[Int(job)].waiters.append(slot, in: requests)
+                return true
+            }
+            job = jobs[Int(job)].next
+        }
+        return false
     }
 
     func completeBatchFlush(_ errno: Int32) {

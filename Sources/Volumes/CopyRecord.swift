@@ -65,8 +65,15 @@ package struct CopyRecord: Codable, Sendable, Equatable {
 
     /// Brings the record up to date with a restart and tells what the copy does from now on.
     ///
-    /// - Parameter trusted: mapped files are as the last process left them: it was the process that ended, not the machine.
-    package mutating func resume(trusted: Bool) -> Resumption {
+    /// - Parameters:
+    ///   - trusted: mapped files are as the last process left them: it was the process that ended, not the machine.
+    ///   - overtaken: the copy that was to take its place has its target already.
+    package mutating func resume(trusted: Bool, overtaken: Bool) -> Resumption {
+        if overtaken {
+            state = .lost
+            reason = "its refresh was interrupted; refresh it again, or withdraw it"
+            return .absent
+        }
         guard trusted || isDurable || (isComplete && state == .active) else {
             if state == .creating || state == .withdrawing { return .forgotten }
             if state != .lost {

@@ -21,7 +21,7 @@ extension Volume {
         isStarved = false
         // Memory for copy jobs is shared: another volume may have given some back.
         if activeJobCount == 0, !starvedWaiters.isEmpty { wakeStarved() }
-        guard backgroundWork, !isResuming else { return }
+        guard backgroundWork, !isResuming, !isBarred else { return }
         backgroundAllowance = Self.backgroundStarts
         advanceRestore()
         advanceLeaving()
@@ -140,6 +140,10 @@ extension Volume {
 
     /// Starts jobs that copy what the next older copy lacks; true when nothing is left to hand over.
     private func handOver(_ index: Int) -> Bool {
+        // A restore goes on although its copy has failed, and then has nobody to hand over to.
+        if let restore, let restored = chainIndex(restore.copy), restored < index, chain[restored].state != .active {
+            return false
+        }
         guard let heir = heir(of: index), !faults.contains(.dropHandover) else { return true }
         let id = chain[index].id
         for active in 0..<activeJobCount where jobs[Int(activeJobs[active])].targetCopy == id {

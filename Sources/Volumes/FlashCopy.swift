@@ -152,6 +152,26 @@ extension Volume {
         }
         remove(index)
         addCopy(renewed)
+        if renewed.durable { raiseBarrier(renewed.bitmapFile) }
+    }
+
+    // MARK: The barrier after a copy was taken anew
+
+    /// A host write that finds a durable copy's bit set goes straight to the source; so it waits until the bits that a copy
+    /// begins with are on stable storage. Nor is anything copied to the target before: until its bitmap says that it was taken
+    /// anew, the target is the old copy's.
+    private func raiseBarrier(_ bitmapFile: StoreFile) {
+        isBarred = true
+        issue(flushIO(bitmapFile, IOToken(owner: .barrier, slot: 0, generation: 0)))
+    }
+
+    func completeBarrier(_ errno: Int32) {
+        isBarred = false
+        backgroundDue = backgroundWork
+        if errno != 0, preserveIndex >= 0 { failCopy(preserveIndex, errno: errno) }
+        var waiters = barrierWaiters
+        barrierWaiters = SlotList()
+        while let waiter = waiters.popFirst(in: requests) { resume(waiter) }
     }
 
     /// Takes up the chain of an earlier run; copies come oldest first. The bitmap of a durable copy is on stable

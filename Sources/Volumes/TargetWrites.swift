@@ -27,6 +27,7 @@ extension Volume {
         if let heir = heir(of: index), !faults.contains(.forgetHeir), !prepareGrains(of: heir, in: grains, for: slot, handsOver: true) { return }
         if let heir = heir(of: index), chain[heir].recordsChanges { chain[heir].changes.set(grains) }
         guard prepareGrains(of: index, in: grains, for: slot, handsOver: false) else { return }
+        if waitsForRecord(slot, grains) { return }
         if chain[index].recordsChanges { chain[index].changes.set(grains) }
         issueWrite(slot, to: chain[index].targetFile, until: request.pointee.end)
     }

@@ -82,6 +82,9 @@ package final class Volume {
 
     /// Copies that are to be taken anew.
     var refreshingCount = 0
+    /// Writes to the source wait for a flush.
+    var isBarred = false
+    var barrierWaiters = SlotList()
 
     // A restore under way.
     var restore: Restore?
@@ -274,6 +277,8 @@ package final class Volume {
             completeActivityFlush(errno)
         case .mergeFlush:
             completeMerge(errno)
+        case .barrier:
+            completeBarrier(errno)
         }
     }
 

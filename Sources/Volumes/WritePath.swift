@@ -39,6 +39,10 @@ extension Volume {
             advanceTargetWrite(slot)
             return
         }
+        if isBarred {
+            barrierWaiters.append(slot, in: requests)
+            return
+        }
         if activity.isOn, !faults.contains(.skipActivityLog), !enterRegions(slot) { return }
         var segmentEnd = request.pointee.end
         if preserves {
@@ -55,6 +59,7 @@ extension Volume {
             }
         }
         let cursor = request.pointee.cursor
+        if waitsForRecord(slot, geometry.grains(offset: cursor, length: segmentEnd - cursor)) { return }
         if recording || recordsCopyChanges {
             recordChanges(geometry.grains(offset: cursor, length: segmentEnd - cursor))
         }

@@ -1,6 +1,7 @@
 // Simulate.swift: runs seeds of the simulation.
 //
 //   simulate [SEED=n | FIRST=n COUNT=n] [STEPS=n] [FAULT=name]     ends with 1 at the first seed that breaks a rule
+//   simulate SEED=n WATCH=sector                               tells at each crash what holds that sector (CopyWorld)
 //   simulate CATCH=all                                             ends with 1 unless every deliberate fault is caught
 
 import Glibc
@@ -29,6 +30,7 @@ struct Simulate {
             case "FAULT":
                 fault = DeliberateFault(rawValue: value)
                 if fault == nil { misuse("no fault '\(value)'; known: \(DeliberateFault.allCases.map(\.rawValue))") }
+            case "WATCH": CopyWorld.watching = Int(number(argument, value))
             case "CATCH": catchAll(steps: steps)
             default: misuse("unknown argument '\(argument)'")
             }
