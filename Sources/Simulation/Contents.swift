@@ -7,6 +7,9 @@
 struct Contents {
     struct Entry {
         var value: UInt32
+        /// What it may have been instead: nobody has found out.
+        var others: Set<UInt32> = []
+        var all: Set<UInt32> { others.union([value]) }
         /// Step at which the write was acknowledged; nil = in flight.
         var doneAt: Int?
     }
@@ -40,10 +43,9 @@ struct Contents {
         for sector in sectors {
             history[sector][history[sector].count - 1].doneAt = step
             if durable { history[sector].removeFirst(history[sector].count - 1) }
-            if restoredMeanwhile.remove(sector) == nil, let values = open.removeValue(forKey: sector) {
+            if restoredMeanwhile.remove(sector) == nil, let values = open.removeValue(forKey: sector), !durable {
                 // What was there before the write may still be what is on stable storage.
-                let before = values.subtracting(history[sector].map(\.value)).sorted().map { Entry(value: $0, doneAt: 0) }
-                if !durable { history[sector].insert(contentsOf: before, at: 0) }
+                history[sector][history[sector].count - 2].others.formUnion(values)
             }
             touchedAt[sector] = step
         }
@@ -89,8 +91,8 @@ struct Contents {
 
     mutating func powerLost(at step: Int) {
         processDied(at: step)
-        for sector in history.indices where history[sector].count > 1 {
-            open[sector] = (open[sector] ?? []).union(history[sector].map(\.value))
+        for sector in history.indices where history[sector].count > 1 || !history[sector][0].others.isEmpty {
+            open[sector] = history[sector].reduce(into: open[sector] ?? []) { $0.formUnion($1.all) }
         }
     }
 
@@ -124,7 +126,8 @@ struct Contents {
     /// Any mixture of both may be there.
     mutating func mixed(with other: Contents) {
         for sector in history.indices {
-            let values = possible(sector).union((history[sector] + other.history[sector]).map(\.value)).union(other.possible(sector))
+            let both = history[sector] + other.history[sector]
+            let values = both.reduce(into: possible(sector).union(other.possible(sector))) { $0.formUnion($1.all) }
             if values.count > 1 { open[sector] = values }
             history[sector].insert(contentsOf: other.history[sector], at: 0)
         }
@@ -141,17 +144,19 @@ struct Contents {
             guard possible(sector).contains(found[index]) else { return sector }
             guard let values = open.removeValue(forKey: sector) else { continue }
             let step = history[sector].last!.doneAt
-            let others = values.subtracting(history[sector].map(\.value)).sorted()
-            history[sector].insert(contentsOf: others.map { Entry(value: $0, doneAt: 0) }, at: 0)
+            let others = history[sector].last!.all.union(values)
             history[sector].removeAll { $0.value == found[index] }
-            history[sector].append(Entry(value: found[index], doneAt: step))
+            history[sector].append(Entry(value: found[index], others: others.subtracting([found[index]]), doneAt: step))
         }
         return nil
     }
 
     /// After power loss what was found is on stable storage.
     mutating func settleDurable() {
-        for sector in history.indices where open[sector] == nil { history[sector].removeFirst(history[sector].count - 1) }
+        for sector in history.indices where open[sector] == nil {
+            history[sector].removeFirst(history[sector].count - 1)
+            history[sector][0].others = []
+        }
     }
 
     func expected(_ sector: Int) -> String { possible(sector).sorted().map(String.init).joined(separator: " or ") }

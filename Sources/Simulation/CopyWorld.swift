@@ -251,7 +251,7 @@ package final class CopyWorld: Scenario {
                 process.step(&random)
                 takeEvents()
                 patience -= 1
-                if patience == 0 { fail("a read after a crash never ends") }
+                if patience == 0 { fail("a read never ends: \(volume.waiting), \(process.pending.count) I/O pending") }
             }
         }
     }
@@ -755,7 +755,6 @@ package final class CopyWorld: Scenario {
             file.spaceLeft = nil
             file.refusesWrites = false
         }
-        let trouble = troubled
         for id in records.map(\.id) { volume.setRate(id, 0) }
         var patience = 200_000
         while !process.pending.isEmpty || !tasks.isEmpty || volume.backgroundDue || operating {
@@ -769,7 +768,7 @@ package final class CopyWorld: Scenario {
             if patience == 0 { throw SimulationFailure("something never ends") }
             if let failure { throw failure }
         }
-        guard volume.modifyingInFlight == 0 || trouble else { throw SimulationFailure("a write waits for ever") }
+        guard volume.modifyingInFlight == 0 else { throw SimulationFailure("a write waits for ever: \(volume.waiting)") }
         troubled = false
         steps += 1
         readEverything()
@@ -797,6 +796,7 @@ package final class CopyWorld: Scenario {
             for sector in 0..<Self.sectors where image.history[sector].last!.value != contents.history[sector].last!.value {
                 let run = volume.changedRun(since: record.id, in: .volume, offset: UInt64(sector) * 512, length: 512)
                 if !run.changed {
+                    noteState(sector)
                     throw SimulationFailure("sector \(sector) differs from copy \(record.id), and does not count as changed")
                 }
             }

@@ -87,6 +87,8 @@ package final class ActivityLog {
         image.deallocate()
     }
 
+    var isWaitedFor: Bool { !waiters.isEmpty }
+
     func regions(offset: UInt64, length: UInt64) -> Range<Int> {
         Int(offset >> regionShift)..<Int((offset + length - 1) >> regionShift) + 1
     }

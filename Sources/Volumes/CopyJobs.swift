@@ -283,6 +283,10 @@ extension Volume {
     private func stillReads(_ slot: Int32) -> Bool {
         guard !faults.contains(.skipReadCheck) else { return true }
         let job = jobs[Int(slot)]
+        if job.purpose == .restore {
+            guard let found = resolve(.volume, job.grains) else { return false }
+            return found == (job.readFile, job.grains.upperBound)
+        }
         guard let index = chainIndex(job.targetCopy) else { return false }
         return resolveCopy(index, job.grains) == (job.readFile, job.grains.upperBound)
     }
@@ -301,7 +305,7 @@ extension Volume {
         let job = jobs + Int(slot)
         if job.pointee.purpose == .restore {
             // Who takes old content may have changed since the job began.
-            guard !isNeeded(job.pointee.grains) else { return endJob(slot) }
+            guard !isNeeded(job.pointee.grains), stillReads(slot) else { return endJob(slot) }
             job.pointee.writesLeft = 1
             recordChanges(job.pointee.grains)
             issueJob(slot, .write, Self.source)

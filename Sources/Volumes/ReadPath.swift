@@ -65,7 +65,8 @@ extension Volume {
     /// Whether what was read is still where the view says that its data lies.
     private func stillHolds(_ slot: Int32) -> Bool {
         let request = requests[Int(slot)]
-        if request.view == .volume || faults.contains(.skipReadCheck) { return true }
+        // The volume's own data is where it is; during a restore it may be in a copy that clients write to.
+        if request.view == .volume && request.segmentFile == Self.source || faults.contains(.skipReadCheck) { return true }
         let segment = geometry.grains(
             offset: request.cursor, length: request.segmentEnd - request.cursor)
         guard let (file, run) = resolve(request.view, segment) else { return false }

@@ -334,6 +334,18 @@ package final class Volume {
 
     // MARK: Figures
 
+    /// What requests wait for, for people who look for a hang.
+    package var waiting: String {
+        var lists: [String] = []
+        for (name, list) in [
+            ("writes in flight", settleWaiters), ("memory for copies", starvedWaiters), ("orphans", orphanWaiters),
+            ("a barrier", barrierWaiters), ("the hold", heldAcknowledgements),
+        ] where !list.isEmpty { lists.append(name) }
+        if activity.isWaitedFor { lists.append("the activity log") }
+        return "requests wait for [\(lists.joined(separator: ", "))]; \(activeJobCount) copy jobs, \(unsettledCount) unsettled "
+            + "writes, \(modifyingInFlight) writes, \(restoringGrains) grains to restore, flush stage \(flushBatch.stage)"
+    }
+
     /// Grains written since the last point was formed.
     package var changedGrains: Int { changeCount }
     /// Grains still to be sent for the point being drained.

@@ -130,7 +130,7 @@ extension Volume {
         for slot in 0..<requestCapacity {
             let request = requests + slot
             if request.pointee.isModifying, request.pointee.state == .issued, request.pointee.segmentFile == file,
-                !request.pointee.unsettled
+                !request.pointee.unsettled, request.pointee.flushesLeft == 0  // else its data is there already
             {
                 request.pointee.unsettled = true
                 unsettledCount += 1
