@@ -6,6 +6,15 @@ import NIOCore
 import Replication
 
 package struct ControlClient: Sendable {
+    /// Lives as long as the process. A site that is down is told at once instead of being called until the answer is due,
+    /// which for calls that wait for a copy may be days.
+    private static let http: HTTPClient = {
+        var configuration = HTTPClient.Configuration()
+        configuration.connectionPool.retryConnectionEstablishment = false
+        configuration.timeout.connect = .seconds(10)
+        return HTTPClient(eventLoopGroupProvider: .singleton, configuration: configuration)
+    }()
+
     let address: Address
 
     package init(address: Address) { self.address = address }
@@ -32,7 +41,7 @@ package struct ControlClient: Sendable {
             request.headers.add(name: "content-type", value: "application/json")
             request.body = .bytes(ByteBuffer(bytes: body))
         }
-        let response = try await HTTPClient.shared.execute(request, timeout: .seconds(seconds))
+        let response = try await Self.http.execute(request, timeout: .seconds(seconds))
         let bytes = try await response.body.collect(upTo: 16 << 20)
         let answer = [UInt8](buffer: bytes)
         guard (200..<300).contains(Int(response.status.code)) else {

@@ -30,7 +30,7 @@ package enum Inspection {
         let start = try file.read(at: 0, count: 8)
         if start == Array("FARCOPYB".utf8) { return try describeBitmaps(file) }
         let copies = try RecordCopy.all(in: file.readAll())
-        guard copies.contains(where: { $0.isPresent }) else {
+        guard copies.contains(where: { $0.payload != nil }) || path.hasSuffix(".record") else {
             throw SiteError("\(path) is neither a record nor a bitmap file of farcopy")
         }
         return describeRecord(path, copies)

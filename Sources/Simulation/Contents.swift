@@ -56,6 +56,7 @@ struct Contents {
         for sector in sectors {
             history[sector][history[sector].count - 1].doneAt = step
             open[sector, default: []].formUnion(history[sector].suffix(2).map(\.value))
+            restoredMeanwhile.remove(sector)
             touchedAt[sector] = step
         }
     }
