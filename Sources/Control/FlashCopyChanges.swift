@@ -172,16 +172,18 @@ extension Site {
         let inUse = missed.withLock { $0 }
         for (index, new) in made.enumerated() {
             let (volume, record) = old[index]
+            let keepsTarget = new.record.targetOwner == record.targetOwner
+            // The record comes before the files: it must never name what is not there.
             if inUse.contains(index) {
-                release(volume, new.record, keepsTarget: new.record.targetOwner == record.targetOwner)
                 volume.record.copies.removeAll { $0.id == new.record.id }
                 try volume.recordFile.save(volume.record)
+                release(volume, new.record, keepsTarget: keepsTarget)
                 continue
             }
-            release(volume, record, keepsTarget: new.record.targetOwner == record.targetOwner)
             try settle(new)
             volume.record.copies.removeAll { $0.id == record.id }
             try volume.update(new.record.id) { $0.state = .active }
+            release(volume, record, keepsTarget: keepsTarget)
             await publish(volume, group(ofVolume: volume.name))
         }
         guard intact, inUse.isEmpty else {

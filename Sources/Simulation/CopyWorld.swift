@@ -765,7 +765,7 @@ package final class CopyWorld: Scenario {
             process.step(&random)
             takeEvents()
             patience -= 1
-            if patience == 0 { throw SimulationFailure("something never ends") }
+            if patience == 0 { throw SimulationFailure("something never ends: \(volume.waiting); \(process.pending.count) I/O, \(tasks.count) tasks, background due: \(volume.backgroundDue), operating: \(operating)") }
             if let failure { throw failure }
         }
         guard volume.modifyingInFlight == 0 else { throw SimulationFailure("a write waits for ever: \(volume.waiting)") }

@@ -279,16 +279,22 @@ extension Volume {
         if job.pointee.writesLeft == 0 { moved(slot) }
     }
 
-    /// Whether what was read is still where the copy has its data.
+    /// Whether what was read is what the target lacks: no host write can have come before the read.
     private func stillReads(_ slot: Int32) -> Bool {
         guard !faults.contains(.skipReadCheck) else { return true }
         let job = jobs[Int(slot)]
-        if job.purpose == .restore {
+        switch job.purpose {
+        case .preserve:
+            // Host writes to a grain that is needed wait.
+            for grain in job.grains where !need(grain).copy { return false }
+            return true
+        case .fill:
+            guard let index = chainIndex(job.targetCopy) else { return false }
+            return resolveCopy(index, job.grains) == (job.readFile, job.grains.upperBound)
+        case .restore:
             guard let found = resolve(.volume, job.grains) else { return false }
             return found == (job.readFile, job.grains.upperBound)
         }
-        guard let index = chainIndex(job.targetCopy) else { return false }
-        return resolveCopy(index, job.grains) == (job.readFile, job.grains.upperBound)
     }
 
     private func moved(_ slot: Int32) {

@@ -65,13 +65,14 @@ class RandomKills(SiteTest):
         writer.join(timeout=30)
         self.assertFalse(writer.is_alive())
         site.start()
-        states = {c["name"]: c["state"] for c in json.loads(site.farcopy("flashcopy", "list", "--json").stdout)}
+        found = json.loads(site.farcopy("flashcopy", "list", "--json").stdout)
+        states = {c["name"]: c["state"] for c in found}
         if unsure:
             images.pop(unsure, None)
             if unsure in states and states[unsure] not in ("withdrawing", "creating"):
                 site.farcopy("flashcopy", "withdraw", "disk", unsure, check=False)
         for name, image in images.items():
-            self.assertEqual(states.get(name), "active", name)
+            self.assertEqual(states.get(name), "active", (name, found, site.farcopy("events").stdout, site.tail()))
             self.assertEqual(site.read(f"disk@{name}"), image, f"{name} in round {number}")
 
     def command(self, site, images, writer, fresh):
