@@ -25,10 +25,11 @@ test-unit: ## Unit tests of every target
 	$(RELEASE) --build-tests
 	$(SWIFT) test -c release --skip-build
 
-test-simulation: ## Two hundred seeds, and every deliberate fault must be caught
+test-simulation: ## Ten thousand seeds of each scenario, and every deliberate fault must be caught
 	@scripts/bootstrap build
 	$(RELEASE) --product simulate
-	.build/release/simulate FIRST=1 COUNT=200 STEPS=20000
+	.build/release/simulate SCENARIO=World COUNT=10000 STEPS=6500 & world=$$!; \
+	.build/release/simulate SCENARIO=CopyWorld COUNT=10000 STEPS=3000; copies=$$?; wait $$world && exit $$copies
 	.build/release/simulate CATCH=all
 
 test-blackbox: ## The built program through other people's clients
@@ -70,10 +71,10 @@ bench: ## Compare with nbdkit side by side; prints a table (BENCH_SECONDS, BENCH
 	$(RELEASE) --product farcopy
 	scripts/bench
 
-simulate: ## Run seeds: make simulate [SEED=n | FIRST=n COUNT=n] [STEPS=n] [FAULT=name]
+simulate: ## Run seeds: make simulate [SEED=n | FIRST=n COUNT=n | HOURS=h] [STEPS=n] [SCENARIO=name] [FAULT=name]
 	@scripts/bootstrap build
 	$(RELEASE) --product simulate
-	.build/release/simulate $(foreach name,SEED FIRST COUNT STEPS FAULT,$(if $($(name)),$(name)=$($(name))))
+	.build/release/simulate $(foreach name,SEED FIRST COUNT HOURS STEPS SCENARIO FAULT WATCH,$(if $($(name)),$(name)=$($(name))))
 
 format: ## Format the Swift sources
 	@scripts/bootstrap swift

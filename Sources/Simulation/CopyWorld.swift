@@ -132,7 +132,7 @@ package final class CopyWorld: Scenario {
         process.skipFlushes = fault == .skipFlushes
         _ = process.addStore(.file(source))
         volume.recording = true
-        if fault != .resumePiecemeal { volume.beginResuming() }
+        volume.beginResuming()
         let regions = SimulatedBitmap(bits: 64)
         let region = Bitmap(memory: regions.memory, count: ActivityLog.layout(size: UInt64(Self.size), smallest: Self.regionBytes).count)
         readLog { _ = ActivityLog.decode($0, into: region) }

@@ -22,9 +22,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case trustUnflushedBits
     /// A new session does not wait for the writes of the one before.
     case skipFencing
-    /// The volumes take a committed point before the group's record says so.
-    case chainBeforeRecord
     case forgetMark
+    /// A write in flight when bitmaps change roles is neither waited for nor marked again.
     case forgetInFlightMark
     case skipReadCheck
     case skipDurability
@@ -32,8 +31,6 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     // One site with FlashCopies (CopyWorld).
     /// A copy takes old content before it is written down.
     case recordAfterChain
-    /// Work in the background begins before the chain of an earlier run is complete.
-    case resumePiecemeal
     case ignoreUnsettled
     case dropHandover
     case skipActivityLog
@@ -44,7 +41,7 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     var engine: EngineFaults {
         switch self {
         case .forgetMark: .forgetMark
-        case .forgetInFlightMark: .forgetInFlightMark
+        case .forgetInFlightMark: [.forgetInFlightMark, .ignoreUnsettled]
         case .skipReadCheck: .skipReadCheck
         case .skipDurability: .skipDurability
         case .ignoreUnsettled: .ignoreUnsettled
@@ -59,7 +56,7 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     /// The scenario that shows it.
     package var scenario: any Scenario.Type {
         switch self {
-        case .recordAfterChain, .resumePiecemeal, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges: CopyWorld.self
+        case .recordAfterChain, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges: CopyWorld.self
         default: World.self
         }
     }

@@ -526,8 +526,7 @@ package final class World: Scenario {
             do {
                 let plan = try westRecord.planCommit(
                     number, after: previous, formedAt: 0, now: 0, order: westOrder, keep: 4, writesUnderWay: writes)
-                let steps = fault == .chainBeforeRecord ? [.files, .chains, .record] : CommitStep.allCases
-                carryOut(plan, steps[...]) { [unowned self] in answerCommit(sender) }
+                carryOut(plan, CommitStep.allCases[...]) { [unowned self] in answerCommit(sender) }
             } catch {
                 failure = SimulationFailure("a commit is refused: \(error)")
             }

@@ -31,6 +31,8 @@ struct CopyJob: BitwiseCopyable {
     var durable = false
     /// Fills a heir; if it fails for want of the data, everything older has lost it, too.
     var handsOver = false
+    /// `Volume.retakes` when it began.
+    var retakes: UInt32 = 0
     /// What was read is a hole; the buffer was not filled.
     var isHole = false
     /// The target reads as zeroes where nothing was written.
@@ -208,6 +210,7 @@ extension Volume {
         jobs[Int(slot)].firstGrain = run.lowerBound
         jobs[Int(slot)].grainCount = run.count
         jobs[Int(slot)].buffer = buffer
+        jobs[Int(slot)].retakes = retakes
         activeJobs[activeJobCount] = slot
         activeJobCount += 1
         if backgroundAllowance > 0 { backgroundAllowance -= 1 }
@@ -285,11 +288,10 @@ extension Volume {
         let job = jobs[Int(slot)]
         switch job.purpose {
         case .preserve:
-            // Host writes to a grain that is needed wait.
-            for grain in job.grains where !need(grain).copy { return false }
-            return true
+            // Host writes to a grain that is needed wait; only a copy that begins with grains ends the need.
+            return job.retakes == retakes
         case .fill:
-            guard let index = chainIndex(job.targetCopy) else { return false }
+            guard let index = chainIndex(job.targetCopy), job.retakes == retakes else { return false }
             return resolveCopy(index, job.grains) == (job.readFile, job.grains.upperBound)
         case .restore:
             guard let found = resolve(.volume, job.grains) else { return false }

@@ -152,6 +152,7 @@ extension Volume {
         }
         remove(index)
         addCopy(renewed)
+        retakes &+= 1
         if renewed.durable { raiseBarrier(renewed.bitmapFile) }
     }
 

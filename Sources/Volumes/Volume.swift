@@ -82,6 +82,8 @@ package final class Volume {
 
     /// Copies that are to be taken anew.
     var refreshingCount = 0
+    /// How many copies were taken anew, and so began with grains.
+    var retakes: UInt32 = 0
     /// Writes to the source wait for a flush.
     var isBarred = false
     var barrierWaiters = SlotList()

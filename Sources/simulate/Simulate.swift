@@ -1,6 +1,7 @@
 // Simulate.swift: runs seeds of the simulation.
 //
-//   simulate [SEED=n | FIRST=n COUNT=n] [STEPS=n] [FAULT=name]     ends with 1 at the first seed that breaks a rule
+//   simulate [SEED=n | FIRST=n COUNT=n | HOURS=h] [STEPS=n] [SCENARIO=name] [FAULT=name]
+//                                                              ends with 1 at the first seed that breaks a rule
 //   simulate SEED=n WATCH=sector                               tells at each crash what holds that sector (CopyWorld)
 //   simulate CATCH=all                                             ends with 1 unless every deliberate fault is caught
 
@@ -19,6 +20,8 @@ struct Simulate {
         var fault: DeliberateFault?
         var probed: DeliberateFault?
         var catches = false
+        var hours: Double?
+        var scenarios: [any Scenario.Type] = [World.self, CopyWorld.self]
         for argument in CommandLine.arguments.dropFirst() {
             let parts = argument.split(separator: "=", maxSplits: 1).map(String.init)
             let value = parts.count == 2 ? parts[1] : ""
@@ -32,6 +35,12 @@ struct Simulate {
             case "FAULT":
                 fault = DeliberateFault(rawValue: value)
                 if fault == nil { misuse("no fault '\(value)'; known: \(DeliberateFault.allCases.map(\.rawValue))") }
+            case "HOURS":
+                guard let value = Double(value), value > 0 else { misuse("'\(argument)' needs a number of hours") }
+                hours = value
+            case "SCENARIO":
+                scenarios = scenarios.filter { "\($0)" == value }
+                if scenarios.isEmpty { misuse("no scenario '\(value)'; there are World and CopyWorld") }
             case "WATCH": CopyWorld.watching = Int(number(argument, value))
             case "CATCH": catches = true
             case "PROBE": probed = DeliberateFault(rawValue: value)
@@ -40,7 +49,18 @@ struct Simulate {
         }
         if let probed { probe(probed, steps: steps) }
         if catches { catchAll(steps: steps) }
-        run(first..<first + count, steps: steps, fault: fault)
+        if let fault { scenarios = [fault.scenario] }
+        if let hours {
+            // Other seeds each time.
+            first = UInt64(time(nil)) << 16
+            let end = time(nil) + Int((hours * 3600).rounded())
+            while time(nil) < end {
+                for scenario in scenarios { run(scenario, first..<first + 100, steps: steps, fault: fault) }
+                first += 100
+            }
+            return
+        }
+        for scenario in scenarios { run(scenario, first..<first + count, steps: steps, fault: fault) }
     }
 
     private static func misuse(_ text: String) -> Never {
@@ -51,12 +71,6 @@ struct Simulate {
     private static func number(_ argument: String, _ value: String) -> UInt64 {
         guard let number = UInt64(value) else { misuse("'\(argument)' needs a number") }
         return number
-    }
-
-    /// Every scenario with every seed.
-    private static func run(_ seeds: Range<UInt64>, steps: Int, fault: DeliberateFault?) {
-        let scenarios: [any Scenario.Type] = fault.map { [$0.scenario] } ?? [World.self, CopyWorld.self]
-        for scenario in scenarios { run(scenario, seeds, steps: steps, fault: fault) }
     }
 
     private static func run<Kind: Scenario>(
