@@ -477,7 +477,7 @@ package final class World: Scenario {
         let opened = linkSession
         tasks.append { [unowned self] in
             // The session's end closes its connections: what has not arrived never does.
-            guard session == opened else { return }
+            guard session == opened else { return event(.linkLost("the connection is closed"), sender) }
             let zero = !data.contains { $0 != 0 }
             let accepted = west[index].submit(
                 zero ? .writeZeroes : .write, offset: offset, length: data.count, data: zero ? nil : data

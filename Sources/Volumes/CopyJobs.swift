@@ -282,6 +282,12 @@ extension Volume {
         if job.pointee.writesLeft == 0 { moved(slot) }
     }
 
+    /// What was read is not to be relied on: it is done again.
+    private func drop(_ job: UnsafeMutablePointer<CopyJob>) {
+        job.pointee.targetCopy = -1
+        if job.pointee.handsOver { rewindHandovers(from: 0) }
+    }
+
     /// Whether what was read is what the target lacks: no host write can have come before the read.
     private func stillReads(_ slot: Int32) -> Bool {
         guard !faults.contains(.skipReadCheck) else { return true }
@@ -320,7 +326,10 @@ extension Volume {
             return
         }
         if job.pointee.isHole {
-            guard stillReads(slot) else { return endJob(slot) }
+            guard stillReads(slot) else {
+                drop(job)
+                return endJob(slot)
+            }
             // An untouched target reads as zeroes already.
             if job.pointee.targetIsZero { return moved(slot) }
             job.pointee.writesLeft = 1
@@ -331,7 +340,7 @@ extension Volume {
         if job.pointee.targetPoint != point?.number ?? 0 { job.pointee.targetPoint = 0 }
         // A copy that was taken anew meanwhile may have the grains: a host write did not wait, and may have overtaken the
         // read, but the older copy finds them there.
-        if job.pointee.targetCopy >= 0, !stillReads(slot) { job.pointee.targetCopy = -1 }
+        if job.pointee.targetCopy >= 0, !stillReads(slot) { drop(job) }
         job.pointee.writesLeft =
             (job.pointee.targetPoint != 0 ? 1 : 0) + (job.pointee.targetCopy >= 0 ? 1 : 0)
         guard job.pointee.writesLeft > 0 else { return endJob(slot) }

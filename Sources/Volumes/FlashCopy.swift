@@ -298,7 +298,7 @@ extension Volume {
     }
 
     /// Whoever hands over to this copy has another heir now.
-    private func rewindHandovers(from index: Int) {
+    func rewindHandovers(from index: Int) {
         for newer in index..<chainCount {
             chain[newer].handoverCursor = 0
             chain[newer].readyTold = false
