@@ -443,6 +443,7 @@ extension Site {
     func copyFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) {
         let reason = "old content could not be preserved: \(String(cString: strerror(errno)))"
         let name = volume.record.copies.first { $0.id == id }?.name ?? String(id)
+        if let group = group(ofVolume: volume.name) { dropPoint(group, UInt64(id)) }
         saveOrStop {
             try volume.update(id) { copy in
                 copy.state = .failed
@@ -452,6 +453,23 @@ extension Site {
         note(nil, "volume \(volume.name): FlashCopy '\(name)' has failed: \(reason)")
         copyReady(id)  // a refresh that waits for it begins again
         Task { await publish(volume, group(ofVolume: volume.name)) }
+    }
+
+    /// A recovery point that has failed is none any more. The newest stays listed, since the primary goes on from it; so does the
+    /// one that a failover went to.
+    private func dropPoint(_ group: GroupState, _ number: UInt64) {
+        guard group.record.points.contains(where: { $0.number == number }), number != group.record.points.last?.number,
+            number != group.record.failedOver?.point
+        else { return }
+        group.record.points.removeAll { $0.number == number }
+        saveOrStop { try group.save() }
+        for name in group.entry.volumes {
+            guard let volume = volumes[name] else { continue }
+            Task {
+                await leave(volume, CopyID(number))
+                await publish(volume, group)
+            }
+        }
     }
 
     /// The background copy is finished; once its data is on stable storage the target is an image by itself.

@@ -46,6 +46,10 @@ extension Site {
         var links = (group?.record.points ?? []).map {
             Link(id: CopyID($0.number), order: $0.order ?? $0.number, resumption: .serves)
         }
+        for point in group?.record.retired ?? []
+        where access(volume.bitmapPath(CopyID(point.number)), F_OK) == 0 {
+            links.append(Link(id: CopyID(point.number), order: point.order ?? point.number, resumption: .leaves))
+        }
         for index in volume.record.copies.indices {
             let overtaken = try isOvertaken(volume, volume.record.copies[index])
             let resumption = volume.record.copies[index].resume(trusted: volume.isTrusted, overtaken: overtaken)

@@ -156,12 +156,18 @@ extension Site {
             plan = try group.record.planCommit(
                 request.number, after: request.previous, formedAt: request.formedAt, now: realSeconds(),
                 order: members(group).map(\.nextOrder).max() ?? CopyRecord.orderStep, keep: group.entry.keep,
-                writesUnderWay: writes)
+                left: retiredAndGone(group), writesUnderWay: writes)
         } catch {
             throw SiteError("group '\(name)': \(error)", status: 403)
         }
         try await carryOut(plan, group)
         return CommitAnswer(committedAt: plan.point.committedAt ?? plan.point.formedAt)
+    }
+
+    private func retiredAndGone(_ group: GroupState) -> Set<UInt64> {
+        let members = members(group)
+        let numbers = (group.record.retired ?? []).map(\.number)
+        return Set(numbers.filter { number in members.allSatisfy { $0.copies[CopyID(number)] == nil } })
     }
 
     private func writesUnderWay(_ volume: VolumeState) async -> Int {

@@ -53,6 +53,9 @@ package struct GroupRecord: Codable, Sendable, Equatable {
     /// Recovery points, oldest first.
     package var points: [PointRecord] = []
 
+    /// Points past their retention that may still have to hand over what an older FlashCopy, a clone, reads through them.
+    package var retired: [PointRecord]?
+
     // After a failover.
     package var failedOver: Failover?
 

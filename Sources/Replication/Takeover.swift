@@ -54,10 +54,11 @@ extension GroupRecord {
     ///   - previous: the newest point that the primary knows to be committed.
     ///   - order: the point's place in the chains.
     ///   - keep: how many points stay.
+    ///   - left: retired points that no volume has any more.
     ///   - writesUnderWay: writes to the intake that have not ended, of all volumes.
     package func planCommit(
         _ number: UInt64, after previous: UInt64?, formedAt: Double, now: Double, order: UInt64, keep: Int,
-        writesUnderWay: Int
+        left: Set<UInt64>, writesUnderWay: Int
     ) throws(TakeoverRefusal) -> CommitPlan {
         guard failedOver == nil, role == .secondary else { throw TakeoverRefusal("the group has failed over") }
         let newest = points.last
@@ -74,6 +75,7 @@ extension GroupRecord {
         record.points.append(point)
         let dropped = Array(record.points.prefix(max(0, record.points.count - keep)))
         record.points.removeFirst(dropped.count)
+        record.retired = (record.retired ?? []).filter { !left.contains($0.number) } + dropped
         return CommitPlan(point: point, dropped: dropped, record: record)
     }
 

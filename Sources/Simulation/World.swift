@@ -214,7 +214,8 @@ package final class World: Scenario {
         committing = false
         // What was made for a point that no record names.
         for index in 0..<Self.volumes {
-            for id in westCopies[index].keys where !westPoints.contains(UInt64(id)) { westCopies[index][id] = nil }
+            let known = westPoints + (westRecord.retired ?? []).map(\.number)
+            for id in westCopies[index].keys where !known.contains(UInt64(id)) { westCopies[index][id] = nil }
         }
         west = []
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory + (8 << 20), size: 8 << 20))
@@ -224,7 +225,9 @@ package final class World: Scenario {
             simulated.volume.policy = .copiesFirst
             simulated.skipFlushes = fault == .skipFlushes
             simulated.volume.beginResuming()
-            for point in westPoints { addPoint(point, to: simulated, index, resume: true) }
+            let retired = (westRecord.retired ?? []).map(\.number).filter { westCopies[index][CopyID($0)] != nil }
+            for point in retired + westPoints { addPoint(point, to: simulated, index, resume: true) }
+            for point in retired { simulated.volume.withdrawCopy(CopyID(point)) }
             simulated.volume.finishResuming()
             west.append(simulated)
         }
@@ -525,12 +528,17 @@ package final class World: Scenario {
             let writes = fault == .commitEarly ? 0 : west.reduce(0) { $0 + $1.volume.modifyingInFlight }
             do {
                 let plan = try westRecord.planCommit(
-                    number, after: previous, formedAt: 0, now: 0, order: westOrder, keep: 4, writesUnderWay: writes)
+                    number, after: previous, formedAt: 0, now: 0, order: westOrder, keep: 4, left: retiredAndGone,
+                    writesUnderWay: writes)
                 carryOut(plan, CommitStep.allCases[...]) { [unowned self] in answerCommit(sender) }
             } catch {
                 failure = SimulationFailure("a commit is refused: \(error)")
             }
         }
+    }
+
+    private var retiredAndGone: Set<UInt64> {
+        Set((westRecord.retired ?? []).map(\.number).filter { number in westCopies.allSatisfy { $0[CopyID(number)] == nil } })
     }
 
     private func answerCommit(_ sender: UInt64) {
