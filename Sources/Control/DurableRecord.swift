@@ -13,7 +13,7 @@ import FoundationEssentials
 import Glibc
 import Ring
 
-final class DurableRecord<Value: VersionedRecord> {
+package final class DurableRecord<Value: VersionedRecord> {
     private let file: OpenFile
     private var sequence: UInt64 = 0
     private let directory: String
@@ -23,7 +23,7 @@ final class DurableRecord<Value: VersionedRecord> {
     ///
     /// - Returns: in `value`, what it holds; nil when it is new.
     /// - Throws: when there are contents but no valid copy, naming the file.
-    init(path: String, value: inout Value?) throws {
+    package init(path: String, value: inout Value?) throws {
         file = try OpenFile(path: path, flags: O_RDWR | O_CREAT)
         directory = path.split(separator: "/").dropLast().reduce("") { $0 + "/" + $1 }
         let bytes = try file.readAll()
@@ -58,7 +58,7 @@ final class DurableRecord<Value: VersionedRecord> {
     }
 
     /// Replaces the value; on return it is on stable storage.
-    func save(_ value: Value) throws {
+    package func save(_ value: Value) throws {
         let encoder = JSONEncoder()
         encoder.outputFormatting = [.sortedKeys]
         let payload = [UInt8](try encoder.encode(value))

@@ -302,6 +302,12 @@ extension Site {
         guard copy.record.isDurable else { return }
         try copy.volume.source.synchronize()
         for files in copy.volume.copies.values { try files.target.synchronize() }
+        try synchronizeChanges(copy.volume)
+    }
+
+    /// What a copy that left had noted is in the bitmaps of older ones now; they are on stable storage before its own goes.
+    private func synchronizeChanges(_ volume: VolumeState) throws {
+        for files in volume.copies.values where files.bitmap.header.bitmaps > 1 { try files.bitmap.synchronize() }
     }
 
     /// Records that the copies are there; or takes them out again when they are not of one instant.
@@ -499,6 +505,7 @@ extension Site {
     }
 
     private func forget(_ volume: VolumeState, _ id: CopyID) {
+        saveOrStop { try synchronizeChanges(volume) }
         let record = volume.record.copies.first { $0.id == id }
         // A target that its successor has taken over stays.
         let owner = record?.targetOwner ?? id

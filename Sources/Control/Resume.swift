@@ -58,6 +58,7 @@ extension Site {
         }
         let forgotten = Set(links.filter { $0.resumption == .forgotten }.map(\.id))
         volume.record.copies.removeAll { forgotten.contains($0.id) }
+        volume.forgotCopies = !forgotten.isEmpty
         try volume.recordFile.save(volume.record)
         links = links.filter { $0.resumption != .forgotten && $0.resumption != .absent }
         links.sort { $0.order < $1.order }
@@ -147,7 +148,9 @@ extension Site {
         let (number, id) = (volume.number, link.id)
         if record.isFilled, !volume.isTrusted {
             let regions = try Regions(volume)
-            let forgets = record.isWritable || volume.record.logIsBroken
+            // What changed while a newer copy was there, that one had noted.
+            let lostNewer = volume.record.copies.contains { $0.order > record.order && $0.state == .lost }
+            let forgets = record.isWritable || volume.record.logIsBroken || volume.forgotCopies || lostNewer
             await volume.reactor.run { reactor in
                 reactor.hosted(number).volume.recoverChanges(of: id, regions: forgets ? regions.all : regions.bitmap)
             }

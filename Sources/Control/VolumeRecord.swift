@@ -4,7 +4,7 @@ import Ring
 import Volumes
 
 /// A record that says which version of its layout it has.
-protocol VersionedRecord: Codable, Sendable {
+package protocol VersionedRecord: Codable, Sendable {
     static var currentFormat: Int { get }
 }
 

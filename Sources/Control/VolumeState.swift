@@ -37,6 +37,8 @@ final class VolumeState {
     var pointTargetFile: StoreFile = -1
     var copies: [CopyID: CopyFiles] = [:]
     var restoreBitmap: BitmapFile?
+    /// After power loss there were copies of which nothing is known.
+    var forgotCopies = false
     var restoreFile: StoreFile = -1
     /// Larger than the order of every copy and point in the chain.
     var nextOrder = CopyRecord.orderStep

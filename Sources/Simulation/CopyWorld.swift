@@ -177,7 +177,10 @@ package final class CopyWorld: Scenario {
                 let all = SimulatedBitmap(bits: 64)
                 let every = Bitmap(memory: all.memory, count: regions.count)
                 every.setAll()
-                volume.recoverChanges(of: record.id, regions: record.isWritable ? every : regions)
+                let forgets =
+                    record.isWritable || records.contains { $0.order > record.order && $0.state == .lost }
+                    || links.contains { $0.1 == .forgotten }
+                volume.recoverChanges(of: record.id, regions: forgets ? every : regions)
             }
             if resumption == .leaves {
                 images[record.id] = nil
@@ -343,9 +346,16 @@ package final class CopyWorld: Scenario {
 
     private func withdrawn(_ id: CopyID) {
         note("copy \(id) has left")
+        flushChanges()
         if let index = records.firstIndex(where: { $0.id == id }), !records[index].hasLeft() { records.remove(at: index) }
         bitmaps[id] = nil
         images[id] = nil
+    }
+
+    /// Control's `synchronizeChanges`.
+    private func flushChanges() {
+        guard fault != .skipFlushes else { return }
+        for record in records where record.isFilled { bitmaps[record.id]?.flush() }
     }
 
     /// Control's `copyCompleted`: flush, then record.
@@ -585,6 +595,7 @@ package final class CopyWorld: Scenario {
         if records.contains(where: { $0.id == id && $0.isDurable }), fault != .skipFlushes {
             source.flush()
             for file in targets.values { file.flush() }
+            flushChanges()
         }
         update(id) { if $0.state == .creating { $0.state = .active } }
         operating = false
@@ -794,6 +805,8 @@ package final class CopyWorld: Scenario {
         for record in records where record.state == .active {
             guard let image = images[record.id] else { continue }
             for sector in 0..<Self.sectors where image.history[sector].last!.value != contents.history[sector].last!.value {
+                // What could not be read is not known.
+                if image.open[sector] != nil || contents.open[sector] != nil { continue }
                 let run = volume.changedRun(since: record.id, in: .volume, offset: UInt64(sector) * 512, length: 512)
                 if !run.changed {
                     noteState(sector)

@@ -1,4 +1,4 @@
-@testable import Control
+import Control
 import Glibc
 import Testing
 

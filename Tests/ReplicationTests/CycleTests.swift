@@ -95,3 +95,50 @@ func drainClearsBehindTheFlush() {
     _ = drain.didRead(slot: 1, grains: nil, offset: 0, length: 0)
     #expect(drain.didFlush() == [.clear([VolumeRun(volume: 0, grains: 1..<2)]), .finished])
 }
+
+@Test("a point is given up at a start when one volume does not hold it any more")
+func uncertainPoint() {
+    var record = GroupRecord(role: .primary, generation: "one")
+    record.held = PointRecord(number: 4, formedAt: 1)
+    var unchanged = record
+    #expect(!unchanged.giveUpPoint(unlessHeldBy: [4, 4]) && unchanged.held?.number == 4)
+    for held: [UInt64?] in [[4, 0], [3, 4], [nil, 4]] {
+        var changed = record
+        #expect(changed.giveUpPoint(unlessHeldBy: held) && changed.held == nil)
+    }
+}
+
+@Test("no point is formed while a volume is not ready, and one is soon after")
+func notReady() {
+    var cycle = primary()
+    _ = cycle.start(now: 0)
+    _ = cycle.handle(peer(nil), now: 1)
+    #expect(cycle.handle(.notReady, now: 2) == [])
+    #expect(cycle.handle(.tick, now: 3) == [])
+    let wake = cycle.wakeAt ?? 0
+    #expect(wake > 3 && wake < 1_000_000_000)
+    #expect(cycle.handle(.tick, now: wake) == [.prepare(number: 1)])
+}
+
+@Test("a commit is planned in order, once, and keeps what clones may still need")
+func commitPlan() throws {
+    var record = GroupRecord(role: .secondary, generation: "one")
+    for number in UInt64(1)...3 {
+        let plan = try record.planCommit(
+            number, after: record.points.last?.number, formedAt: 0, now: 1, order: number, keep: 2, left: [], writesUnderWay: 0)
+        record = plan.record
+    }
+    #expect(record.points.map(\.number) == [2, 3] && record.retired?.map(\.number) == [1])
+    #expect(record.hasCommitted(3) != nil && record.hasCommitted(2) == nil)
+    for (number, previous, writes) in [(UInt64(3), UInt64(3), 0), (5, 2, 0), (4, 3, 1)] {
+        #expect(throws: TakeoverRefusal.self) {
+            try record.planCommit(
+                number, after: previous, formedAt: 0, now: 1, order: 9, keep: 2, left: [], writesUnderWay: writes)
+        }
+    }
+    let next = try record.planCommit(
+        4, after: 3, formedAt: 0, now: 1, order: 9, keep: 2, left: [1], writesUnderWay: 0)
+    #expect(next.record.retired?.map(\.number) == [2] && next.dropped.map(\.number) == [2])
+    #expect(throws: TakeoverRefusal.self) { try next.record.failoverPoint(2) }
+    #expect(try next.record.failoverPoint(nil).number == 4)
+}

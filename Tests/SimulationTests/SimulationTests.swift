@@ -19,5 +19,22 @@ func replay() throws {
 
 @Test("a deliberate fault is seen")
 func fault() {
-    #expect(throws: SimulationFailure.self) { try World(seed: 1, fault: .skipFlushes).run(steps: 20_000, skipping: []) }
+    let caught = (UInt64(1)...20).contains { seed in
+        do throws(SimulationFailure) {
+            try World(seed: seed, fault: .skipFlushes).run(steps: 20_000, skipping: [])
+            return false
+        } catch {
+            return true
+        }
+    }
+    #expect(caught)
+}
+
+@Test("a failing seed becomes a short run that fails in the same way")
+func shortest() {
+    let (end, skipped) = CopyWorld.shortest(seed: 1, fault: .ignoreUnsettled, steps: 8_000)
+    #expect(end - skipped.count < 1000)
+    #expect(throws: SimulationFailure.self) {
+        try CopyWorld(seed: 1, fault: .ignoreUnsettled).run(steps: end, skipping: skipped)
+    }
 }

@@ -1,0 +1,62 @@
+// Bench.swift: drives an engine in the tests.
+
+import Base
+import Volumes
+
+/// A volume whose I/O the test answers by hand.
+final class Bench {
+    let volume: Volume
+    private let memory: UnsafeMutableRawPointer
+    private var copies = 0
+
+    init(grains: Int = 512) {
+        memory = .allocate(byteCount: 1 << 20, alignment: 4096)
+        memory.initializeMemory(as: UInt8.self, repeating: 0, count: 1 << 20)
+        let pool = UnsafeMutableRawPointer.allocate(byteCount: 4 << 20, alignment: 4096)
+        volume = Volume(
+            geometry: Geometry(size: UInt64(grains) * 4096, grain: 4096)!,
+            bitmaps: (Bitmap(memory: memory, count: grains), Bitmap(memory: memory + 4096, count: grains)),
+            roles: (memory + 8192).bindMemory(to: RecordingRoles.self, capacity: 1),
+            copyBuffers: CopyBuffers(pool: BufferPool(base: pool, size: 4 << 20)))
+    }
+
+    /// Adds a FlashCopy with files of its own.
+    func addCopy(_ id: CopyID) {
+        copies += 1
+        volume.addCopy(
+            FlashCopy(
+                id: id, targetFile: StoreFile(2 * copies), bitmapFile: StoreFile(2 * copies + 1),
+                preserved: Bitmap(memory: memory + 16384 * copies, count: volume.geometry.grainCount), durable: false))
+    }
+
+    @discardableResult
+    func submit(_ operation: Request.Operation, grain: Int, count: Int = 1, owner: UInt64 = 1) -> Int32 {
+        let slot = volume.takeRequest()!
+        let request = volume.request(slot)
+        request.pointee.operation = operation
+        request.pointee.offset = UInt64(grain) * 4096
+        request.pointee.length = UInt64(count) * 4096
+        request.pointee.owner = owner
+        if operation == .read || operation == .write { request.pointee.buffer = memory + (512 << 10) }
+        volume.submit(slot)
+        return slot
+    }
+
+    func pending() -> [StoreIO] {
+        var found: [StoreIO] = []
+        while let io = volume.popIO() { found.append(io) }
+        return found
+    }
+
+    /// Answers everything until nothing is asked any more; returns the slots that finished.
+    func settle() -> [Int32] {
+        var finished: [Int32] = []
+        while true {
+            while let slot = volume.popFinished() { finished.append(slot) }
+            if volume.backgroundDue { volume.runBackground() }
+            let ios = pending()
+            if ios.isEmpty { return finished }
+            for io in ios { volume.complete(io, errno: 0) }
+        }
+    }
+}
