@@ -256,6 +256,8 @@ package final class Volume {
     package func complete(_ io: StoreIO, errno: Int32) {
         fileInFlight[Int(io.file)] -= 1
         invariant(fileInFlight[Int(io.file)] >= 0, "an I/O is answered once")
+        // A copy that leaves waits until nothing uses its files.
+        if backgroundWork, io.file != Self.source { backgroundDue = true }
         switch io.token.owner {
         case .request:
             let request = requests + Int(io.token.slot)
