@@ -20,12 +20,15 @@ package enum Adoption {
         guard access(path, F_OK) == 0 else { return "volume '\(name)' was never served here; there is nothing to do" }
         var found: VolumeRecord?
         let file = try DurableRecord(path: path, value: &found)
-        guard var record = found else { throw SiteError("\(path) is empty; remove \(state.volume(name)) to begin anew") }
+        guard var record = found else {
+            throw SiteError("\(path) is empty; remove \(state.volume(name)) to begin anew")
+        }
         var lost: [String] = []
         for index in record.copies.indices where record.copies[index].state != .lost {
             lost.append(record.copies[index].name)
             record.copies[index].state = .lost
-            record.copies[index].reason = "the volume's file was exchanged or changed, and adopted at \(timestamp(realSeconds()))"
+            record.copies[index].reason =
+                "the volume's file was exchanged or changed, and adopted at \(timestamp(realSeconds()))"
             unlink("\(state.volume(name))/copies/\(record.copies[index].id).bitmap")
         }
         record.file = nil

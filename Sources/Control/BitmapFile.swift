@@ -45,7 +45,8 @@ final class BitmapFile: Sendable {
         }
         let size = try file.size()
         guard size == UInt64(expected.fileBytes) else {
-            throw DamagedMetadata(description: "\(path) has \(size) bytes instead of \(expected.fileBytes): it was cut short")
+            throw DamagedMetadata(
+                description: "\(path) has \(size) bytes instead of \(expected.fileBytes): it was cut short")
         }
     }
 
@@ -90,7 +91,9 @@ final class BitmapFile: Sendable {
             let bytes = UnsafeRawBufferPointer(
                 start: mapping.memory + first, count: min(page, mapping.byteCount - first))
             if bytes.contains(where: { $0 != 0 }) {
-                let number = withUnsafeBytes(of: UInt64(first / page).littleEndian) { CRC32C.checksum($0, after: checksum) }
+                let number = withUnsafeBytes(of: UInt64(first / page).littleEndian) {
+                    CRC32C.checksum($0, after: checksum)
+                }
                 checksum = CRC32C.checksum(bytes, after: number)
             }
             offset = UInt64(first + page)

@@ -135,7 +135,8 @@ struct ConfigurationReader {
             let entry = try self.table(table, "volumes", name)
             try check(
                 entry, section,
-                known: ["path", "size", "grain", "cache", "read_only", "allow_clients", "allow_addresses"] + Self.hookKeys)
+                known: ["path", "size", "grain", "cache", "read_only", "allow_clients", "allow_addresses"]
+                    + Self.hookKeys)
             let size = try entry["size"].map { _ in try self.size(entry, section, "size") }
             let grain = try entry["grain"].map { _ in try self.size(entry, section, "grain") }
             if let grain, Geometry(size: 1 << 40, grain: Int(clamping: grain)) == nil {

@@ -153,7 +153,9 @@ package struct ControlServer: Sendable {
         }
         router.get("/v1/flashcopies/{name}") { request, context in
             await guarded {
-                let names = request.uri.queryParameters["volumes"].map { String($0).split(separator: ",").map(String.init) }
+                let names = request.uri.queryParameters["volumes"].map {
+                    String($0).split(separator: ",").map(String.init)
+                }
                 return try answer(
                     try await site.showFlashCopy(try context.parameters.require("name"), names ?? []))
             }

@@ -179,7 +179,8 @@ extension Site {
         var made: [NewCopy] = []
         do {
             for (index, volume) in members.enumerated() {
-                made.append(try await prepare(request, volume, target: request.targets?[index], order: volume.takeOrder()))
+                made.append(
+                    try await prepare(request, volume, target: request.targets?[index], order: volume.takeOrder()))
             }
         } catch {
             for copy in made { try discard(copy) }
@@ -396,7 +397,8 @@ extension Site {
         let left = Double(volume.geometry.size - report.preservedBytes)
         report.backgroundCopy = FlashCopyReport.BackgroundReport(
             complete: record.isComplete, rateBytesPerSecond: record.rate, measuredBytesPerSecond: rate,
-            etaSeconds: record.isComplete ? nil : rate > 0 ? left / rate : record.rate > 0 ? left / Double(record.rate) : nil)
+            etaSeconds: record.isComplete
+                ? nil : rate > 0 ? left / rate : record.rate > 0 ? left / Double(record.rate) : nil)
         return report
     }
 
@@ -480,7 +482,9 @@ extension Site {
 
     /// The background copy is finished; once its data is on stable storage the target is an image by itself.
     func copyCompleted(_ volume: VolumeState, _ id: CopyID) {
-        guard let files = volume.copies[id], let record = volume.record.copies.first(where: { $0.id == id }) else { return }
+        guard let files = volume.copies[id], let record = volume.record.copies.first(where: { $0.id == id }) else {
+            return
+        }
         do {
             try files.target.synchronize()
             try files.bitmap.synchronize()
@@ -511,7 +515,9 @@ extension Site {
         let owner = record?.targetOwner ?? id
         let shared = volume.record.copies.contains { $0.id != id && $0.targetOwner == owner && $0.state != .lost }
         if let index = volume.record.copies.firstIndex(where: { $0.id == id }) {
-            if volume.copies[id] == nil || !volume.record.copies[index].hasLeft() { volume.record.copies.remove(at: index) }
+            if volume.copies[id] == nil || !volume.record.copies[index].hasLeft() {
+                volume.record.copies.remove(at: index)
+            }
             saveOrStop { try volume.recordFile.save(volume.record) }
         }
         volume.removeCopyFiles(id, targetOwner: shared || record?.target != nil ? nil : owner)

@@ -29,7 +29,8 @@ extension Site {
         for (volume, found) in zip(members, origins) {
             try checkFree(request.name, volume)
             guard request.durable != true || found.isDurable else {
-                throw SiteError("a clone of '\(origin)' cannot be durable, since it reads through '\(origin)', which is not")
+                throw SiteError(
+                    "a clone of '\(origin)' cannot be durable, since it reads through '\(origin)', which is not")
             }
         }
         try await patiently(request.name) { try await self.establishClone(request, members, origins) }
@@ -53,7 +54,8 @@ extension Site {
         }
         let record = try copies(name, [volume])[0].1
         guard record.state == .active else {
-            throw SiteError("FlashCopy '\(name)' of volume '\(volume.name)' is \(record.state.rawValue) and cannot be cloned")
+            throw SiteError(
+                "FlashCopy '\(name)' of volume '\(volume.name)' is \(record.state.rawValue) and cannot be cloned")
         }
         return Origin(id: record.id, order: record.order, isDurable: record.isDurable)
     }
@@ -76,7 +78,8 @@ extension Site {
         for (index, volume) in members.enumerated() {
             made.append(
                 try await prepare(
-                    request, volume, target: request.targets?[index], order: try orderBelow(volume, origins[index].order),
+                    request, volume, target: request.targets?[index],
+                    order: try orderBelow(volume, origins[index].order),
                     originIsDurable: origins[index].isDurable))
         }
         let vanished = Atomic(false)
@@ -129,7 +132,8 @@ extension Site {
         let (number, id) = (volume.number, record.id)
         guard await volume.reactor.run({ $0.hosted(number).volume.copy(id)?.state }) != .withdrawing else {
             throw SiteError(
-                "FlashCopy '\(record.name)' of volume '\(volume.name)' still hands over what older ones need; try again soon")
+                "FlashCopy '\(record.name)' of volume '\(volume.name)' still hands over what older ones need; try again soon"
+            )
         }
         try volume.update(record.id) { $0.state = .refreshing }
         await publish(volume, group(ofVolume: volume.name))
@@ -188,7 +192,8 @@ extension Site {
         }
         guard intact, inUse.isEmpty else {
             throw SiteError(
-                "FlashCopy '\(name)' could not be taken anew on all volumes at one instant; refresh it again", status: 503)
+                "FlashCopy '\(name)' could not be taken anew on all volumes at one instant; refresh it again",
+                status: 503)
         }
     }
 
@@ -242,7 +247,8 @@ extension Site {
             try checkNotRestoring(volume)
             guard record.state == .active else {
                 throw SiteError(
-                    "FlashCopy '\(request.name)' of volume '\(volume.name)' is \(record.state.rawValue): \(record.reason ?? "it cannot be restored")")
+                    "FlashCopy '\(request.name)' of volume '\(volume.name)' is \(record.state.rawValue): \(record.reason ?? "it cannot be restored")"
+                )
             }
             if group(ofVolume: volume.name)?.record.role == .secondary {
                 throw SiteError("volume '\(volume.name)' is a secondary; fail over to a recovery point instead")

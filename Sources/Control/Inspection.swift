@@ -19,7 +19,9 @@ package enum Inspection {
             let inner = path.hasSuffix("/") ? path + name : "\(path)/\(name)"
             guard stat(inner, &facts) == 0 else { continue }
             let isDirectory = facts.st_mode & S_IFMT == S_IFDIR
-            guard isDirectory || [".record", ".bitmap", ".log"].contains(where: { name.hasSuffix($0) }) else { continue }
+            guard isDirectory || [".record", ".bitmap", ".log"].contains(where: { name.hasSuffix($0) }) else {
+                continue
+            }
             do { lines += try describe(inner) } catch { lines.append("\(error)") }
         }
         return lines
@@ -46,7 +48,8 @@ package enum Inspection {
             let current = copy.offset == valid?.offset ? ", the current one" : ""
             lines.append(
                 "  copy at \(copy.offset): \(state)"
-                    + (copy.payload == nil ? "" : ", sequence \(copy.sequence), \(copy.payload!.count) bytes\(current)"))
+                    + (copy.payload == nil ? "" : ", sequence \(copy.sequence), \(copy.payload!.count) bytes\(current)")
+            )
         }
         if let payload = valid?.payload { lines.append("  " + String(decoding: payload, as: UTF8.self)) }
         return lines
@@ -63,7 +66,9 @@ package enum Inspection {
                 + (header.copy == 0 ? "" : ", copy \(header.copy)"),
         ]
         let size = try file.size()
-        if size != UInt64(header.fileBytes) { lines.append("  cut short: \(size) bytes instead of \(header.fileBytes)") }
+        if size != UInt64(header.fileBytes) {
+            lines.append("  cut short: \(size) bytes instead of \(header.fileBytes)")
+        }
         guard let geometry = Geometry(size: header.size, grain: Int(header.grain)) else {
             return lines + ["  no possible size or grain"]
         }
@@ -74,7 +79,8 @@ package enum Inspection {
         }
         for index in 0..<Int(header.bitmaps) {
             let bits = try population(file, header.offset(ofBitmap: index), Bitmap.byteCount(bits: geometry.grainCount))
-            lines.append("  bitmap \(index) at \(header.offset(ofBitmap: index)): \(bits) of \(geometry.grainCount) bits set")
+            lines.append(
+                "  bitmap \(index) at \(header.offset(ofBitmap: index)): \(bits) of \(geometry.grainCount) bits set")
         }
         return lines
     }

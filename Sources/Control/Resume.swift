@@ -107,7 +107,9 @@ extension Site {
             try volume.verify(files.bitmap, "copies/\(link.id).bitmap")
             return files
         }
-        if missing, record.state != .creating { throw DamagedMetadata(description: "\(volume.bitmapPath(link.id)) is missing") }
+        if missing, record.state != .creating {
+            throw DamagedMetadata(description: "\(volume.bitmapPath(link.id)) is missing")
+        }
         let bitmap = try BitmapFile(
             path: volume.bitmapPath(link.id), header: volume.header(ofCopy: link.id, recordsChanges: record.isFilled),
             create: missing)
@@ -129,7 +131,9 @@ extension Site {
         }
         try volume.recordFile.save(volume.record)
         for id in ids { unlink(volume.bitmapPath(id)) }
-        guard let group, let last = group.record.points.lastIndex(where: { ids.contains(CopyID($0.number)) }) else { return }
+        guard let group, let last = group.record.points.lastIndex(where: { ids.contains(CopyID($0.number)) }) else {
+            return
+        }
         note(
             group.entry.name,
             "volume \(volume.name): the recovery points up to \(group.record.points[last].number) are void, since a bitmap is "

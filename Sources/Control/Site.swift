@@ -79,7 +79,9 @@ package actor Site {
             let volume = try VolumeState(
                 entry, state: state, reactor: reactors[index % count], bootID: bootID, hasPoints: !points.isEmpty)
             volumes[entry.name] = volume
-            for finding in volume.findings { note(group(ofVolume: entry.name)?.entry.name, "volume \(entry.name): \(finding)") }
+            for finding in volume.findings {
+                note(group(ofVolume: entry.name)?.entry.name, "volume \(entry.name): \(finding)")
+            }
         }
         for group in groups.values {
             try renewIfServedElsewhere(group)

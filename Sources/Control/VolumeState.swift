@@ -170,7 +170,8 @@ final class VolumeState {
         if let known = record.file, let present = try source.identity(), known != present {
             return "\(source.path) is another file than the one that was served last"
         }
-        if let mark = record.clean, let known = mark.modifiedAt, let present = try source.modifiedAt(), known != present {
+        if let mark = record.clean, let known = mark.modifiedAt, let present = try source.modifiedAt(), known != present
+        {
             return "\(source.path) was written to at \(timestamp(Double(present) / 1e9)), while Farcopy was stopped"
         }
         return nil

@@ -81,7 +81,9 @@ extension GroupRecord {
 
     /// The point that a failover goes to.
     package func failoverPoint(_ wanted: UInt64?) throws(TakeoverRefusal) -> PointRecord {
-        guard role == .secondary else { throw TakeoverRefusal("the group is primary here already; fail over at its peer") }
+        guard role == .secondary else {
+            throw TakeoverRefusal("the group is primary here already; fail over at its peer")
+        }
         guard let newest = points.last else {
             throw TakeoverRefusal("the group has no recovery point yet: its first copy is not complete")
         }

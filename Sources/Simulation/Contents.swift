@@ -64,7 +64,9 @@ struct Contents {
     /// A flush that was issued at `step` has ended.
     mutating func flushed(issuedAt step: Int) {
         for sector in history.indices where open[sector] == nil {
-            guard let last = history[sector].lastIndex(where: { $0.doneAt ?? Int.max <= step }), last > 0 else { continue }
+            guard let last = history[sector].lastIndex(where: { $0.doneAt ?? Int.max <= step }), last > 0 else {
+                continue
+            }
             history[sector].removeFirst(last)
         }
     }
@@ -74,7 +76,9 @@ struct Contents {
     /// What may be there without power loss.
     private func possible(_ sector: Int) -> Set<UInt32> {
         var values = open[sector] ?? []
-        if let done = history[sector].last(where: { $0.doneAt != nil }), open[sector] == nil { values.insert(done.value) }
+        if let done = history[sector].last(where: { $0.doneAt != nil }), open[sector] == nil {
+            values.insert(done.value)
+        }
         for entry in history[sector] where entry.doneAt == nil { values.insert(entry.value) }
         return values
     }

@@ -65,6 +65,7 @@ package final class CopyWorld: Scenario {
     private var mirrored: [UInt8]?
     private var nextValue: UInt32 = 1
     /// A sector to tell about in the trace (the simulate command's WATCH).
+    // Safe because: set once, before the first run.
     package nonisolated(unsafe) static var watching: Int?
     private var watched: Int? { Self.watching }
 
@@ -125,16 +126,20 @@ package final class CopyWorld: Scenario {
             volume: Volume(
                 geometry: Geometry(size: UInt64(Self.size), grain: Self.grain)!,
                 bitmaps: (
-                    Bitmap(memory: recording.memory, count: Self.grains), Bitmap(memory: recording.memory + 8, count: Self.grains)
+                    Bitmap(memory: recording.memory, count: Self.grains),
+                    Bitmap(memory: recording.memory + 8, count: Self.grains)
                 ),
-                roles: roles, copyBuffers: CopyBuffers(pool: BufferPool(base: copyMemory, size: copyBytes)), requestCapacity: 24, smallestRegion: Self.regionBytes,
+                roles: roles, copyBuffers: CopyBuffers(pool: BufferPool(base: copyMemory, size: copyBytes)),
+                requestCapacity: 24, smallestRegion: Self.regionBytes,
                 faults: engineFaults))
         process.skipFlushes = fault == .skipFlushes
         _ = process.addStore(.file(source))
         volume.recording = true
         volume.beginResuming()
         let regions = SimulatedBitmap(bits: 64)
-        let region = Bitmap(memory: regions.memory, count: ActivityLog.layout(size: UInt64(Self.size), smallest: Self.regionBytes).count)
+        let region = Bitmap(
+            memory: regions.memory, count: ActivityLog.layout(size: UInt64(Self.size), smallest: Self.regionBytes).count
+        )
         readLog { _ = ActivityLog.decode($0, into: region) }
         if !trusted, fault != .trustBitmapsAfterPowerLoss { volume.recoverChanges(regions: region) }
         resumeChain(trusted, region)
@@ -210,7 +215,8 @@ package final class CopyWorld: Scenario {
                 id: record.id, targetFile: target, bitmapFile: process.addStore(.bitmap(bitmap)),
                 preserved: Bitmap(memory: bitmap.memory, count: Self.grains),
                 changes: record.isFilled ? Bitmap(memory: bitmap.memory + 8, count: Self.grains) : nil,
-                durable: record.isDurable, targetIsZero: record.targetIsZero, isFilled: record.isFilled, rate: record.rate))
+                durable: record.isDurable, targetIsZero: record.targetIsZero, isFilled: record.isFilled,
+                rate: record.rate))
         process.pump()
     }
 
@@ -347,7 +353,9 @@ package final class CopyWorld: Scenario {
     private func withdrawn(_ id: CopyID) {
         note("copy \(id) has left")
         flushChanges()
-        if let index = records.firstIndex(where: { $0.id == id }), !records[index].hasLeft() { records.remove(at: index) }
+        if let index = records.firstIndex(where: { $0.id == id }), !records[index].hasLeft() {
+            records.remove(at: index)
+        }
         bitmaps[id] = nil
         images[id] = nil
     }
@@ -427,7 +435,8 @@ package final class CopyWorld: Scenario {
     private func flush(_ id: CopyID?) {
         let issued = steps
         let process = process!
-        _ = process.submit(.flush, view: id.map { .copy($0) } ?? .volume, offset: 0, length: 0) { [unowned self] request in
+        _ = process.submit(.flush, view: id.map { .copy($0) } ?? .volume, offset: 0, length: 0) {
+            [unowned self] request in
             guard request.error == 0, process === self.process else { return }
             // What was acknowledged before the flush was issued.
             change(id) { $0.flushed(issuedAt: issued - 1) }
@@ -460,7 +469,9 @@ package final class CopyWorld: Scenario {
             if let id { process.volume.releaseCopy(id) }
             defer { done() }
             guard request.error == 0, process === self.process else {
-                if id == nil, request.error != 0, !mayBeUnreadable { fail("a read of the volume fails with \(request.error)") }
+                if id == nil, request.error != 0, !mayBeUnreadable {
+                    fail("a read of the volume fails with \(request.error)")
+                }
                 return
             }
             var found: [UInt32] = []
@@ -508,10 +519,15 @@ package final class CopyWorld: Scenario {
         note("source \(Self.value(source, sector)), restore \(restoring.map { "\($0)" } ?? "none")")
         for record in records {
             let bits = bitmaps[record.id].map { bitmap in
-                [0, 8].map { String(Bitmap(memory: bitmap.memory + $0, count: Self.grains).word(0), radix: 2) }.joined(separator: " ")
+                [0, 8].map { String(Bitmap(memory: bitmap.memory + $0, count: Self.grains).word(0), radix: 2) }.joined(
+                    separator: " ")
             }
-            let kind = [record.isFilled ? "filled" : "", record.isDurable ? "durable" : "", record.isWritable ? "writable" : ""]
-            note("copy \(record.id) order \(record.order >> 17) \(record.state) \(kind) preserved, changes: \(bits ?? "none"), target \(Self.value(targets[record.targetOwner], sector))")
+            let kind = [
+                record.isFilled ? "filled" : "", record.isDurable ? "durable" : "", record.isWritable ? "writable" : "",
+            ]
+            note(
+                "copy \(record.id) order \(record.order >> 17) \(record.state) \(kind) preserved, changes: \(bits ?? "none"), target \(Self.value(targets[record.targetOwner], sector))"
+            )
         }
     }
 
@@ -528,7 +544,9 @@ package final class CopyWorld: Scenario {
         case 4, 5: if let one, restoring == nil { refresh(one) }
         case 6: if let one, restoring == nil { restore(one) }
         default:
-            if let one = records.isEmpty ? nil : records[random.below(records.count)], records.count > 2 || random.chance(30) {
+            if let one = records.isEmpty ? nil : records[random.below(records.count)],
+                records.count > 2 || random.chance(30)
+            {
                 withdraw(one)
             }
         }
@@ -680,7 +698,8 @@ package final class CopyWorld: Scenario {
         pending = SimulatedBitmap(bits: 64)
         restoring = (record.id, false)
         then { [unowned self] in
-            guard let image = images[record.id], volume.copy(record.id)?.state == .active, !image.isBusy(0..<Self.sectors),
+            guard let image = images[record.id], volume.copy(record.id)?.state == .active,
+                !image.isBusy(0..<Self.sectors),
                 volume.copy(record.id)?.readers == 0
             else {
                 restoring = nil
@@ -776,10 +795,16 @@ package final class CopyWorld: Scenario {
             process.step(&random)
             takeEvents()
             patience -= 1
-            if patience == 0 { throw SimulationFailure("something never ends: \(volume.waiting); \(process.pending.count) I/O, \(tasks.count) tasks, background due: \(volume.backgroundDue), operating: \(operating)") }
+            if patience == 0 {
+                throw SimulationFailure(
+                    "something never ends: \(volume.waiting); \(process.pending.count) I/O, \(tasks.count) tasks, background due: \(volume.backgroundDue), operating: \(operating)"
+                )
+            }
             if let failure { throw failure }
         }
-        guard volume.modifyingInFlight == 0 else { throw SimulationFailure("a write waits for ever: \(volume.waiting)") }
+        guard volume.modifyingInFlight == 0 else {
+            throw SimulationFailure("a write waits for ever: \(volume.waiting)")
+        }
         troubled = false
         steps += 1
         readEverything()
@@ -791,7 +816,8 @@ package final class CopyWorld: Scenario {
     private func compareTargets() throws(SimulationFailure) {
         for record in records where record.state == .active && record.isComplete {
             guard let image = images[record.id], let target = targets[record.targetOwner] else { continue }
-            for sector in 0..<Self.sectors where target.cached[sector * 512..<sector * 512 + 4].elementsEqual(
+            for sector in 0..<Self.sectors
+            where target.cached[sector * 512..<sector * 512 + 4].elementsEqual(
                 withUnsafeBytes(of: image.history[sector].last!.value) { Array($0) }) == false
             {
                 throw SimulationFailure("sector \(sector) of the finished target of copy \(record.id) is wrong")
@@ -804,13 +830,15 @@ package final class CopyWorld: Scenario {
         guard !volume.isRestoring else { return }
         for record in records where record.state == .active {
             guard let image = images[record.id] else { continue }
-            for sector in 0..<Self.sectors where image.history[sector].last!.value != contents.history[sector].last!.value {
+            for sector in 0..<Self.sectors
+            where image.history[sector].last!.value != contents.history[sector].last!.value {
                 // What could not be read is not known.
                 if image.open[sector] != nil || contents.open[sector] != nil { continue }
                 let run = volume.changedRun(since: record.id, in: .volume, offset: UInt64(sector) * 512, length: 512)
                 if !run.changed {
                     noteState(sector)
-                    throw SimulationFailure("sector \(sector) differs from copy \(record.id), and does not count as changed")
+                    throw SimulationFailure(
+                        "sector \(sector) differs from copy \(record.id), and does not count as changed")
                 }
             }
         }

@@ -56,7 +56,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     /// The scenario that shows it.
     package var scenario: any Scenario.Type {
         switch self {
-        case .recordAfterChain, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges: CopyWorld.self
+        case .recordAfterChain, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges:
+            CopyWorld.self
         default: World.self
         }
     }

@@ -10,7 +10,8 @@ import Volumes
 
 /// What a step may do.
 private enum Happening: CaseIterable {
-    case host, eastIO, westIO, message, task, killEast, eastPower, killWest, westPower, linkLoss, partition, trouble, read, sweep
+    case host, eastIO, westIO, message, task, killEast, eastPower, killWest, westPower, linkLoss, partition, trouble,
+        read, sweep
 
     /// Out of about ten thousand.
     var usualWeight: Int {
@@ -538,7 +539,10 @@ package final class World: Scenario {
     }
 
     private var retiredAndGone: Set<UInt64> {
-        Set((westRecord.retired ?? []).map(\.number).filter { number in westCopies.allSatisfy { $0[CopyID(number)] == nil } })
+        Set(
+            (westRecord.retired ?? []).map(\.number).filter { number in
+                westCopies.allSatisfy { $0[CopyID(number)] == nil }
+            })
     }
 
     private func answerCommit(_ sender: UInt64) {
@@ -620,10 +624,11 @@ package final class World: Scenario {
             loseLink()
         case .trouble: makeTrouble()
         case .read: readPoint()
-        case .sweep: for volume in east {
-            volume.volume.sweepActivity()
-            volume.pump()
-        }
+        case .sweep:
+            for volume in east {
+                volume.volume.sweepActivity()
+                volume.pump()
+            }
         }
         collectEvents()
         if let failure { throw failure }
@@ -727,7 +732,8 @@ package final class World: Scenario {
         while westPoints.last ?? 0 < wanted {
             try step(faults: false)
             guard steps < deadline else {
-                throw SimulationFailure("no point is committed any more: \(cycle.stateName) \(cycle.suspension ?? "")\(stuckState)")
+                throw SimulationFailure(
+                    "no point is committed any more: \(cycle.stateName) \(cycle.suspension ?? "")\(stuckState)")
             }
         }
         while west.contains(where: { $0.volume.copy(CopyID(westPoints.last!)) == nil }) { try step(faults: false) }
@@ -735,7 +741,9 @@ package final class World: Scenario {
     }
 
     private var stuckState: String {
-        let volumes = east.map { "point \($0.volume.point?.number ?? 0) oos \($0.volume.outOfSyncGrains) ready \($0.volume.mayFormPoint) requests \($0.volume.requestsInUse) io \($0.pending.count)" }
+        let volumes = east.map {
+            "point \($0.volume.point?.number ?? 0) oos \($0.volume.outOfSyncGrains) ready \($0.volume.mayFormPoint) requests \($0.volume.requestsInUse) io \($0.pending.count)"
+        }
         return " \(cycle.state), east \(volumes), west \(west.map(\.volume.modifyingInFlight)), tasks \(tasks.count)"
     }
 

@@ -61,7 +61,9 @@ package final class ActivityLog {
     /// Bytes of one region of a volume, as a power of two, and how many regions there are.
     ///
     /// - Parameter smallest: bytes of a region of a small volume; a power of two.
-    package static func layout(size: UInt64, smallest smallestRegion: UInt64 = smallestRegion) -> (shift: UInt64, count: Int) {
+    package static func layout(size: UInt64, smallest smallestRegion: UInt64 = smallestRegion) -> (
+        shift: UInt64, count: Int
+    ) {
         var shift = UInt64(smallestRegion.trailingZeroBitCount)
         while (size - 1) >> shift >= UInt64(mostRegions) { shift += 1 }
         return (shift, Int((size - 1) >> shift) + 1)
@@ -134,7 +136,9 @@ package final class ActivityLog {
                 regions.set(bits)
                 continue
             }
-            for bit in bits where part[(bit - bits.lowerBound) >> 3] >> UInt8(bit & 7) & 1 != 0 { regions.set(bit..<bit + 1) }
+            for bit in bits where part[(bit - bits.lowerBound) >> 3] >> UInt8(bit & 7) & 1 != 0 {
+                regions.set(bit..<bit + 1)
+            }
         }
         return damaged
     }

@@ -393,7 +393,11 @@ extension Volume {
             if let index = chainIndex(job.targetCopy) {
                 // A target that does not take old content ends its own copy; the next older one may have room. Old
                 // content that cannot be read is lost to all.
-                if job.readError != 0 { failCopies(upTo: index, errno: copyError) } else { failCopy(index, errno: copyError) }
+                if job.readError != 0 {
+                    failCopies(upTo: index, errno: copyError)
+                } else {
+                    failCopy(index, errno: copyError)
+                }
             }
             return 0
         case .fill:

@@ -64,10 +64,12 @@ extension Volume {
         }
         let grains = geometry.grains(offset: offset, length: length)
         let pending = view == .volume ? restore?.pending : nil
-        let changed = changedBits(grains.lowerBound >> 6, first..<last, pending) >> UInt64(grains.lowerBound & 63) & 1 != 0
+        let changed =
+            changedBits(grains.lowerBound >> 6, first..<last, pending) >> UInt64(grains.lowerBound & 63) & 1 != 0
         let bound = Self.changeScanWords / (last - first) * 64
         let end = runEnd(
-            grains.lowerBound..<min(grains.upperBound, grains.lowerBound + max(64, bound)), changed, first..<last, pending)
+            grains.lowerBound..<min(grains.upperBound, grains.lowerBound + max(64, bound)), changed, first..<last,
+            pending)
         return ChangedRun(changed: changed, end: min(offset + length, geometry.offset(ofGrain: end)))
     }
 

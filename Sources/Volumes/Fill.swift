@@ -49,7 +49,8 @@ extension Volume {
         clock = now
         for index in 0..<chainCount where chain[index].needsFilling && chain[index].rate > 0 {
             let rate = chain[index].rate
-            let earned = Int64(clamping: rate / 1_000_000 * (elapsed / 1000) + rate % 1_000_000 * (elapsed / 1000) / 1_000_000)
+            let earned = Int64(
+                clamping: rate / 1_000_000 * (elapsed / 1000) + rate % 1_000_000 * (elapsed / 1000) / 1_000_000)
             // A quarter of a second may be saved up, so that a slow turn costs no rate.
             let most = Int64(clamping: max(rate / 4, UInt64(Limits.copyJobBytes)))
             chain[index].fillBudget = min(most, chain[index].fillBudget &+ earned)

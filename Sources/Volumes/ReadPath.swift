@@ -66,7 +66,9 @@ extension Volume {
     private func stillHolds(_ slot: Int32) -> Bool {
         let request = requests[Int(slot)]
         // The volume's own data is where it is; during a restore it may be in a copy that clients write to.
-        if request.view == .volume && request.segmentFile == Self.source || faults.contains(.skipReadCheck) { return true }
+        if request.view == .volume && request.segmentFile == Self.source || faults.contains(.skipReadCheck) {
+            return true
+        }
         let segment = geometry.grains(
             offset: request.cursor, length: request.segmentEnd - request.cursor)
         guard let (file, run) = resolve(request.view, segment) else { return false }

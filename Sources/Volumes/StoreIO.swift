@@ -30,7 +30,9 @@ package struct StoreIO: BitwiseCopyable {
 
 /// Which request or copy job an I/O belongs to; carried through the driver untouched.
 package struct IOToken: BitwiseCopyable, Equatable, Sendable {
-    package enum Owner: UInt8, Sendable, BitwiseCopyable { case request, copyJob, copyFlush, restoreFlush, activityWrite, activityFlush, mergeFlush, barrier }
+    package enum Owner: UInt8, Sendable, BitwiseCopyable {
+        case request, copyJob, copyFlush, restoreFlush, activityWrite, activityFlush, mergeFlush, barrier
+    }
     package var owner: Owner
     package var slot: Int32
     package var generation: UInt16

@@ -22,9 +22,18 @@ extension Volume {
             finish(slot, error: 30)  // EROFS
             return
         }
+        // The copy that is being restored would be given what lies here first; one that has failed takes nothing any more.
+        if let restore, let restored = chainIndex(restore.copy), restored < index, chain[restored].state != .active {
+            finish(slot, error: 5)
+            return
+        }
         let grains = geometry.grains(
             offset: request.pointee.cursor, length: request.pointee.end - request.pointee.cursor)
-        if let heir = heir(of: index), !faults.contains(.forgetHeir), !prepareGrains(of: heir, in: grains, for: slot, handsOver: true) { return }
+        if let heir = heir(of: index), !faults.contains(.forgetHeir),
+            !prepareGrains(of: heir, in: grains, for: slot, handsOver: true)
+        {
+            return
+        }
         if let heir = heir(of: index), chain[heir].recordsChanges { chain[heir].changes.set(grains) }
         guard prepareGrains(of: index, in: grains, for: slot, handsOver: false) else { return }
         if waitsForRecord(slot, grains) { return }

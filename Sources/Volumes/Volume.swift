@@ -307,7 +307,9 @@ package final class Volume {
         request.pointee.state = .issued
         request.pointee.flushesLeft = 1
         guard request.pointee.view == .volume else {
-            issue(flushIO(chainIndex(request.pointee.view.rawValue).map { chain[$0].targetFile } ?? Self.source, token(slot)))
+            issue(
+                flushIO(
+                    chainIndex(request.pointee.view.rawValue).map { chain[$0].targetFile } ?? Self.source, token(slot)))
             return
         }
         if let restore {
@@ -346,7 +348,8 @@ package final class Volume {
             ("a barrier", barrierWaiters), ("the hold", heldAcknowledgements),
         ] where !list.isEmpty { lists.append(name) }
         if activity.isWaitedFor { lists.append("the activity log") }
-        return "requests wait for [\(lists.joined(separator: ", "))]; \(activeJobCount) copy jobs, \(unsettledCount) unsettled "
+        return
+            "requests wait for [\(lists.joined(separator: ", "))]; \(activeJobCount) copy jobs, \(unsettledCount) unsettled "
             + "writes, \(modifyingInFlight) writes, \(restoringGrains) grains to restore, flush stage \(flushBatch.stage)"
     }
 

@@ -24,11 +24,16 @@ struct FlashCopyCommand: AsyncParsableCommand {
         var rate: String?
         @Option(
             parsing: .singleValue,
-            help: "A file or block device that takes the data; give one for each volume. Default: a sparse file in the state directory.")
+            help:
+                "A file or block device that takes the data; give one for each volume. Default: a sparse file in the state directory."
+        )
         var target: [String] = []
         @Flag(help: "Let clients write to the copy; neither the source nor other copies see that.")
         var writable = false
-        @Flag(help: "Survive power loss: old content is flushed before it is overwritten, which costs the first writes time.")
+        @Flag(
+            help:
+                "Survive power loss: old content is flushed before it is overwritten, which costs the first writes time."
+        )
         var durable = false
 
         func validate() throws {
@@ -108,7 +113,8 @@ struct FlashCopyCommand: AsyncParsableCommand {
 
     struct Restore: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Make the volumes the FlashCopy's point in time again, at once; data flows back in the background.")
+            abstract:
+                "Make the volumes the FlashCopy's point in time again, at once; data flows back in the background.")
         @OptionGroup var options: ControlOptions
         @Argument(help: "VOLUME… NAME") var words: [String]
         func run() async throws { try await change(options, "/restore", try request(words)) }
@@ -177,7 +183,9 @@ struct FlashCopyCommand: AsyncParsableCommand {
     }
 
     private static func progress(_ report: FlashCopyReport) -> String {
-        guard let background = report.backgroundCopy else { return "\(StatusText.bytes(report.preservedBytes)) preserved" }
+        guard let background = report.backgroundCopy else {
+            return "\(StatusText.bytes(report.preservedBytes)) preserved"
+        }
         if background.complete { return "complete" }
         let percent = report.size > 0 ? Double(report.preservedBytes) / Double(report.size) * 100 : 100
         let eta = background.etaSeconds.map { ", ETA \(StatusText.tenths($0)) s" } ?? ""
@@ -190,11 +198,15 @@ struct FlashCopyCommand: AsyncParsableCommand {
     }
 
     private static func details(_ report: FlashCopyReport) -> String {
-        var lines = ["\(report.export): \(report.state), taken \(report.createdAt)\(report.writable ? ", writable" : "")"]
+        var lines = [
+            "\(report.export): \(report.state), taken \(report.createdAt)\(report.writable ? ", writable" : "")"
+        ]
         if let reason = report.reason { lines.append("  reason: \(reason)") }
         lines.append("  target: \(report.target)")
         lines.append("  \(report.survivesPowerLoss ? "survives" : "does not survive") power loss")
-        lines.append("  \(progress(report)), \(StatusText.bytes(report.preservedBytes)) of \(StatusText.bytes(report.size)) in the target")
+        lines.append(
+            "  \(progress(report)), \(StatusText.bytes(report.preservedBytes)) of \(StatusText.bytes(report.size)) in the target"
+        )
         if let background = report.backgroundCopy, !background.complete {
             let bound = background.rateBytesPerSecond
             lines.append(

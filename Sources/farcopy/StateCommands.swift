@@ -6,7 +6,8 @@ import Glibc
 
 struct Inspect: ParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Print what a record, a bitmap file, an activity log or a whole state directory holds; changes nothing.")
+        abstract:
+            "Print what a record, a bitmap file, an activity log or a whole state directory holds; changes nothing.")
     @Argument(help: "A file of the state directory, or the directory.") var path: String
     func run() throws { for line in try Inspection.describe(path) { Output.line(line) } }
 }

@@ -90,11 +90,14 @@ struct Simulate {
         }
         print(
             "\(scenario): \(seeds.count) seeds from \(seeds.lowerBound), \(sum.steps) steps, \(sum.operations) requests, "
-                + "\(sum.commits) points committed, \(sum.checks) reads compared, \(sum.crashes) crashes: no rule broken")
+                + "\(sum.commits) points committed, \(sum.checks) reads compared, \(sum.crashes) crashes: no rule broken"
+        )
     }
 
     /// The shortest run of the seed that still fails.
-    private static func explain<Kind: Scenario>(_ scenario: Kind.Type, _ seed: UInt64, _ steps: Int, _ fault: DeliberateFault?) {
+    private static func explain<Kind: Scenario>(
+        _ scenario: Kind.Type, _ seed: UInt64, _ steps: Int, _ fault: DeliberateFault?
+    ) {
         let (end, skipped) = Kind.shortest(seed: seed, fault: fault, steps: steps)
         let world = Kind(seed: seed, fault: fault)
         do throws(SimulationFailure) {
@@ -111,7 +114,8 @@ struct Simulate {
         var missed = false
         for fault in DeliberateFault.allCases {
             let caught = firstFailure(fault, steps)
-            print("\(fault.rawValue): \(caught.map { "caught by seed \($0)" } ?? "NOT caught in \(seedsToCatch) seeds")")
+            print(
+                "\(fault.rawValue): \(caught.map { "caught by seed \($0)" } ?? "NOT caught in \(seedsToCatch) seeds")")
             if caught == nil { missed = true }
         }
         exit(missed ? 1 : 0)
@@ -123,7 +127,10 @@ struct Simulate {
         var seed: UInt64?
         var line = [CChar](repeating: 0, count: 64)
         while fgets(&line, Int32(line.count), child) != nil {
-            seed = UInt64(String(decoding: line.prefix { $0 != 0 && $0 != 10 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)) ?? seed
+            seed =
+                UInt64(
+                    String(decoding: line.prefix { $0 != 0 && $0 != 10 }.map { UInt8(bitPattern: $0) }, as: UTF8.self))
+                ?? seed
         }
         return pclose(child) == 0 ? nil : seed
     }

@@ -125,7 +125,8 @@ func commitPlan() throws {
     var record = GroupRecord(role: .secondary, generation: "one")
     for number in UInt64(1)...3 {
         let plan = try record.planCommit(
-            number, after: record.points.last?.number, formedAt: 0, now: 1, order: number, keep: 2, left: [], writesUnderWay: 0)
+            number, after: record.points.last?.number, formedAt: 0, now: 1, order: number, keep: 2, left: [],
+            writesUnderWay: 0)
         record = plan.record
     }
     #expect(record.points.map(\.number) == [2, 3] && record.retired?.map(\.number) == [1])

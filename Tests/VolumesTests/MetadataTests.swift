@@ -97,7 +97,9 @@ func resumption() {
         record.isComplete = complete
         return record
     }
-    func resume(_ record: CopyRecord, trusted: Bool, overtaken: Bool = false) -> (CopyRecord.Resumption, CopyRecord.State) {
+    func resume(_ record: CopyRecord, trusted: Bool, overtaken: Bool = false) -> (
+        CopyRecord.Resumption, CopyRecord.State
+    ) {
         var record = record
         return (record.resume(trusted: trusted, overtaken: overtaken), record.state)
     }
