@@ -29,7 +29,7 @@ test-simulation: ## Ten thousand seeds of each scenario, and every deliberate fa
 	@scripts/bootstrap build
 	$(RELEASE) --product simulate
 	.build/release/simulate SCENARIO=World COUNT=10000 STEPS=6500 & world=$$!; \
-	.build/release/simulate SCENARIO=CopyWorld COUNT=10000 STEPS=3000; copies=$$?; wait $$world && exit $$copies
+	.build/release/simulate SCENARIO=CopyWorld COUNT=10000 STEPS=4000; copies=$$?; wait $$world && exit $$copies
 	.build/release/simulate CATCH=all
 
 test-blackbox: ## The built program through other people's clients

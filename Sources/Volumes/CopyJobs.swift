@@ -128,7 +128,8 @@ extension Volume {
                 if grain >= grains.upperBound { break }
                 continue
             }
-            let unsettled = unsettledGrains(in: first..<grains.upperBound, of: Self.source)
+            let file = need(first) == Need(point: false, copy: false) ? resolve(.volume, first..<first + 1)?.file : nil
+            let unsettled = unsettledGrains(in: first..<grains.upperBound, of: file ?? Self.source)
             if let unsettled, unsettled.lowerBound == first {
                 blockedByUnsettled = true
                 break
