@@ -128,8 +128,7 @@ extension Volume {
                 if grain >= grains.upperBound { break }
                 continue
             }
-            let file = need(first) == Need(point: false, copy: false) ? resolve(.volume, first..<first + 1)?.file : nil
-            let unsettled = unsettledGrains(in: first..<grains.upperBound, of: file ?? Self.source)
+            let unsettled = firstUnsettled(first..<grains.upperBound)
             if let unsettled, unsettled.lowerBound == first {
                 blockedByUnsettled = true
                 break
@@ -150,6 +149,17 @@ extension Volume {
         } else {
             starvedWaiters.append(waiter, in: requests)
         }
+    }
+
+    /// Writes in flight to the source, and, where data is restored, to the file that it comes from.
+    private func firstUnsettled(_ grains: Range<Int>) -> Range<Int>? {
+        guard unsettledCount > 0 else { return nil }
+        let source = unsettledGrains(in: grains, of: Self.source)
+        guard need(grains.lowerBound) == Need(point: false, copy: false),
+            let file = resolve(.volume, grains.lowerBound..<grains.lowerBound + 1)?.file,
+            let other = unsettledGrains(in: grains, of: file)
+        else { return source }
+        return source.map { $0.lowerBound < other.lowerBound ? $0 : other } ?? other
     }
 
     /// The longest run from the start of `bound` that one job can move: all needed for the same reason, in one file,
