@@ -315,6 +315,7 @@ extension Site {
     func conclude(_ made: [NewCopy], _ intact: Bool) async throws {
         guard intact else {
             for copy in made { await leave(copy.volume, copy.record.id) }
+            await waitUntilGone(made)
             throw SiteError(
                 "the volumes could not be held together within \(Limits.holdMilliseconds) ms; nothing was created, try again",
                 status: 503)
@@ -335,6 +336,13 @@ extension Site {
             return reactor.hosted(number).volume.copy(id) != nil
         }
         if !present { copyWithdrawn(volume, id) }
+    }
+
+    /// Another try may want the same targets; five seconds are enough unless older copies need a lot.
+    private func waitUntilGone(_ copies: [NewCopy]) async {
+        for _ in 0..<500 where copies.contains(where: { $0.volume.copies[$0.record.id] != nil }) {
+            try? await Task.sleep(for: .milliseconds(10))
+        }
     }
 
     private func discard(_ copy: NewCopy) throws {
