@@ -23,7 +23,7 @@ package final class ActivityLog {
     package static let bitBytes = 496
     package static let sectorBytes = 512
     /// The log begins behind the file's header.
-    package static let fileOffset = 4096
+    package static let fileOffset = BitmapHeader.byteCount
     package static let smallestRegion: UInt64 = 4 << 20
     private static let mostRegions = 1 << 16
 
@@ -193,11 +193,9 @@ extension Volume {
         let request = requests + Int(slot)
         let regions = activity.regions(
             offset: request.pointee.cursor, length: request.pointee.end - request.pointee.cursor)
-        activity.touched.set(regions)
-        if activity.logged.containsAll(regions) { return true }
+        if admit(regions) { return true }
         request.pointee.state = .waiting
         activity.waiters.append(slot, in: requests)
-        wantRegions(regions)
         return false
     }
 
@@ -205,17 +203,17 @@ extension Volume {
     func requireRegions(_ grains: Range<Int>) -> Bool {
         guard activity.isOn else { return true }
         let range = geometry.byteRange(grains)
-        let regions = activity.regions(offset: range.lowerBound, length: range.upperBound - range.lowerBound)
-        activity.touched.set(regions)
-        if activity.logged.containsAll(regions) { return true }
-        wantRegions(regions)
-        return false
+        return admit(activity.regions(offset: range.lowerBound, length: range.upperBound - range.lowerBound))
     }
 
-    private func wantRegions(_ regions: Range<Int>) {
-        guard !activity.entering.containsAll(regions) else { return }
-        activity.wanted.set(regions)
-        writeActivity()
+    private func admit(_ regions: Range<Int>) -> Bool {
+        activity.touched.set(regions)
+        if activity.logged.containsAll(regions) { return true }
+        if !activity.entering.containsAll(regions) {
+            activity.wanted.set(regions)
+            writeActivity()
+        }
+        return false
     }
 
     private func writeActivity() {
@@ -246,9 +244,7 @@ extension Volume {
         activity.entering.clearAll()
         if activity.stale { writeActivity() }
         if backgroundWork { backgroundDue = true }
-        var waiters = activity.waiters
-        activity.waiters = SlotList()
-        while let waiter = waiters.popFirst(in: requests) { resume(waiter) }
+        resumeAll(activity.waiters.takeAll())
     }
 
     // MARK: Leaving

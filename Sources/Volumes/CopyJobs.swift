@@ -336,11 +336,11 @@ extension Volume {
             issueJob(slot, .write, Self.source)
             return
         }
+        // A copy that was taken anew meanwhile may have the grains: a host write did not wait, and may have overtaken the
+        // read, but the older copy finds them there.
+        if job.pointee.targetCopy >= 0, !stillReads(slot) { drop(job) }
         if job.pointee.isHole {
-            guard stillReads(slot) else {
-                drop(job)
-                return endJob(slot)
-            }
+            guard job.pointee.targetCopy >= 0 else { return endJob(slot) }
             // An untouched target reads as zeroes already.
             if job.pointee.targetIsZero { return moved(slot) }
             job.pointee.writesLeft = 1
@@ -349,9 +349,6 @@ extension Volume {
         }
         // The point may have ended while its old content was read; nobody needs it then.
         if job.pointee.targetPoint != point?.number ?? 0 { job.pointee.targetPoint = 0 }
-        // A copy that was taken anew meanwhile may have the grains: a host write did not wait, and may have overtaken the
-        // read, but the older copy finds them there.
-        if job.pointee.targetCopy >= 0, !stillReads(slot) { drop(job) }
         job.pointee.writesLeft =
             (job.pointee.targetPoint != 0 ? 1 : 0) + (job.pointee.targetCopy >= 0 ? 1 : 0)
         guard job.pointee.writesLeft > 0 else { return endJob(slot) }
@@ -439,9 +436,7 @@ extension Volume {
     }
 
     func wakeStarved() {
-        var waiters = starvedWaiters
-        starvedWaiters = SlotList()
-        while let waiter = waiters.popFirst(in: requests) { resume(waiter) }
+        resumeAll(starvedWaiters.takeAll())
     }
 
     // MARK: Durable jobs

@@ -22,7 +22,7 @@ extension Volume {
         guard let (file, run) = resolve(view, grains) else { return nil }
         let end = min(offset + length, geometry.offset(ofGrain: run))
         let found = Location(file: file, end: end, depth: depth(view, of: file), unsettled: false)
-        guard view != .volume, let unsettled = unsettledGrains(in: grains.lowerBound..<run, of: file) else {
+        guard let unsettled = unsettledGrains(in: grains.lowerBound..<run, of: file, seenBy: view) else {
             return found
         }
         if unsettled.lowerBound > grains.lowerBound {

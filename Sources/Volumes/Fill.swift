@@ -13,7 +13,7 @@
 import Base
 
 extension Volume {
-    package static let backgroundStarts = 4
+    private static let backgroundStarts = 4
 
     /// Starts what background work may start just now.
     package func runBackground() {

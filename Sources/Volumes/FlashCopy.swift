@@ -170,20 +170,18 @@ extension Volume {
         isBarred = false
         backgroundDue = backgroundWork
         if errno != 0, preserveIndex >= 0 { failCopy(preserveIndex, errno: errno) }
-        var waiters = barrierWaiters
-        barrierWaiters = SlotList()
-        while let waiter = waiters.popFirst(in: requests) { resume(waiter) }
+        resumeAll(barrierWaiters.takeAll())
     }
 
     /// Takes up the chain of an earlier run; copies come oldest first. The bitmap of a durable copy is on stable
     /// storage: a write that finds its bit set goes straight to the source.
     package func resumeCopy(_ copy: FlashCopy, failed: Bool) {
-        insert(copy, at: chainCount)
+        var copy = copy
         if failed {
-            chain[chainCount - 1].state = .failed
-            chain[chainCount - 1].isIncremental = false
+            copy.state = .failed
+            copy.isIncremental = false
         }
-        reviewChain()
+        insert(copy, at: chainCount)
     }
 
     private func insert(_ copy: FlashCopy, at place: Int) {

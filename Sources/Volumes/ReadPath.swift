@@ -26,9 +26,7 @@ extension Volume {
             return
         }
         var end = min(request.pointee.end, geometry.offset(ofGrain: run))
-        if unsettledCount > 0, view != .volume || file != Self.source,
-            let unsettled = unsettledGrains(in: grains.lowerBound..<run, of: file)
-        {
+        if let unsettled = unsettledGrains(in: grains.lowerBound..<run, of: file, seenBy: view) {
             if unsettled.lowerBound == grains.lowerBound {
                 request.pointee.state = .waiting
                 settleWaiters.append(slot, in: requests)

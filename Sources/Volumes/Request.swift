@@ -64,6 +64,12 @@ struct SlotList: BitwiseCopyable {
     var tail: Int32 = -1
     var isEmpty: Bool { head < 0 }
 
+    /// Hands the whole list over, and is empty.
+    mutating func takeAll() -> SlotList {
+        defer { self = SlotList() }
+        return self
+    }
+
     mutating func append(_ slot: Int32, in slots: UnsafeMutablePointer<Request>) {
         slots[Int(slot)].next = -1
         if tail >= 0 { slots[Int(tail)].next = slot } else { head = slot }

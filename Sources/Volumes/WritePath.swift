@@ -141,9 +141,7 @@ extension Volume {
     private func settle(_ slot: Int32) {
         requests[Int(slot)].unsettled = false
         unsettledCount -= 1
-        var waiters = settleWaiters
-        settleWaiters = SlotList()
-        while let waiter = waiters.popFirst(in: requests) { resume(waiter) }
+        resumeAll(settleWaiters.takeAll())
         if backgroundWork { backgroundDue = true }
     }
 
@@ -160,6 +158,11 @@ extension Volume {
             if !overlap.isEmpty, overlap.lowerBound < found?.lowerBound ?? Int.max { found = overlap }
         }
         return found
+    }
+
+    /// The same for a reader: the volume's own data is whatever it is just now.
+    func unsettledGrains(in grains: Range<Int>, of file: StoreFile, seenBy view: View) -> Range<Int>? {
+        view == .volume && file == Self.source ? nil : unsettledGrains(in: grains, of: file)
     }
 
     // MARK: Writes of clients that are gone
@@ -191,8 +194,12 @@ extension Volume {
     func releaseOrphan(_ slot: Int32) {
         requests[Int(slot)].orphaned = false
         orphanCount -= 1
-        var waiters = orphanWaiters
-        orphanWaiters = SlotList()
+        resumeAll(orphanWaiters.takeAll())
+    }
+
+    /// Takes up requests that waited, in order; what waits again is in another list.
+    func resumeAll(_ waiters: SlotList) {
+        var waiters = waiters
         while let waiter = waiters.popFirst(in: requests) { resume(waiter) }
     }
 
