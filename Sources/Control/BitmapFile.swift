@@ -76,6 +76,12 @@ final class BitmapFile: Sendable {
         Bitmap(memory: mapping.memory + header.offset(ofBitmap: index), count: grainCount)
     }
 
+    /// What lies behind the header.
+    var contents: UnsafeRawBufferPointer {
+        UnsafeRawBufferPointer(
+            start: mapping.memory + BitmapHeader.byteCount, count: mapping.byteCount - BitmapHeader.byteCount)
+    }
+
     private var grainCount: Int { Geometry(size: header.size, grain: Int(header.grain))!.grainCount }
 
     func synchronize() throws { try mapping.synchronize() }

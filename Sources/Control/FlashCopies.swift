@@ -111,11 +111,8 @@ extension Site {
         try checkTargetCount(request)
         for volume in members {
             try checkFree(request.name, volume)
-            if group(ofVolume: volume.name)?.record.role == .secondary {
-                throw SiteError(
-                    "volume '\(volume.name)' is a secondary, which is consistent at its recovery points only; "
-                        + "clone one of those, or fail over first")
-            }
+            try checkNotSecondary(
+                volume, ", which is consistent at its recovery points only; clone one of those, or fail over first")
         }
         try await frozen(members, request.name) {
             try await self.patiently(request.name) { try await self.establish(request, members) }
@@ -142,6 +139,18 @@ extension Site {
             throw SiteError(
                 "volume '\(volume.name)' is being restored; wait until `farcopy status` shows no more bytes to restore")
         }
+    }
+
+    func checkNotSecondary(_ volume: VolumeState, _ advice: String) throws {
+        guard group(ofVolume: volume.name)?.record.role == .secondary else { return }
+        throw SiteError("volume '\(volume.name)' is a secondary\(advice)")
+    }
+
+    /// The hold's deadline let acknowledgements go before every volume was ready; `patiently` tries again.
+    func heldApart(_ done: String) -> SiteError {
+        SiteError(
+            "the volumes could not be held together within \(Limits.holdMilliseconds) ms; nothing was \(done), try again",
+            status: 503)
     }
 
     func checkCopyName(_ name: String) throws {
@@ -316,9 +325,7 @@ extension Site {
         guard intact else {
             for copy in made { await leave(copy.volume, copy.record.id) }
             await waitUntilGone(made)
-            throw SiteError(
-                "the volumes could not be held together within \(Limits.holdMilliseconds) ms; nothing was created, try again",
-                status: 503)
+            throw heldApart("created")
         }
         for copy in made {
             try settle(copy)
@@ -474,10 +481,10 @@ extension Site {
     /// A recovery point that has failed is none any more. The newest stays listed, since the primary goes on from it; so does the
     /// one that a failover went to.
     private func dropPoint(_ group: GroupState, _ number: UInt64) {
-        guard group.record.points.contains(where: { $0.number == number }), number != group.record.points.last?.number,
-            number != group.record.failedOver?.point
+        guard let point = group.record.points.first(where: { $0.number == number }),
+            number != group.record.points.last?.number, number != group.record.failedOver?.point
         else { return }
-        group.record.points.removeAll { $0.number == number }
+        group.record.retire([point])
         saveOrStop { try group.save() }
         for name in group.entry.volumes {
             guard let volume = volumes[name] else { continue }

@@ -113,9 +113,7 @@ extension Site {
             guard record.state != .withdrawing else {
                 throw SiteError("FlashCopy '\(request.name)' of volume '\(volume.name)' is being withdrawn")
             }
-            if group(ofVolume: volume.name)?.record.role == .secondary {
-                throw SiteError("volume '\(volume.name)' is a secondary; clone one of its recovery points instead")
-            }
+            try checkNotSecondary(volume, "; clone one of its recovery points instead")
         }
         // Before anything is frozen, since it may take a while.
         for (volume, record) in try copies(request.name, members) { try await takeOutOfUse(volume, record) }
@@ -250,9 +248,7 @@ extension Site {
                     "FlashCopy '\(request.name)' of volume '\(volume.name)' is \(record.state.rawValue): \(record.reason ?? "it cannot be restored")"
                 )
             }
-            if group(ofVolume: volume.name)?.record.role == .secondary {
-                throw SiteError("volume '\(volume.name)' is a secondary; fail over to a recovery point instead")
-            }
+            try checkNotSecondary(volume, "; fail over to a recovery point instead")
         }
         try await patiently(request.name) { try await self.restore(found) }
         note(nil, "\(request.volumes.joined(separator: ", ")) restored from FlashCopy '\(request.name)'")
@@ -261,10 +257,7 @@ extension Site {
 
     private func restore(_ copies: [(VolumeState, CopyRecord)]) async throws {
         for (volume, record) in copies {
-            volume.restoreBitmap = try BitmapFile(
-                path: "\(volume.directory)/restore.bitmap",
-                header: BitmapHeader(.restore, volume: volume.identity, geometry: volume.geometry), create: true)
-            try synchronizeDirectory(volume.directory)
+            _ = try makeRestoreBitmap(volume)
             volume.record.restoring = VolumeRecord.Restoring(copy: record.id, decided: false)
             try volume.recordFile.save(volume.record)
             await publish(volume, group(ofVolume: volume.name))  // the copy is read-only from here on
@@ -280,11 +273,10 @@ extension Site {
                 await volume.reactor.run { $0.hosted(number).volume.cancelRestore() }
                 volume.record.restoring = nil
                 try volume.recordFile.save(volume.record)
+                dropRestoreBitmap(volume)
                 await publish(volume, group(ofVolume: volume.name))
             }
-            throw SiteError(
-                "the volumes could not be held together within \(Limits.holdMilliseconds) ms; nothing was restored, try again",
-                status: 503)
+            throw heldApart("restored")
         }
         for (volume, record) in copies {
             // What does not have to come back is the copy's as well, and may not have been flushed yet; nor may what clients
@@ -318,15 +310,27 @@ extension Site {
         }
     }
 
+    /// An empty bitmap of grains to restore, on stable storage.
+    func makeRestoreBitmap(_ volume: VolumeState) throws -> BitmapFile {
+        let file = try BitmapFile(path: volume.restoreBitmapPath, header: volume.restoreHeader, create: true)
+        try synchronizeDirectory(volume.directory)
+        volume.restoreBitmap = file
+        return file
+    }
+
+    private func dropRestoreBitmap(_ volume: VolumeState) {
+        let (number, slot) = (volume.number, volume.restoreFile)
+        volume.restoreFile = -1
+        volume.restoreBitmap = nil
+        if slot >= 0 { volume.reactor.perform { $0.hosted(number).removeFile(slot) } }
+    }
+
     func restoreFinished(_ volume: VolumeState) {
         if volume.record.restoring != nil {
             volume.record.restoring = nil
             saveOrStop { try volume.recordFile.save(volume.record) }
         }
-        let (number, slot) = (volume.number, volume.restoreFile)
-        volume.restoreFile = -1
-        volume.restoreBitmap = nil
-        if slot >= 0 { volume.reactor.perform { $0.hosted(number).removeFile(slot) } }
+        dropRestoreBitmap(volume)
         note(group(ofVolume: volume.name)?.entry.name, "volume \(volume.name) holds all of its point in time again")
         Task { await publish(volume, group(ofVolume: volume.name)) }
     }

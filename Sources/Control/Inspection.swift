@@ -98,15 +98,14 @@ package enum Inspection {
     }
 
     private static func describeLog(_ file: OpenFile, _ header: BitmapHeader) throws -> [String] {
-        let (shift, count) = ActivityLog.layout(size: header.size)
         let bytes = try file.read(at: ActivityLog.fileOffset, count: Int(header.bitmapBytes))
-        let memory = UnsafeMutableRawPointer.allocate(byteCount: Bitmap.byteCount(bits: count), alignment: 8)
-        defer { memory.deallocate() }
-        memory.initializeMemory(as: UInt8.self, repeating: 0, count: Bitmap.byteCount(bits: count))
-        let regions = Bitmap(memory: memory, count: count)
-        let damaged = bytes.withUnsafeBytes { ActivityLog.decode($0, into: regions) }
-        var line = "  \(regions.population()) of \(count) regions of \(UInt64(1) << shift) bytes are active"
-        if damaged > 0 { line += "; \(damaged) sectors are damaged and count as all active" }
+        let regions = bytes.withUnsafeBytes { Regions(size: header.size, log: $0) }
+        let regionBytes = UInt64(1) << ActivityLog.layout(size: header.size).shift
+        var line =
+            "  \(regions.bitmap.population()) of \(regions.bitmap.count) regions of \(regionBytes) bytes are active"
+        if regions.damagedSectors > 0 {
+            line += "; \(regions.damagedSectors) sectors are damaged and count as all active"
+        }
         return [line]
     }
 }

@@ -34,43 +34,39 @@ extension Site {
 
     /// A recovery point or FlashCopy that takes its place in the chain.
     private struct Link {
-        var id: CopyID
-        var order: UInt64
-        /// Nil for recovery points.
-        var record: CopyRecord?
+        var record: CopyRecord
         var resumption: CopyRecord.Resumption
+        var isPoint = false
+        var id: CopyID { record.id }
     }
 
     /// The chain, oldest first: recovery points from the group's record, FlashCopies from the volume's.
     private func resumeChain(_ volume: VolumeState, _ group: GroupState?) async throws {
         var links = (group?.record.points ?? []).map {
-            Link(id: CopyID($0.number), order: $0.order ?? $0.number, resumption: .serves)
+            Link(record: CopyRecord($0), resumption: .serves, isPoint: true)
         }
         for point in group?.record.retired ?? []
         where access(volume.bitmapPath(CopyID(point.number)), F_OK) == 0 {
-            links.append(Link(id: CopyID(point.number), order: point.order ?? point.number, resumption: .leaves))
+            links.append(Link(record: CopyRecord(point), resumption: .leaves, isPoint: true))
         }
         for index in volume.record.copies.indices {
             let overtaken = try isOvertaken(volume, volume.record.copies[index])
             let resumption = volume.record.copies[index].resume(trusted: volume.isTrusted, overtaken: overtaken)
-            let record = volume.record.copies[index]
-            links.append(Link(id: record.id, order: record.order, record: record, resumption: resumption))
+            links.append(Link(record: volume.record.copies[index], resumption: resumption))
         }
         let forgotten = Set(links.filter { $0.resumption == .forgotten }.map(\.id))
         volume.record.copies.removeAll { forgotten.contains($0.id) }
         volume.forgotCopies = !forgotten.isEmpty
         try volume.recordFile.save(volume.record)
         links = links.filter { $0.resumption != .forgotten && $0.resumption != .absent }
-        links.sort { $0.order < $1.order }
-        volume.nextOrder = ((links.last?.order ?? 0) / CopyRecord.orderStep + 1) * CopyRecord.orderStep
+        links.sort { $0.record.order < $1.record.order }
+        volume.nextOrder = ((links.last?.record.order ?? 0) / CopyRecord.orderStep + 1) * CopyRecord.orderStep
         state.removeOrphans(
-            volume.name, bitmaps: Set(links.map(\.id)),
-            targets: Set(links.map { $0.record?.targetOwner ?? $0.id }))
+            volume.name, bitmaps: Set(links.map(\.id)), targets: Set(links.map(\.record.targetOwner)))
         let opened = try openLinks(volume, links)
-        if let lost = opened.lastIndex(where: { $0 == nil }) { try loseCopies(volume, group, links[...lost]) }
-        for (link, files) in zip(links, opened).dropFirst((opened.lastIndex { $0 == nil } ?? -1) + 1) {
-            try await resumeLink(volume, link, files!)
-        }
+        let lost = opened.lastIndex { $0 == nil }.map { $0 + 1 } ?? 0
+        if lost > 0 { try loseCopies(volume, group, links[..<lost]) }
+        for (link, files) in zip(links, opened).dropFirst(lost) { try await resumeLink(volume, link, files!) }
     }
 
     /// Whether the copy that is to take the place of a refreshed one has begun to use its target.
@@ -98,27 +94,22 @@ extension Site {
     }
 
     private func openLink(_ volume: VolumeState, _ link: Link) throws -> CopyFiles {
+        let record = link.record
         // A point of the record whose files a crash prevented takes them now: it was recorded, so it is.
         let missing = access(volume.bitmapPath(link.id), F_OK) != 0
-        guard let record = link.record else {
-            let files = try volume.openPoint(link.id, create: missing)
-            // A bit that only the last process's mapping had must be durable before a write relies on it.
-            try files.bitmap.file.synchronize()
-            try volume.verify(files.bitmap, "copies/\(link.id).bitmap")
-            return files
-        }
-        if missing, record.state != .creating {
+        if missing, record.state != .creating, !link.isPoint {
             throw DamagedMetadata(description: "\(volume.bitmapPath(link.id)) is missing")
         }
         let bitmap = try BitmapFile(
             path: volume.bitmapPath(link.id), header: volume.header(ofCopy: link.id, recordsChanges: record.isFilled),
             create: missing)
         try volume.verify(bitmap, "copies/\(link.id).bitmap")
+        // A bit that only the last process's mapping had must be durable before a write relies on it.
+        if record.isDurable { try bitmap.file.synchronize() }
         let target =
             if let path = record.target { try openOperatorTarget(path, volume).0 } else {
                 try volume.openTarget(record.targetOwner, create: missing && record.targetOwner == record.id)
             }
-        if record.isDurable { try bitmap.file.synchronize() }
         return CopyFiles(target: target, bitmap: bitmap)
     }
 
@@ -144,14 +135,13 @@ extension Site {
     }
 
     private func resumeLink(_ volume: VolumeState, _ link: Link, _ files: CopyFiles) async throws {
-        var record = link.record ?? CopyRecord(id: link.id, name: "", createdAt: 0, order: link.order, state: .active)
-        if link.record == nil { record.isDurable = true }
+        let record = link.record
         if !volume.isTrusted, record.isComplete { files.bitmap.bitmap().setAll() }
         let fails = link.resumption == .servesOlder
         await enterChain(volume, record, files) { volume, copy in volume.resumeCopy(copy, failed: fails) }
         let (number, id) = (volume.number, link.id)
         if record.isFilled, !volume.isTrusted {
-            let regions = try Regions(volume)
+            let regions = volume.activeRegions
             // What changed while a newer copy was there, that one had noted.
             let lostNewer = volume.record.copies.contains { $0.order > record.order && $0.state == .lost }
             let forgets = record.isWritable || volume.record.logIsBroken || volume.forgotCopies || lostNewer
@@ -173,7 +163,7 @@ extension Site {
         let held = group?.record.held?.number
         let (target, bitmap) = (volume.pointTarget, volume.pointBitmap)
         let knowsNothing = !recorded || !volume.recordingIsWhole || (!volume.isTrusted && volume.record.logIsBroken)
-        let regions = isPrimary && !volume.isTrusted && !knowsNothing ? try Regions(volume) : nil
+        let regions = isPrimary && !volume.isTrusted && !knowsNothing ? volume.activeRegions : nil
         if isPrimary { try await startActivityLog(volume) }
         volume.pointTargetFile = await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
@@ -211,19 +201,15 @@ extension Site {
         await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
             let file = hosted.addFile(log.file, mapping: log.mapping)
-            let contents = UnsafeRawBufferPointer(
-                start: log.mapping.memory + ActivityLog.fileOffset, count: Int(log.header.bitmapBytes))
-            hosted.volume.startActivityLog(file: file, contents: contents, recordingFile: hosted.recordingFile)
+            hosted.volume.startActivityLog(file: file, contents: log.contents, recordingFile: hosted.recordingFile)
         }
     }
 
     // MARK: Restores
 
     private func resumeRestore(_ volume: VolumeState, _ group: GroupState?) async throws {
-        let header = BitmapHeader(.restore, volume: volume.identity, geometry: volume.geometry)
-        let path = "\(volume.directory)/restore.bitmap"
         if let failover = group?.record.failedOver, failover.restoring.contains(volume.name) {
-            volume.restoreBitmap = try BitmapFile(path: path, header: header)
+            try openRestoreBitmap(volume)
             await beginRestore(volume, from: CopyID(failover.point), fresh: false)
         }
         guard let restoring = volume.record.restoring else { return }
@@ -238,8 +224,21 @@ extension Site {
             try volume.recordFile.save(volume.record)
             return
         }
-        volume.restoreBitmap = try BitmapFile(path: path, header: header)
+        try openRestoreBitmap(volume)
         await beginRestore(volume, from: restoring.copy, fresh: false)
+    }
+
+    /// No worst can be assumed here: a grain that is restored once too often loses what hosts wrote to it.
+    private func openRestoreBitmap(_ volume: VolumeState) throws {
+        do {
+            let file = try BitmapFile(path: volume.restoreBitmapPath, header: volume.restoreHeader)
+            try volume.verify(file, "restore.bitmap")
+            volume.restoreBitmap = file
+        } catch let damage as DamagedMetadata {
+            throw SiteError(
+                "volume '\(volume.name)': \(damage), and it says what is still to be restored; bring it back from a backup, or "
+                    + "give the restore up with `farcopy adopt \(volume.name) --config FILE`")
+        }
     }
 }
 
@@ -249,19 +248,18 @@ final class Regions: @unchecked Sendable {
     private let memory: UnsafeMutableRawPointer
     let bitmap: Bitmap
     let all: Bitmap
+    let damagedSectors: Int
 
-    init(_ volume: VolumeState) throws {
-        let count = ActivityLog.layout(size: volume.geometry.size).count
+    /// - Parameter log: the bytes of a log behind its header.
+    init(size: UInt64, log: UnsafeRawBufferPointer) {
+        let count = ActivityLog.layout(size: size).count
         let bytes = Bitmap.byteCount(bits: count)
         memory = .allocate(byteCount: 2 * bytes, alignment: 8)
         memory.initializeMemory(as: UInt8.self, repeating: 0, count: 2 * bytes)
         bitmap = Bitmap(memory: memory, count: count)
         all = Bitmap(memory: memory + bytes, count: count)
         all.setAll()
-        let log = volume.activityLog
-        _ = ActivityLog.decode(
-            UnsafeRawBufferPointer(
-                start: log.mapping.memory + ActivityLog.fileOffset, count: Int(log.header.bitmapBytes)), into: bitmap)
+        damagedSectors = ActivityLog.decode(log, into: bitmap)
     }
 
     deinit { memory.deallocate() }

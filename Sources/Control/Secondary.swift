@@ -200,11 +200,7 @@ extension Site {
     }
 
     private func takePoint(_ volume: VolumeState, _ plan: CommitPlan, _ files: CopyFiles, _ group: GroupState) async {
-        var record = CopyRecord(
-            id: CopyID(plan.point.number), name: "", createdAt: plan.point.formedAt, order: plan.point.order ?? 0,
-            state: .active)
-        record.isDurable = true
-        await enterChain(volume, record, files) { $0.addCopy($1) }
+        await enterChain(volume, CopyRecord(plan.point), files) { $0.addCopy($1) }
         let (number, ids) = (volume.number, plan.dropped.map { CopyID($0.number) })
         volume.reactor.perform { reactor in
             for id in ids { reactor.hosted(number).volume.withdrawCopy(id) }
@@ -289,15 +285,11 @@ extension Site {
 
     /// Writes down, durably, which grains must come back from the point.
     private func prepareRestore(_ volume: VolumeState, from id: CopyID) async throws {
-        let file = try BitmapFile(
-            path: "\(volume.directory)/restore.bitmap",
-            header: BitmapHeader(.restore, volume: volume.identity, geometry: volume.geometry), create: true)
-        volume.restoreBitmap = file
+        let file = try makeRestoreBitmap(volume)
         let number = volume.number
         await volume.reactor.run { reactor in
             reactor.hosted(number).volume.markDifferences(from: id, in: file.bitmap())
         }
         try file.synchronize()
-        try synchronizeDirectory(volume.directory)
     }
 }

@@ -73,8 +73,5 @@ extension String {
 
 /// 128 random bits in hexadecimal.
 func randomIdentity() -> String {
-    (0..<2).map { _ in
-        let text = String(UInt64.random(in: 0...UInt64.max), radix: 16)
-        return String(repeating: "0", count: 16 - text.count) + text
-    }.joined()
+    identityText((UInt64.random(in: 0...UInt64.max), UInt64.random(in: 0...UInt64.max)))
 }

@@ -1,11 +1,22 @@
 // VolumeRecord.swift: what is written down about a volume, apart from the recovery points, which are its group's.
 
+import Replication
 import Ring
 import Volumes
 
 /// A record that says which version of its layout it has.
 package protocol VersionedRecord: Codable, Sendable {
     static var currentFormat: Int { get }
+}
+
+extension CopyRecord {
+    /// A recovery point in a volume's chain. It is written down in its group's record.
+    init(_ point: PointRecord) {
+        self.init(
+            id: CopyID(point.number), name: "", createdAt: point.formedAt, order: point.order ?? point.number,
+            state: .active)
+        isDurable = true
+    }
 }
 
 struct VolumeRecord: VersionedRecord {

@@ -256,6 +256,11 @@ final class VolumeState {
         BitmapHeader(.copy, volume: identity, geometry: geometry, copy: id, bitmaps: recordsChanges ? 2 : 1)
     }
 
+    var restoreBitmapPath: String { "\(directory)/restore.bitmap" }
+    var restoreHeader: BitmapHeader { BitmapHeader(.restore, volume: identity, geometry: geometry) }
+    /// The regions that the last run was active in.
+    var activeRegions: Regions { Regions(size: geometry.size, log: activityLog.contents) }
+
     func bitmapPath(_ id: CopyID) -> String { "\(directory)/copies/\(id).bitmap" }
     func targetPath(_ owner: CopyID) -> String { "\(directory)/copies/\(owner).target" }
 

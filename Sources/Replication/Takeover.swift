@@ -73,10 +73,16 @@ extension GroupRecord {
         let point = PointRecord(number: number, formedAt: formedAt, committedAt: now, order: order)
         var record = self
         record.points.append(point)
+        record.retired = record.retired?.filter { !left.contains($0.number) }
         let dropped = Array(record.points.prefix(max(0, record.points.count - keep)))
-        record.points.removeFirst(dropped.count)
-        record.retired = (record.retired ?? []).filter { !left.contains($0.number) } + dropped
+        record.retire(dropped)
         return CommitPlan(point: point, dropped: dropped, record: record)
+    }
+
+    /// Ends recovery points. They stay written down until they have handed over what older copies read through them.
+    package mutating func retire(_ ended: [PointRecord]) {
+        points.removeAll { ended.contains($0) }
+        retired = (retired ?? []) + ended
     }
 
     /// The point that a failover goes to.
