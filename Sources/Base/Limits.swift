@@ -68,10 +68,19 @@ package enum Limits {
     package static let copiesPerVolume = 256
     /// A region to which nothing is written for this long, or twice that, leaves the activity log.
     package static let activitySweepSeconds = 10
+    /// Recovery points of one group; their volumes' chains have room for FlashCopies beside them.
+    package static let pointsPerGroup = 192
+    /// Connections of a link to one volume.
+    package static let connectionsPerLink = 16
     /// Volumes of one group.
     package static let volumesPerGroup = 64
     /// Acknowledgements are let go after this long even if the point could not be formed; the point is then given up.
     package static let holdMilliseconds = 50
+
+    /// Words of bitmaps in one answer to a peer.
+    package static let changedWordsPerAnswer = 16 << 10
+    /// A switchover that has not sent its last point after this long lets hosts write again.
+    package static let handOverSeconds = 60
 
     /// The smallest and the largest grain.
     package static let minimumGrain = 4 << 10

@@ -3,6 +3,7 @@
 import Base
 import NBDProtocol
 import NBDServer
+import Replication
 import TLS
 import TOMLKit
 
@@ -75,10 +76,51 @@ package struct Configuration: Sendable {
         package var peer: String
         package var mode: Mode
         package var interval: IntervalSetting
-        package var keep: Int
+        package var keep: Retention
         package var access: AccessList
         package var hooks: HookCommands
+        /// What a primary does at its start when its peer does not answer, and how long it asks, in seconds.
+        package var onIsolated: IsolationPolicy
+        package var isolationTimeout: Double
+        /// Seconds; nil = no alert.
+        package var lagLimit: Double?
+        package var drainLimit: Double?
+        package var commands: [GroupEvent: String]
+        package var link: LinkEntry
+        /// When points are formed besides the interval; nil = never.
+        package var schedule: CronSchedule?
+        /// When the sites are compared.
+        package var scrub: CronSchedule?
         var line: Int
+    }
+
+    package enum IsolationPolicy: Sendable, Equatable {
+        case serve
+        case refuse
+        /// Serves if the command succeeds.
+        case command(String)
+    }
+
+    /// How a group's data crosses the link.
+    package struct LinkEntry: Sendable, Equatable {
+        /// Connections to each volume's intake; nil = as many as suit the number of volumes.
+        package var connections: Int?
+        /// A peer that acknowledges nothing for so many seconds has stalled.
+        package var stallTimeout: Double = 30
+        /// Bytes a second; 0 = unbounded.
+        package var rate: UInt64 = 0
+        /// Other rates at times of day; the first that applies counts.
+        package var rateWindows: [RateWindow] = []
+        /// Whether the peer's checksums are asked for before data is sent.
+        package var compare = ComparePolicy.auto
+    }
+
+    /// A rate for part of each day, in local time.
+    package struct RateWindow: Sendable, Equatable {
+        /// Minutes since midnight; a window whose end is not after its start goes past midnight.
+        package var from: Int
+        package var to: Int
+        package var rate: UInt64
     }
 
     package enum IntervalSetting: Sendable, Equatable {

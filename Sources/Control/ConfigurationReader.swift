@@ -3,6 +3,7 @@
 import Base
 import NBDProtocol
 import NBDServer
+import Replication
 import TLS
 import TOMLKit
 import Volumes
@@ -203,7 +204,11 @@ struct ConfigurationReader {
             entry, section,
             known: [
                 "volumes", "role", "peer", "mode", "interval", "keep", "allow_clients", "allow_addresses",
-            ] + Self.hookKeys)
+                "on_isolated",
+                "isolation_timeout", "lag_limit", "drain_limit", "connections", "stall_timeout", "rate", "rates",
+                "compare",
+                "schedule", "scrub",
+            ] + Self.hookKeys + GroupEvent.allCases.map(\.rawValue))
         guard let list = entry["volumes"]?.array, !list.isEmpty else {
             throw fail(section, "volumes", "must be a list of volume names with at least one in it")
         }
@@ -225,17 +230,116 @@ struct ConfigurationReader {
         guard let mode = Configuration.Mode(rawValue: modeText) else {
             throw fail(section, "mode", "is '\(modeText)'; this version has the mode 'flashcopy'")
         }
-        var keep = 8
-        if let value = entry["keep"] {
-            guard let number = value.int, (1...64).contains(number) else {
-                throw fail(section, "keep", "must be a number of recovery points from 1 to 64")
-            }
-            keep = number
+        var commands: [GroupEvent: String] = [:]
+        for event in GroupEvent.allCases where entry[event.rawValue] != nil {
+            commands[event] = try string(entry, section, event.rawValue)
         }
         return Configuration.GroupEntry(
             name: name, volumes: volumes, role: role, peer: try string(entry, section, "peer"),
-            mode: mode, interval: try interval(entry, section), keep: keep, access: try access(entry, section),
-            hooks: try hooks(entry, section), line: line(section, nil))
+            mode: mode, interval: try interval(entry, section), keep: try retention(entry, section),
+            access: try access(entry, section), hooks: try hooks(entry, section),
+            onIsolated: try isolation(entry, section),
+            isolationTimeout: try time(entry, section, "isolation_timeout", 0...600) ?? 3,
+            lagLimit: try time(entry, section, "lag_limit", 0.1...31 * 86400),
+            drainLimit: try time(entry, section, "drain_limit", 0.1...31 * 86400), commands: commands,
+            link: try link(entry, section), schedule: try schedule(entry, section, "schedule"),
+            scrub: try schedule(entry, section, "scrub"), line: line(section, nil))
+    }
+
+    /// `keep = 8`, or `keep = { last = 24, hourly = 48, daily = 14 }`.
+    private func retention(_ entry: TOMLTable, _ section: String) throws -> Retention {
+        guard let value = entry["keep"] else { return Retention(last: 8) }
+        if let number = value.int, (1...Limits.pointsPerGroup).contains(number) { return Retention(last: number) }
+        guard let table = value.table else {
+            throw fail(
+                section, "keep",
+                "must be a number of recovery points from 1 to \(Limits.pointsPerGroup), or such as { last = 24, hourly = 48, "
+                    + "daily = 14 }")
+        }
+        let inner = join(section, "keep")
+        try check(table, inner, known: ["last", "hourly", "daily"])
+        let range = 0...Limits.pointsPerGroup
+        let kept = Retention(
+            last: try number(table, inner, "last", 1...Limits.pointsPerGroup) ?? 1,
+            hourly: try number(table, inner, "hourly", range) ?? 0, daily: try number(table, inner, "daily", range) ?? 0
+        )
+        guard kept.most <= Limits.pointsPerGroup else {
+            throw fail(
+                section, "keep", "adds up to \(kept.most) recovery points; at most \(Limits.pointsPerGroup) can be kept"
+            )
+        }
+        return kept
+    }
+
+    private func isolation(_ entry: TOMLTable, _ section: String) throws -> Configuration.IsolationPolicy {
+        guard entry["on_isolated"] != nil else { return .serve }
+        switch try string(entry, section, "on_isolated") {
+        case "continue": return .serve
+        case "refuse": return .refuse
+        case let command: return .command(command)
+        }
+    }
+
+    private func link(_ entry: TOMLTable, _ section: String) throws -> Configuration.LinkEntry {
+        var link = Configuration.LinkEntry()
+        link.connections = try number(entry, section, "connections", 1...Limits.connectionsPerLink)
+        link.stallTimeout = try time(entry, section, "stall_timeout", 0.1...3600) ?? link.stallTimeout
+        if entry["rate"] != nil { link.rate = try rate(entry, section, "rate") }
+        link.compare = try choice(entry, section, "compare", among: ComparePolicy.allCases) ?? link.compare
+        guard let windows = entry["rates"] else { return link }
+        guard let list = windows.array else {
+            throw fail(
+                section, "rates", "must be a list such as [{ from = \"22:00\", to = \"06:00\", rate = \"1GiB\" }]")
+        }
+        link.rateWindows = try list.map { element in
+            guard let table = element.table else { throw fail(section, "rates", "must be a list of tables") }
+            let inner = join(section, "rates")
+            try check(table, inner, known: ["from", "to", "rate"])
+            return Configuration.RateWindow(
+                from: try timeOfDay(table, inner, "from"), to: try timeOfDay(table, inner, "to"),
+                rate: try rate(table, inner, "rate"))
+        }
+        return link
+    }
+
+    /// Bytes a second; "unlimited" is 0.
+    private func rate(_ table: TOMLTable, _ section: String, _ key: String) throws -> UInt64 {
+        if table[key]?.string == "unlimited" { return 0 }
+        let bytes = try size(table, section, key)
+        guard bytes >= 16 << 10 else { throw fail(section, key, "must be at least 16KiB (a second), or \"unlimited\"") }
+        return bytes
+    }
+
+    private func timeOfDay(_ table: TOMLTable, _ section: String, _ key: String) throws -> Int {
+        let text = try string(table, section, key)
+        let parts = text.split(separator: ":").map { Int($0) }
+        guard parts.count == 2, let hours = parts[0], let minutes = parts[1], (0...24).contains(hours),
+            (0...59).contains(minutes), hours * 60 + minutes <= 24 * 60
+        else { throw fail(section, key, "is '\(text)'; write a time of day such as \"22:00\"") }
+        return hours * 60 + minutes
+    }
+
+    private func schedule(_ entry: TOMLTable, _ section: String, _ key: String) throws -> CronSchedule? {
+        guard entry[key] != nil else { return nil }
+        let text = try string(entry, section, key)
+        guard let schedule = CronSchedule(text) else {
+            throw fail(
+                section, key,
+                "is '\(text)'; write minute, hour, day of month, month and day of week, such as \"30 2 * * *\"")
+        }
+        return schedule
+    }
+
+    private func time(_ entry: TOMLTable, _ section: String, _ key: String, _ range: ClosedRange<Double>) throws
+        -> Double?
+    {
+        guard entry[key] != nil else { return nil }
+        let text = try string(entry, section, key)
+        guard let seconds = seconds(text), range.contains(seconds) else {
+            throw fail(
+                section, key, "is '\(text)'; write a time from \"\(range.lowerBound)s\" to \"\(range.upperBound)s\"")
+        }
+        return seconds
     }
 
     private func interval(_ entry: TOMLTable, _ section: String) throws

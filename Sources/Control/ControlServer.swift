@@ -5,6 +5,7 @@ import HTTPTypes
 import Hummingbird
 import Logging
 import NIOCore
+import Replication
 
 package struct ControlServer: Sendable {
     let site: Site
@@ -42,9 +43,10 @@ package struct ControlServer: Sendable {
     }
 
     /// Refusals in words, with their status; anything else is ours and says so.
-    private func guarded(_ body: () async throws -> Response) async -> Response {
+    private func guarded(early: Bool = false, _ body: () async throws -> Response) async -> Response {
         let (status, words): (Int, String)
         do {
+            if !early, await !site.isStarted { throw SiteError("the site is starting; try again", status: 503) }
             return try await body()
         } catch let error as SiteError {
             (status, words) = (error.status, error.description)
@@ -70,6 +72,7 @@ package struct ControlServer: Sendable {
         let router = Router()
         addStatus(router)
         addGroups(router)
+        addRoles(router)
         addFlashCopies(router)
         addPeer(router)
         return router
@@ -117,9 +120,14 @@ package struct ControlServer: Sendable {
                 return try answer(Done(done: "suspended"))
             }
         }
-        router.post("/v1/groups/{group}/resume") { _, context in
+        router.post("/v1/groups/{group}/resume") { request, context in
             await guarded {
-                try await site.resume(try context.parameters.require("group"))
+                let name = try context.parameters.require("group")
+                if request.uri.queryParameters["isolated"] == "true" {
+                    try await site.resumeIsolated(name)
+                } else {
+                    try await site.resume(name)
+                }
                 return try answer(Done(done: "resumed"))
             }
         }
@@ -131,7 +139,42 @@ package struct ControlServer: Sendable {
                     point = number
                 }
                 return try answer(
-                    try await site.failover(try context.parameters.require("group"), point: point).report)
+                    try await site.failover(try context.parameters.require("group"), point: point))
+            }
+        }
+    }
+
+    private func addRoles(_ router: Router<BasicRequestContext>) {
+        @Sendable func loser(_ request: Request) throws -> String {
+            guard let text = request.uri.queryParameters["discard"] else {
+                throw SiteError("say whose changes are discarded: discard=SITE", status: 400)
+            }
+            return String(text)
+        }
+        router.get("/v1/groups/{group}/resync") { request, context in
+            await guarded {
+                try answer(
+                    try await site.previewResync(try context.parameters.require("group"), discard: try loser(request)))
+            }
+        }
+        router.post("/v1/groups/{group}/resync") { request, context in
+            await guarded {
+                try answer(try await site.resync(try context.parameters.require("group"), discard: try loser(request)))
+            }
+        }
+        router.post("/v1/groups/{group}/switchover") { _, context in
+            await guarded { try answer(try await site.switchover(try context.parameters.require("group"))) }
+        }
+        router.get("/v1/groups/{group}/failback") { _, context in
+            await guarded { try answer(try await site.previewFailback(try context.parameters.require("group"))) }
+        }
+        router.post("/v1/groups/{group}/failback") { _, context in
+            await guarded { try answer(try await site.failback(try context.parameters.require("group"))) }
+        }
+        router.post("/v1/abort") { request, _ in
+            await guarded {
+                let text = request.uri.queryParameters["operation"].map(String.init) ?? ""
+                return try answer(Done(done: try await site.abort(text)))
             }
         }
     }
@@ -177,6 +220,34 @@ package struct ControlServer: Sendable {
     }
 
     private func addPeer(_ router: Router<BasicRequestContext>) {
+        router.post("/v1/peer/groups/{group}/standing") { request, context in
+            await guarded(early: true) {
+                let body = try await decode(Standing.self, request)
+                return try answer(try await site.answerStanding(try context.parameters.require("group"), body))
+            }
+        }
+        router.post("/v1/peer/groups/{group}/yield") { request, context in
+            await guarded {
+                let body = try await decode(YieldRequest.self, request)
+                return try answer(try await site.yield(try context.parameters.require("group"), body))
+            }
+        }
+        router.get("/v1/peer/groups/{group}/changes") { request, context in
+            await guarded {
+                let query = request.uri.queryParameters
+                return try answer(
+                    try await site.changes(
+                        try context.parameters.require("group"), volume: query["volume"].map(String.init) ?? "",
+                        from: query["from"].flatMap { Int($0) } ?? 0))
+            }
+        }
+        router.post("/v1/peer/groups/{group}/promote") { request, context in
+            await guarded {
+                let body = try await decode(PromoteRequest.self, request)
+                try await site.promote(try context.parameters.require("group"), body)
+                return try answer(Done(done: "promoted"))
+            }
+        }
         router.post("/v1/peer/groups/{group}/session") { request, context in
             await guarded {
                 let body = try await decode(SessionRequest.self, request)

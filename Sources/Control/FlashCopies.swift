@@ -184,7 +184,7 @@ extension Site {
         }
     }
 
-    private func establish(_ request: FlashCopyRequest, _ members: [VolumeState]) async throws {
+    func establish(_ request: FlashCopyRequest, _ members: [VolumeState]) async throws {
         var made: [NewCopy] = []
         do {
             for (index, volume) in members.enumerated() {

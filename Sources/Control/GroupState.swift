@@ -24,7 +24,7 @@ final class GroupState {
     var replicator: Replicator?
     /// The session of the primary's replicator (secondary).
     var session: UInt64?
-    /// Sessions, commits and failovers come one after the other.
+    /// Sessions, commits and changes of roles come one after the other.
     let turnstile = Turnstile()
 
     init(entry: Configuration.GroupEntry, record: GroupRecord, file: DurableRecord<GroupRecord>) {
@@ -35,11 +35,36 @@ final class GroupState {
 
     func save() throws { try file.withLock { try $0.save(record) } }
 
-    /// What the records of its volumes say while they are served in it.
-    var servedAs: String { "\(record.role.rawValue) \(entry.name)" }
+    /// The record as it is just now, whoever has it.
+    var current: GroupRecord { replicator?.status.record ?? record }
+
+    /// Changes the record, durably, whoever has it.
+    func amend(
+        isolation: isolated (any Actor)? = #isolation, _ change: @escaping @Sendable (inout GroupRecord) -> Void
+    ) async throws {
+        if let replicator { return await replicator.amend(change) }
+        change(&record)
+        try save()
+    }
+
+    /// What the records of its volumes say while they are served in it, in either role: what the roles mean for the bitmaps is
+    /// the group's record's to say.
+    var servedAs: String { "group \(entry.name)" }
 
     /// Whether this site is the group's primary and sends to a peer.
-    var isMirroring: Bool { record.role == .primary && record.failedOver == nil }
+    var isMirroring: Bool {
+        record.role == .primary && record.failedOver == nil && record.handingOver == nil && record.conflict == nil
+    }
+
+    /// Hosts may write here.
+    var servesHosts = false
+    /// Why a primary does not serve hosts yet.
+    var isolation: String?
+    /// Bytes that clients had written when the group failed over to this site; nil after a restart.
+    var writtenAtFailover: UInt64?
+    var operation: Operation?
+    /// Alerts that are on, and the times when their commands were run last.
+    var alerts: [AlertKind: String] = [:]
 
     var interval: Interval {
         switch entry.interval {

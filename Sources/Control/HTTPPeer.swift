@@ -54,13 +54,16 @@ package struct ControlClient: Sendable {
     }
 
     package func call<Answer: Decodable>(
-        _ method: String, _ path: String, _ body: some Encodable & Sendable, seconds: Int64 = 30
+        _ method: String, _ path: String, _ body: (some Encodable & Sendable)?, seconds: Int64 = 30
     ) async throws -> Answer {
         let answer = try await call(
-            method, path, body: [UInt8](try JSONEncoder().encode(body)), seconds: seconds)
+            method, path, body: try body.map { [UInt8](try JSONEncoder().encode($0)) }, seconds: seconds)
         return try JSONDecoder().decode(Answer.self, from: Data(answer))
     }
 }
+
+/// The body of a call that has none.
+struct Nothing: Codable, Sendable {}
 
 struct ErrorAnswer: Codable, Sendable { var error: String }
 
@@ -110,5 +113,10 @@ struct HTTPPeer: PeerClient {
             CommitRequest(
                 siteID: siteID, session: session, number: number, previous: previous, formedAt: formedAt))
         return answer.committedAt
+    }
+
+    func promote(session: UInt64, point: UInt64) async throws {
+        let _: Done = try await ask(
+            "/v1/peer/groups/\(group)/promote", PromoteRequest(siteID: siteID, session: session, point: point))
     }
 }

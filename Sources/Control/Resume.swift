@@ -160,6 +160,8 @@ extension Site {
         let isSecondary = group?.record.role == .secondary
         let isPrimary = group?.record.role == .primary
         let recorded = volume.record.servedAs == group?.servedAs
+        let serves = !isSecondary && group?.servesHosts != false
+        let yielded = group?.record.yielded != nil
         let held = group?.record.held?.number
         let (target, bitmap) = (volume.pointTarget, volume.pointBitmap)
         let knowsNothing = !recorded || !volume.recordingIsWhole || (!volume.isTrusted && volume.record.logIsBroken)
@@ -168,10 +170,10 @@ extension Site {
         volume.pointTargetFile = await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
             let targetFile = hosted.addFile(target)
-            hosted.writable = !isSecondary
+            hosted.writable = serves
             hosted.volume.policy = isSecondary ? .copiesFirst : .hostFirst
             hosted.volume.recording = isPrimary
-            if isPrimary, knowsNothing { hosted.volume.markAllChanged() }
+            if isPrimary || yielded, knowsNothing { hosted.volume.markAllChanged() }
             if let regions { hosted.volume.recoverChanges(regions: regions.bitmap) }
             if isPrimary, let held {
                 hosted.volume.resumePoint(number: held, targetFile: targetFile, preserved: bitmap.bitmap())

@@ -52,10 +52,6 @@ extension Site {
         return group
     }
 
-    private func members(_ group: GroupState) -> [VolumeState] {
-        group.entry.volumes.compactMap { volumes[$0] }
-    }
-
     // MARK: Sessions
 
     func openSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
@@ -68,6 +64,7 @@ extension Site {
             group.record.generations = request.generations
             try group.save()
         }
+        if group.record.yielded != nil { try await forgetFormerRole(group) }
         let session = UInt64.random(in: 1...UInt64.max)
         group.session = session
         for volume in members(group) {
@@ -108,18 +105,33 @@ extension Site {
                 "group '\(name)': '\(request.site)' has an older generation than '\(configuration.site)' knows; it is stale",
                 status: 403)
         }
+        try checkVolumes(group, request.site, request.volumes)
+    }
+
+    func checkVolumes(_ group: GroupState, _ site: String, _ theirs: [SessionRequest.Volume]) throws {
+        let name = group.entry.name
         let ours = members(group).map { ($0.name, $0.geometry.size) }
-        guard ours.map(\.0) == request.volumes.map(\.name) else {
+        guard ours.map(\.0) == theirs.map(\.name) else {
             throw SiteError(
                 "group '\(name)' has the volumes \(ours.map(\.0)) at '\(configuration.site)' and "
-                    + "\(request.volumes.map(\.name)) at '\(request.site)'; make them alike, in the same order",
+                    + "\(theirs.map(\.name)) at '\(site)'; make them alike, in the same order",
                 status: 403)
         }
-        for (mine, theirs) in zip(ours, request.volumes) where mine.1 != theirs.size {
+        for (mine, theirs) in zip(ours, theirs) where mine.1 != theirs.size {
             throw SiteError(
                 "volume '\(mine.0)' of group '\(name)' has \(mine.1) bytes at '\(configuration.site)' and \(theirs.size) at "
-                    + "'\(request.site)'; make them the same size", status: 403)
+                    + "'\(site)'; make them the same size", status: 403)
         }
+    }
+
+    /// The primary has taken what this site had changed into its own bitmaps, or it would not open a session.
+    private func forgetFormerRole(_ group: GroupState) async throws {
+        for volume in members(group) {
+            let number = volume.number
+            await volume.reactor.run { $0.hosted(number).volume.forgetChanges() }
+        }
+        group.record.yielded = nil
+        try group.save()
     }
 
     /// Ends the intake's connections, waits until nothing of them is under way, and lets only `next` in.
@@ -129,7 +141,7 @@ extension Site {
         await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
             reactor.perform { reactor in
                 reactor.hosted(number).intakeSession = next
-                reactor.disconnect(number, intakeOnly: true) { continuation.resume() }
+                reactor.disconnect(number, .intake) { continuation.resume() }
             }
         }
     }
@@ -175,7 +187,7 @@ extension Site {
         return await volume.reactor.run { $0.hosted(number).volume.modifyingInFlight }
     }
 
-    private func carryOut(_ plan: CommitPlan, _ group: GroupState) async throws {
+    func carryOut(_ plan: CommitPlan, _ group: GroupState) async throws {
         let members = members(group)
         let id = CopyID(plan.point.number)
         var files: [CopyFiles] = []
@@ -225,7 +237,7 @@ extension Site {
     // MARK: Failover
 
     /// Makes a recovery point the read-write volumes of the group. Data flows back in the background.
-    func failover(_ name: String, point wanted: UInt64?) async throws -> PointRecord {
+    func failover(_ name: String, point wanted: UInt64?) async throws -> FailoverReport {
         let group = try group(name)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
@@ -233,7 +245,7 @@ extension Site {
             if wanted == nil || wanted == done.point,
                 let point = group.record.points.first(where: { $0.number == done.point })
             {
-                return point
+                return FailoverReport(point, discarded: 0, unsent: nil)
             }
             throw SiteError("group '\(name)' has failed over to point \(done.point) already")
         }
@@ -243,53 +255,103 @@ extension Site {
         } catch {
             throw SiteError("group '\(name)' at '\(configuration.site)': \(error)")
         }
-        try await takeOver(group, point)
+        // The old primary may still say what it has not sent. It is not waited for.
+        let unsent = try? await peerStanding(group, seconds: 1)
+        let discarded = try await takeOver(group, point, joins: false)
         note(name, "failed over to point \(point.number)")
-        return point
+        return FailoverReport(point, discarded: discarded, unsent: unsent?.changedBytes)
     }
 
-    private func takeOver(_ group: GroupState, _ point: PointRecord) async throws {
+    /// - Returns: bytes that had arrived after the point and are not part of it.
+    @discardableResult
+    func takeOver(_ group: GroupState, _ point: PointRecord, joins: Bool) async throws -> UInt64 {
         let members = members(group)
         let id = CopyID(point.number)
+        var discarded: UInt64 = 0
+        await runCommand(group, .beforeFailover, ["FARCOPY_POINT=\(point.number)"])
         for step in FailoverStep.allCases {
             switch step {
             case .fence:
                 group.session = nil
                 for volume in members { await endIntake(volume, next: 0) }
             case .differences:
-                for volume in members { try await prepareRestore(volume, from: id) }
+                for volume in members { discarded += try await prepareRestore(volume, from: id) }
             case .record:
                 group.record = group.record.afterFailover(
-                    to: point.number, volumes: members.map(\.name), generation: randomIdentity(), now: realSeconds())
+                    to: point.number, volumes: members.map(\.name), generation: randomIdentity(), now: realSeconds(),
+                    joins: joins)
                 try group.save()
             case .open:
-                for volume in members { try await open(volume, id, group) }
+                group.servesHosts = true
+                var written: UInt64 = 0
+                for volume in members { written += try await open(volume, id, group) }
+                group.writtenAtFailover = written
             }
         }
+        await runCommand(group, .afterFailover, ["FARCOPY_POINT=\(point.number)"])
+        return discarded
     }
 
-    private func open(_ volume: VolumeState, _ id: CopyID, _ group: GroupState) async throws {
+    private func open(_ volume: VolumeState, _ id: CopyID, _ group: GroupState) async throws -> UInt64 {
         let number = volume.number
         await beginRestore(volume, from: id, fresh: false)
         try await startActivityLog(volume)
-        await volume.reactor.run { reactor in
+        let written = await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
             hosted.volume.policy = .hostFirst
             hosted.volume.recording = true
             hosted.writable = true
+            return hosted.bytesWritten
         }
-        volume.record.servedAs = group.servedAs
-        try volume.recordFile.save(volume.record)
         await publish(volume, group)
+        return written
     }
 
-    /// Writes down, durably, which grains must come back from the point.
-    private func prepareRestore(_ volume: VolumeState, from id: CopyID) async throws {
+    /// Writes down, durably, which grains must come back from the point: to restore them, and because the old primary's
+    /// bitmaps take them for sent.
+    ///
+    /// - Returns: their bytes.
+    private func prepareRestore(_ volume: VolumeState, from id: CopyID) async throws -> UInt64 {
         let file = try makeRestoreBitmap(volume)
         let number = volume.number
-        await volume.reactor.run { reactor in
-            reactor.hosted(number).volume.markDifferences(from: id, in: file.bitmap())
+        let grains = await volume.reactor.run { reactor in
+            let engine = reactor.hosted(number).volume
+            engine.markDifferences(from: id, in: file.bitmap())
+            engine.markChanged(file.bitmap())
+            return file.bitmap().population()
         }
         try file.synchronize()
+        try volume.recording.synchronize()
+        return UInt64(grains) * UInt64(volume.geometry.grain)
+    }
+}
+
+/// What a failover went to, and what it left behind.
+package struct FailoverReport: Codable, Sendable {
+    package var id: UInt64
+    package var formedAt: String
+    package var committedAt: String?
+    /// The point's age: what was written in this time is not in it.
+    package var lostSeconds: Double
+    /// Bytes that had arrived for the next point and are not used.
+    package var discardedBytes: UInt64
+    /// Bytes that the old primary has not sent, if it still answers.
+    package var unsentBytes: UInt64?
+    enum CodingKeys: String, CodingKey {
+        case id
+        case formedAt = "formed_at"
+        case committedAt = "committed_at"
+        case lostSeconds = "lost_seconds"
+        case discardedBytes = "discarded_bytes"
+        case unsentBytes = "unsent_bytes"
+    }
+
+    init(_ point: PointRecord, discarded: UInt64, unsent: UInt64?) {
+        id = point.number
+        formedAt = timestamp(point.formedAt)
+        committedAt = point.committedAt.map(timestamp)
+        lostSeconds = max(0, realSeconds() - point.formedAt)
+        discardedBytes = discarded
+        unsentBytes = unsent
     }
 }

@@ -38,6 +38,9 @@ package actor Site {
     var readyWaiters: [CopyID: CheckedContinuation<Void, Never>] = [:]
     /// When the progress of a background copy was looked at first, and how many grains it had.
     var fillStarts: [CopyID: (at: UInt64, grains: Int)] = [:]
+    /// Everything is back where the last process left it; before that only peers are answered, about roles.
+    package private(set) var isStarted = false
+    private(set) var isStopping = false
 
     /// Reads, checks and opens everything; hosts and resumes every volume. Listens on nothing yet.
     package init(configuration: Configuration, logger: Logger) throws {
@@ -87,6 +90,7 @@ package actor Site {
             try renewIfServedElsewhere(group)
             try giveUpUncertainPoint(group)
         }
+        for group in groups.values { try await decideService(group) }
         for entry in configuration.volumes { try await host(volumes[entry.name]!) }
         for socket in try SocketActivation.take() { greeter.perform { $0.listen(on: socket) } }
         for address in configuration.nbd.listen {
@@ -94,7 +98,18 @@ package actor Site {
                 greeter.perform { $0.listen(on: socket) }
             }
         }
-        for group in groups.values where group.isMirroring { try await startReplication(group) }
+        for group in groups.values { try await goOn(group) }
+        isStarted = true
+        Task { await watch() }
+    }
+
+    /// What was under way in a group when the last process ended.
+    private func goOn(_ group: GroupState) async throws {
+        if group.isolation != nil { Task { await awaitPeer(group) } }
+        if group.isMirroring, group.isolation == nil { try await startReplication(group) }
+        if group.record.handingOver != nil { Task { await finishHandover(group) } }
+        if group.record.failedOver?.joins == true { Task { await joinAfterPromotion(group) } }
+        if group.record.failingBack == true { Task { await resumeFailback(group) } }
     }
 
     private func startReactor(_ number: Int) throws -> ReactorHandle {
@@ -196,8 +211,8 @@ package actor Site {
             }
         } else {
             entries[name] = entry(
-                .volume, "volume \(name) of site \(configuration.site)", readOnly: volume.entry.readOnly,
-                since: kept[...])
+                .volume, "volume \(name) of site \(configuration.site)",
+                readOnly: volume.entry.readOnly || group?.servesHosts == false, since: kept[...])
         }
         exports.replace(where: { $0 == name || $0.hasPrefix("\(name)@") }, with: entries)
     }
@@ -239,7 +254,6 @@ package actor Site {
         group.replicator = replicator
         let members = group.entry.volumes.compactMap { volumes[$0] }
         let name = group.entry.name
-        let site = configuration.site
         let logger = logger
         let events = events
         let file = group.file
@@ -261,14 +275,20 @@ package actor Site {
                 address: address,
                 tls: LinkTLS(
                     policy: peer.tls, files: configuration.nbd.files, user: peer.tlsUser),
-                peer: HTTPPeer(
-                    address: peer.control, group: name, site: site, siteID: siteRecord.id),
+                peer: self.peer(group)!,
                 connectionsPerVolume: members.count > 8 ? 1 : 2,
                 save: { record in try file.withLock { try $0.save(record) } },
                 log: { text in
                     logger.info("group \(name): \(text)")
                     events.add(group: name, text)
-                }))
+                },
+                refused: { [weak self] in Task { [weak self] in await self?.reviewAfterRefusal(name) } }))
+    }
+
+    func peer(_ group: GroupState) -> HTTPPeer? {
+        configuration.peers[group.entry.peer].map {
+            HTTPPeer(address: $0.control, group: group.entry.name, site: configuration.site, siteID: siteRecord.id)
+        }
     }
 
     // MARK: Events
@@ -318,6 +338,7 @@ package actor Site {
 
     /// Ends in order: nothing is lost, and the next start has nothing to repair.
     package func stop() async {
+        isStopping = true
         for group in groups.values {
             await group.replicator?.stop()
             if let record = group.replicator?.status.record { group.record = record }

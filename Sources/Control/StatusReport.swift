@@ -45,6 +45,17 @@ package struct StatusReport: Codable, Sendable {
         }
     }
 
+    /// Something under way that `farcopy abort` ends.
+    package struct OperationReport: Codable, Sendable {
+        package var name: String
+        package var startedAt: String
+        package var step: String
+        enum CodingKeys: String, CodingKey {
+            case name, step
+            case startedAt = "started_at"
+        }
+    }
+
     package struct GroupReport: Codable, Sendable {
         package var role: String
         package var state: String
@@ -60,8 +71,13 @@ package struct StatusReport: Codable, Sendable {
         /// Acknowledgements were held this long for the newest point, and at the 99th percentile of the last thousand.
         package var holdSeconds: Double?
         package var holdSecondsP99: Double?
+        /// What the volumes of a secondary show.
+        package var consistentAsOf: String?
+        package var alerts: [String]?
+        package var operation: OperationReport?
         enum CodingKeys: String, CodingKey {
-            case role, state, reason, mode, peer, volumes, point
+            case role, state, reason, mode, peer, volumes, point, alerts, operation
+            case consistentAsOf = "consistent_as_of"
             case lagSeconds = "lag_seconds"
             case pendingBytes = "pending_bytes"
             case rateBytesPerSecond = "rate_bytes_per_second"
@@ -137,50 +153,84 @@ extension Site {
 
     private func groupReport(_ group: GroupState, _ pending: [String: UInt64]) -> StatusReport.GroupReport {
         let replication = group.replicator?.status
-        let record = replication?.record ?? group.record
+        let record = group.current
+        let now = realSeconds()
+        let name = group.entry.name
         var report = StatusReport.GroupReport(
             role: record.role.rawValue, state: "simplex", mode: group.entry.mode.rawValue,
             peer: group.entry.peer, volumes: group.entry.volumes)
-        let now = realSeconds()
-        if record.failedOver != nil {
-            report.state = "failed-over"
-            report.reason = "failed over to point \(record.failedOver!.point) at \(timestamp(record.failedOver!.at))"
-            report.point = record.points.first { $0.number == record.failedOver!.point }?.report
-            return report
+        report.lagSeconds = lagSeconds(group, now)
+        report.alerts = group.alerts.isEmpty ? nil : group.alerts.map { "\($0.key.rawValue): \($0.value)" }.sorted()
+        report.operation = group.operation.map {
+            StatusReport.OperationReport(
+                name: "\($0.kind.rawValue):\(name)", startedAt: timestamp($0.startedAt), step: $0.step)
+        }
+        if record.role == .primary {
+            report.pendingBytes = group.entry.volumes.reduce(0) { $0 + (pending[$1] ?? 0) }
+            report.point = record.divergedFrom?.report
+        } else {
+            report.point = record.points.last?.report
+            report.consistentAsOf = record.points.last.map { timestamp($0.formedAt) }
         }
         if let replication {
-            report.state = replication.state
-            report.reason = replication.reason
-            report.point = record.lastCommitted?.report
-            report.lagSeconds = record.lastCommitted.map { max(0, now - $0.formedAt) }
-            let bytes = group.entry.volumes.reduce(0) { $0 + (pending[$1] ?? 0) }
-            report.pendingBytes = bytes
-            report.rateBytesPerSecond = replication.bytesPerSecond
-            if replication.bytesPerSecond > 0 {
-                report.etaSeconds = Double(bytes) / replication.bytesPerSecond
-            }
-            if !replication.holds.isEmpty {
-                report.holdSeconds = Double(replication.lastHold) / 1e9
-                let sorted = replication.holds.sorted()
-                report.holdSecondsP99 = Double(sorted[min(sorted.count - 1, sorted.count * 99 / 100)]) / 1e9
-            }
-            return report
-        }
-        report.point = record.points.last?.report
-        report.lagSeconds = record.points.last.map { max(0, now - $0.formedAt) }
-        if record.peerSite != nil {
-            report.state = group.session == nil ? "suspended" : record.points.isEmpty ? "copying" : "mirroring"
-            if group.session == nil { report.reason = "the primary has not connected since this site started" }
+            describe(replication, &report)
+        } else {
+            (report.state, report.reason) = stateWithoutReplicator(group)
         }
         return report
     }
 
+    private func describe(_ replication: ReplicationStatus, _ report: inout StatusReport.GroupReport) {
+        report.state = replication.state
+        report.reason = replication.reason
+        report.rateBytesPerSecond = replication.bytesPerSecond
+        if replication.bytesPerSecond > 0, let bytes = report.pendingBytes {
+            report.etaSeconds = Double(bytes) / replication.bytesPerSecond
+        }
+        if !replication.holds.isEmpty {
+            report.holdSeconds = Double(replication.lastHold) / 1e9
+            let sorted = replication.holds.sorted()
+            report.holdSecondsP99 = Double(sorted[min(sorted.count - 1, sorted.count * 99 / 100)]) / 1e9
+        }
+    }
+
+    func stateWithoutReplicator(_ group: GroupState) -> (String, String?) {
+        let record = group.record
+        let (name, peer) = (group.entry.name, group.entry.peer)
+        if let conflict = record.conflict {
+            switch conflict.kind {
+            case .splitBrain:
+                return (
+                    "split-brain",
+                    "hosts wrote here and at '\(peer)'; `farcopy resync \(name) --discard \(configuration.site)|\(peer)`"
+                )
+            case .stale:
+                return (
+                    "suspended",
+                    "'\(peer)' has taken over and this site is stale; `farcopy failback \(name)` there brings the roles back"
+                )
+            }
+        }
+        if record.handingOver != nil {
+            return ("suspended", "a switchover waits for '\(peer)'; `farcopy abort switchover:\(name)` takes it back")
+        }
+        if let failover = record.failedOver {
+            return ("failed-over", "failed over to point \(failover.point) at \(timestamp(failover.at))")
+        }
+        if let isolation = group.isolation { return ("suspended", isolation) }
+        if record.role == .primary { return ("suspended", "the group is changing roles") }
+        guard record.peerSite != nil else { return ("simplex", nil) }
+        guard group.session != nil else {
+            return ("suspended", "the primary has not connected since this site started")
+        }
+        guard let newest = record.points.last else { return ("copying", nil) }
+        return (newest.isBase == true ? "resyncing" : "mirroring", nil)
+    }
+
     func points(_ name: String) throws -> [StatusReport.PointReport] {
         let group = try group(name)
-        if let replicator = group.replicator {
-            return replicator.status.record.lastCommitted.map { [$0.report] } ?? []
-        }
-        return group.record.points.map(\.report)
+        let record = group.current
+        return (record.points + (record.role == .primary ? record.lastCommitted.map { [$0] } ?? [] : [])).map(\.report)
     }
 
     // MARK: Commands on a primary
@@ -188,10 +238,7 @@ extension Site {
     private func replicator(_ name: String) throws -> Replicator {
         let group = try group(name)
         guard let replicator = group.replicator else {
-            throw SiteError(
-                group.record.role == .secondary
-                    ? "group '\(name)' is secondary at '\(configuration.site)'; give this command to its primary, '\(group.entry.peer)'"
-                    : "group '\(name)' has failed over to '\(configuration.site)' and is not mirrored")
+            throw SiteError(notMirroring(group))
         }
         return replicator
     }

@@ -252,6 +252,14 @@ final class VolumeState {
 
     // MARK: Copies
 
+    /// Bytes that the last run left changed, at most; for a volume that is not hosted yet.
+    var changesLeft: UInt64 {
+        let grains = recording.bitmap(0).population() + recording.bitmap(1).population()
+        let regions = isTrusted ? 0 : activeRegions.bitmap.population()
+        return UInt64(grains) * UInt64(geometry.grain) + UInt64(regions)
+            << UInt64(ActivityLog.layout(size: geometry.size).shift)
+    }
+
     func header(ofCopy id: CopyID, recordsChanges: Bool) -> BitmapHeader {
         BitmapHeader(.copy, volume: identity, geometry: geometry, copy: id, bitmaps: recordsChanges ? 2 : 1)
     }

@@ -93,9 +93,24 @@ package final class Reactor {
     /// Called with what a volume tells outside the data path.
     package var onEvent: (@Sendable (String, VolumeEvent) -> Void)?
 
+    /// Connections of a volume.
+    package enum Clients: Sendable {
+        /// Of the replicator.
+        case intake
+        /// Of the volume itself, not of its copies.
+        case hosts
+
+        func include(_ connection: Connection) -> Bool {
+            switch self {
+            case .intake: connection.intakeSession != 0
+            case .hosts: connection.intakeSession == 0 && connection.view == .volume
+            }
+        }
+    }
+
     private struct Quiesce {
         var volume: VolumeNumber
-        var intakeOnly: Bool
+        var clients: Clients
         var done: @Sendable () -> Void
     }
 
@@ -326,13 +341,10 @@ package final class Reactor {
 
     // MARK: Quiescing
 
-    /// Ends the connections of a volume (or those of its intake alone) and calls `done` when none of their
-    /// requests is in flight any more.
-    package func disconnect(
-        _ number: VolumeNumber, intakeOnly: Bool, done: @escaping @Sendable () -> Void
-    ) {
-        closeConnections { $0.volume == number && (!intakeOnly || $0.intakeSession != 0) }
-        quiesces.append(Quiesce(volume: number, intakeOnly: intakeOnly, done: done))
+    /// Ends connections of a volume and calls `done` when none of their requests is in flight any more.
+    package func disconnect(_ number: VolumeNumber, _ clients: Clients, done: @escaping @Sendable () -> Void) {
+        closeConnections { $0.volume == number && clients.include($0) }
+        quiesces.append(Quiesce(volume: number, clients: clients, done: done))
     }
 
     /// Ends the connections that have a copy open.
@@ -353,11 +365,7 @@ package final class Reactor {
             for slot in 0..<Limits.connectionsPerReactor {
                 if case .free = connections[slot].phase { continue }
                 let connection = connections[slot]
-                if connection.volume == quiesce.volume,
-                    !quiesce.intakeOnly || connection.intakeSession != 0
-                {
-                    return false
-                }
+                if connection.volume == quiesce.volume, quiesce.clients.include(connection) { return false }
             }
             quiesce.done()
             return true

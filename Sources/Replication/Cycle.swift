@@ -143,6 +143,12 @@ package struct Cycle {
         state = .connecting
     }
 
+    /// What else the site has to say in the record.
+    package mutating func amend(_ change: (inout GroupRecord) -> Void) -> [Action] {
+        change(&record)
+        return [.save(record)]
+    }
+
     /// First actions after a start of the process.
     package mutating func start(now: UInt64) -> [Action] {
         if record.suspendedByOperator {
@@ -176,7 +182,7 @@ package struct Cycle {
         if suspension != nil { return "suspended" }
         if record.lineage == nil { return "simplex" }
         if record.lastCommitted == nil { return "copying" }
-        return resyncing ? "resyncing" : "mirroring"
+        return resyncing || record.lastCommitted?.isBase == true ? "resyncing" : "mirroring"
     }
 
     /// When `tick` must come at the latest; nil = no need.
@@ -246,6 +252,7 @@ package struct Cycle {
     // MARK: Link
 
     private mutating func opened(_ peer: PeerState, _ now: UInt64) -> [Action] {
+        record.alone = nil  // the peer is a secondary: nobody has taken over
         lostAt = nil
         lastFailure = nil
         if record.lineage != peer.lineage {
@@ -288,6 +295,11 @@ package struct Cycle {
     }
 
     private mutating func failed(_ reason: String, retry: Bool, _ now: UInt64) -> [Action] {
+        var save: [Action] = []
+        if record.alone != true {
+            record.alone = true
+            save = [.save(record)]
+        }
         resyncing = true
         lastFailure = reason
         if lostAt == nil { lostAt = now }
@@ -295,7 +307,7 @@ package struct Cycle {
         // 0.25 s, 0.5 s … 8 s; a refusal that a retry does not mend is asked again every 30 s.
         let delay = retry ? UInt64(250_000_000) << UInt64(min(attempt - 1, 5)) : 30_000_000_000
         state = .offline(reason, retryAt: now + delay)
-        return [.closeLink]
+        return save + [.closeLink]
     }
 
     private mutating func lost(_ reason: String, _ now: UInt64) -> [Action] {
@@ -360,12 +372,15 @@ package struct Cycle {
     }
 
     /// The first copy is made unasked.
-    private var waitsForCommand: Bool { settings.interval == .manual && record.lastCommitted != nil }
+    private var waitsForCommand: Bool { settings.interval == .manual && hasFirst }
+
+    /// The peer has a point of this direction of mirroring.
+    private var hasFirst: Bool { record.lastCommitted != nil && record.lastCommitted?.isBase != true }
 
     /// Whether a point is due although nothing has changed: only continuous cycles leave such points out, so that an idle
     /// group does not push its recovery points out of retention, and even these form one often enough to tell the lag.
     private func isWanted(_ now: UInt64) -> Bool {
-        requested || settings.interval != .continuous || record.lastCommitted == nil
+        requested || settings.interval != .continuous || !hasFirst
             || now - formedAt >= Self.longestIdle
     }
 

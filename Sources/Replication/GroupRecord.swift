@@ -14,21 +14,24 @@ package struct PointRecord: Codable, Sendable, Equatable {
     package var bytes: UInt64?
     /// Its place in the chains of the group's volumes (secondary); larger is newer.
     package var order: UInt64?
+    /// What a site had when it gave up the role of primary: nothing that the present primary has sent.
+    package var isBase: Bool?
 
     package init(
         number: UInt64, formedAt: Double, committedAt: Double? = nil, bytes: UInt64? = nil,
-        order: UInt64? = nil
+        order: UInt64? = nil, isBase: Bool? = nil
     ) {
         self.number = number
         self.formedAt = formedAt
         self.committedAt = committedAt
         self.bytes = bytes
         self.order = order
+        self.isBase = isBase
     }
 }
 
 package struct GroupRecord: Codable, Sendable, Equatable {
-    package static let currentFormat = 1
+    package static let currentFormat = 2
     package var format = currentFormat
     package var role: Role
     /// Newest first; a new one is put in front at every failover.
@@ -49,7 +52,19 @@ package struct GroupRecord: Codable, Sendable, Equatable {
     /// Identity of the secondary copy that the bitmaps describe the difference to.
     package var lineage: String?
 
+    /// Set while the peer is out of reach: hosts may write what it will never see if it takes over.
+    package var alone: Bool?
+    /// The peer has taken over: this site does not mirror.
+    package var conflict: Conflict?
+    /// A switchover: hosts are shut out, and the point is all of their data; the peer may have taken over.
+    package var handingOver: UInt64?
+    /// A failback is under way: once the peer has everything, the roles are exchanged.
+    package var failingBack: Bool?
+
     // Secondary.
+    /// The point at which this site gave up the role of primary; until the peer has opened a session, its recording bitmaps
+    /// say what the peer must take into its own.
+    package var yielded: UInt64?
     /// Recovery points, oldest first.
     package var points: [PointRecord] = []
 
@@ -59,15 +74,34 @@ package struct GroupRecord: Codable, Sendable, Equatable {
     // After a failover.
     package var failedOver: Failover?
 
+    package struct Conflict: Codable, Sendable, Equatable {
+        package enum Kind: String, Codable, Sendable {
+            /// Hosts are shut out here.
+            case stale
+            /// Hosts wrote at both sites.
+            case splitBrain = "split-brain"
+        }
+        package var kind: Kind
+        /// Seconds since 1970.
+        package var at: Double
+        package init(kind: Kind, at: Double) {
+            self.kind = kind
+            self.at = at
+        }
+    }
+
     package struct Failover: Codable, Sendable, Equatable {
         package var point: UInt64
         package var at: Double
         /// Volumes whose data is still flowing back from the point.
         package var restoring: [String]
-        package init(point: UInt64, at: Double, restoring: [String]) {
+        /// By switchover: the peer gives up its role by itself, and mirroring begins in the other direction.
+        package var joins: Bool?
+        package init(point: UInt64, at: Double, restoring: [String], joins: Bool? = nil) {
             self.point = point
             self.at = at
             self.restoring = restoring
+            self.joins = joins
         }
     }
 

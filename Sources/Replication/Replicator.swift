@@ -75,6 +75,7 @@ package final class Replicator: Sendable {
         case drained(slot: Int, DrainRead.Answer, epoch: UInt64)
         /// No reactor holds the point before any more.
         case released(changed: Bool, epoch: UInt64)
+        case amend(@Sendable (inout GroupRecord) -> Void, @Sendable () -> Void)
         case wait(@Sendable (Result<PointRecord, ReplicationRefusal>) -> Void)
         case stop(@Sendable () -> Void)
     }
@@ -98,6 +99,13 @@ package final class Replicator: Sendable {
     /// A volume could not hold its point.
     package func pointLost(_ reason: String) {
         mailbox.send(.event(.pointLost(reason), epoch: 0))
+    }
+
+    /// Changes the record, durably.
+    package func amend(_ change: @escaping @Sendable (inout GroupRecord) -> Void) async {
+        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
+            mailbox.send(.amend(change) { continuation.resume() })
+        }
     }
 
     /// Forms a point after this call and returns it once the peer has committed it.
@@ -127,12 +135,14 @@ package final class Replicator: Sendable {
         /// Writes the record durably before it returns.
         package var save: @Sendable (GroupRecord) throws -> Void
         package var log: @Sendable (String) -> Void
+        /// The peer refuses this site; perhaps it has taken over.
+        package var refused: @Sendable () -> Void
 
         package init(
             group: String, settings: Cycle.Settings, volumes: [ReplicatedVolume],
             address: NBDAddress, tls: LinkTLS, peer: any PeerClient, connectionsPerVolume: Int,
             save: @escaping @Sendable (GroupRecord) throws -> Void,
-            log: @escaping @Sendable (String) -> Void
+            log: @escaping @Sendable (String) -> Void, refused: @escaping @Sendable () -> Void
         ) {
             self.group = group
             self.settings = settings
@@ -143,6 +153,7 @@ package final class Replicator: Sendable {
             self.connectionsPerVolume = connectionsPerVolume
             self.save = save
             self.log = log
+            self.refused = refused
         }
     }
 
@@ -271,6 +282,10 @@ private final class ReplicatorThread {
                 if sender == epoch { drained(slot, answer) }
             case .released(let changed, let sender):
                 if sender == epoch { clearPreserved(changed: changed) }
+            case .amend(let change, let done):
+                perform(cycle.amend(change))
+                publish()
+                done()
             case .wait(let answer):
                 if let reason = cycle.suspension {
                     answer(.failure(ReplicationRefusal("the group is suspended: \(reason)")))
@@ -303,6 +318,7 @@ private final class ReplicatorThread {
         let record = cycle.record
         let peer = configuration.peer
         let mailbox = replicator.mailbox
+        let refused = configuration.refused
         Task {
             do {
                 let opened = try await peer.openSession(volumes: volumes, record: record)
@@ -310,6 +326,7 @@ private final class ReplicatorThread {
             } catch let refusal as PeerRefusal {
                 mailbox.send(
                     .event(.sessionFailed(refusal.description, retry: false), epoch: sender))
+                refused()
             } catch {
                 mailbox.send(.event(.sessionFailed("\(error)", retry: true), epoch: sender))
             }

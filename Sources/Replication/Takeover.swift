@@ -40,6 +40,12 @@ package struct CommitPlan: Sendable {
     /// Points past their retention.
     package var dropped: [PointRecord]
     package var record: GroupRecord
+
+    package init(point: PointRecord, dropped: [PointRecord], record: GroupRecord) {
+        self.point = point
+        self.dropped = dropped
+        self.record = record
+    }
 }
 
 extension GroupRecord {
@@ -53,11 +59,11 @@ extension GroupRecord {
     /// - Parameters:
     ///   - previous: the newest point that the primary knows to be committed.
     ///   - order: the point's place in the chains.
-    ///   - keep: how many points stay.
+    ///   - keep: which points stay.
     ///   - left: retired points that no volume has any more.
     ///   - writesUnderWay: writes to the intake that have not ended, of all volumes.
     package func planCommit(
-        _ number: UInt64, after previous: UInt64?, formedAt: Double, now: Double, order: UInt64, keep: Int,
+        _ number: UInt64, after previous: UInt64?, formedAt: Double, now: Double, order: UInt64, keep: Retention,
         left: Set<UInt64>, writesUnderWay: Int
     ) throws(TakeoverRefusal) -> CommitPlan {
         guard failedOver == nil, role == .secondary else { throw TakeoverRefusal("the group has failed over") }
@@ -74,7 +80,7 @@ extension GroupRecord {
         var record = self
         record.points.append(point)
         record.retired = record.retired?.filter { !left.contains($0.number) }
-        let dropped = Array(record.points.prefix(max(0, record.points.count - keep)))
+        let dropped = keep.dropped(record.points)
         record.retire(dropped)
         return CommitPlan(point: point, dropped: dropped, record: record)
     }
@@ -102,10 +108,13 @@ extension GroupRecord {
     }
 
     /// The record after a failover: primary, of a new generation.
-    package func afterFailover(to point: UInt64, volumes: [String], generation: String, now: Double) -> GroupRecord {
+    package func afterFailover(
+        to point: UInt64, volumes: [String], generation: String, now: Double, joins: Bool
+    ) -> GroupRecord {
         var record = self
         record.role = .primary
-        record.failedOver = Failover(point: point, at: now, restoring: volumes)
+        record.yielded = nil
+        record.failedOver = Failover(point: point, at: now, restoring: volumes, joins: joins ? true : nil)
         record.generations.insert(generation, at: 0)
         return record
     }

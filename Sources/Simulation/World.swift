@@ -529,7 +529,8 @@ package final class World: Scenario {
             let writes = fault == .commitEarly ? 0 : west.reduce(0) { $0 + $1.volume.modifyingInFlight }
             do {
                 let plan = try westRecord.planCommit(
-                    number, after: previous, formedAt: 0, now: 0, order: westOrder, keep: 4, left: retiredAndGone,
+                    number, after: previous, formedAt: 0, now: 0, order: westOrder, keep: Retention(last: 4),
+                    left: retiredAndGone,
                     writesUnderWay: writes)
                 carryOut(plan, CommitStep.allCases[...]) { [unowned self] in answerCommit(sender) }
             } catch {

@@ -119,6 +119,29 @@ extension Volume {
     /// Counts the changed grains anew, after somebody else has cleared bits.
     package func recountChanges() { changeCount = changeRecording.population() }
 
+    /// Grains may differ from the peer's for other reasons than a host's write.
+    package func markChanged(_ grains: Range<Int>) { mark(grains) }
+
+    /// What flows back from a recovery point is not what the old primary's bitmaps take for granted.
+    package func markChanged(_ differences: Bitmap) { changeCount += changeRecording.add(differences) }
+
+    /// The peer has taken what the bitmaps said into its own.
+    package func forgetChanges() {
+        invariant(!recording && point == nil, "only a secondary forgets what it was before")
+        changeRecording.clearAll()
+        outOfSync.clearAll()
+        changeCount = 0
+        outOfSyncCount = 0
+    }
+
+    /// Words of CR and OOS together, for the peer.
+    package func changedWords(from first: Int, count: Int) -> [UInt64] {
+        let words = (geometry.grainCount + 63) / 64
+        guard (0..<words).contains(first) else { return [] }
+        let end = min(first + count, words)
+        return first < end ? (first..<end).map { changeRecording.word($0) | outOfSync.word($0) } : []
+    }
+
     /// Every grain may differ from the secondary's.
     package func markAllChanged() {
         changeRecording.setAll()

@@ -5,11 +5,11 @@ import Control
 import FoundationEssentials
 import Glibc
 
-private func decode<Value: Decodable>(_ bytes: [UInt8]) throws -> Value {
+func decode<Value: Decodable>(_ bytes: [UInt8]) throws -> Value {
     try JSONDecoder().decode(Value.self, from: Data(bytes))
 }
 
-private func printRaw(_ bytes: [UInt8]) { Output.write(bytes) }
+func printRaw(_ bytes: [UInt8]) { Output.write(bytes) }
 
 struct Status: AsyncParsableCommand {
     static let configuration = CommandConfiguration(abstract: "Show roles, states, points, lag, rates.")
@@ -64,7 +64,11 @@ struct Resume: AsyncParsableCommand {
         abstract: "Go on mirroring after `suspend`, or try a lost link at once.")
     @OptionGroup var options: ControlOptions
     @Argument(help: "The group.") var group: String
-    func run() async throws { try await simple(options, "/v1/groups/\(encoded(group))/resume") }
+    @Flag(help: "Serve hosts although the peer has not said that it has not taken over (on_isolated).")
+    var isolated = false
+    func run() async throws {
+        try await simple(options, "/v1/groups/\(encoded(group))/resume" + (isolated ? "?isolated=true" : ""))
+    }
 }
 
 private func simple(_ options: ControlOptions, _ path: String) async throws {
@@ -85,22 +89,6 @@ struct Points: AsyncParsableCommand {
         for point in points {
             Output.line("\(point.id)\tformed \(point.formedAt)\tcommitted \(point.committedAt ?? "-")")
         }
-    }
-}
-
-struct Failover: AsyncParsableCommand {
-    static let configuration = CommandConfiguration(
-        abstract: "At the secondary: make a recovery point the read-write volumes of the group.")
-    @OptionGroup var options: ControlOptions
-    @Argument(help: "The group.") var group: String
-    @Option(help: "The recovery point; default: the newest.") var point: UInt64?
-
-    func run() async throws {
-        let path = "/v1/groups/\(encoded(group))/failover" + (point.map { "?point=\($0)" } ?? "")
-        let bytes = try await options.call("POST", path, seconds: 600)
-        if options.json { return printRaw(bytes) }
-        let report: StatusReport.PointReport = try decode(bytes)
-        Output.line("failed over to point \(report.id), formed \(report.formedAt)")
     }
 }
 
@@ -160,7 +148,12 @@ enum StatusText {
     private static func text(_ name: String, _ group: StatusReport.GroupReport) -> [String] {
         var lines = ["group \(name): \(group.role) of \(group.peer), \(group.state), mode \(group.mode)"]
         if let reason = group.reason { lines.append("  reason: \(reason)") }
+        if let alerts = group.alerts { lines += alerts.map { "  alert: \($0)" } }
+        if let operation = group.operation {
+            lines.append("  \(operation.name) since \(operation.startedAt): \(operation.step)")
+        }
         if let point = group.point { lines.append("  point \(point.id), formed \(point.formedAt)") }
+        if let time = group.consistentAsOf { lines.append("  consistent as of \(time)") }
         var figures: [String] = []
         if let lag = group.lagSeconds { figures.append("lag \(tenths(lag)) s") }
         if let pending = group.pendingBytes { figures.append("pending \(bytes(pending))") }

@@ -38,24 +38,34 @@ struct Serve: AsyncParsableCommand {
     private func serve(_ configuration: Configuration, _ logger: Logger) async throws {
         let site = try Site(configuration: configuration, logger: logger)
         let stopped = stopSignal()
-        try await site.start()
-        try await withThrowingTaskGroup(of: Void.self) { tasks in
+        try await withThrowingTaskGroup(of: Bool.self) { tasks in
             let (running, announce) = AsyncStream.makeStream(of: Void.self)
+            // Before the volumes are up, so that peers that start at the same time can ask each other who is primary.
             for address in configuration.control {
                 tasks.addTask {
                     try await ControlServer(site: site, logger: logger).run(address) { announce.yield(()) }
+                    return true
                 }
+            }
+            tasks.addTask {
+                try await site.start()
+                announce.yield(())
+                return false
             }
             tasks.addTask {
                 var up = 0
                 for await _ in running {
                     up += 1
-                    if up == configuration.control.count { Output.line("ready") }
+                    if up == configuration.control.count + 1 { Output.line("ready") }
                 }
+                return false
             }
-            tasks.addTask { for await _ in stopped { return } }
-            // The first to end is the signal, or a control address that could not be listened on.
-            try await tasks.next()
+            tasks.addTask {
+                for await _ in stopped { break }
+                return true
+            }
+            // The first to end is the signal, or what could not be started or listened on.
+            while let ends = try await tasks.next(), !ends {}
             tasks.cancelAll()
             while let result = await tasks.nextResult() { _ = result }
         }

@@ -1,5 +1,6 @@
 import Control
 import Glibc
+import Replication
 import Testing
 
 private let good = """
@@ -36,7 +37,7 @@ func wholeFile() throws {
     let configuration = try Configuration(text: good, path: "site.toml")
     #expect(configuration.site == "east" && configuration.volumes.map(\.name) == ["orders", "orders-wal"])
     #expect(configuration.volumes[0].size == 10 << 30 && configuration.volumes[1].size == nil)
-    #expect(configuration.groups[0].interval == .continuous && configuration.groups[0].keep == 3)
+    #expect(configuration.groups[0].interval == .continuous && configuration.groups[0].keep == Retention(last: 3))
     #expect(configuration.peers["west"]?.nbd == .tcp(host: "west.example", port: 10809))
     #expect(configuration.nbd.listen[1] == .tcp(host: "::1", port: 10809))
 }

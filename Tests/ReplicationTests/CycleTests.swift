@@ -125,7 +125,8 @@ func commitPlan() throws {
     var record = GroupRecord(role: .secondary, generation: "one")
     for number in UInt64(1)...3 {
         let plan = try record.planCommit(
-            number, after: record.points.last?.number, formedAt: 0, now: 1, order: number, keep: 2, left: [],
+            number, after: record.points.last?.number, formedAt: 0, now: 1, order: number, keep: Retention(last: 2),
+            left: [],
             writesUnderWay: 0)
         record = plan.record
     }
@@ -134,11 +135,12 @@ func commitPlan() throws {
     for (number, previous, writes) in [(UInt64(3), UInt64(3), 0), (5, 2, 0), (4, 3, 1)] {
         #expect(throws: TakeoverRefusal.self) {
             try record.planCommit(
-                number, after: previous, formedAt: 0, now: 1, order: 9, keep: 2, left: [], writesUnderWay: writes)
+                number, after: previous, formedAt: 0, now: 1, order: 9, keep: Retention(last: 2), left: [],
+                writesUnderWay: writes)
         }
     }
     let next = try record.planCommit(
-        4, after: 3, formedAt: 0, now: 1, order: 9, keep: 2, left: [1], writesUnderWay: 0)
+        4, after: 3, formedAt: 0, now: 1, order: 9, keep: Retention(last: 2), left: [1], writesUnderWay: 0)
     #expect(next.record.retired?.map(\.number) == [2] && next.dropped.map(\.number) == [2])
     #expect(throws: TakeoverRefusal.self) { try next.record.failoverPoint(2) }
     #expect(try next.record.failoverPoint(nil).number == 4)

@@ -238,15 +238,19 @@ class SiteTest(unittest.TestCase):
         self.sites.append(site)
         return site.start() if start else site
 
-    def pair(self, volumes, interval="0s", keep=8, start=True, extra=""):
-        """East, the primary, and west, the secondary, of group `shop` over all the volumes."""
+    def pair(self, volumes, interval="0s", keep=8, start=True, extra="", options=""):
+        """East, the primary, and west, the secondary, of group `shop` over all the volumes; `options` are lines for the group
+        at both."""
+        options = 'isolation_timeout = "300ms"\n' + options
         names = ", ".join(f'"{name}"' for name in volumes)
         east = self.site(
             "east", volumes, start=False, peers=["west"], extra=extra,
-            groups=f'[groups.shop]\nvolumes = [{names}]\nrole = "primary"\npeer = "west"\ninterval = "{interval}"\n')
+            groups=f'[groups.shop]\nvolumes = [{names}]\nrole = "primary"\npeer = "west"\ninterval = "{interval}"\n'
+                   f'keep = {keep}\n{options}\n')
         west = self.site(
             "west", volumes, start=False, peers=["east"], extra=extra,
-            groups=f'[groups.shop]\nvolumes = [{names}]\nrole = "secondary"\npeer = "east"\nkeep = {keep}\n')
+            groups=f'[groups.shop]\nvolumes = [{names}]\nrole = "secondary"\npeer = "east"\ninterval = "{interval}"\n'
+                   f'keep = {keep}\n{options}\n')
         if start:
             west.start()
             east.start()

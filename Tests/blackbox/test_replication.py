@@ -281,7 +281,7 @@ class Replication(SiteTest):
             self.assertEqual(file.read(), now)
         east.start()
         wait_for(lambda: east.group()["state"] == "suspended", what="the refusal of the stale primary")
-        self.assertIn("failed over", east.group()["reason"])
+        self.assertIn("has taken over", east.group()["reason"])
         self.assertEqual(west.read("orders"), now, "the stale primary has changed nothing")
 
     def test_a_full_target_gives_the_point_up_and_the_host_goes_on(self):

@@ -1,0 +1,446 @@
+// RoleChanges.swift: `farcopy resync | switchover | failback | abort`: what an operator does about roles.
+//
+// Must be prevented:
+//   data is discarded by a command that did not name it
+//   hosts stay shut out because a step failed
+//   a switchover that the peer may have carried out is taken back here
+
+import Base
+import FoundationEssentials
+import NBDServer
+import Replication
+import Volumes
+
+/// What a resync sends and discards.
+package struct ResyncReport: Codable, Sendable {
+    /// The site that stays primary, and the one that becomes its secondary.
+    package var from: String
+    package var to: String
+    /// Bytes in which the sites may differ, and which are sent.
+    package var sentBytes: UInt64
+    /// Bytes that the second site has changed; they are kept there as a FlashCopy.
+    package var discardedBytes: UInt64
+    package var discardedGrains: UInt64
+    /// Since when it has changed them.
+    package var since: String?
+    enum CodingKeys: String, CodingKey {
+        case from, to, since
+        case sentBytes = "sent_bytes"
+        case discardedBytes = "discarded_bytes"
+        case discardedGrains = "discarded_grains"
+    }
+}
+
+/// Work on a group that takes a while, and that an operator may follow and end.
+final class Operation {
+    enum Kind: String { case resync, switchover, failback }
+    let kind: Kind
+    let startedAt = realSeconds()
+    /// What it waits for, in words.
+    var step = "begins"
+    var isAborted = false
+    init(_ kind: Kind) { self.kind = kind }
+}
+
+extension Site {
+    // MARK: Resync
+
+    /// Takes up mirroring again after hosts wrote at both sites, or after a failover.
+    ///
+    /// - Parameter loser: the site whose changes are discarded there, and kept as a FlashCopy.
+    func resync(_ name: String, discard loser: String) async throws -> ResyncReport {
+        let group = try group(name)
+        if loser == configuration.site {
+            _ = try await requirePrimary(group)
+            return try await peerCall(group, "POST", "resync?discard=\(loser)", seconds: 600)
+        }
+        let report = try await previewResync(name, discard: loser)
+        try await operate(group, .resync) {
+            try await self.persist(group.operation!) { try await self.joinAlone(group) }
+        }
+        return report
+    }
+
+    /// What a resync would send and discard.
+    func previewResync(_ name: String, discard loser: String) async throws -> ResyncReport {
+        let group = try group(name)
+        if loser == configuration.site { return try await peerCall(group, "GET", "resync?discard=\(loser)") }
+        guard loser == group.entry.peer else {
+            throw SiteError(
+                "group '\(name)' is at '\(configuration.site)' and '\(group.entry.peer)'; there is no site '\(loser)'",
+                status: 400)
+        }
+        let mine = try await requirePrimary(group)
+        let theirs = try await peerStanding(group)
+        if group.isMirroring, group.record.conflict == nil, theirs.role == .secondary {
+            throw SiteError(
+                "group '\(name)': '\(loser)' is the secondary of '\(configuration.site)' already; there is nothing to discard",
+                status: 409)
+        }
+        let (differing, grains) = try await differences(group)
+        return ResyncReport(
+            from: mine.site, to: loser, sentBytes: differing, discardedBytes: theirs.changedBytes,
+            discardedGrains: grains,
+            since: theirs.changedBytes == 0 ? nil : theirs.since.map(timestamp))
+    }
+
+    private func requirePrimary(_ group: GroupState) async throws -> Standing {
+        let mine = await standing(group)
+        guard mine.role == .primary else {
+            throw SiteError(
+                "group '\(group.entry.name)' is secondary at '\(configuration.site)'; only a failover makes it primary",
+                status: 409)
+        }
+        return mine
+    }
+
+    private func joinAlone(_ group: GroupState) async throws {
+        await group.turnstile.enter()
+        defer { group.turnstile.leave() }
+        if group.isMirroring, group.record.conflict == nil, group.replicator != nil,
+            group.current.lastCommitted?.isBase == true
+        {
+            return  // done by an earlier try
+        }
+        try await join(group)
+    }
+
+    // MARK: Switchover
+
+    /// Exchanges the roles without losing anything: hosts are shut out, the last point is sent, the peer takes over.
+    func switchover(_ name: String) async throws -> StatusReport.PointReport {
+        let group = try group(name)
+        var point: PointRecord?
+        try await operate(group, .switchover) { point = try await self.exchangeRoles(group, group.operation!) }
+        return point!.report
+    }
+
+    private func exchangeRoles(_ group: GroupState, _ operation: Operation) async throws -> PointRecord {
+        let name = group.entry.name
+        await group.turnstile.enter()
+        let point: PointRecord
+        do {
+            point = try await handOver(group, operation)
+        } catch {
+            group.turnstile.leave()
+            throw error
+        }
+        group.turnstile.leave()
+        operation.step = "'\(group.entry.peer)' has taken over; mirroring from there begins"
+        try await waitUntil(operation, seconds: 60) { group.record.role == .secondary }
+        note(name, "switched over to '\(group.entry.peer)' at point \(point.number)")
+        return point
+    }
+
+    private func handOver(_ group: GroupState, _ operation: Operation) async throws -> PointRecord {
+        let name = group.entry.name
+        guard group.record.handingOver == nil else {
+            throw SiteError("group '\(name)' is handing over already; `farcopy abort switchover:\(name)` takes it back")
+        }
+        guard let replicator = group.replicator, group.isMirroring else { throw SiteError(notMirroring(group)) }
+        if let reason = replicator.status.reason { throw SiteError("group '\(name)' is suspended: \(reason)") }
+        for volume in members(group) where volume.restoreBitmap != nil {
+            throw SiteError(
+                "volume '\(volume.name)' is still being restored; wait until it holds all of its data", status: 503)
+        }
+        operation.step = "sends what has changed while hosts go on"
+        _ = try await pointOf(replicator, operation, seconds: 7 * 86400)
+        operation.step = "hosts are shut out; sends the last point"
+        await shutOutHosts(group)
+        do {
+            let point = try await pointOf(replicator, operation, seconds: Double(Limits.handOverSeconds))
+            guard await standing(group).changedBytes == 0 else {
+                throw SiteError("group '\(name)': something was still written; nothing has changed, try again")
+            }
+            await stopReplication(group)
+            group.record.handingOver = point.number
+            try group.save()
+            try await promotePeer(group, point.number)
+            return point
+        } catch let refusal as PeerRefusal {
+            try await takeBack(group)
+            throw SiteError("'\(group.entry.peer)' does not take over: \(refusal)")
+        } catch {
+            if group.record.handingOver == nil {
+                if group.replicator == nil { try await startReplication(group) }
+                await admitHosts(group)
+                throw error
+            }
+            Task { await finishHandover(group) }
+            throw SiteError(
+                "'\(group.entry.peer)' may or may not have taken over (\(error)); hosts stay shut out until it answers, or until "
+                    + "`farcopy abort switchover:\(name)` takes the switchover back")
+        }
+    }
+
+    func notMirroring(_ group: GroupState) -> String {
+        group.record.role == .secondary
+            ? "group '\(group.entry.name)' is secondary at '\(configuration.site)'; give this command to its primary, '\(group.entry.peer)'"
+            : "group '\(group.entry.name)' is not mirrored from '\(configuration.site)': \(stateWithoutReplicator(group).1 ?? "")"
+    }
+
+    /// A point formed from now on and committed by the peer.
+    private func pointOf(_ replicator: Replicator, _ operation: Operation, seconds: Double) async throws -> PointRecord
+    {
+        let outcome = Outcome()
+        Task { [site = self] in
+            do {
+                let point = try await replicator.cycle()
+                await site.settle(outcome, .success(point))
+            } catch {
+                await site.settle(outcome, .failure(SiteError("\(error)")))
+            }
+        }
+        try await waitUntil(operation, seconds: seconds) { outcome.result != nil }
+        return try outcome.result!.get()
+    }
+
+    /// Confined to the site's actor.
+    private final class Outcome: @unchecked Sendable {
+        // Safe because: only the site's actor touches it.
+        var result: Result<PointRecord, SiteError>?
+    }
+
+    private func settle(_ outcome: Outcome, _ result: Result<PointRecord, SiteError>) { outcome.result = result }
+
+    private func waitUntil(_ operation: Operation, seconds: Double, _ condition: () -> Bool) async throws {
+        let deadline = realSeconds() + seconds
+        while !condition() {
+            guard !operation.isAborted else { throw SiteError("aborted by the operator") }
+            guard realSeconds() < deadline else { throw SiteError("it took longer than \(Int(seconds)) s") }
+            try await Task.sleep(for: .milliseconds(5))
+        }
+    }
+
+    /// Asks the peer to become primary at the point, in a session that ends every earlier request of this kind.
+    private func promotePeer(_ group: GroupState, _ point: UInt64) async throws {
+        guard let peer = peer(group) else { throw SiteError("there is no [peers.\(group.entry.peer)]") }
+        let opened = try await peer.openSession(
+            volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
+        guard opened.state.committed?.number == point else {
+            throw PeerRefusal("its newest point is \(opened.state.committed.map { String($0.number) } ?? "none")")
+        }
+        try await peer.promote(session: opened.state.session, point: point)
+    }
+
+    /// After an interruption: asks again until the peer has taken over, or the switchover is aborted.
+    func finishHandover(_ group: GroupState) async {
+        while let point = group.record.handingOver, group.record.role == .primary {
+            await group.turnstile.enter()
+            if group.record.handingOver == point, let theirs = try? await peerStanding(group), theirs.role == .secondary
+            {
+                do {
+                    try await promotePeer(group, point)
+                } catch let refusal as PeerRefusal {
+                    note(group.entry.name, "'\(group.entry.peer)' does not take over: \(refusal)")
+                    try? await takeBack(group)
+                } catch {
+                    logger.info("group \(group.entry.name): handing over: \(error)")
+                }
+            }
+            group.turnstile.leave()
+            try? await Task.sleep(for: .seconds(1))
+        }
+    }
+
+    /// This site is primary again. The peer has said that it is secondary, in a session that no late request can use.
+    private func takeBack(_ group: GroupState) async throws {
+        guard let peer = peer(group) else { return }
+        _ = try await peer.openSession(
+            volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
+        group.record.handingOver = nil
+        try group.save()
+        await admitHosts(group)
+        try await startReplication(group)
+    }
+
+    /// The primary hands over: this site takes its place, and mirrors to it as soon as it has given up its role.
+    func promote(_ name: String, _ request: PromoteRequest) async throws {
+        let group = try group(name)
+        await group.turnstile.enter()
+        defer { group.turnstile.leave() }
+        if let done = group.record.failedOver, done.joins == true, done.point == request.point { return }
+        guard group.record.peerSite == request.siteID, group.session == request.session else {
+            throw SiteError("the switchover comes from a session that has ended", status: 403)
+        }
+        guard let newest = group.record.points.last, newest.number == request.point, group.record.role == .secondary
+        else {
+            throw SiteError("point \(request.point) is not the newest at '\(configuration.site)'", status: 403)
+        }
+        try await takeOver(group, newest, joins: true)
+        note(name, "'\(group.entry.peer)' has handed over at point \(newest.number)")
+        Task { await joinAfterPromotion(group) }
+    }
+
+    /// Until mirroring in the other direction has begun.
+    func joinAfterPromotion(_ group: GroupState) async {
+        while group.record.failedOver?.joins == true {
+            do {
+                await group.turnstile.enter()
+                defer { group.turnstile.leave() }
+                guard group.record.failedOver?.joins == true else { return }
+                try await join(group)
+                return
+            } catch {
+                logger.info("group \(group.entry.name): not mirroring yet: \(error)")
+            }
+            try? await Task.sleep(for: .milliseconds(300))
+        }
+    }
+
+    // MARK: Failback
+
+    /// The roles as the configuration has them: the peer becomes secondary, gets what differs, and takes over.
+    func failback(_ name: String) async throws -> StatusReport.PointReport {
+        let group = try group(name)
+        try await checkFailback(group)
+        try await group.amend { $0.failingBack = true }
+        var point: PointRecord?
+        do {
+            try await operate(group, .failback) { point = try await self.runFailback(group, group.operation!) }
+        } catch {
+            try await group.amend { $0.failingBack = nil }
+            throw error
+        }
+        return point!.report
+    }
+
+    /// What a failback would do.
+    func previewFailback(_ name: String) async throws -> ResyncReport {
+        let group = try group(name)
+        try await checkFailback(group)
+        if !group.isMirroring || group.record.conflict != nil {
+            return try await previewResync(name, discard: group.entry.peer)
+        }
+        let bytes = await standing(group).changedBytes
+        return ResyncReport(
+            from: configuration.site, to: group.entry.peer, sentBytes: bytes, discardedBytes: 0, discardedGrains: 0)
+    }
+
+    private func checkFailback(_ group: GroupState) async throws {
+        let name = group.entry.name
+        _ = try await requirePrimary(group)
+        guard group.entry.role == .secondary else {
+            throw SiteError(
+                "group '\(name)' is primary at '\(configuration.site)', as the configuration says; there is nothing to fail back",
+                status: 409)
+        }
+    }
+
+    private func runFailback(_ group: GroupState, _ operation: Operation) async throws -> PointRecord {
+        try await persist(operation) {
+            if !group.isMirroring || group.record.conflict != nil { try await self.joinAlone(group) }
+        }
+        operation.step = "sends what differs"
+        try await waitUntil(operation, seconds: 365 * 86400) {
+            guard let point = group.current.lastCommitted, point.isBase != true else { return false }
+            return group.replicator?.status.reason == nil
+        }
+        return try await exchangeRoles(group, operation)
+    }
+
+    /// A failback that was under way when the process ended goes on.
+    func resumeFailback(_ group: GroupState) async {
+        do {
+            _ = try await failback(group.entry.name)
+        } catch {
+            note(group.entry.name, "failback: \(error)")
+        }
+    }
+
+    // MARK: Operations
+
+    /// Runs an operation; a group has one at a time.
+    private func operate(_ group: GroupState, _ kind: Operation.Kind, _ body: () async throws -> Void) async throws {
+        if let running = group.operation {
+            throw SiteError(
+                "group '\(group.entry.name)' is in a \(running.kind.rawValue): \(running.step); `farcopy abort "
+                    + "\(running.kind.rawValue):\(group.entry.name)` ends it", status: 409)
+        }
+        group.operation = Operation(kind)
+        defer { group.operation = nil }
+        try await body()
+    }
+
+    /// Tries again while the reason is one that passes.
+    private func persist(_ operation: Operation, _ body: () async throws -> Void) async throws {
+        while true {
+            do {
+                return try await body()
+            } catch let error as SiteError where error.status == 503 {
+                operation.step = error.description
+            }
+            guard !operation.isAborted else { throw SiteError("aborted by the operator") }
+            try await Task.sleep(for: .milliseconds(200))
+        }
+    }
+
+    /// Ends an operation: `KIND:GROUP`.
+    func abort(_ text: String) async throws -> String {
+        let parts = text.split(separator: ":", maxSplits: 1).map(String.init)
+        guard parts.count == 2 else {
+            throw SiteError("'\(text)' names no operation; write KIND:GROUP, such as switchover:shop", status: 400)
+        }
+        let (kind, name) = (parts[0], parts[1])
+        let group = try group(name)
+        if let operation = group.operation, operation.kind.rawValue == kind {
+            operation.isAborted = true
+            return "\(text) ends"
+        }
+        switch kind {
+        case "switchover" where group.record.handingOver != nil:
+            await group.turnstile.enter()
+            defer { group.turnstile.leave() }
+            guard group.record.handingOver != nil else { throw SiteError("the switchover is over") }
+            do {
+                try await takeBack(group)
+            } catch {
+                throw SiteError("the switchover cannot be taken back: \(error)")
+            }
+            return "\(text) is taken back; hosts may write again"
+        case "cycle":
+            guard let replicator = group.replicator else { throw SiteError(notMirroring(group)) }
+            replicator.pointLost("the point was given up by the operator")
+            return "the point is given up; its changes go with the next one"
+        default: throw SiteError("there is no \(kind) of '\(name)' under way", status: 404)
+        }
+    }
+
+    private func peerCall<Answer: Decodable>(
+        _ group: GroupState, _ method: String, _ path: String, seconds: Int64 = 30
+    ) async throws -> Answer {
+        guard let entry = configuration.peers[group.entry.peer] else {
+            throw SiteError("there is no [peers.\(group.entry.peer)]")
+        }
+        do {
+            let bytes = try await ControlClient(address: entry.control).call(
+                method, "/v1/groups/\(group.entry.name)/\(path)", seconds: seconds)
+            return try JSONDecoder().decode(Answer.self, from: Data(bytes))
+        } catch let error as SiteError {
+            throw error
+        } catch {
+            throw SiteError("'\(group.entry.peer)' cannot be reached: \(error)", status: 503)
+        }
+    }
+
+    /// Bytes in which the sites may differ, and how many grains the peer has changed.
+    private func differences(_ group: GroupState) async throws -> (bytes: UInt64, grains: UInt64) {
+        var (bytes, grains) = (UInt64(0), UInt64(0))
+        for volume in members(group) {
+            let (number, own) = (volume.number, UInt64(volume.geometry.grain))
+            try await eachPeerChange(group, volume) { answer, first in
+                let mine = await volume.reactor.run {
+                    $0.hosted(number).volume.changedWords(from: first, count: answer.words.count)
+                }
+                let theirs = answer.words.reduce(0) { $0 + UInt64($1.nonzeroBitCount) }
+                grains += theirs
+                if answer.grain == volume.geometry.grain {
+                    for (one, other) in zip(mine, answer.words) { bytes += UInt64((one | other).nonzeroBitCount) * own }
+                } else {
+                    bytes += theirs * UInt64(answer.grain)
+                }
+            }
+        }
+        return (bytes, grains)
+    }
+}

@@ -1,0 +1,492 @@
+// Roles.swift: which of two sites is the primary of a group, and how that changes: what a returning site learns, giving
+// up the role, taking up mirroring in the other direction, switchover.
+//
+// Must be prevented:
+//   hosts write at a site that is stale, if it could have asked
+//   a role is given up before the hosts' last acknowledged write is in what is kept
+//   two sites are primary after a switchover that was interrupted anywhere
+//   the peer's changed grains are counted as taken over before they are on stable storage here
+
+import Base
+import FoundationEssentials
+import Glibc
+import NBDServer
+import Replication
+import Ring
+import Volumes
+
+struct YieldRequest: Codable, Sendable {
+    var site: String
+    var siteID: String
+    /// Of the site that is primary from now on.
+    var generations: [String]
+    var highestPoint: UInt64
+    var volumes: [SessionRequest.Volume]
+}
+
+struct YieldAnswer: Codable, Sendable {
+    var siteID: String
+    var lineage: String
+    var point: PointRecord
+    /// Bytes of a grain, for each volume.
+    var grains: [String: Int]
+}
+
+/// Words of a volume's CR and OOS bitmaps together.
+struct ChangesAnswer: Codable, Sendable {
+    var grain: Int
+    var size: UInt64
+    var words: [UInt64]
+}
+
+struct PromoteRequest: Codable, Sendable {
+    var siteID: String
+    var session: UInt64
+    var point: UInt64
+}
+
+extension Site {
+    func members(_ group: GroupState) -> [VolumeState] { group.entry.volumes.compactMap { volumes[$0] } }
+
+    // MARK: Standing
+
+    func standing(_ group: GroupState) async -> Standing {
+        var (grains, written) = (UInt64(0), UInt64(0))
+        for volume in members(group) {
+            let number = volume.number
+            guard number >= 0 else {
+                grains += volume.changesLeft
+                continue
+            }
+            let figures = await volume.reactor.run { reactor in
+                let hosted = reactor.hosted(number)
+                return (hosted.volume.changedGrains + hosted.volume.outOfSyncGrains, hosted.bytesWritten)
+            }
+            grains += UInt64(figures.0) * UInt64(volume.geometry.grain)
+            written += figures.1
+        }
+        let record = group.current
+        let wrote = record.failedOver == nil || group.writtenAtFailover != written
+        return Standing(
+            site: configuration.site, siteID: siteRecord.id, record: record, wrote: wrote, changedBytes: grains)
+    }
+
+    func peerClient(_ group: GroupState) -> ControlClient? {
+        configuration.peers[group.entry.peer].map { ControlClient(address: $0.control) }
+    }
+
+    /// Asks the peer how the group stands there.
+    ///
+    /// - Throws: when it cannot be reached, or refuses.
+    func peerStanding(_ group: GroupState, seconds: Int64 = 10) async throws -> Standing {
+        guard let client = peerClient(group) else { throw SiteError("there is no [peers.\(group.entry.peer)]") }
+        return try await client.call(
+            "POST", "/v1/peer/groups/\(group.entry.name)/standing", await standing(group), seconds: seconds)
+    }
+
+    /// The peer asks how the group stands here, and says how it does there.
+    func answerStanding(_ name: String, _ theirs: Standing) async throws -> Standing {
+        let group = try group(name)
+        guard theirs.site == group.entry.peer else {
+            throw SiteError(
+                "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)'", status: 403)
+        }
+        let mine = await standing(group)
+        if isStarted, judge(mine, theirs) == .splitBrain { try await declare(.splitBrain, group) }
+        return mine
+    }
+
+    /// What a primary does with the peer's answer, while it starts.
+    ///
+    /// - Parameter seconds: how long a peer that does not answer is asked again.
+    /// - Returns: nil when the peer could not be reached.
+    func learnStanding(_ group: GroupState, seconds: Double) async throws -> Verdict? {
+        let deadline = monotonicNanoseconds() + UInt64(seconds * 1e9)
+        while true {
+            do {
+                let theirs = try await peerStanding(group, seconds: max(1, Int64(seconds)))
+                let verdict = judge(await standing(group), theirs)
+                switch verdict {
+                case .inOrder:
+                    if group.record.conflict != nil {
+                        group.record.conflict = nil
+                        try group.save()
+                    }
+                case .stale: try await declare(.stale, group)
+                case .splitBrain: try await declare(.splitBrain, group)
+                case .unrelated: break  // the session's refusal says what to do
+                }
+                return verdict
+            } catch {
+                guard monotonicNanoseconds() < deadline else {
+                    logger.info("group \(group.entry.name): the peer does not answer: \(error)")
+                    return nil
+                }
+                try await Task.sleep(for: .milliseconds(100))
+            }
+        }
+    }
+
+    // MARK: Starting
+
+    /// Whether hosts may write to a primary that starts: not if its peer has taken over.
+    func decideService(_ group: GroupState) async throws {
+        group.servesHosts = false
+        guard group.record.role == .primary, group.record.handingOver == nil else { return }
+        guard group.record.peerSite != nil, peerClient(group) != nil else {
+            group.servesHosts = true
+            return
+        }
+        switch try await learnStanding(group, seconds: group.entry.isolationTimeout) {
+        case .inOrder, .unrelated: group.servesHosts = true
+        case .stale, .splitBrain: break
+        case nil: try await decideAlone(group)
+        }
+    }
+
+    /// The peer does not answer: what the operator has decided for this case.
+    private func decideAlone(_ group: GroupState) async throws {
+        let peer = group.entry.peer
+        switch group.entry.onIsolated {
+        case .serve where group.record.conflict == nil: break
+        case .serve: return
+        case .refuse:
+            group.isolation =
+                "'\(peer)' does not answer, and on_isolated is \"refuse\"; `farcopy resume \(group.entry.name) --isolated` serves "
+                + "hosts all the same"
+            return
+        case .command(let command):
+            let variables = [
+                "FARCOPY_EVENT=on_isolated", "FARCOPY_GROUP=\(group.entry.name)", "FARCOPY_SITE=\(configuration.site)",
+            ]
+            if let failure = await Self.run(command, variables, group.entry.hooks.timeout) {
+                group.isolation = "'\(peer)' does not answer, and on_isolated \(failure)"
+                return
+            }
+        }
+        group.record.alone = true
+        try group.save()
+        group.servesHosts = true
+    }
+
+    /// Serves hosts as soon as the peer says that it has not taken over.
+    func awaitPeer(_ group: GroupState) async {
+        while !isStopping, group.isolation != nil {
+            try? await Task.sleep(for: .seconds(1))
+            guard group.isolation != nil, let verdict = try? await learnStanding(group, seconds: 0) else { continue }
+            group.isolation = nil
+            if verdict == .stale || verdict == .splitBrain { return }
+            do { try await beginService(group) } catch { note(group.entry.name, "\(error)") }
+        }
+    }
+
+    private func beginService(_ group: GroupState) async throws {
+        await admitHosts(group)
+        if group.isMirroring, group.replicator == nil { try await startReplication(group) }
+    }
+
+    /// The operator has made sure that the peer has not taken over.
+    func resumeIsolated(_ name: String) async throws {
+        let group = try group(name)
+        guard group.isolation != nil else {
+            throw SiteError("group '\(name)' does not wait for its peer", status: 409)
+        }
+        group.isolation = nil
+        group.record.alone = true
+        try group.save()
+        try await beginService(group)
+        note(name, "serves hosts without having heard from '\(group.entry.peer)', by command")
+    }
+
+    /// The replicator was refused: perhaps the peer has taken over while hosts went on here.
+    func reviewAfterRefusal(_ name: String) async {
+        guard let group = groups[name], group.record.conflict == nil, group.isMirroring else { return }
+        await group.turnstile.enter()
+        defer { group.turnstile.leave() }
+        guard group.isMirroring, let theirs = try? await peerStanding(group) else { return }
+        do {
+            switch judge(await standing(group), theirs) {
+            case .inOrder, .unrelated: return
+            case .stale where await shutOutUnlessChanged(group): try await declare(.stale, group)
+            case .stale, .splitBrain: try await declare(.splitBrain, group)
+            }
+            await stopReplication(group)
+        } catch {
+            note(name, "\(error)")
+        }
+    }
+
+    private func declare(_ kind: GroupRecord.Conflict.Kind, _ group: GroupState) async throws {
+        guard group.current.conflict?.kind != kind else { return }
+        let conflict = GroupRecord.Conflict(kind: kind, at: realSeconds())
+        try await group.amend { $0.conflict = conflict }
+        switch kind {
+        case .stale:
+            note(group.entry.name, "'\(group.entry.peer)' has taken over; this site is stale and shuts hosts out")
+        case .splitBrain:
+            note(
+                group.entry.name,
+                "split-brain: hosts wrote here and at '\(group.entry.peer)'; `farcopy resync \(group.entry.name) --discard "
+                    + "SITE` decides which stays")
+            alert(group, .splitBrain, "hosts wrote at both sites")
+        }
+    }
+
+    /// Shuts hosts out if none of them has written anything that the peer lacks: a site that served on is not stopped under
+    /// its hosts.
+    private func shutOutUnlessChanged(_ group: GroupState) async -> Bool {
+        guard await standing(group).changedBytes == 0 else { return false }
+        var shut = true
+        for volume in members(group) where shut {
+            let number = volume.number
+            shut = await volume.reactor.run { reactor in
+                let hosted = reactor.hosted(number)
+                guard hosted.volume.changedGrains == 0, hosted.volume.modifyingInFlight == 0 else { return false }
+                hosted.writable = false
+                return true
+            }
+        }
+        group.servesHosts = !shut
+        if shut { await shutOutHosts(group) } else { await admitHosts(group) }
+        return shut
+    }
+
+    // MARK: Hosts
+
+    /// Lets hosts write.
+    func admitHosts(_ group: GroupState) async {
+        group.servesHosts = true
+        for volume in members(group) {
+            let number = volume.number
+            await volume.reactor.run { $0.hosted(number).writable = true }
+            await publish(volume, group)
+        }
+    }
+
+    /// Ends the hosts' connections; what they asked for is carried out first. New ones can only read.
+    func shutOutHosts(_ group: GroupState) async {
+        group.servesHosts = false
+        for volume in members(group) {
+            let (number, reactor) = (volume.number, volume.reactor)
+            await reactor.run { $0.hosted(number).writable = false }
+            await publish(volume, group)
+            await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
+                reactor.perform { $0.disconnect(number, .hosts) { continuation.resume() } }
+            }
+        }
+    }
+
+    func stopReplication(_ group: GroupState) async {
+        guard let replicator = group.replicator else { return }
+        await replicator.stop()
+        group.record = replicator.status.record
+        group.replicator = nil
+    }
+
+    // MARK: Giving up the role
+
+    /// Makes this site the secondary of its peer: what hosts wrote here and the peer lacks is kept as a FlashCopy, and the
+    /// state as a whole as the first recovery point.
+    func yield(_ name: String, _ request: YieldRequest) async throws -> YieldAnswer {
+        let group = try group(name)
+        await group.turnstile.enter()
+        defer { group.turnstile.leave() }
+        try checkYield(group, request)
+        if group.record.role == .secondary {
+            guard let number = group.record.yielded,
+                let point = group.record.points.first(where: { $0.number == number })
+            else { throw SiteError("group '\(name)' is secondary at '\(configuration.site)' already", status: 409) }
+            group.record.generations = request.generations  // asked again
+            group.record.peerSite = request.siteID
+            try group.save()
+            return yieldAnswer(group, point)
+        }
+        let served = group.servesHosts
+        await stopReplication(group)
+        await shutOutHosts(group)
+        do {
+            try await settleChanges(group)
+            try await keepUnsent(group)
+            try await becomeSecondary(group, request)
+        } catch {
+            if served { await admitHosts(group) }
+            if group.isMirroring { try await startReplication(group) }
+            throw error
+        }
+        note(name, "'\(request.site)' is the primary; this site has given up that role")
+        return yieldAnswer(group, group.record.points.last!)
+    }
+
+    private func checkYield(_ group: GroupState, _ request: YieldRequest) throws {
+        let name = group.entry.name
+        guard request.site == group.entry.peer else {
+            throw SiteError(
+                "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)'", status: 403)
+        }
+        try checkVolumes(group, request.site, request.volumes)
+        for volume in members(group) where volume.restoreBitmap != nil {
+            throw SiteError(
+                "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
+                status: 503)
+        }
+    }
+
+    private func yieldAnswer(_ group: GroupState, _ point: PointRecord) -> YieldAnswer {
+        YieldAnswer(
+            siteID: siteRecord.id, lineage: group.record.lineage ?? "", point: point,
+            grains: Dictionary(uniqueKeysWithValues: members(group).map { ($0.name, $0.geometry.grain) }))
+    }
+
+    /// Ends the point that is held, so that CR alone says what the peer lacks, on stable storage.
+    private func settleChanges(_ group: GroupState) async throws {
+        for volume in members(group) {
+            let number = volume.number
+            await volume.reactor.run { $0.hosted(number).volume.giveUpPoint() }
+            while await !volume.reactor.run({ $0.hosted(number).volume.mayFormPoint }) {
+                try await Task.sleep(for: .milliseconds(2))
+            }
+            try volume.recording.synchronize()
+            try volume.source.synchronize()
+        }
+        group.record.held = nil
+        group.record.forming = nil
+        try group.save()
+    }
+
+    private func keepUnsent(_ group: GroupState) async throws {
+        guard await standing(group).changedBytes > 0 else { return }
+        await copyTurnstile.enter()
+        defer { copyTurnstile.leave() }
+        let members = members(group)
+        let base = "unsent-after-\(group.record.divergedFrom?.number ?? 0)"
+        var (name, attempt) = (base, 1)
+        while members.contains(where: { volume in volume.record.copies.contains { $0.name == name } }) {
+            attempt += 1
+            name = "\(base)-\(attempt)"
+        }
+        var request = FlashCopyRequest(name: name, volumes: members.map(\.name))
+        request.durable = true
+        try await patiently(name) { try await self.establish(request, members) }
+        note(
+            group.entry.name,
+            "what hosts wrote here and '\(group.entry.peer)' lacks is kept as FlashCopy '\(name)' until it is withdrawn"
+        )
+    }
+
+    private func becomeSecondary(_ group: GroupState, _ request: YieldRequest) async throws {
+        let members = members(group)
+        let now = realSeconds()
+        let point = PointRecord(
+            number: max(request.highestPoint, group.record.highestPoint) + 1, formedAt: now, committedAt: now,
+            order: members.map(\.nextOrder).max(), isBase: true)
+        let dropped = group.entry.keep.dropped(group.record.points + [point])
+        let plan = CommitPlan(
+            point: point, dropped: dropped,
+            record: group.record.afterYielding(
+                at: point, to: request.siteID, generations: request.generations, lineage: randomIdentity(),
+                dropped: dropped))
+        group.session = nil
+        try await carryOut(plan, group)
+        for volume in members {
+            let number = volume.number
+            await volume.reactor.run { reactor in
+                reactor.hosted(number).volume.policy = .copiesFirst
+                reactor.hosted(number).volume.recording = false
+            }
+            await publish(volume, group)
+        }
+    }
+
+    /// For the peer that takes the role: what it must take into its bitmaps.
+    func changes(_ name: String, volume: String, from first: Int) async throws -> ChangesAnswer {
+        let group = try group(name)
+        guard let volume = members(group).first(where: { $0.name == volume }) else {
+            throw SiteError("group '\(name)' has no volume '\(volume)'", status: 404)
+        }
+        let number = volume.number
+        let words = await volume.reactor.run {
+            $0.hosted(number).volume.changedWords(from: first, count: Limits.changedWordsPerAnswer)
+        }
+        return ChangesAnswer(grain: volume.geometry.grain, size: volume.geometry.size, words: words)
+    }
+
+    // MARK: Taking it up
+
+    /// Takes up mirroring to a peer that gives up its role, sending only grains that one of the sites has changed.
+    func join(_ group: GroupState) async throws {
+        let name = group.entry.name
+        for volume in members(group) where volume.restoreBitmap != nil {
+            throw SiteError(
+                "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
+                status: 503)
+        }
+        guard let client = peerClient(group) else { throw SiteError("there is no [peers.\(group.entry.peer)]") }
+        await stopReplication(group)
+        if group.record.failedOver == nil {
+            // The peer has seen every generation that this site had; from now on it is behind.
+            group.record.generations.insert(randomIdentity(), at: 0)
+            try group.save()
+        }
+        let answer: YieldAnswer = try await client.call(
+            "POST", "/v1/peer/groups/\(name)/yield",
+            YieldRequest(
+                site: configuration.site, siteID: siteRecord.id, generations: group.record.generations,
+                highestPoint: group.record.highestPoint, volumes: sessionVolumes(group)), seconds: 300)
+        for volume in members(group) {
+            let (number, geometry) = (volume.number, volume.geometry)
+            try await eachPeerChange(group, volume) { answer, first in
+                let runs = byteRuns(answer.words, firstWord: first, Geometry(size: answer.size, grain: answer.grain)!)
+                await volume.reactor.run { reactor in
+                    for run in runs {
+                        reactor.hosted(number).volume.markChanged(
+                            geometry.grains(offset: run.lowerBound, length: run.upperBound - run.lowerBound))
+                    }
+                }
+            }
+            try volume.recording.synchronize()
+        }
+        group.record = group.record.afterJoining(answer.siteID, lineage: answer.lineage, at: answer.point)
+        try group.save()
+        await admitHosts(group)
+        try await startReplication(group)
+        note(name, "mirroring to '\(group.entry.peer)' begins; what either site has changed is sent")
+    }
+
+    func sessionVolumes(_ group: GroupState) -> [SessionRequest.Volume] {
+        members(group).map { SessionRequest.Volume(name: $0.name, size: $0.geometry.size) }
+    }
+
+    /// Asks for all that the peer has changed, a part at a time; `each` gets the part and the index of its first word.
+    func eachPeerChange(
+        _ group: GroupState, _ volume: VolumeState, each: (ChangesAnswer, Int) async -> Void
+    ) async throws {
+        guard let client = peerClient(group) else { throw SiteError("there is no [peers.\(group.entry.peer)]") }
+        var first = 0
+        while true {
+            let answer: ChangesAnswer = try await client.call(
+                "GET", "/v1/peer/groups/\(group.entry.name)/changes?volume=\(volume.name)&from=\(first)", Nothing?.none)
+            guard !answer.words.isEmpty else { return }
+            guard Geometry(size: answer.size, grain: answer.grain) != nil, answer.size == volume.geometry.size,
+                answer.words.count <= Limits.changedWordsPerAnswer
+            else { throw SiteError("the peer's answer about volume '\(volume.name)' makes no sense") }
+            await each(answer, first)
+            first += answer.words.count
+        }
+    }
+
+    private func byteRuns(_ words: [UInt64], firstWord: Int, _ geometry: Geometry) -> [Range<UInt64>] {
+        var runs: [Range<UInt64>] = []
+        for (index, word) in words.enumerated() where word != 0 {
+            var bits = word
+            while bits != 0 {
+                let start = bits.trailingZeroBitCount
+                let length = (~(bits >> UInt64(start))).trailingZeroBitCount
+                let grain = (firstWord + index) << 6 + start
+                let end = min(grain + length, geometry.grainCount)
+                if grain < end { runs.append(geometry.byteRange(grain..<end)) }
+                bits = start + length >= 64 ? 0 : bits & (~0 << UInt64(start + length))
+            }
+        }
+        return runs
+    }
+}

@@ -1,0 +1,137 @@
+// RoleCommands.swift: the commands that change which site is the primary of a group.
+
+import ArgumentParser
+import Control
+import Glibc
+
+struct Failover: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "At the secondary: make a recovery point the read-write volumes of the group.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+    @Option(help: "The recovery point; default: the newest.") var point: UInt64?
+
+    func run() async throws {
+        let path = "/v1/groups/\(encoded(group))/failover" + (point.map { "?point=\($0)" } ?? "")
+        let bytes = try await options.call("POST", path, seconds: 600)
+        if options.json { return printRaw(bytes) }
+        let report: FailoverReport = try decode(bytes)
+        Output.line("failed over to point \(report.id), formed \(report.formedAt)")
+        var lost = "lost: what was written in the last \(StatusText.tenths(report.lostSeconds)) s"
+        if let unsent = report.unsentBytes {
+            lost += ", at most \(StatusText.bytes(unsent)) that the old primary still has"
+        } else {
+            lost += "; the old primary does not answer"
+        }
+        if report.discardedBytes > 0 {
+            lost += "; \(StatusText.bytes(report.discardedBytes)) of later points had arrived and are not used"
+        }
+        Output.line(lost)
+    }
+}
+
+struct Switchover: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "At the primary: shut hosts out, send the last point, exchange the roles. Nothing is lost.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+
+    func run() async throws {
+        let bytes = try await options.call("POST", "/v1/groups/\(encoded(group))/switchover", seconds: 7 * 86400)
+        if options.json { return printRaw(bytes) }
+        let report: StatusReport.PointReport = try decode(bytes)
+        Output.line("switched over at point \(report.id)")
+    }
+}
+
+struct Failback: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "At the site that was failed over to: bring the roles back, sending only what differs.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+    @Flag(help: "Only show the direction, the bytes, and what is discarded.") var preview = false
+    @Flag(help: "Do not ask.") var yes = false
+
+    func run() async throws {
+        let path = "/v1/groups/\(encoded(group))/failback"
+        let shown = try await options.call("GET", path)
+        if preview, options.json { return printRaw(shown) }
+        let report: ResyncReport = try decode(shown)
+        if preview { return Output.line(ResyncText.render(report)) }
+        try ResyncText.confirm(report, yes)
+        let bytes = try await options.call("POST", path, seconds: 365 * 86400)
+        if options.json { return printRaw(bytes) }
+        let point: StatusReport.PointReport = try decode(bytes)
+        Output.line("failed back at point \(point.id)")
+    }
+}
+
+struct Resync: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Mirror again after hosts wrote at both sites, or after a failover; one site's changes are discarded."
+    )
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+    @Option(help: "The site whose changes are discarded; they are kept there as a FlashCopy.") var discard: String
+    @Flag(help: "Only show what would be sent and discarded.") var preview = false
+    @Flag(help: "Do not ask.") var yes = false
+
+    func run() async throws {
+        let path = "/v1/groups/\(encoded(group))/resync?discard=\(encoded(discard))"
+        let shown = try await options.call("GET", path)
+        if preview, options.json { return printRaw(shown) }
+        let report: ResyncReport = try decode(shown)
+        if preview { return Output.line(ResyncText.render(report)) }
+        try ResyncText.confirm(report, yes)
+        let bytes = try await options.call("POST", path, seconds: 7 * 86400)
+        if options.json { printRaw(bytes) }
+    }
+}
+
+struct Abort: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract:
+            "End something that is under way, as `status` names it: switchover:GROUP, failback:GROUP, cycle:GROUP …")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The operation.") var operation: String
+
+    struct Answer: Decodable { var done: String }
+
+    func run() async throws {
+        let bytes = try await options.call("POST", "/v1/abort?operation=\(encoded(operation))", seconds: 60)
+        if options.json { return printRaw(bytes) }
+        let answer: Answer = try decode(bytes)
+        Output.line(answer.done)
+    }
+}
+
+enum ResyncText {
+    static func render(_ report: ResyncReport) -> String {
+        var lines = [
+            "direction: \(report.from) -> \(report.to)",
+            "sent: at most \(StatusText.bytes(report.sentBytes)) in which the sites differ",
+        ]
+        if report.discardedBytes > 0 {
+            lines.append(
+                "discarded at \(report.to): at most \(StatusText.bytes(report.discardedBytes)) in \(report.discardedGrains) grains, "
+                    + "written since \(report.since ?? "its first point"); kept there as a FlashCopy until it is withdrawn"
+            )
+        } else {
+            lines.append("discarded: nothing")
+        }
+        return lines.joined(separator: "\n")
+    }
+
+    /// Asks before anything is discarded.
+    static func confirm(_ report: ResyncReport, _ yes: Bool) throws {
+        guard report.discardedBytes > 0, !yes else { return }
+        guard isatty(0) == 1 else {
+            throw ValidationError("\(render(report))\nthere is nobody to ask; give --yes to discard it")
+        }
+        Output.line(render(report))
+        Output.write(Array("discard it? [y/N] ".utf8))
+        guard let answer = readLine(), ["y", "yes"].contains(answer.lowercased()) else {
+            throw SiteError("nothing was done")
+        }
+    }
+}
