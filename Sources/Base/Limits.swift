@@ -70,6 +70,11 @@ package enum Limits {
     package static let activitySweepSeconds = 10
     /// Recovery points of one group; their volumes' chains have room for FlashCopies beside them.
     package static let pointsPerGroup = 192
+    /// Memory of a link for what is on its way, and the part that is read and sent as one (more if a grain is larger).
+    package static let linkWindowBytes = 64 << 20
+    package static let linkSlotBytes = 256 << 10
+    /// Parts that may be on their way over the slowest of links.
+    package static let linkSmallestWindow = 4
     /// Connections of a link to one volume.
     package static let connectionsPerLink = 16
     /// Volumes of one group.
@@ -77,6 +82,8 @@ package enum Limits {
     /// Acknowledgements are let go after this long even if the point could not be formed; the point is then given up.
     package static let holdMilliseconds = 50
 
+    /// Bytes that one call asks checksums of.
+    package static let checksumBytes = 1 << 20
     /// Words of bitmaps in one answer to a peer.
     package static let changedWordsPerAnswer = 16 << 10
     /// A switchover that has not sent its last point after this long lets hosts write again.

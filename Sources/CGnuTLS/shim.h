@@ -1,6 +1,7 @@
 #pragma once
 #include <gnutls/gnutls.h>
 #include <gnutls/x509.h>
+#include <gnutls/crypto.h>
 
 // Defined as macros or with types that Swift does not take.
 static const int farcopy_tls_again = GNUTLS_E_AGAIN;

@@ -2,6 +2,7 @@
 // split-brain. Each is told once when it begins, runs its command, and is told again when it is over.
 
 import FoundationEssentials
+import Glibc
 import Replication
 
 /// Commands of a group that run when something happens (`on_lag_exceeded` …).
@@ -60,7 +61,10 @@ extension Site {
     /// Looks after every group until the site stops.
     func watch() async {
         while !isStopping {
-            for group in groups.values { review(group) }
+            for group in groups.values {
+                review(group)
+                keepTime(group)
+            }
             try? await Task.sleep(for: .milliseconds(200))
         }
     }
@@ -87,6 +91,62 @@ extension Site {
             endAlert(group, .suspended)
         }
         if record.conflict?.kind != .splitBrain { endAlert(group, .splitBrain) }
+    }
+
+    /// The rate for this time of day, and what is due by the schedules.
+    private func keepTime(_ group: GroupState) {
+        let now = realSeconds()
+        if let replicator = group.replicator {
+            let rate = currentRate(group)
+            if rate != group.appliedRate {
+                group.appliedRate = rate
+                replicator.setRate(rate)
+            }
+        }
+        if isDue(group.entry.schedule, &group.nextCycle, now) { group.replicator?.request() }
+        if isDue(group.entry.scrub, &group.nextScrub, now), group.replicator != nil {
+            let name = group.entry.name
+            Task {
+                do {
+                    _ = try await verify(name, repair: false, rate: Self.scrubRate)
+                } catch {
+                    note(name, "scrub: \(error)")
+                }
+            }
+        }
+    }
+
+    /// Bytes a second of a scheduled comparison.
+    static let scrubRate: UInt64 = 64 << 20
+
+    private func isDue(_ schedule: CronSchedule?, _ next: inout Double?, _ now: Double) -> Bool {
+        guard let schedule else { return false }
+        guard let time = next else {
+            next = schedule.next(after: now) ?? .infinity
+            return false
+        }
+        guard now >= time else { return false }
+        next = schedule.next(after: now) ?? .infinity
+        return true
+    }
+
+    /// Bytes a second over the link just now; 0 = unbounded.
+    func currentRate(_ group: GroupState) -> UInt64 {
+        if let rate = group.current.rate { return rate }
+        var (time, parts) = (time_t(realSeconds()), tm())
+        localtime_r(&time, &parts)
+        let minute = Int(parts.tm_hour) * 60 + Int(parts.tm_min)
+        let window = group.entry.link.rateWindows.first {
+            $0.from < $0.to ? ($0.from..<$0.to).contains(minute) : minute >= $0.from || minute < $0.to
+        }
+        return window?.rate ?? group.entry.link.rate
+    }
+
+    /// Bounds the link from now on, through restarts; nil = as configured.
+    func setRate(_ name: String, _ rate: UInt64?) async throws {
+        let group = try group(name)
+        try await group.amend { $0.rate = rate }
+        keepTime(group)
     }
 
     /// Age of the newest point that the remote has committed; nil before the first, and after a change of roles until the

@@ -132,7 +132,10 @@ package struct Configuration: Sendable {
     package struct PeerEntry: Sendable {
         package var name: String
         package var nbd: Address
-        package var control: Address
+        /// Nil: any NBD server instead of a Farcopy site.
+        package var control: Address?
+        /// Takes the snapshot that is a commit, where the peer is no Farcopy site.
+        package var commitCommand: String?
         package var tls: TLSPolicy
         /// The name that this site goes by in the peer's PSK file.
         package var tlsUser: String
@@ -203,6 +206,12 @@ package struct Configuration: Sendable {
             throw reader.error(
                 reader.line(section, "allow_clients"),
                 "\(section).allow_clients needs nbd.tls: without it no client can say who it is")
+        }
+        for group in groups where group.role == .secondary && peers[group.peer]?.control == nil {
+            throw reader.error(
+                group.line,
+                "group '\(group.name)': a secondary needs peers.\(group.peer).control, since its peer is a Farcopy site"
+            )
         }
         for peer in peers.values where peer.tls != .off && nbd.files.isEmpty {
             throw reader.error(

@@ -179,10 +179,14 @@ struct ConfigurationReader {
         for name in table.keys {
             let section = "peers.\(name)"
             let entry = try self.table(table, "peers", name)
-            try check(entry, section, known: ["nbd", "control", "tls", "tls_user"])
+            try check(entry, section, known: ["nbd", "control", "commit_command", "tls", "tls_user"])
+            if entry["control"] != nil, entry["commit_command"] != nil {
+                throw fail(section, "commit_command", "is for peers without control, which are no Farcopy sites")
+            }
             peers[name] = Configuration.PeerEntry(
                 name: name, nbd: try address(entry, section, "nbd"),
-                control: try address(entry, section, "control"),
+                control: entry["control"] == nil ? nil : try address(entry, section, "control"),
+                commitCommand: entry["commit_command"] == nil ? nil : try string(entry, section, "commit_command"),
                 tls: try choice(entry, section, "tls", among: [.off, .allow, .require]) ?? tls,
                 tlsUser: entry["tls_user"] == nil ? site : try string(entry, section, "tls_user"))
         }

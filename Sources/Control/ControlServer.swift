@@ -123,10 +123,11 @@ package struct ControlServer: Sendable {
         router.post("/v1/groups/{group}/resume") { request, context in
             await guarded {
                 let name = try context.parameters.require("group")
-                if request.uri.queryParameters["isolated"] == "true" {
+                let query = request.uri.queryParameters
+                if query["isolated"] == "true" {
                     try await site.resumeIsolated(name)
                 } else {
-                    try await site.resume(name)
+                    try await site.resume(name, fromImage: query["from_image"] == "true")
                 }
                 return try answer(Done(done: "resumed"))
             }
@@ -170,6 +171,38 @@ package struct ControlServer: Sendable {
         }
         router.post("/v1/groups/{group}/failback") { _, context in
             await guarded { try answer(try await site.failback(try context.parameters.require("group"))) }
+        }
+        router.post("/v1/groups/{group}/practice") { request, context in
+            await guarded {
+                let text = request.uri.queryParameters["point"].map(String.init)
+                return try answer(try await site.practice(try context.parameters.require("group"), point: text))
+            }
+        }
+        router.delete("/v1/groups/{group}/practice") { _, context in
+            await guarded {
+                try await site.endPractice(try context.parameters.require("group"))
+                return try answer(Done(done: "the practice copy is gone"))
+            }
+        }
+        router.post("/v1/groups/{group}/rate") { request, context in
+            await guarded {
+                let text = request.uri.queryParameters["bytes"].map(String.init) ?? ""
+                guard let rate: UInt64? = text == "default" ? .some(nil) : UInt64(text) else {
+                    throw SiteError(
+                        "'\(text)' is no rate: give bytes a second, 0 for unbounded, or default", status: 400)
+                }
+                try await site.setRate(try context.parameters.require("group"), rate)
+                return try answer(Done(done: "the rate is set"))
+            }
+        }
+        router.post("/v1/groups/{group}/verify") { request, context in
+            await guarded {
+                let query = request.uri.queryParameters
+                return try answer(
+                    try await site.verify(
+                        try context.parameters.require("group"), repair: query["repair"] == "true",
+                        rate: query["rate"].flatMap { UInt64($0) } ?? 0))
+            }
         }
         router.post("/v1/abort") { request, _ in
             await guarded {
@@ -232,6 +265,25 @@ package struct ControlServer: Sendable {
                 return try answer(try await site.yield(try context.parameters.require("group"), body))
             }
         }
+        router.post("/v1/peer/groups/{group}/checksums") { request, context in
+            await guarded {
+                let body = try await decode(ChecksumRequest.self, request)
+                return try answer(try await site.checksums(try context.parameters.require("group"), body))
+            }
+        }
+        router.post("/v1/peer/groups/{group}/pin") { request, context in
+            await guarded {
+                try await site.pin(try context.parameters.require("group"), try await decode(PinRequest.self, request))
+                return try answer(Done(done: "pinned"))
+            }
+        }
+        router.post("/v1/peer/groups/{group}/unpin") { request, context in
+            await guarded {
+                try await site.unpin(
+                    try context.parameters.require("group"), try await decode(PinRequest.self, request))
+                return try answer(Done(done: "unpinned"))
+            }
+        }
         router.get("/v1/peer/groups/{group}/changes") { request, context in
             await guarded {
                 let query = request.uri.queryParameters
@@ -286,6 +338,21 @@ enum Metrics {
         family("point", "Number of the newest committed point.", each { $0.point.map { Double($0.id) } })
         family("rate_bytes_per_second", "Bytes sent to the peer.", each(\.rateBytesPerSecond))
         family("hold_seconds_p99", "Time that acknowledgements were held to form a point.", each(\.holdSecondsP99))
+        family(
+            "verified_bytes_total", "Bytes compared with the peer since the start.", each { Double($0.verifiedBytes) })
+        family(
+            "verify_differences_total", "Differences that comparisons have found since the start.",
+            each { Double($0.differencesFound) })
+        family("spared_bytes_total", "Bytes that the peer had already.", each { $0.sparedBytes.map(Double.init) })
+        family("window_bytes", "Bytes that may be on their way to the peer.", each { $0.windowBytes.map(Double.init) })
+        family("point_bytes", "Bytes sent for the newest committed point.", each { $0.point?.bytes.map(Double.init) })
+        family(
+            "point_seconds", "Time from forming to commit of the newest committed point.", each { $0.point?.seconds })
+        lines += [
+            "# HELP farcopy_hold_seconds Time that acknowledgements were held to form a point.",
+            "# TYPE farcopy_hold_seconds histogram",
+        ]
+        for (name, group) in groups { lines += group.holdHistogram?.lines(name) ?? [] }
         family(
             "group_state", "1 for the state that the group is in.",
             groups.map { ("group=\"\($0.key)\",state=\"\($0.value.state)\",role=\"\($0.value.role)\"", 1) })

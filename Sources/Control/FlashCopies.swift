@@ -289,9 +289,17 @@ extension Site {
         _ volume: VolumeState, _ record: CopyRecord, _ parts: CopyFiles, targetFile: StoreFile? = nil,
         place: @escaping @Sendable (Volume, FlashCopy) -> Void
     ) async {
-        var files = parts
-        let number = volume.number
-        (files.targetFile, files.bitmapFile) = await volume.reactor.run { reactor in
+        let entry = Self.chainEntry(volume.number, record, parts, targetFile: targetFile, place: place)
+        let (target, bitmap) = await volume.reactor.run(entry)
+        entered(volume, record, parts, target, bitmap)
+    }
+
+    /// The same for the reactor's thread; `entered` must follow with the numbers that it returns.
+    static func chainEntry(
+        _ number: VolumeNumber, _ record: CopyRecord, _ parts: CopyFiles, targetFile: StoreFile? = nil,
+        place: @escaping @Sendable (Volume, FlashCopy) -> Void
+    ) -> @Sendable (Reactor) -> (StoreFile, StoreFile) {
+        { reactor in
             let hosted = reactor.hosted(number)
             let target = targetFile ?? hosted.addFile(parts.target)
             let bitmap = hosted.addFile(parts.bitmap.file, mapping: parts.bitmap.mapping)
@@ -303,6 +311,13 @@ extension Site {
                     targetIsZero: record.targetIsZero, isFilled: record.isFilled, rate: record.rate))
             return (target, bitmap)
         }
+    }
+
+    func entered(
+        _ volume: VolumeState, _ record: CopyRecord, _ parts: CopyFiles, _ target: StoreFile, _ bitmap: StoreFile
+    ) {
+        var files = parts
+        (files.targetFile, files.bitmapFile) = (target, bitmap)
         volume.copies[record.id] = files
         fillStarts[record.id] = nil
     }
@@ -346,13 +361,13 @@ extension Site {
     }
 
     /// Another try may want the same targets; five seconds are enough unless older copies need a lot.
-    private func waitUntilGone(_ copies: [NewCopy]) async {
+    func waitUntilGone(_ copies: [NewCopy]) async {
         for _ in 0..<500 where copies.contains(where: { $0.volume.copies[$0.record.id] != nil }) {
             try? await Task.sleep(for: .milliseconds(10))
         }
     }
 
-    private func discard(_ copy: NewCopy) throws {
+    func discard(_ copy: NewCopy) throws {
         copy.volume.record.copies.removeAll { $0.id == copy.record.id }
         try copy.volume.recordFile.save(copy.volume.record)
         copy.volume.removeCopyFiles(copy.record.id, targetOwner: copy.record.target == nil ? copy.record.id : nil)
@@ -363,7 +378,8 @@ extension Site {
     func listFlashCopies() async throws -> [FlashCopyReport] {
         var all: [FlashCopyReport] = []
         for volume in volumes.values.sorted(by: { $0.name < $1.name }) {
-            for record in volume.record.copies where record.state != .creating {
+            for record in volume.record.copies
+            where record.state != .creating && !record.name.hasPrefix(Self.verifyPrefix) {
                 all.append(await report(volume, record))
             }
         }

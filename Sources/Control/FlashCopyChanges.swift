@@ -18,12 +18,14 @@ extension Site {
     // MARK: Clone
 
     /// Takes FlashCopies of what other FlashCopies, or recovery points, hold.
-    func cloneFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
+    ///
+    /// - Parameter own: the name is one of the site's own.
+    func cloneFlashCopy(_ request: FlashCopyRequest, own: Bool = false) async throws -> [FlashCopyReport] {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
         guard let origin = request.of else { throw SiteError("a clone needs 'of', a FlashCopy's name", status: 400) }
         let members = try members(request.volumes)
-        try checkCopyName(request.name)
+        if !own { try checkCopyName(request.name) }
         try checkTargetCount(request)
         let origins = try members.map { try chainPlace($0, origin) }
         for (volume, found) in zip(members, origins) {
@@ -39,14 +41,14 @@ extension Site {
     }
 
     /// What is cloned. A clone reads through it, and so survives power loss if it does.
-    private struct Origin {
+    struct Origin {
         var id: CopyID
         var order: UInt64
         var isDurable: Bool
     }
 
     /// A FlashCopy by name, or a recovery point by number.
-    private func chainPlace(_ volume: VolumeState, _ name: String) throws -> Origin {
+    func chainPlace(_ volume: VolumeState, _ name: String) throws -> Origin {
         if let point = UInt64(name),
             let found = group(ofVolume: volume.name)?.record.points.first(where: { $0.number == point })
         {

@@ -63,7 +63,16 @@ final class GroupState {
     /// Bytes that clients had written when the group failed over to this site; nil after a restart.
     var writtenAtFailover: UInt64?
     var operation: Operation?
-    /// Alerts that are on, and the times when their commands were run last.
+    var lastVerify: VerifyReport?
+    /// Since the start.
+    var verifiedBytes: UInt64 = 0
+    var differencesFound: UInt64 = 0
+    /// The rate that the replicator was told last.
+    var appliedRate: UInt64 = 0
+    /// When the schedules are due next, seconds since 1970.
+    var nextCycle: Double?
+    var nextScrub: Double?
+    /// Alerts that are on, with what they say.
     var alerts: [AlertKind: String] = [:]
 
     var interval: Interval {

@@ -11,6 +11,8 @@ package struct ControlClient: Sendable {
     private static let http: HTTPClient = {
         var configuration = HTTPClient.Configuration()
         configuration.connectionPool.retryConnectionEstablishment = false
+        // Checksums are asked for many at a time, so that a long way does not hold them up.
+        configuration.connectionPool.concurrentHTTP1ConnectionsPerHostSoftLimit = 32
         configuration.timeout.connect = .seconds(10)
         return HTTPClient(eventLoopGroupProvider: .singleton, configuration: configuration)
     }()
@@ -113,6 +115,37 @@ struct HTTPPeer: PeerClient {
             CommitRequest(
                 siteID: siteID, session: session, number: number, previous: previous, formedAt: formedAt))
         return answer.committedAt
+    }
+
+    func checksums(session: UInt64, volume: String, offset: UInt64, length: Int, block: Int) async throws -> [UInt8]? {
+        try await checksums(
+            ChecksumRequest(
+                siteID: siteID, session: session, copy: nil, volume: volume, offset: offset, length: length,
+                block: block))
+    }
+
+    /// Checksums of a FlashCopy or recovery point.
+    func checksums(copy: String, volume: String, offset: UInt64, length: Int, block: Int) async throws -> [UInt8] {
+        try await checksums(
+            ChecksumRequest(
+                siteID: siteID, session: nil, copy: copy, volume: volume, offset: offset, length: length, block: block))
+    }
+
+    private func checksums(_ request: ChecksumRequest) async throws -> [UInt8] {
+        let answer: ChecksumAnswer = try await ask("/v1/peer/groups/\(group)/checksums", request)
+        guard let data = Data(base64Encoded: answer.digests) else {
+            throw SiteError("the peer's checksums make no sense")
+        }
+        return [UInt8](data)
+    }
+
+    func pin(point: UInt64, as name: String) async throws {
+        let _: Done = try await ask(
+            "/v1/peer/groups/\(group)/pin", PinRequest(siteID: siteID, point: point, name: name))
+    }
+
+    func unpin(_ name: String) async throws {
+        let _: Done = try await ask("/v1/peer/groups/\(group)/unpin", PinRequest(siteID: siteID, point: 0, name: name))
     }
 
     func promote(session: UInt64, point: UInt64) async throws {

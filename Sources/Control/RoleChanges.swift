@@ -33,7 +33,7 @@ package struct ResyncReport: Codable, Sendable {
 
 /// Work on a group that takes a while, and that an operator may follow and end.
 final class Operation {
-    enum Kind: String { case resync, switchover, failback }
+    enum Kind: String { case resync, switchover, failback, verify }
     let kind: Kind
     let startedAt = realSeconds()
     /// What it waits for, in words.
@@ -143,6 +143,9 @@ extension Site {
             throw SiteError(
                 "volume '\(volume.name)' is still being restored; wait until it holds all of its data", status: 503)
         }
+        guard peerClient(group) != nil else {
+            throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site and cannot take over")
+        }
         operation.step = "sends what has changed while hosts go on"
         _ = try await pointOf(replicator, operation, seconds: 7 * 86400)
         operation.step = "hosts are shut out; sends the last point"
@@ -214,7 +217,7 @@ extension Site {
 
     /// Asks the peer to become primary at the point, in a session that ends every earlier request of this kind.
     private func promotePeer(_ group: GroupState, _ point: UInt64) async throws {
-        guard let peer = peer(group) else { throw SiteError("there is no [peers.\(group.entry.peer)]") }
+        guard let peer = peer(group) else { throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site") }
         let opened = try await peer.openSession(
             volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
         guard opened.state.committed?.number == point else {
@@ -351,7 +354,7 @@ extension Site {
     // MARK: Operations
 
     /// Runs an operation; a group has one at a time.
-    private func operate(_ group: GroupState, _ kind: Operation.Kind, _ body: () async throws -> Void) async throws {
+    func operate(_ group: GroupState, _ kind: Operation.Kind, _ body: () async throws -> Void) async throws {
         if let running = group.operation {
             throw SiteError(
                 "group '\(group.entry.name)' is in a \(running.kind.rawValue): \(running.step); `farcopy abort "
@@ -409,11 +412,11 @@ extension Site {
     private func peerCall<Answer: Decodable>(
         _ group: GroupState, _ method: String, _ path: String, seconds: Int64 = 30
     ) async throws -> Answer {
-        guard let entry = configuration.peers[group.entry.peer] else {
-            throw SiteError("there is no [peers.\(group.entry.peer)]")
+        guard let client = peerClient(group) else {
+            throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site")
         }
         do {
-            let bytes = try await ControlClient(address: entry.control).call(
+            let bytes = try await client.call(
                 method, "/v1/groups/\(group.entry.name)/\(path)", seconds: seconds)
             return try JSONDecoder().decode(Answer.self, from: Data(bytes))
         } catch let error as SiteError {

@@ -72,14 +72,16 @@ extension Site {
     }
 
     func peerClient(_ group: GroupState) -> ControlClient? {
-        configuration.peers[group.entry.peer].map { ControlClient(address: $0.control) }
+        configuration.peers[group.entry.peer]?.control.map { ControlClient(address: $0) }
     }
 
     /// Asks the peer how the group stands there.
     ///
     /// - Throws: when it cannot be reached, or refuses.
     func peerStanding(_ group: GroupState, seconds: Int64 = 10) async throws -> Standing {
-        guard let client = peerClient(group) else { throw SiteError("there is no [peers.\(group.entry.peer)]") }
+        guard let client = peerClient(group) else {
+            throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site")
+        }
         return try await client.call(
             "POST", "/v1/peer/groups/\(group.entry.name)/standing", await standing(group), seconds: seconds)
     }
@@ -420,7 +422,9 @@ extension Site {
                 "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
                 status: 503)
         }
-        guard let client = peerClient(group) else { throw SiteError("there is no [peers.\(group.entry.peer)]") }
+        guard let client = peerClient(group) else {
+            throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site")
+        }
         await stopReplication(group)
         if group.record.failedOver == nil {
             // The peer has seen every generation that this site had; from now on it is behind.
@@ -460,7 +464,9 @@ extension Site {
     func eachPeerChange(
         _ group: GroupState, _ volume: VolumeState, each: (ChangesAnswer, Int) async -> Void
     ) async throws {
-        guard let client = peerClient(group) else { throw SiteError("there is no [peers.\(group.entry.peer)]") }
+        guard let client = peerClient(group) else {
+            throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site")
+        }
         var first = 0
         while true {
             let answer: ChangesAnswer = try await client.call(

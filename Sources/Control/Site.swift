@@ -100,6 +100,7 @@ package actor Site {
         }
         for group in groups.values { try await goOn(group) }
         isStarted = true
+        await dropVerifyCopies()
         Task { await watch() }
     }
 
@@ -228,7 +229,7 @@ package actor Site {
 
     /// Oldest first.
     private func keptCopies(_ volume: VolumeState, _ group: GroupState?) -> [KeptCopy] {
-        var kept = volume.record.copies.filter { $0.state == .active }.map {
+        var kept = volume.record.copies.filter { $0.state == .active && !$0.name.contains(":") }.map {
             KeptCopy(
                 id: $0.id, name: $0.name, text: "FlashCopy of \(timestamp($0.createdAt))", order: $0.order,
                 isWritable: $0.isWritable)
@@ -262,10 +263,13 @@ package actor Site {
         case .unix(let path): address = .unix(path: path)
         case .tcp(let host, let port): address = .tcp(host: host, port: port)
         }
+        let slotBytes = max(Limits.linkSlotBytes, members.map(\.geometry.grain).max() ?? 0)
+        let link = group.entry.link
         replicator.start(
             Replicator.Configuration(
                 group: name,
-                settings: Cycle.Settings(interval: group.interval, volumes: members.count),
+                settings: Cycle.Settings(
+                    interval: group.interval, volumes: members.count, window: Limits.linkWindowBytes / slotBytes),
                 volumes: members.map { volume in
                     ReplicatedVolume(
                         name: volume.name, reactor: volume.reactor, number: volume.number,
@@ -275,8 +279,9 @@ package actor Site {
                 address: address,
                 tls: LinkTLS(
                     policy: peer.tls, files: configuration.nbd.files, user: peer.tlsUser),
-                peer: self.peer(group)!,
-                connectionsPerVolume: members.count > 8 ? 1 : 2,
+                peer: replicationPeer(group, peer),
+                connectionsPerVolume: link.connections ?? max(1, 4 / members.count), compare: link.compare,
+                stallTimeout: link.stallTimeout, rate: currentRate(group),
                 save: { record in try file.withLock { try $0.save(record) } },
                 log: { text in
                     logger.info("group \(name): \(text)")
@@ -285,10 +290,18 @@ package actor Site {
                 refused: { [weak self] in Task { [weak self] in await self?.reviewAfterRefusal(name) } }))
     }
 
+    /// The peer, if it is a Farcopy site.
     func peer(_ group: GroupState) -> HTTPPeer? {
-        configuration.peers[group.entry.peer].map {
-            HTTPPeer(address: $0.control, group: group.entry.name, site: configuration.site, siteID: siteRecord.id)
+        configuration.peers[group.entry.peer]?.control.map {
+            HTTPPeer(address: $0, group: group.entry.name, site: configuration.site, siteID: siteRecord.id)
         }
+    }
+
+    private func replicationPeer(_ group: GroupState, _ peer: Configuration.PeerEntry) -> any PeerClient {
+        self.peer(group)
+            ?? PlainPeer(
+                name: peer.name, address: "\(peer.nbd)", group: group.entry.name, volumes: group.entry.volumes,
+                command: peer.commitCommand, timeout: group.entry.hooks.timeout)
     }
 
     // MARK: Events

@@ -37,9 +37,11 @@ package struct StatusReport: Codable, Sendable {
         package var id: UInt64
         package var formedAt: String
         package var committedAt: String?
+        /// Bytes that crossed the link for it, and the seconds from its forming to its commit (primary).
         package var bytes: UInt64?
+        package var seconds: Double?
         enum CodingKeys: String, CodingKey {
-            case id, bytes
+            case id, bytes, seconds
             case formedAt = "formed_at"
             case committedAt = "committed_at"
         }
@@ -71,12 +73,30 @@ package struct StatusReport: Codable, Sendable {
         /// Acknowledgements were held this long for the newest point, and at the 99th percentile of the last thousand.
         package var holdSeconds: Double?
         package var holdSecondsP99: Double?
+        package var holdHistogram: HoldHistogram?
         /// What the volumes of a secondary show.
         package var consistentAsOf: String?
         package var alerts: [String]?
         package var operation: OperationReport?
+        /// Where the remote is not consistent at every instant.
+        package var notice: String?
+        package var windowBytes: UInt64?
+        /// Bytes that the remote had already and that were not sent.
+        package var sparedBytes: UInt64?
+        package var rateLimit: UInt64?
+        package var lastVerify: VerifyReport?
+        package var verifiedBytes: UInt64 = 0
+        package var differencesFound: UInt64 = 0
+        /// Of the first copy: what the peer has, from 0 to 1.
+        package var progress: Double?
         enum CodingKeys: String, CodingKey {
-            case role, state, reason, mode, peer, volumes, point, alerts, operation
+            case role, state, reason, mode, peer, volumes, point, alerts, operation, notice, progress
+            case windowBytes = "window_bytes"
+            case sparedBytes = "spared_bytes"
+            case rateLimit = "rate_limit"
+            case lastVerify = "last_verify"
+            case verifiedBytes = "verified_bytes"
+            case differencesFound = "differences_found"
             case consistentAsOf = "consistent_as_of"
             case lagSeconds = "lag_seconds"
             case pendingBytes = "pending_bytes"
@@ -84,6 +104,7 @@ package struct StatusReport: Codable, Sendable {
             case etaSeconds = "eta_seconds"
             case holdSeconds = "hold_seconds"
             case holdSecondsP99 = "hold_seconds_p99"
+            case holdHistogram = "hold_histogram"
         }
     }
 
@@ -110,7 +131,8 @@ func timestamp(_ seconds: Double) -> String {
 extension PointRecord {
     var report: StatusReport.PointReport {
         StatusReport.PointReport(
-            id: number, formedAt: timestamp(formedAt), committedAt: committedAt.map(timestamp), bytes: bytes)
+            id: number, formedAt: timestamp(formedAt), committedAt: committedAt.map(timestamp), bytes: bytes,
+            seconds: committedAt.map { max(0, $0 - formedAt) })
     }
 }
 
@@ -172,8 +194,20 @@ extension Site {
             report.point = record.points.last?.report
             report.consistentAsOf = record.points.last.map { timestamp($0.formedAt) }
         }
+        report.lastVerify = group.lastVerify
+        report.verifiedBytes = group.verifiedBytes
+        report.differencesFound = group.differencesFound
+        if let peer = configuration.peers[group.entry.peer], peer.control == nil, peer.commitCommand == nil {
+            report.notice = "the remote is not consistent between points: peers.\(peer.name) has no commit_command"
+        }
         if let replication {
             describe(replication, &report)
+            let rate = currentRate(group)
+            report.rateLimit = rate == 0 ? nil : rate
+            let total = members(group).reduce(0) { $0 + $1.geometry.size }
+            if record.lastCommitted == nil || record.lastCommitted?.isBase == true, let left = report.pendingBytes {
+                report.progress = 1 - Double(min(left, total)) / Double(total)
+            }
         } else {
             (report.state, report.reason) = stateWithoutReplicator(group)
         }
@@ -187,9 +221,12 @@ extension Site {
         if replication.bytesPerSecond > 0, let bytes = report.pendingBytes {
             report.etaSeconds = Double(bytes) / replication.bytesPerSecond
         }
+        report.windowBytes = UInt64(replication.windowBytes)
+        report.sparedBytes = replication.bytesSpared
         if !replication.holds.isEmpty {
             report.holdSeconds = Double(replication.lastHold) / 1e9
             let sorted = replication.holds.sorted()
+            report.holdHistogram = replication.holdHistogram
             report.holdSecondsP99 = Double(sorted[min(sorted.count - 1, sorted.count * 99 / 100)]) / 1e9
         }
     }
@@ -244,7 +281,13 @@ extension Site {
     }
 
     func suspend(_ name: String) throws { try replicator(name).suspend() }
-    func resume(_ name: String) throws { try replicator(name).resume() }
+
+    /// - Parameter fromImage: the secondary was seeded; until the first commit only what differs by checksum is sent.
+    func resume(_ name: String, fromImage: Bool = false) async throws {
+        let replicator = try replicator(name)
+        if fromImage { await replicator.beginFromImage() }
+        replicator.resume()
+    }
 
     func cycle(_ name: String) async throws -> StatusReport.PointReport {
         let replicator = try replicator(name)

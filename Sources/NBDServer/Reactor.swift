@@ -80,6 +80,8 @@ package final class Reactor {
     var unalignedWrites = 0
     var drains: [DrainRead?] = []
     var deferredDrains: [DrainRead] = []
+    var ranges: [RangeRead?] = []
+    var deferredRanges: [RangeRead] = []
     private var quiesces: [Quiesce] = []
     private var listeners: [OpenFile] = []
     private var nextTick: UInt64 = 0
@@ -183,7 +185,7 @@ package final class Reactor {
         reapCompletions()
         pollConnections()
         if resourcesFreed { retryStalled() }
-        if !deferredDrains.isEmpty { retryDeferredDrains() }
+        if !deferredDrains.isEmpty || !deferredRanges.isEmpty { retryDeferredDrains() }
         if deferredStoresReady {
             deferredStoresReady = false
             retryDeferredStores()
@@ -236,6 +238,7 @@ package final class Reactor {
             case .perform(let body): body(self)
             case .adopt(let handoff): adopt(handoff)
             case .drain(let drain): startDrain(drain)
+            case .range(let range): startRange(range)
             case .stop(let done):
                 stopping = done
                 for listener in listeners.indices {
@@ -332,7 +335,9 @@ package final class Reactor {
 
     private func finishedRequest(_ slot: Int32, _ number: VolumeNumber, _ hosted: HostedVolume) {
         let owner = RequestOwner(rawValue: hosted.volume.request(slot).pointee.owner)
-        if owner.isDrain {
+        if owner.isRange {
+            finishRange(Int(owner.slot), slot, hosted)
+        } else if owner.isDrain {
             finishDrain(Int(owner.slot), slot, hosted)
         } else {
             replyReady(slot, hosted, owner)
@@ -468,9 +473,11 @@ struct RequestOwner {
     var rawValue: UInt64
     init(rawValue: UInt64) { self.rawValue = rawValue }
     init(connection slot: Int32, generation: UInt32) {
-        rawValue = UInt64(generation & 0x7FFF_FFFF) << 32 | UInt64(UInt32(bitPattern: slot))
+        rawValue = UInt64(generation & 0x3FFF_FFFF) << 32 | UInt64(UInt32(bitPattern: slot))
     }
     init(drain slot: Int) { rawValue = 1 << 63 | UInt64(slot) }
-    var isDrain: Bool { rawValue >> 63 == 1 }
+    init(range slot: Int) { rawValue = 3 << 62 | UInt64(slot) }
+    var isDrain: Bool { rawValue >> 62 == 2 }
+    var isRange: Bool { rawValue >> 62 == 3 }
     var slot: Int32 { Int32(truncatingIfNeeded: rawValue & 0x7FFF_FFFF) }
 }

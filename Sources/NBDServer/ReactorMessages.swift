@@ -16,6 +16,21 @@ package struct ReactorHandle: Sendable {
     /// Reads the next run of the point's data that must be sent.
     package func read(_ drain: DrainRead) { leave(.drain(drain)) }
 
+    /// Reads a range of a volume or copy.
+    ///
+    /// - Returns: 0, or a positive errno; ENOENT when the copy is not there.
+    package func read(
+        _ volume: VolumeNumber, _ view: View, offset: UInt64, length: Int, into buffer: PoolMemory
+    ) async -> Int32 {
+        await withCheckedContinuation { continuation in
+            leave(
+                .range(
+                    RangeRead(volume: volume, view: view, offset: offset, length: length, buffer: buffer) {
+                        continuation.resume(returning: $0)
+                    }))
+        }
+    }
+
     /// Senders are few and bounded, so a full mailbox means a reactor that has stopped; a restart mends that.
     func leave(_ message: ReactorMessage) {
         invariant(mailbox.send(message), "a reactor empties its mailbox")
@@ -35,6 +50,7 @@ enum ReactorMessage: Sendable {
     case perform(@Sendable (Reactor) -> Void)
     case adopt(Handoff)
     case drain(DrainRead)
+    case range(RangeRead)
     case stop(@Sendable () -> Void)
 }
 
@@ -47,6 +63,17 @@ struct Handoff: Sendable {
     var entry: ExportEntry
     var negotiated: Negotiated
     var unread: [UInt8]
+}
+
+/// A read for the control plane.
+struct RangeRead: Sendable {
+    var volume: VolumeNumber
+    var view: View
+    var offset: UInt64
+    var length: Int
+    /// Filled with the data; the reader's until the answer.
+    var buffer: PoolMemory
+    var answer: @Sendable (Int32) -> Void
 }
 
 /// A read of the next run of the point being drained.

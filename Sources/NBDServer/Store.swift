@@ -295,6 +295,47 @@ extension Reactor {
         let deferred = deferredDrains
         deferredDrains = []
         for drain in deferred { startDrain(drain) }
+        let ranges = deferredRanges
+        deferredRanges = []
+        for range in ranges { startRange(range) }
+    }
+
+    // MARK: Reading for the control plane
+
+    func startRange(_ range: RangeRead) {
+        let volume = hosted(range.volume).volume
+        guard range.offset <= volume.geometry.size, UInt64(range.length) <= volume.geometry.size - range.offset,
+            range.length <= range.buffer.byteCount
+        else { return range.answer(EINVAL) }
+        guard let slot = volume.takeRequest() else {
+            deferredRanges.append(range)
+            return
+        }
+        guard range.view == .volume || volume.retainCopy(range.view.rawValue) else {
+            volume.releaseRequest(slot)
+            return range.answer(ENOENT)
+        }
+        let request = volume.request(slot)
+        request.pointee.operation = .read
+        request.pointee.view = range.view
+        request.pointee.offset = range.offset
+        request.pointee.length = UInt64(range.length)
+        request.pointee.buffer = range.buffer.memory
+        var index = 0
+        while index < ranges.count, ranges[index] != nil { index += 1 }
+        if index == ranges.count { ranges.append(range) } else { ranges[index] = range }
+        request.pointee.owner = RequestOwner(range: index).rawValue
+        volume.submit(slot)
+    }
+
+    func finishRange(_ index: Int, _ slot: Int32, _ hosted: HostedVolume) {
+        let error = hosted.volume.request(slot).pointee.error
+        let range = ranges[index]!
+        ranges[index] = nil
+        hosted.volume.releaseRequest(slot)
+        if range.view != .volume { hosted.volume.releaseCopy(range.view.rawValue) }
+        resourcesFreed = true
+        range.answer(error)
     }
 
     func finishDrain(_ index: Int, _ slot: Int32, _ hosted: HostedVolume) {

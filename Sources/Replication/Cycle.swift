@@ -48,7 +48,8 @@ package struct Cycle {
         /// Every volume has formed, and acknowledgements go again; `intact`: none let go before all had formed.
         case formed(at: Double, intact: Bool)
         case read(slot: Int, grains: Range<Int>?, offset: UInt64, length: Int)
-        case sent(slot: Int)
+        /// `wire`: bytes that crossed the link for it.
+        case sent(slot: Int, wire: Int)
         case flushed
         case committed(at: Double)
         case commitRefused(String)
@@ -129,6 +130,9 @@ package struct Cycle {
     private var notBefore: UInt64 = 0
     private static let readyRetry: UInt64 = 50_000_000
     private var attempt = 0
+    /// How many slots of the window may be busy, and how often a flush is asked for; the driver adapts them to the link.
+    package var windowLimit: Int
+    package var checkpointBytes: Int
     /// A link lost for longer than this ends the point that is held, so that its target stops growing.
     package static let heldLimit: UInt64 = 30_000_000_000
     private var lostAt: UInt64?
@@ -140,6 +144,8 @@ package struct Cycle {
     package init(record: GroupRecord, settings: Settings) {
         self.record = record
         self.settings = settings
+        windowLimit = settings.window
+        checkpointBytes = settings.checkpointBytes
         state = .connecting
     }
 
@@ -237,8 +243,10 @@ package struct Cycle {
             return carry(
                 point, &drain,
                 drain.didRead(slot: slot, grains: grains, offset: offset, length: length))
-        case (.draining(let point, var drain), .sent(let slot)):
-            return carry(point, &drain, drain.didSend(slot: slot))
+        case (.draining(let point, var drain), .sent(let slot, let wire)):
+            drain.limit = windowLimit
+            drain.checkpointBytes = checkpointBytes
+            return carry(point, &drain, drain.didSend(slot: slot, wire: wire))
         case (.draining(let point, var drain), .flushed):
             return carry(point, &drain, drain.didFlush())
         case (.committing(let point), .committed(let time)): return committed(point, time, now)
@@ -393,7 +401,8 @@ package struct Cycle {
     private mutating func startDrain(_ point: PointRecord) -> [Action] {
         var drain = Drain(
             volumes: settings.volumes, window: settings.window,
-            checkpointBytes: settings.checkpointBytes)
+            checkpointBytes: checkpointBytes)
+        drain.limit = windowLimit
         return carry(point, &drain, drain.start())
     }
 

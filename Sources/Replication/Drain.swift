@@ -32,23 +32,29 @@ package struct Drain {
     private enum Slot {
         case free
         case reading(volume: Int)
-        case sending(VolumeRun, length: Int)
+        case sending(VolumeRun)
     }
 
     private var slots: [Slot]
+    private var freeSlots: [Int]
+    /// How many slots may be busy.
+    package var limit: Int
     private var exhausted: [Bool]
     private var nextVolume = 0
     private var acknowledged: [VolumeRun] = []
     private var acknowledgedBytes = 0
     private var flushing: [VolumeRun]?
-    private let checkpointBytes: Int
+    /// A flush is asked for after this much, so that a lost link costs no more than that.
+    package var checkpointBytes: Int
+    private static let checkpointRuns = 64 << 10
+    /// Bytes that crossed the link; zeroes count as nothing.
     package private(set) var bytesSent: UInt64 = 0
 
-    /// - Parameters:
-    ///   - window: reads and sends under way at a time.
-    ///   - checkpointBytes: a flush is asked for after this much, so that a lost link costs no more than that.
+    /// - Parameter window: reads and sends under way at a time.
     package init(volumes: Int, window: Int, checkpointBytes: Int) {
         slots = Array(repeating: .free, count: window)
+        freeSlots = Array((0..<window).reversed())
+        limit = window
         exhausted = Array(repeating: false, count: volumes)
         self.checkpointBytes = checkpointBytes
     }
@@ -61,22 +67,29 @@ package struct Drain {
     ) -> [Action] {
         guard case .reading(let volume) = slots[slot] else { return [] }
         guard let grains else {
-            slots[slot] = .free
+            free(slot)
             exhausted[volume] = true
             return advance()
         }
-        slots[slot] = .sending(VolumeRun(volume: volume, grains: grains), length: length)
+        slots[slot] = .sending(VolumeRun(volume: volume, grains: grains))
         return [.send(slot: slot, volume: volume, offset: offset, length: length)]
     }
 
-    /// The remote acknowledged the slot's data.
-    package mutating func didSend(slot: Int) -> [Action] {
-        guard case .sending(let run, let length) = slots[slot] else { return [] }
-        slots[slot] = .free
+    /// The remote acknowledged the slot's data, or has it already.
+    ///
+    /// - Parameter wire: bytes that crossed the link for it.
+    package mutating func didSend(slot: Int, wire: Int) -> [Action] {
+        guard case .sending(let run) = slots[slot] else { return [] }
+        free(slot)
         acknowledged.append(run)
-        acknowledgedBytes += length
-        bytesSent += UInt64(length)
+        acknowledgedBytes += wire
+        bytesSent += UInt64(wire)
         return advance()
+    }
+
+    private mutating func free(_ slot: Int) {
+        slots[slot] = .free
+        freeSlots.append(slot)
     }
 
     /// Every connection's flush ended.
@@ -86,20 +99,21 @@ package struct Drain {
         return (flushed.isEmpty ? [] : [.clear(flushed)]) + advance()
     }
 
-    private var busy: Bool {
-        slots.contains { if case .free = $0 { false } else { true } }
-    }
+    /// Slots that read or send.
+    package var busy: Int { slots.count - freeSlots.count }
 
     private mutating func advance() -> [Action] {
         var actions: [Action] = []
-        for slot in slots.indices {
-            guard case .free = slots[slot], let volume = volumeToRead() else { continue }
+        while busy < limit, let slot = freeSlots.last, let volume = volumeToRead() {
+            freeSlots.removeLast()
             slots[slot] = .reading(volume: volume)
             actions.append(.read(slot: slot, volume: volume))
         }
         guard flushing == nil else { return actions }
-        let done = !busy && !exhausted.contains(false)
-        if acknowledgedBytes >= checkpointBytes || (done && !acknowledged.isEmpty) {
+        let done = busy == 0 && !exhausted.contains(false)
+        if acknowledgedBytes >= checkpointBytes || acknowledged.count >= Self.checkpointRuns
+            || (done && !acknowledged.isEmpty)
+        {
             flushing = acknowledged
             acknowledged = []
             acknowledgedBytes = 0

@@ -61,6 +61,11 @@ package struct GroupRecord: Codable, Sendable, Equatable {
     /// A failback is under way: once the peer has everything, the roles are exchanged.
     package var failingBack: Bool?
 
+    /// The secondary was seeded: until the first commit only what differs by checksum is sent.
+    package var fromImage: Bool?
+    /// Bytes a second over the link, by command; nil = as configured.
+    package var rate: UInt64?
+
     // Secondary.
     /// The point at which this site gave up the role of primary; until the peer has opened a session, its recording bitmaps
     /// say what the peer must take into its own.

@@ -41,10 +41,11 @@ package struct LinkTLS: Sendable {
     }
 }
 
-/// Outcome of one asynchronous command, written by libnbd's callback.
+/// One asynchronous command, as libnbd's callback sees it.
 struct LinkCompletion {
-    var pending = false
-    var done = false
+    // Safe because: the slab outlives every connection that was given a pointer into it.
+    unowned(unsafe) let slab: CompletionSlab
+    let index: Int32
     var error: Int32 = 0
 }
 
@@ -52,14 +53,35 @@ struct LinkCompletion {
 final class CompletionSlab {
     let slots: UnsafeMutablePointer<LinkCompletion>
     let count: Int
+    /// Commands that libnbd has and has not answered.
+    fileprivate(set) var pending = 0
+    private let answered: UnsafeMutablePointer<Int32>
+    private var answeredCount = 0
 
     init(count: Int) {
         self.count = count
         slots = .allocate(capacity: count)
-        slots.initialize(repeating: LinkCompletion(), count: count)
+        answered = .allocate(capacity: count)
+        for index in 0..<count { (slots + index).initialize(to: LinkCompletion(slab: self, index: Int32(index))) }
     }
 
-    deinit { slots.deallocate() }
+    deinit {
+        slots.deallocate()
+        answered.deallocate()
+    }
+
+    fileprivate func note(_ index: Int32) {
+        answered[answeredCount] = index
+        answeredCount += 1
+        pending -= 1
+    }
+
+    /// A command that was answered and not looked at yet.
+    func takeAnswered() -> Int? {
+        guard answeredCount > 0 else { return nil }
+        answeredCount -= 1
+        return Int(answered[answeredCount])
+    }
 }
 
 final class LinkConnection {
@@ -124,15 +146,16 @@ final class LinkConnection {
         return revents & failing == 0
     }
 
-    private static func callback(
+    private func callback(
         _ completion: UnsafeMutablePointer<LinkCompletion>
     ) -> nbd_completion_callback {
-        completion.pointee = LinkCompletion(pending: true)
+        completion.pointee.error = 0
+        slab.pending += 1
         return nbd_completion_callback(
             callback: { data, error in
                 let completion = data!.assumingMemoryBound(to: LinkCompletion.self)
-                completion.pointee.done = true
                 completion.pointee.error = error?.pointee ?? 0
+                completion.pointee.slab.note(completion.pointee.index)
                 return 1  // libnbd may forget the command
             }, user_data: completion, free: nil)
     }
@@ -141,32 +164,33 @@ final class LinkConnection {
         _ buffer: UnsafeRawPointer, _ length: Int, at offset: UInt64,
         _ completion: UnsafeMutablePointer<LinkCompletion>
     ) -> Bool {
-        nbd_aio_pwrite(handle, buffer, length, offset, Self.callback(completion), 0) >= 0
+        nbd_aio_pwrite(handle, buffer, length, offset, callback(completion), 0) >= 0
     }
 
     func zero(
         _ length: Int, at offset: UInt64, _ completion: UnsafeMutablePointer<LinkCompletion>
     ) -> Bool {
-        nbd_aio_zero(handle, UInt64(length), offset, Self.callback(completion), 0) >= 0
+        nbd_aio_zero(handle, UInt64(length), offset, callback(completion), 0) >= 0
     }
 
     func flush(_ completion: UnsafeMutablePointer<LinkCompletion>) -> Bool {
-        nbd_aio_flush(handle, Self.callback(completion), 0) >= 0
+        nbd_aio_flush(handle, callback(completion), 0) >= 0
     }
 }
 
 /// The connections to every volume of a group.
 final class Link {
     let connections: [[LinkConnection]]
-    /// One for each window slot, then one for each connection's flush.
+    /// `partsPerSlot` for each window slot, then one for each connection's flush.
     let completions: CompletionSlab
+    static let partsPerSlot = 8
     private var next = 0
     private var failed = false
 
     init(
         address: NBDAddress, tls: LinkTLS, exports: [String], connectionsPerVolume: Int, window: Int
     ) throws(SystemError) {
-        completions = CompletionSlab(count: window + exports.count * connectionsPerVolume)
+        completions = CompletionSlab(count: window * Self.partsPerSlot + exports.count * connectionsPerVolume)
         var connections: [[LinkConnection]] = []
         for export in exports {
             var ofVolume: [LinkConnection] = []

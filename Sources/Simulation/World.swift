@@ -488,12 +488,12 @@ package final class World: Scenario {
             ) { [unowned self] request in
                 let failed = request.error != 0
                 tasks.append { [unowned self] in
-                    event(failed ? .linkLost("the peer failed") : .sent(slot: slot), sender)
+                    event(failed ? .linkLost("the peer failed") : .sent(slot: slot, wire: 1), sender)
                 }
             }
             if !accepted { send(slot, index, offset, data, sender) }
         }
-        if fault == .commitEarly { event(.sent(slot: slot), sender) }
+        if fault == .commitEarly { event(.sent(slot: slot, wire: 1), sender) }
     }
 
     private func flush(_ sender: UInt64) {

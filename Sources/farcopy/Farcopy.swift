@@ -12,7 +12,8 @@ struct Farcopy: AsyncParsableCommand {
         version: Site.version,
         subcommands: [
             Serve.self, Status.self, CycleCommand.self, Suspend.self, Resume.self, Points.self,
-            Failover.self, Switchover.self, Failback.self, Resync.self, Abort.self, Events.self, FlashCopyCommand.self,
+            Failover.self, Switchover.self, Failback.self, Resync.self, Abort.self,
+            Practice.self, Verify.self, Rate.self, Events.self, FlashCopyCommand.self,
             Attach.self, Detach.self,
             Inspect.self, Adopt.self,
         ])

@@ -66,8 +66,11 @@ struct Resume: AsyncParsableCommand {
     @Argument(help: "The group.") var group: String
     @Flag(help: "Serve hosts although the peer has not said that it has not taken over (on_isolated).")
     var isolated = false
+    @Flag(help: "The secondary was seeded with a copy: until the first commit send only what differs by checksum.")
+    var fromImage = false
     func run() async throws {
-        try await simple(options, "/v1/groups/\(encoded(group))/resume" + (isolated ? "?isolated=true" : ""))
+        let query = isolated ? "?isolated=true" : fromImage ? "?from_image=true" : ""
+        try await simple(options, "/v1/groups/\(encoded(group))/resume" + query)
     }
 }
 
@@ -111,6 +114,76 @@ struct Events: AsyncParsableCommand {
     }
 }
 
+struct Rate: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Bound the link of a group from now on, through restarts: 50MiB (a second), unlimited, or default.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+    @Argument(help: "Bytes a second, 'unlimited', or 'default' for what the configuration says.") var rate: String
+
+    func run() async throws {
+        guard rate == "default" || rate == "unlimited" || parseSize(rate) ?? 0 >= 16 << 10 else {
+            throw ValidationError("'\(rate)' is no rate: write 50MiB (at least 16KiB a second), unlimited, or default")
+        }
+        let bytes = rate == "default" ? rate : rate == "unlimited" ? "0" : String(parseSize(rate)!)
+        try await simple(options, "/v1/groups/\(encoded(group))/rate?bytes=\(bytes)")
+    }
+}
+
+struct Practice: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "At the secondary: a writable copy of a point, VOLUME@practice, while mirroring goes on.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+    @Option(help: "The recovery point; default: the newest.") var point: UInt64?
+    @Flag(help: "Remove the copy.") var end = false
+
+    func run() async throws {
+        let path = "/v1/groups/\(encoded(group))/practice"
+        if end {
+            let bytes = try await options.call("DELETE", path, seconds: 600)
+            if options.json { printRaw(bytes) }
+            return
+        }
+        let bytes = try await options.call("POST", path + (point.map { "?point=\($0)" } ?? ""), seconds: 600)
+        if options.json { return printRaw(bytes) }
+        let reports: [FlashCopyReport] = try decode(bytes)
+        for report in reports { Output.line(report.export) }
+    }
+}
+
+struct Verify: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "At the primary: compare a point at both sites by checksum, while mirroring goes on.",
+        discussion: "Ends with 1 when the sites differ.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+    @Flag(help: "Send what differs again.") var repair = false
+    @Option(help: "Most bytes that are compared in a second, such as 50MiB.") var rate: String?
+
+    func run() async throws {
+        var path = "/v1/groups/\(encoded(group))/verify?repair=\(repair)"
+        if let rate {
+            guard let bytes = parseSize(rate), bytes > 0 else { throw ValidationError("'\(rate)' is no rate") }
+            path += "&rate=\(bytes)"
+        }
+        let bytes = try await options.call("POST", path, seconds: 30 * 86400)
+        let report: VerifyReport = try decode(bytes)
+        if options.json {
+            printRaw(bytes)
+        } else {
+            Output.line(
+                "point \(report.point): compared \(StatusText.bytes(report.comparedBytes)), "
+                    + "\(StatusText.bytes(report.differingBytes)) differ")
+            for part in report.differences { Output.line("\(part.volume)\t\(part.offset)\t\(part.length)") }
+        }
+        if report.repairing { return Output.line("what differs is sent again with the next point") }
+        if report.differingBytes > 0 {
+            Output.fail("the sites differ; `farcopy verify \(group) --repair` sends it again")
+        }
+    }
+}
+
 /// `status` for people.
 enum StatusText {
     static func bytes(_ count: UInt64) -> String {
@@ -148,6 +221,7 @@ enum StatusText {
     private static func text(_ name: String, _ group: StatusReport.GroupReport) -> [String] {
         var lines = ["group \(name): \(group.role) of \(group.peer), \(group.state), mode \(group.mode)"]
         if let reason = group.reason { lines.append("  reason: \(reason)") }
+        if let notice = group.notice { lines.append("  notice: \(notice)") }
         if let alerts = group.alerts { lines += alerts.map { "  alert: \($0)" } }
         if let operation = group.operation {
             lines.append("  \(operation.name) since \(operation.startedAt): \(operation.step)")
@@ -158,6 +232,7 @@ enum StatusText {
         if let lag = group.lagSeconds { figures.append("lag \(tenths(lag)) s") }
         if let pending = group.pendingBytes { figures.append("pending \(bytes(pending))") }
         if let rate = group.rateBytesPerSecond, rate > 0 { figures.append("sending \(bytes(UInt64(rate)))/s") }
+        if let progress = group.progress { figures.append("\(tenths(progress * 100)) % copied") }
         if let eta = group.etaSeconds { figures.append("ETA \(tenths(eta)) s") }
         if !figures.isEmpty { lines.append("  " + figures.joined(separator: ", ")) }
         return lines

@@ -93,7 +93,11 @@ class Sequences(SiteTest):
             self.write: 30, self.cycle: 20, self.suspend: 4, self.resume: 6, self.kill: 14, self.start: 14, self.failover: 8,
             self.switchover: 8, self.failback: 8, self.cut: 5, self.mend: 7, self.resync: 4}
         what = self.random.choices(list(steps), list(steps.values()))[0]
-        what(self.random.choice((self.east, self.west)))
+        site = self.random.choice((self.east, self.west))
+        wanted = "secondary" if what == self.failover else "primary"
+        if what in (self.cycle, self.suspend, self.failover, self.switchover, self.failback) and self.random.random() < 0.9:
+            site = next((s for s in (self.east, self.west) if self.group(s)["role"] == wanted), site)
+        what(site)
         self.look()
 
     def note(self, *words):

@@ -1,0 +1,70 @@
+// Checksums.swift: checksums of what a site holds, for itself and for its peer.
+
+import Base
+import FoundationEssentials
+import NBDServer
+import Replication
+import Ring
+import TLS
+import Volumes
+
+struct ChecksumRequest: Codable, Sendable {
+    var siteID: String
+    /// Of the secondary's present content, in this session …
+    var session: UInt64?
+    /// … or of a FlashCopy or recovery point by name.
+    var copy: String?
+    var volume: String
+    var offset: UInt64
+    var length: Int
+    var block: Int
+}
+
+/// Base64 of the checksums (`Digest`), one after the other.
+struct ChecksumAnswer: Codable, Sendable { var digests: String }
+
+extension Site {
+    func checksums(_ name: String, _ request: ChecksumRequest) async throws -> ChecksumAnswer {
+        let group = try group(name)
+        guard group.record.peerSite == request.siteID else {
+            throw SiteError("group '\(name)' at '\(configuration.site)' has another peer", status: 403)
+        }
+        guard let volume = members(group).first(where: { $0.name == request.volume }) else {
+            throw SiteError("group '\(name)' has no volume '\(request.volume)'", status: 404)
+        }
+        guard (512...Limits.maximumGrain).contains(request.block), (1...Limits.checksumBytes).contains(request.length)
+        else {
+            throw SiteError(
+                "checksums of \(request.length) bytes in blocks of \(request.block) are too much", status: 400)
+        }
+        let view: View
+        if let copy = request.copy {
+            view = .copy(try chainPlace(volume, copy).id)
+        } else {
+            guard let session = request.session, session == group.session else {
+                throw SiteError("the session has ended", status: 403)
+            }
+            view = .volume
+        }
+        let digests = try await digests(volume, view, request.offset, request.length, request.block)
+        return ChecksumAnswer(digests: Data(digests).base64EncodedString())
+    }
+
+    func digests(_ volume: VolumeState, _ view: View, _ offset: UInt64, _ length: Int, _ block: Int) async throws
+        -> [UInt8]
+    {
+        let buffer = try PoolMemory(byteCount: length)
+        let errno = await volume.reactor.read(volume.number, view, offset: offset, length: length, into: buffer)
+        guard errno == 0 else { throw SystemError("read volume '\(volume.name)' at \(offset)", errno: errno) }
+        return await hash(buffer, length, block)
+    }
+}
+
+/// Away from the site's thread, since it takes a processor's time.
+private nonisolated func hash(_ buffer: PoolMemory, _ length: Int, _ block: Int) async -> [UInt8] {
+    await Task.detached {
+        withExtendedLifetime(buffer) {
+            Digest.blocks(UnsafeRawBufferPointer(start: buffer.memory, count: length), block: block)
+        }
+    }.value
+}

@@ -1,0 +1,46 @@
+// Practice.swift: `farcopy practice`: a writable copy of a point, while mirroring goes on.
+
+import Replication
+import Volumes
+
+extension Site {
+    static let practiceName = "practice"
+
+    /// A writable FlashCopy `practice` of a point over all volumes of the group. Mirroring, lag and points are not touched.
+    ///
+    /// - Parameter wanted: the recovery point's number; nil = the newest.
+    func practice(_ name: String, point wanted: String?) async throws -> [FlashCopyReport] {
+        let group = try group(name)
+        let volumes = members(group)
+        if volumes.contains(where: { $0.copyRecord(Self.practiceName) != nil }) {
+            throw SiteError(
+                "group '\(name)' is being practised with already; `farcopy practice \(name) --end` ends that")
+        }
+        guard let newest = group.record.points.last else {
+            throw SiteError(
+                group.record.role == .primary
+                    ? "group '\(name)' is primary at '\(configuration.site)'; practise at '\(group.entry.peer)', which has its points"
+                    : "group '\(name)' has no recovery point yet: its first copy is not complete")
+        }
+        let point = wanted ?? String(newest.number)
+        guard group.record.points.contains(where: { String($0.number) == point }) else {
+            let known = group.record.points.map { String($0.number) }.joined(separator: ", ")
+            throw SiteError("group '\(name)' has no point \(point); it has \(known)", status: 404)
+        }
+        var request = FlashCopyRequest(name: Self.practiceName, volumes: group.entry.volumes)
+        request.of = point
+        request.writable = true
+        let reports = try await cloneFlashCopy(request)
+        note(name, "practice with point \(point) begins")
+        return reports
+    }
+
+    func endPractice(_ name: String) async throws {
+        let group = try group(name)
+        guard members(group).contains(where: { $0.copyRecord(Self.practiceName) != nil }) else {
+            throw SiteError("group '\(name)' is not being practised with", status: 404)
+        }
+        try await withdrawFlashCopy(FlashCopyRequest(name: Self.practiceName, volumes: group.entry.volumes))
+        note(name, "practice ends")
+    }
+}

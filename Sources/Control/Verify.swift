@@ -1,0 +1,260 @@
+// Verify.swift: `farcopy verify`: compares a point at both sites by checksum while mirroring goes on.
+//
+// A FlashCopy of every volume is taken at the primary in the very instant in which a point is formed; the peer keeps that
+// point as a clone. The two must be alike, whatever hosts do meanwhile.
+//
+// Must be prevented:
+//   what hosts write meanwhile counts as a difference
+//   a FlashCopy made for it stays behind
+
+import Base
+import FoundationEssentials
+import Glibc
+import NBDServer
+import Replication
+import Ring
+import Synchronization
+import TLS
+import Volumes
+
+package struct VerifyReport: Codable, Sendable {
+    package struct Difference: Codable, Sendable {
+        package var volume: String
+        package var offset: UInt64
+        package var length: UInt64
+    }
+    package var point: UInt64
+    package var startedAt: String
+    package var finishedAt: String
+    package var comparedBytes: UInt64
+    package var differingBytes: UInt64
+    /// The first thousand.
+    package var differences: [Difference]
+    /// The differing grains are sent again with the next point.
+    package var repairing: Bool
+    enum CodingKeys: String, CodingKey {
+        case point, differences, repairing
+        case startedAt = "started_at"
+        case finishedAt = "finished_at"
+        case comparedBytes = "compared_bytes"
+        case differingBytes = "differing_bytes"
+    }
+}
+
+extension Site {
+    /// - Parameter rate: bytes a second; 0 = as fast as it goes.
+    func verify(_ name: String, repair: Bool, rate: UInt64) async throws -> VerifyReport {
+        let group = try group(name)
+        var report: VerifyReport?
+        try await operate(group, .verify) {
+            report = try await self.compareSites(group, group.operation!, repair, rate)
+        }
+        let result = report!
+        group.lastVerify = result
+        group.verifiedBytes += result.comparedBytes
+        group.differencesFound += UInt64(result.differences.count)
+        note(
+            name,
+            "point \(result.point) compared with '\(group.entry.peer)': \(result.comparedBytes) bytes, \(result.differingBytes) differ"
+                + (result.differingBytes > 0 && repair ? "; they are sent again" : ""))
+        return result
+    }
+
+    private func compareSites(
+        _ group: GroupState, _ operation: Operation, _ repair: Bool, _ rate: UInt64
+    ) async throws -> VerifyReport {
+        guard let replicator = group.replicator else { throw SiteError(notMirroring(group)) }
+        guard let peer = peer(group) else {
+            throw SiteError("the peer of group '\(group.entry.name)' gives no checksums; it is no Farcopy site")
+        }
+        let started = realSeconds()
+        operation.step = "a point is formed"
+        let (point, copies) = try await copyAtPoint(group, replicator)
+        let pinned = "\(Self.verifyPrefix)\(point.number)"
+        var report: VerifyReport?
+        var problem: (any Error)?
+        do {
+            try await peer.pin(point: point.number, as: pinned)
+            report = try await compare(group, operation, peer, pinned, copies, rate)
+        } catch {
+            problem = error
+        }
+        for copy in copies { await leave(copy.volume, copy.record.id) }
+        try? await peer.unpin(pinned)
+        if let problem { throw problem }
+        report!.point = point.number
+        report!.startedAt = timestamp(started)
+        report!.finishedAt = timestamp(realSeconds())
+        if repair, !report!.differences.isEmpty {
+            await markDifferent(group, report!.differences)
+            report!.repairing = true
+        }
+        return report!
+    }
+
+    /// Names with ':' are the site's own and not exported.
+    static let verifyPrefix = "verify:"
+
+    /// FlashCopies of the instant of a point that the peer has committed.
+    private func copyAtPoint(_ group: GroupState, _ replicator: Replicator) async throws -> (PointRecord, [NewCopy]) {
+        await copyTurnstile.enter()
+        defer { copyTurnstile.leave() }
+        let members = members(group)
+        var made: [NewCopy] = []
+        for volume in members {
+            try checkNotRestoring(volume)
+            let request = FlashCopyRequest(
+                name: "\(Self.verifyPrefix)\(volume.record.nextCopy)", volumes: [volume.name])
+            made.append(try await prepare(request, volume, target: nil, order: volume.takeOrder()))
+        }
+        let entries = made.map { Self.chainEntry($0.volume.number, $0.record, $0.files) { $0.addCopy($1) } }
+        let numbers = Mutex<[Int: (StoreFile, StoreFile)]>([:])
+        do {
+            let point = try await replicator.cycle { reactor, index in
+                let files = entries[index](reactor)
+                numbers.withLock { $0[index] = files }
+            }
+            for (index, copy) in made.enumerated() {
+                guard let files = numbers.withLock({ $0[index] }) else {
+                    throw SiteError("the point was formed without its FlashCopies; try again", status: 503)
+                }
+                entered(copy.volume, copy.record, copy.files, files.0, files.1)
+            }
+            return (point, made)
+        } catch {
+            for (index, copy) in made.enumerated() {
+                if let files = numbers.withLock({ $0[index] }) {
+                    entered(copy.volume, copy.record, copy.files, files.0, files.1)
+                    await leave(copy.volume, copy.record.id)
+                } else {
+                    try? discard(copy)
+                }
+            }
+            throw error as? SiteError ?? SiteError("group '\(group.entry.name)': \(error)")
+        }
+    }
+
+    private func compare(
+        _ group: GroupState, _ operation: Operation, _ peer: HTTPPeer, _ pinned: String, _ copies: [NewCopy],
+        _ rate: UInt64
+    ) async throws -> VerifyReport {
+        var report = VerifyReport(
+            point: 0, startedAt: "", finishedAt: "", comparedBytes: 0, differingBytes: 0, differences: [],
+            repairing: false)
+        let total = copies.reduce(0) { $0 + $1.volume.geometry.size }
+        let begin = realSeconds()
+        for copy in copies {
+            let size = copy.volume.geometry.size
+            var offset: UInt64 = 0
+            while offset < size {
+                guard !operation.isAborted else { throw SiteError("aborted by the operator") }
+                let parts = Self.parts(from: offset, size)
+                let pairs = try await digestPairs(copy, peer, pinned, parts)
+                for ((start, length), (ours, theirs)) in zip(parts, pairs) {
+                    guard ours.count == theirs.count else { throw SiteError("the peer's checksums make no sense") }
+                    note(Sender.differing(ours, theirs, length, runs: .max), at: start, copy.volume, &report)
+                    report.comparedBytes += UInt64(length)
+                    offset = start + UInt64(length)
+                }
+                operation.step = progress(report, total, begin)
+                let due = rate == 0 ? 0 : Double(report.comparedBytes) / Double(rate) - (realSeconds() - begin)
+                if due > 0 { try await Task.sleep(for: .seconds(min(due, 5))) }
+            }
+        }
+        return report
+    }
+
+    private func progress(_ report: VerifyReport, _ total: UInt64, _ begin: Double) -> String {
+        let rate = Double(report.comparedBytes) / max(0.001, realSeconds() - begin)
+        let left = Double(total - report.comparedBytes) / max(1, rate)
+        return "compared \(report.comparedBytes) of \(total) bytes at \(Int(rate)) bytes/s, \(Int(left)) s left, "
+            + "\(report.differingBytes) bytes differ"
+    }
+
+    /// A few parts at a time, so that a link with a long way is used.
+    private static func parts(from offset: UInt64, _ size: UInt64) -> [(UInt64, Int)] {
+        (0..<UInt64(8)).compactMap { index in
+            let start = offset + index * UInt64(Limits.checksumBytes)
+            return start < size ? (start, Int(min(UInt64(Limits.checksumBytes), size - start))) : nil
+        }
+    }
+
+    private func digestPairs(
+        _ copy: NewCopy, _ peer: HTTPPeer, _ pinned: String, _ parts: [(UInt64, Int)]
+    ) async throws -> [([UInt8], [UInt8])] {
+        let name = copy.volume.name
+        var theirs: [Task<[UInt8], any Error>] = []
+        for (offset, length) in parts {
+            theirs.append(
+                Task {
+                    try await peer.checksums(
+                        copy: pinned, volume: name, offset: offset, length: length, block: Comparison.block)
+                })
+        }
+        var pairs: [([UInt8], [UInt8])] = []
+        for ((offset, length), task) in zip(parts, theirs) {
+            let ours = try await digests(copy.volume, .copy(copy.record.id), offset, length, Comparison.block)
+            pairs.append((ours, try await task.value))
+        }
+        return pairs
+    }
+
+    private func note(_ runs: [Range<Int>], at start: UInt64, _ volume: VolumeState, _ report: inout VerifyReport) {
+        for run in runs {
+            report.differingBytes += UInt64(run.count)
+            guard report.differences.count < 1000 else { continue }
+            report.differences.append(
+                VerifyReport.Difference(
+                    volume: volume.name, offset: start + UInt64(run.lowerBound), length: UInt64(run.count)))
+        }
+    }
+
+    private func markDifferent(_ group: GroupState, _ differences: [VerifyReport.Difference]) async {
+        for volume in members(group) {
+            let (number, geometry) = (volume.number, volume.geometry)
+            let found = differences.filter { $0.volume == volume.name }
+            await volume.reactor.run { reactor in
+                for part in found {
+                    reactor.hosted(number).volume.markChanged(geometry.grains(offset: part.offset, length: part.length))
+                }
+            }
+        }
+    }
+
+    // MARK: At the peer
+
+    /// Keeps a recovery point for a verification, whatever the retention.
+    func pin(_ name: String, _ request: PinRequest) async throws {
+        let group = try group(name)
+        guard group.record.peerSite == request.siteID, request.name.hasPrefix(Self.verifyPrefix) else {
+            throw SiteError("group '\(name)' at '\(configuration.site)' has another peer", status: 403)
+        }
+        for volume in members(group) where volume.copyRecord(request.name) != nil { return }
+        var copy = FlashCopyRequest(name: request.name, volumes: group.entry.volumes)
+        copy.of = String(request.point)
+        _ = try await cloneFlashCopy(copy, own: true)
+    }
+
+    func unpin(_ name: String, _ request: PinRequest) async throws {
+        let group = try group(name)
+        guard group.record.peerSite == request.siteID, request.name.hasPrefix(Self.verifyPrefix) else {
+            throw SiteError("group '\(name)' at '\(configuration.site)' has another peer", status: 403)
+        }
+        try await withdrawFlashCopy(FlashCopyRequest(name: request.name, volumes: group.entry.volumes))
+    }
+
+    /// What a verification of an earlier process left behind.
+    func dropVerifyCopies() async {
+        for volume in volumes.values {
+            for copy in volume.record.copies where copy.name.hasPrefix(Self.verifyPrefix) {
+                try? await withdrawFlashCopy(FlashCopyRequest(name: copy.name, volumes: [volume.name]))
+            }
+        }
+    }
+}
+
+struct PinRequest: Codable, Sendable {
+    var siteID: String
+    var point: UInt64
+    var name: String
+}
