@@ -27,6 +27,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case forgetInFlightMark
     case skipReadCheck
     case skipDurability
+    /// A site does not take the changed grains of the peer that gives up its role into its own bitmaps.
+    case forgetPeersChanges
 
     // One site with FlashCopies (CopyWorld).
     /// A copy takes old content before it is written down.

@@ -33,20 +33,25 @@ extension World {
         let pending = (0..<Self.volumes).map { _ in SimulatedBitmap(bits: Self.grains) }
         for index in 0..<Self.volumes {
             west[index].volume.markDifferences(from: CopyID(point), in: pending[index].bitmap(Self.grains))
+            west[index].volume.markChanged(pending[index].bitmap(Self.grains))
             pending[index].flush()
+            westBitmaps[index].0.flush()
+            westBitmaps[index].1.flush()
         }
         var restoring = Array(repeating: true, count: Self.volumes)
-        takeOver(point, pending, restoring)
+        takeOver(point, pending, restoring, trusted: true)
         var operations = 0
-        while operations < 60 || restoring.contains(true) {
+        // Few or many: what nobody writes again must be right as well.
+        let wanted = random.chance(50) ? random.below(4) : 60
+        while operations < wanted || restoring.contains(true) {
             operations += 1
             let index = random.below(Self.volumes)
             for _ in 0..<random.below(30) { west[random.below(Self.volumes)].step(&random) }
             for volume in 0..<Self.volumes where west[volume].takeEvents().contains(.restoreFinished) {
                 restoring[volume] = false
             }
-            try act(index, &models[index])
-            if operations < 60, random.chance(6) {
+            if operations <= wanted { try act(index, &models[index]) }
+            if operations < wanted, random.chance(6) {
                 try crashAfterFailover(point, pending, restoring, &models, powerLoss: random.chance(50))
             }
             guard operations < 100_000 else { throw SimulationFailure("a restore never ends") }
@@ -62,10 +67,11 @@ extension World {
         }
     }
 
-    private func takeOver(_ point: UInt64, _ pending: [SimulatedBitmap], _ restoring: [Bool]) {
+    private func takeOver(_ point: UInt64, _ pending: [SimulatedBitmap], _ restoring: [Bool], trusted: Bool) {
         for index in 0..<Self.volumes {
             west[index].volume.policy = .hostFirst
             west[index].volume.recording = true
+            startLog(west[index], westLogs[index], westBitmaps[index], trusted)
             if restoring[index] {
                 west[index].volume.startRestore(
                     from: CopyID(point), pending: pending[index].bitmap(Self.grains),
@@ -126,8 +132,9 @@ extension World {
     private func crashAfterFailover(
         _ point: UInt64, _ pending: [SimulatedBitmap], _ restoring: [Bool], _ models: inout [Model], powerLoss: Bool
     ) throws(SimulationFailure) {
-        restartWest(powerLoss: powerLoss, also: pending)
-        takeOver(point, pending, restoring)
+        if powerLoss { for log in westLogs { log.losePower(&random) } }
+        restartWest(powerLoss: powerLoss, also: pending + westBitmaps.flatMap { [$0.0, $0.1] })
+        takeOver(point, pending, restoring, trusted: !powerLoss)
         for index in 0..<Self.volumes {
             let found = try complete(index, .read, 0, Self.size, nil)
             for sector in 0..<Self.size / 512 {

@@ -24,7 +24,13 @@ struct Hosts {
     private var life = 0
     var stopped = false
 
-    init(chains count: Int) { chains = Array(repeating: Chain(), count: count) }
+    /// Chains of another era count as never written.
+    let era: Int
+
+    init(chains count: Int, era: Int = 0) {
+        chains = Array(repeating: Chain(), count: count)
+        self.era = era
+    }
 
     static func offset(_ chain: Int, _ step: Int) -> Int {
         let slot = (step / 2) % slots
@@ -36,9 +42,11 @@ struct Hosts {
         return grain * World.grain + sector * SimulatedFile.sector
     }
 
-    static func sector(_ chain: Int, _ step: Int) -> [UInt8] {
+    private func mark(_ chain: Int) -> UInt64 { UInt64(era * 64 + chain + 1) }
+
+    private func sector(_ chain: Int, _ step: Int) -> [UInt8] {
         var bytes: [UInt8] = []
-        let word = UInt64(chain + 1) << 48 | UInt64(step)
+        let word = mark(chain) << 48 | UInt64(step)
         for _ in 0..<SimulatedFile.sector / 8 {
             for shift in 0..<8 { bytes.append(UInt8(truncatingIfNeeded: word >> UInt64(8 * shift))) }
         }
@@ -55,7 +63,7 @@ struct Hosts {
         let fua = world.random.chance(5)
         let accepted = world.east[step % 2].submit(
             .write, offset: Self.offset(chain, step), length: SimulatedFile.sector,
-            data: Self.sector(chain, step), fua: fua
+            data: sector(chain, step), fua: fua
         ) { [unowned world] request in
             guard world.hosts.life == life, request.error == 0 else { return }
             world.hosts.chains[chain].acknowledged = step
@@ -123,7 +131,7 @@ struct Hosts {
         let at = Self.offset(chain, 2 * slot)
         var word: UInt64 = 0
         for shift in 0..<8 { word |= UInt64(image[at + shift]) << UInt64(8 * shift) }
-        return Int(word & 0xFFFF_FFFF_FFFF)
+        return word >> 48 == mark(chain) ? Int(word & 0xFFFF_FFFF_FFFF) : 0
     }
 
     /// What is wrong with a pair of images as a cut; nil when it is closed.

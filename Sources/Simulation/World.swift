@@ -59,13 +59,13 @@ package final class World: Scenario {
     package private(set) var figures = SimulationFigures()
 
     // East: files and metadata outlive its processes.
-    private var eastFiles: [SimulatedFile] = []
-    private var eastBitmaps: [(SimulatedBitmap, SimulatedBitmap)] = []
-    private var eastRoles: [UnsafeMutablePointer<RecordingRoles>] = []
-    private var eastTargets: [SimulatedFile] = []
-    private var eastPreserved: [SimulatedBitmap] = []
-    private var eastLogs: [SimulatedFile] = []
-    private var eastRecord = GroupRecord(role: .primary, generation: "east")
+    var eastFiles: [SimulatedFile] = []
+    var eastBitmaps: [(SimulatedBitmap, SimulatedBitmap)] = []
+    var eastRoles: [UnsafeMutablePointer<RecordingRoles>] = []
+    var eastTargets: [SimulatedFile] = []
+    var eastPreserved: [SimulatedBitmap] = []
+    var eastLogs: [SimulatedFile] = []
+    var eastRecord = GroupRecord(role: .primary, generation: "east")
     var east: [SimulatedVolume] = []
     private var cycle: Cycle!
     private var mailboxes: [[() -> Void]] = []
@@ -73,23 +73,25 @@ package final class World: Scenario {
 
     // West.
     var westFiles: [SimulatedFile] = []
-    private var westBitmaps: [(SimulatedBitmap, SimulatedBitmap)] = []
-    private var westRoles: [UnsafeMutablePointer<RecordingRoles>] = []
+    var westBitmaps: [(SimulatedBitmap, SimulatedBitmap)] = []
+    var westRoles: [UnsafeMutablePointer<RecordingRoles>] = []
+    /// Used once west is primary.
+    var westLogs: [SimulatedFile] = []
     var westCopies: [[CopyID: (SimulatedFile, SimulatedBitmap)]] = []
-    private var westRecord = GroupRecord(role: .secondary, generation: "east")
+    var westRecord = GroupRecord(role: .secondary, generation: "east")
     var westPoints: [UInt64] { westRecord.points.map(\.number) }
-    private var westOrder = CopyRecord.orderStep
+    var westOrder = CopyRecord.orderStep
     var west: [SimulatedVolume] = []
     private var westLife = 0
     private var committing = false
     /// Steps of a commit, which go on when the primary dies.
-    private var westTasks: [() -> Void] = []
+    var westTasks: [() -> Void] = []
     private var session: UInt64 = 0
     /// The session that the primary's connections belong to.
     private var linkSession: UInt64 = 0
 
     // The link and everything else that takes time: run in any order.
-    private var tasks: [() -> Void] = []
+    var tasks: [() -> Void] = []
     private var epoch: UInt64 = 0
     /// Nothing reaches the other site before this step.
     private var partitionedUntil = 0
@@ -97,7 +99,7 @@ package final class World: Scenario {
     private let copyMemory: UnsafeMutableRawPointer
 
     var hosts: Hosts
-    private var remembered: [UInt64: [[UInt8]]] = [:]
+    var remembered: [UInt64: [[UInt8]]] = [:]
     private var failure: SimulationFailure?
 
     package init(seed: UInt64, fault: DeliberateFault? = nil) {
@@ -116,12 +118,13 @@ package final class World: Scenario {
             eastFiles.append(SimulatedFile(byteCount: Self.size))
             eastTargets.append(SimulatedFile(byteCount: Self.size))
             eastPreserved.append(SimulatedBitmap(bits: Self.grains))
-            eastLogs.append(SimulatedFile(byteCount: ActivityLog.fileOffset + 4096))
+            eastLogs.append(Self.newLog())
             eastBitmaps.append((SimulatedBitmap(bits: Self.grains), SimulatedBitmap(bits: Self.grains)))
             eastRoles.append(Self.newRoles())
             westFiles.append(SimulatedFile(byteCount: Self.size))
             westBitmaps.append((SimulatedBitmap(bits: Self.grains), SimulatedBitmap(bits: Self.grains)))
             westRoles.append(Self.newRoles())
+            westLogs.append(Self.newLog())
             westCopies.append([:])
         }
         startWest()
@@ -135,6 +138,8 @@ package final class World: Scenario {
         copyMemory.deallocate()
         for roles in eastRoles + westRoles { roles.deallocate() }
     }
+
+    static func newLog() -> SimulatedFile { SimulatedFile(byteCount: ActivityLog.fileOffset + 4096) }
 
     private static func newRoles() -> UnsafeMutablePointer<RecordingRoles> {
         let roles = UnsafeMutablePointer<RecordingRoles>.allocate(capacity: 1)
@@ -163,7 +168,7 @@ package final class World: Scenario {
         return volume
     }
 
-    private func startEast(trusted: Bool) {
+    func startEast(trusted: Bool) {
         if !trusted {
             eastRecord.held = nil
             eastRecord.forming = nil
@@ -179,7 +184,7 @@ package final class World: Scenario {
             let target = simulated.addStore(.file(eastTargets[index]))
             targetFiles.append(target)
             simulated.volume.recording = true
-            startLog(index, simulated, trusted)
+            startLog(simulated, eastLogs[index], eastBitmaps[index], trusted)
             if let held = eastRecord.held?.number {
                 simulated.volume.resumePoint(
                     number: held, targetFile: target,
@@ -192,16 +197,19 @@ package final class World: Scenario {
         cycle = Cycle(
             record: eastRecord,
             settings: Cycle.Settings(
-                interval: .continuous, volumes: Self.volumes, window: 4, checkpointBytes: 4 * Self.grain))
+                interval: .continuous, volumes: Self.volumes, window: 4, checkpointBytes: 4))
+        cycle.windowLimit = 1 + random.below(4)
         perform(cycle.start(now: now))
     }
 
-    private func startLog(_ index: Int, _ simulated: SimulatedVolume, _ trusted: Bool) {
+    func startLog(
+        _ simulated: SimulatedVolume, _ log: SimulatedFile, _ bitmaps: (SimulatedBitmap, SimulatedBitmap),
+        _ trusted: Bool
+    ) {
         let regions = SimulatedBitmap(bits: 64)
         let layout = ActivityLog.layout(size: UInt64(Self.size), smallest: Self.regionBytes)
         let region = Bitmap(memory: regions.memory, count: layout.count)
-        let log = eastLogs[index]
-        let (bitmapFile, logFile) = (simulated.addStore(.recording(eastBitmaps[index])), simulated.addStore(.file(log)))
+        let (bitmapFile, logFile) = (simulated.addStore(.recording(bitmaps)), simulated.addStore(.file(log)))
         log.cached.withUnsafeBytes { bytes in
             let contents = UnsafeRawBufferPointer(rebasing: bytes[ActivityLog.fileOffset...])
             _ = ActivityLog.decode(contents, into: region)
@@ -210,7 +218,7 @@ package final class World: Scenario {
         if !trusted, fault != .trustBitmapsAfterPowerLoss { simulated.volume.recoverChanges(regions: region) }
     }
 
-    private func startWest() {
+    func startWest() {
         westLife += 1
         committing = false
         // What was made for a point that no record names.
@@ -599,10 +607,13 @@ package final class World: Scenario {
         random = SeededGenerator(seed: ~seed)
         let settles = random.chance(50)
         if settles { try settle() }
-        if fault == nil || !settles { try failOver() }
+        if fault == nil || !settles {
+            try failOver()
+            try failBack(steps: count / 4)
+        }
     }
 
-    private func step(faults: Bool) throws(SimulationFailure) {
+    func step(faults: Bool) throws(SimulationFailure) {
         steps += 1
         figures.steps += 1
         now += UInt64(random.below(20_000_000))
@@ -668,7 +679,7 @@ package final class World: Scenario {
         }
     }
 
-    private func endTrouble() {
+    func endTrouble() {
         for file in eastFiles { file.latent = [] }
         for target in eastTargets { target.spaceLeft = nil }
         for copies in westCopies { for (file, _) in copies.values { file.spaceLeft = nil } }
@@ -720,7 +731,7 @@ package final class World: Scenario {
     }
 
     /// No more faults: hosts stop, everything under way ends, a last point holds all that was acknowledged.
-    private func settle() throws(SimulationFailure) {
+    func settle() throws(SimulationFailure) {
         hosts.stopped = true
         endTrouble()
         partitionedUntil = 0

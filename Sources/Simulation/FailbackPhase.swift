@@ -1,0 +1,82 @@
+// FailbackPhase.swift: the old primary comes back with what it never sent; it becomes the secondary of the new one, which
+// takes its changed grains into its own bitmaps; then everything goes on in the other direction, with faults.
+//
+// The decisions are those of Replication/Roles.swift, the steps those of Control/Roles.swift. Must hold: in the end the sites
+// are alike, although only grains that one of them has changed were sent.
+
+import Base
+import Replication
+import Volumes
+
+extension World {
+    /// Exchanges the sites' roles, goes on for a while, and compares them.
+    func failBack(steps count: Int) throws(SimulationFailure) {
+        guard !westPoints.isEmpty else { return }
+        endTrouble()
+        note("east comes back and becomes the secondary of west")
+        let changed = yield()
+        for index in 0..<Self.volumes {
+            guard fault != .forgetPeersChanges else { break }
+            for grain in 0..<Self.grains where changed[index][grain >> 6] & (1 << UInt64(grain & 63)) != 0 {
+                west[index].volume.markChanged(grain..<grain + 1)
+            }
+            westBitmaps[index].0.flush()
+            westBitmaps[index].1.flush()
+        }
+        exchange()
+        for _ in 0..<(random.chance(50) ? random.below(200) : count) { try step(faults: true) }
+        try settle()
+    }
+
+    /// The returning primary gives up what it held; what it has changed is in one bitmap, durably.
+    private func yield() -> [[UInt64]] {
+        tasks = []
+        westTasks = []
+        let powerLoss = random.chance(30)
+        if powerLoss {
+            for file in eastFiles + eastLogs { file.losePower(&random) }
+            for bitmap in eastBitmaps.flatMap({ [$0.0, $0.1] }) { bitmap.losePower(&random) }
+        }
+        startEast(trusted: !powerLoss)
+        var changed: [[UInt64]] = []
+        for volume in east {
+            volume.volume.giveUpPoint()
+            volume.pump()
+            while !volume.pending.isEmpty || !volume.volume.mayFormPoint { volume.step(&random) }
+            changed.append(volume.volume.changedWords(from: 0, count: 8))
+        }
+        for volume in east + west { volume.crash(&random) }
+        for file in eastFiles { file.flush() }
+        return changed
+    }
+
+    private func exchange() {
+        let base = PointRecord(
+            number: max(eastRecord.highestPoint, westRecord.highestPoint) + 1, formedAt: 0, committedAt: 0,
+            order: CopyRecord.orderStep, isBase: true)
+        let secondary = eastRecord.afterYielding(
+            at: base, to: "west", generations: ["back"], lineage: "west", dropped: [])
+        let primary = westRecord.afterFailover(to: 0, volumes: [], generation: "back", now: 0, joins: false)
+            .afterJoining("west", lineage: "west", at: base)
+        (eastFiles, westFiles) = (westFiles, eastFiles)
+        (eastBitmaps, westBitmaps) = (westBitmaps, eastBitmaps)
+        (eastRoles, westRoles) = (westRoles, eastRoles)
+        (eastLogs, westLogs) = (westLogs, eastLogs)
+        (eastRecord, westRecord) = (primary, secondary)
+        for index in 0..<Self.volumes {
+            eastTargets[index] = SimulatedFile(byteCount: Self.size)
+            eastPreserved[index] = SimulatedBitmap(bits: Self.grains)
+            westCopies[index] = [:]
+            // The new primary's bitmaps have them.
+            westBitmaps[index].0.bitmap(Self.grains).clearAll()
+            westBitmaps[index].1.bitmap(Self.grains).clearAll()
+            eastRoles[index].pointee.heldPoint = 0
+        }
+        westOrder = 2 * CopyRecord.orderStep
+        remembered = [:]
+        hosts = Hosts(chains: Self.chains, era: hosts.era + 1)
+        east = []
+        startWest()
+        startEast(trusted: true)
+    }
+}
