@@ -4,6 +4,7 @@
 import FoundationEssentials
 import Glibc
 import Replication
+import Volumes
 
 /// Commands of a group that run when something happens (`on_lag_exceeded` …).
 package enum GroupEvent: String, CaseIterable, Sendable {
@@ -91,6 +92,29 @@ extension Site {
             endAlert(group, .suspended)
         }
         if record.conflict?.kind != .splitBrain { endAlert(group, .splitBrain) }
+        if record.role == .primary, record.failedOver == nil, let newest = record.points.last,
+            let done = record.lastCommitted,
+            done.isBase != true, done.number >= newest.number + UInt64(group.entry.keep.most), !group.isRetiring
+        {
+            group.isRetiring = true
+            Task { await retirePoints(group) }
+        }
+    }
+
+    /// Recovery points from when this site was secondary leave once the peer has as many newer ones.
+    private func retirePoints(_ group: GroupState) async {
+        defer { group.isRetiring = false }
+        let numbers = group.current.points.map(\.number)
+        do {
+            try await group.amend { $0.retire($0.points) }
+        } catch {
+            return note(group.entry.name, "\(error)")
+        }
+        group.record.retire(group.record.points)
+        for volume in members(group) {
+            for number in numbers { await leave(volume, CopyID(number)) }
+            await publish(volume, group)
+        }
     }
 
     /// The rate for this time of day, and what is due by the schedules.

@@ -242,7 +242,11 @@ extension Site {
     }
 
     /// A file or device of the operator's, and whether it reads as zeroes.
-    func openOperatorTarget(_ path: String, _ volume: VolumeState) throws -> (OpenFile, isZero: Bool) {
+    ///
+    /// - Parameter grows: it may be smaller, since the volume has grown.
+    func openOperatorTarget(_ path: String, _ volume: VolumeState, grows: Bool = false) throws -> (
+        OpenFile, isZero: Bool
+    ) {
         guard path.hasPrefix("/") else { throw SiteError("the target '\(path)' must be an absolute path", status: 400) }
         let size = volume.geometry.size
         let target: OpenFile
@@ -252,12 +256,12 @@ extension Site {
         }
         let present = try target.size()
         if try target.isRegularFile() {
-            guard present == 0 || present == size else {
+            guard present == 0 || present == size || (grows && present < size) else {
                 throw SiteError(
                     "the target \(path) has \(present) bytes, volume '\(volume.name)' has \(size); give a file of that size, "
                         + "or a new one")
             }
-            if present == 0 { try target.truncate(to: size) }
+            if present < size { try target.truncate(to: size) }
             return (target, present == 0)
         }
         guard present >= size else {

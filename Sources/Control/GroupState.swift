@@ -63,6 +63,7 @@ final class GroupState {
     /// Bytes that clients had written when the group failed over to this site; nil after a restart.
     var writtenAtFailover: UInt64?
     var operation: Operation?
+    var isRetiring = false
     var lastVerify: VerifyReport?
     /// Since the start.
     var verifiedBytes: UInt64 = 0

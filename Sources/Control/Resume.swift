@@ -42,7 +42,7 @@ extension Site {
 
     /// The chain, oldest first: recovery points from the group's record, FlashCopies from the volume's.
     private func resumeChain(_ volume: VolumeState, _ group: GroupState?) async throws {
-        var links = (group?.record.points ?? []).map {
+        var links = (group?.record.points ?? []).filter { group?.record.holds($0, volume.name) == true }.map {
             Link(record: CopyRecord($0), resumption: .serves, isPoint: true)
         }
         for point in group?.record.retired ?? []
@@ -107,7 +107,7 @@ extension Site {
         // A bit that only the last process's mapping had must be durable before a write relies on it.
         if record.isDurable { try bitmap.file.synchronize() }
         let target =
-            if let path = record.target { try openOperatorTarget(path, volume).0 } else {
+            if let path = record.target { try openOperatorTarget(path, volume, grows: true).0 } else {
                 try volume.openTarget(record.targetOwner, create: missing && record.targetOwner == record.id)
             }
         return CopyFiles(target: target, bitmap: bitmap)
@@ -160,7 +160,7 @@ extension Site {
         let isSecondary = group?.record.role == .secondary
         let isPrimary = group?.record.role == .primary
         let recorded = volume.record.servedAs == group?.servedAs
-        let serves = !isSecondary && group?.servesHosts != false
+        let serves = !isSecondary && group?.servesHosts != false && group?.record.leftOut?.contains(volume.name) != true
         let yielded = group?.record.yielded != nil
         let held = group?.record.held?.number
         let (target, bitmap) = (volume.pointTarget, volume.pointBitmap)

@@ -27,6 +27,7 @@ struct YieldRequest: Codable, Sendable {
 struct YieldAnswer: Codable, Sendable {
     var siteID: String
     var lineage: String
+    var volumeLineages: [String: String]?
     var point: PointRecord
     /// Bytes of a grain, for each volume.
     var grains: [String: Int]
@@ -46,7 +47,10 @@ struct PromoteRequest: Codable, Sendable {
 }
 
 extension Site {
-    func members(_ group: GroupState) -> [VolumeState] { group.entry.volumes.compactMap { volumes[$0] } }
+    func members(_ group: GroupState) -> [VolumeState] {
+        let leftOut = group.record.leftOut ?? []
+        return group.entry.volumes.compactMap { leftOut.contains($0) ? nil : volumes[$0] }
+    }
 
     // MARK: Standing
 
@@ -335,7 +339,8 @@ extension Site {
 
     private func yieldAnswer(_ group: GroupState, _ point: PointRecord) -> YieldAnswer {
         YieldAnswer(
-            siteID: siteRecord.id, lineage: group.record.lineage ?? "", point: point,
+            siteID: siteRecord.id, lineage: group.record.lineage ?? "", volumeLineages: group.record.volumeLineages,
+            point: point,
             grains: Dictionary(uniqueKeysWithValues: members(group).map { ($0.name, $0.geometry.grain) }))
     }
 
@@ -386,7 +391,7 @@ extension Site {
             point: point, dropped: dropped,
             record: group.record.afterYielding(
                 at: point, to: request.siteID, generations: request.generations, lineage: randomIdentity(),
-                dropped: dropped))
+                volumes: members.map(\.name), dropped: dropped))
         group.session = nil
         try await carryOut(plan, group)
         for volume in members {
@@ -450,6 +455,7 @@ extension Site {
             try volume.recording.synchronize()
         }
         group.record = group.record.afterJoining(answer.siteID, lineage: answer.lineage, at: answer.point)
+        group.record.volumeLineages = answer.volumeLineages
         try group.save()
         await admitHosts(group)
         try await startReplication(group)

@@ -75,8 +75,9 @@ extension Site {
         let newest = group.record.points.last
         return SessionAnswer(
             state: PeerState(
-                session: session, site: siteRecord.id, lineage: group.record.lineage ?? "", committed: newest),
-            exports: group.entry.volumes.map { intakeName($0, session) })
+                session: session, site: siteRecord.id, lineage: group.record.lineage ?? "",
+                volumeLineages: group.record.volumeLineages, committed: newest),
+            exports: members(group).map { intakeName($0.name, session) })
     }
 
     private func checkPeer(_ group: GroupState, _ request: SessionRequest) throws {
@@ -265,7 +266,14 @@ extension Site {
     /// - Returns: bytes that had arrived after the point and are not part of it.
     @discardableResult
     func takeOver(_ group: GroupState, _ point: PointRecord, joins: Bool) async throws -> UInt64 {
-        let members = members(group)
+        let left = members(group).map(\.name).filter { !group.record.holds(point, $0) }
+        if !left.isEmpty {
+            note(
+                group.entry.name,
+                "point \(point.number) has no part of \(left.joined(separator: ", ")), which joined the group later and is left out; "
+                    + "take it out of the group's configuration at both sites")
+        }
+        let members = members(group).filter { !left.contains($0.name) }
         let id = CopyID(point.number)
         var discarded: UInt64 = 0
         await runCommand(group, .beforeFailover, ["FARCOPY_POINT=\(point.number)"])
@@ -280,6 +288,7 @@ extension Site {
                 group.record = group.record.afterFailover(
                     to: point.number, volumes: members.map(\.name), generation: randomIdentity(), now: realSeconds(),
                     joins: joins)
+                if !left.isEmpty { group.record.leftOut = left }
                 try group.save()
             case .open:
                 group.servesHosts = true

@@ -145,24 +145,44 @@ package actor Site {
     }
 
     /// A secondary that hosts have written to is no copy of anything: it begins anew, with a lineage that tells the
-    /// primary to send everything.
+    /// primary to send everything. A volume that joins the group begins alone.
     private func renewIfServedElsewhere(_ group: GroupState) throws {
-        guard group.record.role == .secondary,
-            group.entry.volumes.contains(where: { volumes[$0]?.record.servedAs != group.servedAs })
-        else { return }
-        if !group.record.points.isEmpty {
-            note(
-                group.entry.name,
-                "a volume was served outside the group; its recovery points are void, and everything is copied anew")
+        let names = group.entry.volumes
+        var record = group.record
+        var lineages = (record.volumeLineages ?? [:]).filter { names.contains($0.key) }
+        record.joinedAfter = record.joinedAfter?.filter { names.contains($0.key) }
+        record.leftOut = record.leftOut?.filter { names.contains($0) }
+        let foreign = names.filter { volumes[$0]?.record.servedAs != group.servedAs }
+        if record.role == .secondary {
+            if foreign.contains(where: { lineages[$0] != nil }) {
+                if !record.points.isEmpty {
+                    note(
+                        group.entry.name,
+                        "a volume was served outside the group; its recovery points are void, and everything is copied anew"
+                    )
+                }
+                record.points = []
+                record.lineage = randomIdentity()
+            }
+            for name in foreign {
+                lineages[name] = randomIdentity()
+                if let newest = record.points.last {
+                    record.joinedAfter = (record.joinedAfter ?? [:]).merging([name: newest.number]) { _, new in new }
+                    note(group.entry.name, "volume \(name) joins after point \(newest.number)")
+                }
+            }
+            record.volumeLineages = lineages
+        } else if record.volumeLineages != nil {
+            record.volumeLineages = lineages
         }
-        group.record.points = []
-        group.record.lineage = randomIdentity()
+        guard record != group.record else { return }
+        group.record = record
         try group.save()
     }
 
     /// A point that was held is given up when one volume does not say any more what of it is still to be sent.
     private func giveUpUncertainPoint(_ group: GroupState) throws {
-        let held = group.entry.volumes.map { volumes[$0].flatMap(\.heldPoint) }
+        let held = members(group).map(\.heldPoint)
         if group.record.giveUpPoint(unlessHeldBy: held) { try group.save() }
     }
 
@@ -176,6 +196,9 @@ package actor Site {
     func publish(_ volume: VolumeState, _ group: GroupState?) async {
         var entries: [String: ExportEntry] = [:]
         let name = volume.name
+        if group?.record.leftOut?.contains(name) == true {
+            return exports.replace(where: { $0 == name || $0.hasPrefix("\(name)@") }, with: [:])
+        }
         let kept = keptCopies(volume, group)
         let access = volume.entry.access.orElse(group?.entry.access)
         func entry(_ kind: ExportEntry.Kind, _ text: String, readOnly: Bool, since bases: ArraySlice<KeptCopy>)
@@ -234,7 +257,7 @@ package actor Site {
                 id: $0.id, name: $0.name, text: "FlashCopy of \(timestamp($0.createdAt))", order: $0.order,
                 isWritable: $0.isWritable)
         }
-        kept += (group?.record.points ?? []).map {
+        kept += (group?.record.points ?? []).filter { group?.record.holds($0, volume.name) == true }.map {
             KeptCopy(
                 id: CopyID($0.number), name: String($0.number),
                 text: "recovery point \($0.number) of \(timestamp($0.formedAt))", order: $0.order ?? $0.number)
@@ -253,7 +276,7 @@ package actor Site {
         guard let peer = configuration.peers[group.entry.peer] else { return }
         let replicator = try Replicator(record: group.record)
         group.replicator = replicator
-        let members = group.entry.volumes.compactMap { volumes[$0] }
+        let members = members(group)
         let name = group.entry.name
         let logger = logger
         let events = events

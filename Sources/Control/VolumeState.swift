@@ -76,7 +76,8 @@ final class VolumeState {
         try StateDirectory.makeDirectory(directory)
         try StateDirectory.makeDirectory("\(directory)/copies")
         source = try Self.openSource(entry)
-        let size = try source.size()
+        let present = try source.size()
+        let size = try source.isRegularFile() ? max(present, entry.size ?? 0) : present
         var found: VolumeRecord?
         recordFile = try DurableRecord(path: "\(directory)/volume.record", value: &found)
         let grain = found?.grain ?? entry.grain ?? Geometry.defaultGrain(size: size)
@@ -93,13 +94,25 @@ final class VolumeState {
             found
             ?? VolumeRecord(id: randomIdentity(), name: entry.name, size: size, grain: grain, bootID: bootID)
         isTrusted = record.clean != nil || record.bootID == bootID
-        cleanMark = record.clean
         var findings: [String] = []
         if found != nil, let change = try Self.changeBehindOurBack(source, record) {
             try Self.refuseIfCopiesAreLost(entry, change, record, hasPoints)
             findings.append("\(change); every grain counts as changed")
             record.servedAs = "another file"
         }
+        if record.size < size {
+            if present < size {
+                record.clean?.modifiedAt = nil  // by us, if a crash follows
+                try recordFile.save(record)
+                try source.truncate(to: size)
+                try source.synchronize()
+            }
+            findings.append("it has grown from \(record.size) to \(size) bytes")
+            try Growth.carryOut(directory, &record, to: geometry, trusted: isTrusted)
+            try recordFile.save(record)
+        }
+        let checksums = record.clean
+        cleanMark = checksums
         let identity = identityWords(record.id)
         func header(_ kind: BitmapHeader.Kind, _ bitmaps: Int = 1) -> BitmapHeader {
             BitmapHeader(kind, volume: identity, geometry: geometry, bitmaps: bitmaps)
@@ -110,7 +123,7 @@ final class VolumeState {
             if isNew { return (try BitmapFile(path: path, header: header, create: true), true) }
             do {
                 let file = try BitmapFile(path: path, header: header)
-                try Self.verify(file, name, found?.clean)
+                try Self.verify(file, name, checksums)
                 return (file, true)
             } catch let damage as DamagedMetadata {
                 findings.append("\(damage); what it said is lost, and the worst is assumed")
@@ -203,14 +216,15 @@ final class VolumeState {
                 throw SiteError("\(what): \(entry.path) cannot be read and written by this user")
             }
             let size = try OpenFile(path: entry.path, flags: O_RDONLY).size()
-            if let wanted = entry.size, wanted != size, size != 0 || kind == S_IFBLK {
+            let grows = kind == S_IFREG && access("\(state)/volumes/\(entry.name)/volume.record", F_OK) == 0
+            if let wanted = entry.size, wanted != size, size != 0 || kind == S_IFBLK, wanted < size || !grows {
                 throw SiteError(
                     "\(what): \(entry.path) has \(size) bytes, the configuration says \(wanted); correct 'size'")
             }
             if size == 0, entry.size == nil {
                 throw SiteError("\(what): \(entry.path) is empty; give 'size'")
             }
-            try checkRecorded(entry, size: size == 0 ? entry.size! : size, state: state)
+            try checkRecorded(entry, size: max(size, entry.size ?? 0), state: state)
         } else {
             guard entry.size != nil else {
                 throw SiteError("\(what): \(entry.path) does not exist; give 'size' to have it created")
@@ -238,10 +252,10 @@ final class VolumeState {
                 "volume '\(entry.name)': \(path) is of volume '\(found.name)'; bring this volume's own directory back, or "
                     + "remove it to begin anew (what it described must then be copied in full)")
         }
-        if found.size != size {
+        if found.size > size {
             throw SiteError(
                 "volume '\(entry.name)': \(entry.path) has \(size) bytes, but had \(found.size) when it was served last; "
-                    + "is it another file?")
+                    + "a volume can grow and not shrink; is it another file?")
         }
         if let grain = entry.grain, grain != found.grain {
             throw SiteError(

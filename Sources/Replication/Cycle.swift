@@ -22,12 +22,17 @@ package struct PeerState: Sendable, Equatable, Codable {
     package var site: String
     /// Identity of the secondary copy; changes when the secondary starts from nothing.
     package var lineage: String
+    /// The same of each volume, by name.
+    package var volumeLineages: [String: String]?
     /// Its newest point.
     package var committed: PointRecord?
-    package init(session: UInt64, site: String, lineage: String, committed: PointRecord?) {
+    package init(
+        session: UInt64, site: String, lineage: String, volumeLineages: [String: String]? = nil, committed: PointRecord?
+    ) {
         self.session = session
         self.site = site
         self.lineage = lineage
+        self.volumeLineages = volumeLineages
         self.committed = committed
     }
 }
@@ -76,7 +81,8 @@ package struct Cycle {
         case endPoint(number: UInt64)
         /// Merge the bits of a held or half-formed point back.
         case giveUp
-        case markAllChanged
+        /// Every grain of these volumes, or of all.
+        case markAllChanged([String]?)
     }
 
     package enum State {
@@ -265,7 +271,12 @@ package struct Cycle {
         lastFailure = nil
         if record.lineage != peer.lineage {
             state = .marking(peer)
-            return [.markAllChanged]
+            return [.markAllChanged(nil)]
+        }
+        let renewed = (peer.volumeLineages ?? [:]).filter { record.volumeLineages?[$0.key] != $0.value }.keys.sorted()
+        if !renewed.isEmpty {
+            state = .marking(peer)
+            return [.markAllChanged(renewed)]
         }
         if let held = record.held, peer.committed?.number == held.number {
             record.lastCommitted = peer.committed
@@ -293,13 +304,15 @@ package struct Cycle {
 
     /// The lineage is recorded only when the bitmaps say that everything may differ.
     private mutating func marked(_ peer: PeerState, _ now: UInt64) -> [Action] {
+        if record.lineage != peer.lineage { record.lastCommitted = nil }
         record.lineage = peer.lineage
+        record.volumeLineages = peer.volumeLineages
         record.peerSite = peer.site
-        record.lastCommitted = nil
         record.lastNumber = max(record.lastNumber, peer.committed?.number ?? 0)
         let save = Action.save(record)
         if record.held != nil { return [save] + giveUp(.carryOn) }
-        return [save] + becomeIdle(now, due: now)
+        // As if the session had just opened: the peer may have committed what was not known of here.
+        return [save] + (record.lastCommitted == nil ? becomeIdle(now, due: now) : opened(peer, now))
     }
 
     private mutating func failed(_ reason: String, retry: Bool, _ now: UInt64) -> [Action] {

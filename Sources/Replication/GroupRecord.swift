@@ -66,7 +66,14 @@ package struct GroupRecord: Codable, Sendable, Equatable {
     /// Bytes a second over the link, by command; nil = as configured.
     package var rate: UInt64?
 
+    /// Identity of each volume's secondary, by name, as `lineage`: a volume that joins is copied without the others.
+    package var volumeLineages: [String: String]?
+
     // Secondary.
+    /// Volumes that joined the group later, and the newest point then: up to it points do not have them.
+    package var joinedAfter: [String: UInt64]?
+    /// Volumes that had no part in the point that was failed over to. They are nothing's copy, and not served.
+    package var leftOut: [String]?
     /// The point at which this site gave up the role of primary; until the peer has opened a session, its recording bitmaps
     /// say what the peer must take into its own.
     package var yielded: UInt64?
@@ -108,6 +115,11 @@ package struct GroupRecord: Codable, Sendable, Equatable {
             self.restoring = restoring
             self.joins = joins
         }
+    }
+
+    /// Whether a recovery point holds a volume.
+    package func holds(_ point: PointRecord, _ volume: String) -> Bool {
+        point.number > joinedAfter?[volume] ?? 0 && leftOut?.contains(volume) != true
     }
 
     package init(role: Role, generation: String) {

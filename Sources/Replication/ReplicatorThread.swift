@@ -248,7 +248,7 @@ final class ReplicatorThread {
         case .commit(let number, let previous, let formedAt): commit(number, previous, formedAt)
         case .endPoint(let number): endPoint(number)
         case .giveUp: giveUp()
-        case .markAllChanged: markAllChanged()
+        case .markAllChanged(let names): markAllChanged(names)
         }
     }
 
@@ -294,11 +294,11 @@ final class ReplicatorThread {
         onEvery(configuration.volumes, body, done: done)
     }
 
-    private func markAllChanged() {
+    private func markAllChanged(_ names: [String]?) {
         let mailbox = replicator.mailbox
         let asker = epoch
         onEveryVolume { reactor, volume in
-            reactor.hosted(volume.number).volume.markAllChanged()
+            if names?.contains(volume.name) != false { reactor.hosted(volume.number).volume.markAllChanged() }
             return true
         } done: { _ in
             mailbox.send(.event(.allMarked, epoch: asker))

@@ -89,13 +89,15 @@ extension GroupRecord {
     ///   - generations: those of the primary that takes its place.
     ///   - lineage: a new identity, which the peer's bitmaps describe the difference to.
     package func afterYielding(
-        at point: PointRecord, to peer: String, generations: [String], lineage: String, dropped: [PointRecord]
+        at point: PointRecord, to peer: String, generations: [String], lineage: String, volumes: [String] = [],
+        dropped: [PointRecord]
     ) -> GroupRecord {
         var record = self
         record.role = .secondary
         record.peerSite = peer
         record.generations = generations
         record.lineage = lineage
+        record.volumeLineages = Dictionary(uniqueKeysWithValues: volumes.map { ($0, lineage) })
         record.yielded = point.number
         record.points.append(point)
         record.retire(dropped)

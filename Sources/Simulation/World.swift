@@ -340,7 +340,7 @@ package final class World: Scenario {
             note("the point is given up")
             everyVolume(
                 { $0.volume.giveUpPoint() }, then: { [unowned self] in event(.gaveUp, sender) })
-        case .markAllChanged:
+        case .markAllChanged(_):
             let sender = epoch
             everyVolume({ $0.volume.markAllChanged() }, then: { [unowned self] in event(.allMarked, sender) })
         }

@@ -60,7 +60,7 @@ func lostAnswer() {
 func otherLineage() {
     var cycle = primary { $0.lastCommitted = PointRecord(number: 3, formedAt: 0) }
     _ = cycle.start(now: 0)
-    #expect(cycle.handle(peer(nil, lineage: "new"), now: 1) == [.markAllChanged])
+    #expect(cycle.handle(peer(nil, lineage: "new"), now: 1) == [.markAllChanged(nil)])
     #expect(cycle.record.lineage == "L")
     _ = cycle.handle(.allMarked, now: 2)
     #expect(cycle.record.lineage == "new" && cycle.record.lastCommitted == nil)
