@@ -51,7 +51,8 @@ enum Growth {
             unlink(path)
             return
         }
-        guard header.volume == identity, header.size == record.size else { return }  // grown, or refused when it is opened
+        // Otherwise it has grown already, or is refused when it is opened.
+        guard header.volume == identity, header.size == record.size else { return }
         let old = try BitmapFile(path: path, header: header)
         if let expected = record.clean?.checksums[name], old.checksum() != expected {
             unlink(path)

@@ -16,6 +16,7 @@ package final class HostedVolume {
     /// Points and FlashCopies that hold acknowledgements just now; the last to release lets them go.
     var holders = 0
     var holdDeadline: UInt64 = 0
+    var heldSince: UInt64 = 0
     /// The deadline let go before the holders did: what they take is no closed cut.
     var holdExpired = false
 

@@ -440,10 +440,17 @@ package final class Reactor {
     }
 
     private func beginHold(_ hosted: HostedVolume) {
-        if hosted.holders == 0 { hosted.holdExpired = false }
+        let now = monotonicNanoseconds()
+        if hosted.holders == 0 {
+            hosted.holdExpired = false
+            hosted.heldSince = now
+        }
         hosted.holders += 1
-        hosted.holdDeadline = monotonicNanoseconds() + UInt64(Limits.holdMilliseconds) * 1_000_000
+        hosted.holdDeadline = now + UInt64(Limits.holdMilliseconds) * 1_000_000
     }
+
+    /// How long acknowledgements of a volume have been held, in nanoseconds.
+    package func heldFor(_ number: VolumeNumber) -> UInt64 { monotonicNanoseconds() - hosted(number).heldSince }
 
     /// Ends one hold; acknowledgements go once no other holds them. False when the deadline had let go already, and the
     /// cut is not closed.

@@ -313,7 +313,7 @@ final class ReplicatorThread {
         let replicator = replicator
         let alongside = waiters.first { $0.number == number && $0.alongside != nil }?.alongside
         let names = volumes.map(\.name)
-        let holdStart = monotonicNanoseconds()
+        let longest = LongestHold()
         onEveryVolume { reactor, volume in
             reactor.formPoint(
                 volume.number, point: number, targetFile: volume.targetFile,
@@ -323,9 +323,10 @@ final class ReplicatorThread {
         } done: { _ in
             let formedAt = realSeconds()
             onEvery(volumes) { reactor, volume in
-                reactor.releaseHold(volume.number)
+                longest.note(reactor.heldFor(volume.number))
+                return reactor.releaseHold(volume.number)
             } done: { intact in
-                replicator.noteHold(monotonicNanoseconds() - holdStart)
+                replicator.noteHold(longest.nanoseconds)
                 mailbox.send(.event(.formed(at: formedAt, intact: intact), epoch: asker))
             }
         }
@@ -484,6 +485,13 @@ private func onEvery(
     for volume in volumes {
         volume.reactor.perform { reactor in gathered.answer(body(reactor, volume)) }
     }
+}
+
+/// The longest of the holds of a point's volumes.
+private final class LongestHold: Sendable {
+    private let value = Atomic<UInt64>(0)
+    var nanoseconds: UInt64 { value.load(ordering: .relaxed) }
+    func note(_ nanoseconds: UInt64) { value.max(nanoseconds, ordering: .relaxed) }
 }
 
 /// Counts answers of several reactors; the last one calls `done`.

@@ -59,8 +59,12 @@ package struct Window {
     /// Highest rate at which data was acknowledged lately, bytes a second.
     package var bytesPerSecond: Double { max(rates.0, rates.1) * 1e9 }
 
-    /// Bytes that may be on their way.
-    package var bytes: Double { min(ceiling, max(floor, 2 * max(rates.0, rates.1) * roundTrip)) }
+    /// Bytes that may be on their way. On a short way processors and disks take the time: twenty milliseconds' worth keeps all of
+    /// them busy, and holds nothing up.
+    package var bytes: Double {
+        let rate = max(rates.0, rates.1)
+        return min(ceiling, max(floor, rate * max(2 * roundTrip, 20e6)))
+    }
 }
 
 /// Lets bytes pass at a rate; what was not used is kept for at most a tenth of a second.
