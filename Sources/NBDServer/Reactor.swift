@@ -44,7 +44,7 @@ package struct ReactorSettings: Sendable {
 }
 
 package final class Reactor {
-    let number: Int
+    package let number: Int
     let mailbox: Mailbox<ReactorMessage>
     let exports: ExportDirectory
     let settings: ReactorSettings

@@ -269,14 +269,14 @@ final class ReplicatorThread {
         let volumes = configuration.volumes
         onEveryVolume { reactor, volume in
             reactor.hosted(volume.number).volume.mayFormPoint
-        } done: { whole in
+        } done: { reactor, whole in
             guard whole else {
                 mailbox.send(.event(.notReady, epoch: asker))
                 return
             }
-            onEvery(volumes) { reactor, volume in
+            onEvery(volumes, from: reactor) { reactor, volume in
                 reactor.hosted(volume.number).volume.changedGrains == 0
-            } done: { unchanged in
+            } done: { _, unchanged in
                 mailbox.send(.released(changed: !unchanged, epoch: asker))
             }
         }
@@ -289,7 +289,7 @@ final class ReplicatorThread {
 
     private func onEveryVolume(
         _ body: @escaping @Sendable (Reactor, ReplicatedVolume) -> Bool,
-        done: @escaping @Sendable (Bool) -> Void
+        done: @escaping @Sendable (Reactor, Bool) -> Void
     ) {
         onEvery(configuration.volumes, body, done: done)
     }
@@ -300,7 +300,7 @@ final class ReplicatorThread {
         onEveryVolume { reactor, volume in
             if names?.contains(volume.name) != false { reactor.hosted(volume.number).volume.markAllChanged() }
             return true
-        } done: { _ in
+        } done: { _, _ in
             mailbox.send(.event(.allMarked, epoch: asker))
         }
     }
@@ -320,12 +320,12 @@ final class ReplicatorThread {
                 preserved: volume.preservedBitmap)
             if let alongside, let index = names.firstIndex(of: volume.name) { alongside(reactor, index) }
             return true
-        } done: { _ in
+        } done: { reactor, _ in
             let formedAt = realSeconds()
-            onEvery(volumes) { reactor, volume in
+            onEvery(volumes, from: reactor) { reactor, volume in
                 longest.note(reactor.heldFor(volume.number))
                 return reactor.releaseHold(volume.number)
-            } done: { intact in
+            } done: { _, intact in
                 replicator.noteHold(longest.nanoseconds)
                 mailbox.send(.event(.formed(at: formedAt, intact: intact), epoch: asker))
             }
@@ -347,7 +347,7 @@ final class ReplicatorThread {
         onEveryVolume { reactor, volume in
             reactor.hosted(volume.number).volume.giveUpPoint()
             return true
-        } done: { _ in
+        } done: { _, _ in
             mailbox.send(.event(.gaveUp, epoch: asker))
         }
     }
@@ -475,16 +475,23 @@ final class ReplicatorThread {
     }
 }
 
-/// Performs `body` on the reactor of each volume; the last one calls `done`, on its thread.
+/// Performs `body` for each volume on its reactor, with one message to each reactor; the last one calls `done`, on its thread.
+///
+/// - Parameter own: the reactor that this runs on: the others are told first, then it takes its part at once.
 private func onEvery(
-    _ volumes: [ReplicatedVolume],
+    _ volumes: [ReplicatedVolume], from own: Reactor? = nil,
     _ body: @escaping @Sendable (Reactor, ReplicatedVolume) -> Bool,
-    done: @escaping @Sendable (Bool) -> Void
+    done: @escaping @Sendable (Reactor, Bool) -> Void
 ) {
-    let gathered = Gathered(count: volumes.count, done: done)
-    for volume in volumes {
-        volume.reactor.perform { reactor in gathered.answer(body(reactor, volume)) }
+    let parts = Dictionary(grouping: volumes, by: \.reactor.number)
+    let gathered = Gathered(count: parts.count, done: done)
+    @Sendable func perform(_ part: [ReplicatedVolume], _ reactor: Reactor) {
+        gathered.answer(reactor, part.reduce(true) { body(reactor, $1) && $0 })
     }
+    for (number, part) in parts where number != own?.number {
+        part[0].reactor.perform { perform(part, $0) }
+    }
+    if let own, let part = parts[own.number] { perform(part, own) }
 }
 
 /// The longest of the holds of a point's volumes.
@@ -497,19 +504,19 @@ private final class LongestHold: Sendable {
 /// Counts answers of several reactors; the last one calls `done`.
 private final class Gathered: Sendable {
     private let state: Mutex<(left: Int, all: Bool)>
-    private let done: @Sendable (Bool) -> Void
+    private let done: @Sendable (Reactor, Bool) -> Void
 
-    init(count: Int, done: @escaping @Sendable (Bool) -> Void) {
+    init(count: Int, done: @escaping @Sendable (Reactor, Bool) -> Void) {
         state = Mutex((count, true))
         self.done = done
     }
 
-    func answer(_ ok: Bool) {
+    func answer(_ reactor: Reactor, _ ok: Bool) {
         let outcome: Bool? = state.withLock { state in
             state.left -= 1
             state.all = state.all && ok
             return state.left == 0 ? state.all : nil
         }
-        if let outcome { done(outcome) }
+        if let outcome { done(reactor, outcome) }
     }
 }

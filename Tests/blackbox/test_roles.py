@@ -7,7 +7,8 @@ import time
 
 import nbd
 
-from sites import SiteTest, wait_for
+from link import Link
+from sites import SiteTest, rewrite_record, wait_for
 
 SIZE = 16 << 20
 VOLUMES = {"orders": "16MiB", "wal": "4MiB"}
@@ -271,3 +272,43 @@ class Roles(SiteTest):
         wait_for(lambda: self.state(east) == "mirroring", what="mirroring")
         self.assert_alike(east, west)
         self.assert_holds(east, unsent)
+
+    def test_a_switchover_that_was_interrupted_goes_on_or_is_aborted(self):
+        """The primary was killed after its decision to hand over, before the peer's answer."""
+        for end in ("goes on", "aborted"):
+            with self.subTest(end):
+                east, west, pages = self.mirrored()
+                link = Link()
+                self.addCleanup(link.close)
+                link.forward(f"{east.path}/link", f"{west.path}/control.sock")
+                east.stop()
+                east.edit(f"{west.path}/control.sock", f"{east.path}/link")
+                point = west.points()[-1]["id"]
+                rewrite_record(f"{east.path}/state/groups/shop/group.record", lambda record: record.update(handingOver=point))
+                if end == "aborted":
+                    link.cut()
+                east.start()
+                if end == "goes on":
+                    wait_for(lambda: east.group()["role"] == "secondary", what="the switchover")
+                    self.assert_holds(west, pages)
+                    wait_for(lambda: self.state(west) == "mirroring", what="mirroring")
+                    self.assert_alike(west, east)
+                else:
+                    self.assertTrue(east.connect("orders").is_read_only())
+                    self.assertIn("abort switchover:shop", east.group()["reason"])
+                    self.assertIn("cannot be taken back", self.refused(east, "abort", "switchover:shop"))
+                    west.stop()
+                    # The peer answers again just for the abort: whoever comes first decides.
+                    west.start()
+                    link.mend()
+                    done = east.farcopy("abort", "switchover:shop", check=False)
+                    primary, secondary = (east, west) if done.returncode == 0 else (west, east)
+                    wait_for(lambda: primary.group()["role"] == "primary" and secondary.group()["role"] == "secondary",
+                             what="one primary")
+                    wait_for(lambda: self.state(primary) in ("mirroring", "resyncing"), what="mirroring")
+                    self.assert_holds(primary, pages)
+                    self.assert_alike(primary, secondary)
+                for site in (east, west):
+                    site.end()
+                    self.sites.remove(site)
+                    os.rename(site.path, f"{site.path}-{end[:4]}")
