@@ -6,6 +6,14 @@ let strict: [SwiftSetting] = [
     .enableUpcomingFeature("MemberImportVisibility"),
 ]
 
+/// Targets of the data path: all state has one thread, which unit tests and debug builds check; release builds need not
+/// count every access to a class's properties again, and may inline across modules.
+let dataPath =
+    strict + [
+        .unsafeFlags(
+            ["-enforce-exclusivity=unchecked", "-cross-module-optimization"], .when(configuration: .release))
+    ]
+
 /// Targets over NIO, whose members come from many modules.
 let control: [SwiftSetting] = [.enableUpcomingFeature("ExistentialAny")]
 
@@ -29,14 +37,14 @@ let package = Package(
         .systemLibrary(name: "CGnuTLS", pkgConfig: "gnutls", providers: [.apt(["libgnutls28-dev"])]),
         .systemLibrary(name: "CNetlink", pkgConfig: "libnl-genl-3.0", providers: [.apt(["libnl-genl-3-dev"])]),
 
-        .target(name: "Base", swiftSettings: strict),
+        .target(name: "Base", swiftSettings: dataPath),
         .target(name: "TLS", dependencies: ["CGnuTLS"], swiftSettings: strict),
-        .target(name: "NBDProtocol", dependencies: ["Base"], swiftSettings: strict),
-        .target(name: "Volumes", dependencies: ["Base"], swiftSettings: strict),
-        .target(name: "Ring", dependencies: ["Base", "CLibURing"], swiftSettings: strict),
+        .target(name: "NBDProtocol", dependencies: ["Base"], swiftSettings: dataPath),
+        .target(name: "Volumes", dependencies: ["Base"], swiftSettings: dataPath),
+        .target(name: "Ring", dependencies: ["Base", "CLibURing"], swiftSettings: dataPath),
         .target(
             name: "NBDServer", dependencies: ["Base", "NBDProtocol", "Volumes", "Ring", "TLS"],
-            swiftSettings: strict),
+            swiftSettings: dataPath),
         .target(
             name: "Replication",
             dependencies: ["Base", "Volumes", "Ring", "NBDProtocol", "NBDServer", "TLS", "CLibNBD"],

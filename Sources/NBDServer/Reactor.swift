@@ -201,7 +201,7 @@ package final class Reactor {
                 turnsUnseen = 0
                 ring.submitAndWait(milliseconds: 0)
             }
-        } else {
+        } else if !finished {
             ring.submitAndWait(milliseconds: anyHold ? 5 : anyClock ? 20 : 1000)
         }
     }
