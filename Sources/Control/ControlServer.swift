@@ -354,6 +354,13 @@ enum Metrics {
         ]
         for (name, group) in groups { lines += group.holdHistogram?.lines(name) ?? [] }
         family(
+            "group_alert", "1 for each alert that is on.",
+            groups.flatMap { name, group -> [(String, Double?)] in
+                (group.alerts ?? []).map {
+                    ("group=\"\(name)\",alert=\"\($0.split(separator: ":").first.map(String.init) ?? "")\"", 1)
+                }
+            })
+        family(
             "group_state", "1 for the state that the group is in.",
             groups.map { ("group=\"\($0.key)\",state=\"\($0.value.state)\",role=\"\($0.value.role)\"", 1) })
         family(

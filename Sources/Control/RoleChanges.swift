@@ -401,6 +401,10 @@ extension Site {
                 throw SiteError("the switchover cannot be taken back: \(error)")
             }
             return "\(text) is taken back; hosts may write again"
+        case "copy" where group.replicator?.status.state == "copying",
+            "resync" where group.replicator?.status.state == "resyncing":
+            group.replicator?.suspend()
+            return "\(text) is suspended; `farcopy resume \(name)` goes on where it was"
         case "cycle":
             guard let replicator = group.replicator else { throw SiteError(notMirroring(group)) }
             replicator.pointLost("the point was given up by the operator")

@@ -329,6 +329,10 @@ extension Site {
             throw SiteError(
                 "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)'", status: 403)
         }
+        if let known = group.record.peerSite, known != request.siteID {
+            throw SiteError(
+                "group '\(name)' at '\(configuration.site)' belongs to another '\(request.site)'", status: 403)
+        }
         try checkVolumes(group, request.site, request.volumes)
         for volume in members(group) where volume.restoreBitmap != nil {
             throw SiteError(

@@ -274,6 +274,7 @@ extension Site {
                     + "take it out of the group's configuration at both sites")
         }
         let members = members(group).filter { !left.contains($0.name) }
+        guard !members.isEmpty else { throw SiteError("point \(point.number) has no part of any volume of the group") }
         let id = CopyID(point.number)
         var discarded: UInt64 = 0
         await runCommand(group, .beforeFailover, ["FARCOPY_POINT=\(point.number)"])

@@ -50,7 +50,7 @@ package struct StatusReport: Codable, Sendable {
     /// Something under way that `farcopy abort` ends.
     package struct OperationReport: Codable, Sendable {
         package var name: String
-        package var startedAt: String
+        package var startedAt: String?
         package var step: String
         enum CodingKeys: String, CodingKey {
             case name, step
@@ -207,6 +207,11 @@ extension Site {
             let total = members(group).reduce(0) { $0 + $1.geometry.size }
             if record.lastCommitted == nil || record.lastCommitted?.isBase == true, let left = report.pendingBytes {
                 report.progress = 1 - Double(min(left, total)) / Double(total)
+            }
+            let kinds = ["copying": "copy", "resyncing": "resync"]
+            if report.operation == nil, let kind = kinds[replication.state] {
+                report.operation = StatusReport.OperationReport(
+                    name: "\(kind):\(name)", startedAt: nil, step: "sends what the peer lacks")
             }
         } else {
             (report.state, report.reason) = stateWithoutReplicator(group)

@@ -224,7 +224,7 @@ enum StatusText {
         if let notice = group.notice { lines.append("  notice: \(notice)") }
         if let alerts = group.alerts { lines += alerts.map { "  alert: \($0)" } }
         if let operation = group.operation {
-            lines.append("  \(operation.name) since \(operation.startedAt): \(operation.step)")
+            lines.append("  \(operation.name)\(operation.startedAt.map { " since \($0)" } ?? ""): \(operation.step)")
         }
         if let point = group.point { lines.append("  point \(point.id), formed \(point.formedAt)") }
         if let time = group.consistentAsOf { lines.append("  consistent as of \(time)") }

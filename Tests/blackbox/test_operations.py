@@ -114,6 +114,66 @@ class Operations(SiteTest):
         for point in points:
             self.assertEqual(west.connect(f"orders@{point}").pread(1, 0)[0], images[point])
 
+    def test_a_group_of_sixty_four_volumes(self):
+        names = [f"disk{number}" for number in range(64)]
+        east, west = self.pair({name: "1MiB" for name in names}, interval="0s", keep=2)
+        handles = [east.connect(name) for name in names]
+        for number, handle in enumerate(handles):
+            handle.pwrite(bytes([number + 1]) * 4096, 0)
+        point = east.cycle()
+        for number, name in enumerate(names):
+            self.assertEqual(west.connect(f"{name}@{point}").pread(1, 0)[0], number + 1)
+        east.kill()
+        west.farcopy("failover", "shop")
+        for number, name in enumerate(names):
+            self.assertEqual(west.connect(name).pread(1, 0)[0], number + 1)
+
+    def test_a_full_remote_suspends_and_hosts_go_on(self):
+        """Needs root for a small tmpfs under the secondary."""
+        if os.geteuid() != 0:
+            self.skipTest("mounting a small tmpfs needs root")
+        east, west = self.pair({"orders": "16MiB"}, interval="manual", start=False)
+        os.makedirs(f"{west.path}/small")
+        run("mount", "-t", "tmpfs", "-o", "size=8m", "farcopy-test", f"{west.path}/small")
+        self.addCleanup(run, "umount", "-l", f"{west.path}/small", check=False)
+        west.edit(f"{west.path}/orders.img", f"{west.path}/small/orders.img")
+        west.start()
+        east.start()
+        handle = east.connect("orders")
+        handle.pwrite(random.randbytes(4 * MIB), 0)
+        point = east.cycle()
+        image = west.read(f"orders@{point}")
+        data = random.randbytes(12 * MIB)
+        handle.pwrite(data, 0)
+        east.farcopy("cycle", "shop")
+        wait_for(lambda: east.group()["state"] == "suspended", what="the suspension")
+        self.assertIn("No space", east.group()["reason"] + east.farcopy("events").stdout)
+        handle.pwrite(b"on" * 2048, 0)
+        self.assertEqual(west.read("orders"), image, "the remote shows its last point")
+        run("mount", "-o", "remount,size=40m", f"{west.path}/small")
+        east.farcopy("resume", "shop")
+        wait_for(lambda: east.group()["state"] in ("mirroring", "resyncing"), what="the link")
+        point = east.cycle()
+        self.assertEqual(west.read(f"orders@{point}"), east.read("orders"))
+
+    def test_a_first_copy_is_aborted_and_goes_on(self):
+        east, west = self.pair({"orders": "32MiB"}, interval="manual", start=False, options='rate = "4MiB"')
+        with open(f"{east.path}/orders.img", "wb") as file:
+            file.write(random.randbytes(32 * MIB))
+        west.start()
+        east.start()
+        wait_for(lambda: (east.group().get("operation") or {}).get("name") == "copy:shop", what="the first copy")
+        east.farcopy("abort", "copy:shop")
+        wait_for(lambda: east.group()["state"] == "suspended", what="the suspension")
+        self.assertEqual(east.farcopy("abort", "copy:shop", check=False).returncode, 1)
+        east.stop()
+        east.start()
+        self.assertIn("operator", east.group()["reason"], "after a restart as well")
+        east.farcopy("rate", "shop", "unlimited")
+        east.farcopy("resume", "shop")
+        wait_for(lambda: west.points(), what="the first copy")
+        self.assertEqual(west.read("orders"), east.read("orders"))
+
     def test_cycles_and_scrubs_by_schedule(self):
         east, west = self.pair({"orders": "1MiB"}, interval="manual", options='schedule = "* * * * *"\nscrub = "* * * * *"')
         wait_for(lambda: west.points(), what="the first copy")
