@@ -79,7 +79,9 @@ package final class Reactor {
     /// Unaligned writes to direct files under way.
     var unalignedWrites = 0
     var drains: [DrainRead?] = []
-    var deferredDrains: [DrainRead] = []
+    var waitingDrains: [DrainRead] = []
+    /// Some of them can start in the next turn.
+    var drainsDue = false
     var ranges: [RangeRead?] = []
     var deferredRanges: [RangeRead] = []
     private var quiesces: [Quiesce] = []
@@ -185,7 +187,8 @@ package final class Reactor {
         reapCompletions()
         pollConnections()
         if resourcesFreed { retryStalled() }
-        if !deferredDrains.isEmpty || !deferredRanges.isEmpty { retryDeferredDrains() }
+        if !waitingDrains.isEmpty { startDrains() }
+        if !deferredRanges.isEmpty { retryDeferredRanges() }
         if deferredStoresReady {
             deferredStoresReady = false
             retryDeferredStores()
@@ -194,7 +197,7 @@ package final class Reactor {
         sendReplies()
         if !quiesces.isEmpty { checkQuiesces() }
         tick()
-        if polledCount > 0 || resourcesFreed || !dirtyConnections.isEmpty || backgroundDue {
+        if polledCount > 0 || resourcesFreed || !dirtyConnections.isEmpty || backgroundDue || drainsDue {
             // While nothing but sockets and messages can complete, a look at the ring every few turns will do.
             turnsUnseen += 1
             if ring.hasQueued || stores.inUse > 0 || turnsUnseen >= Self.turnsBetweenLooks {
@@ -237,7 +240,7 @@ package final class Reactor {
             switch message {
             case .perform(let body): body(self)
             case .adopt(let handoff): adopt(handoff)
-            case .drain(let drain): startDrain(drain)
+            case .drain(let drain): waitingDrains.append(drain)
             case .range(let range): startRange(range)
             case .stop(let done):
                 stopping = done

@@ -226,17 +226,35 @@ extension Reactor {
 
     // MARK: Draining
 
-    func startDrain(_ drain: DrainRead) {
+    /// Starts some of the drain's reads: many at once would hold hosts up.
+    func startDrains() {
+        var left = Self.drainsPerTurn
+        var started = 0
+        while left > 0, started < waitingDrains.count, startDrain(waitingDrains[started]) {
+            started += 1
+            left -= 1
+        }
+        waitingDrains.removeFirst(started)
+        drainsDue = left == 0 && !waitingDrains.isEmpty
+    }
+    private static let drainsPerTurn = 8
+
+    /// Begins a volume's drain from its first grain again. Reads that were asked for before do not take part.
+    package func rewindDrain(_ number: VolumeNumber) {
+        for drain in waitingDrains where drain.volume == number { drain.answer(.gone) }
+        waitingDrains.removeAll { $0.volume == number }
+        hosted(number).volume.rewindDrain()
+    }
+
+    /// False when hosts have every slot.
+    private func startDrain(_ drain: DrainRead) -> Bool {
         let hosted = hosted(drain.volume)
         let volume = hosted.volume
         guard let point = volume.point, point.number == drain.point else {
             drain.answer(.gone)
-            return
+            return true
         }
-        guard let slot = volume.takeRequest() else {
-            deferredDrains.append(drain)  // hosts have every slot; tried again when one is free
-            return
-        }
+        guard let slot = volume.takeRequest() else { return false }
         let limit = max(1, drain.capacity / volume.geometry.grain)
         guard
             var grains = volume.nextOutOfSync(
@@ -244,7 +262,7 @@ extension Reactor {
         else {
             volume.releaseRequest(slot)
             drain.answer(.nothing)
-            return
+            return true
         }
         if grains.count > limit {
             if let zeroes = hole(at: grains, hosted) {
@@ -255,7 +273,7 @@ extension Reactor {
                     .zeroes(
                         grains: zeroes, offset: range.lowerBound,
                         length: Int(range.upperBound - range.lowerBound)))
-                return
+                return true
             }
             grains = grains.prefix(limit)
             volume.returnOutOfSync(from: grains.upperBound)
@@ -272,6 +290,7 @@ extension Reactor {
         if index == drains.count { drains.append(drain) } else { drains[index] = drain }
         request.pointee.owner = RequestOwner(drain: index).rawValue
         volume.submit(slot)
+        return true
     }
 
     /// The longest hole that is answered at once.
@@ -291,10 +310,7 @@ extension Reactor {
         return lastGrain > grains.lowerBound ? grains.lowerBound..<lastGrain : nil
     }
 
-    func retryDeferredDrains() {
-        let deferred = deferredDrains
-        deferredDrains = []
-        for drain in deferred { startDrain(drain) }
+    func retryDeferredRanges() {
         let ranges = deferredRanges
         deferredRanges = []
         for range in ranges { startRange(range) }

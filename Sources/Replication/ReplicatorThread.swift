@@ -336,7 +336,7 @@ final class ReplicatorThread {
         epoch += 1
         for volume in configuration.volumes {
             let number = volume.number
-            volume.reactor.perform { $0.hosted(number).volume.rewindDrain() }
+            volume.reactor.perform { $0.rewindDrain(number) }
         }
     }
 
