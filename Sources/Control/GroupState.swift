@@ -42,7 +42,11 @@ final class GroupState {
     func amend(
         isolation: isolated (any Actor)? = #isolation, _ change: @escaping @Sendable (inout GroupRecord) -> Void
     ) async throws {
-        if let replicator { return await replicator.amend(change) }
+        while let replicator {
+            if await replicator.amend(change) { return }
+            // It has just ended; whoever ended it takes its record over.
+            await Task.yield()
+        }
         change(&record)
         try save()
     }

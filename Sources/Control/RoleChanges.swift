@@ -52,7 +52,8 @@ extension Site {
         let group = try group(name)
         if loser == configuration.site {
             _ = try await requirePrimary(group)
-            return try await peerCall(group, "POST", "resync?discard=\(loser)", seconds: 600)
+            return try await callPeer(
+                group, "POST", "/v1/groups/\(name)/resync?discard=\(loser)", Nothing?.none, seconds: 600)
         }
         let report = try await previewResync(name, discard: loser)
         try await operate(group, .resync) {
@@ -64,7 +65,9 @@ extension Site {
     /// What a resync would send and discard.
     func previewResync(_ name: String, discard loser: String) async throws -> ResyncReport {
         let group = try group(name)
-        if loser == configuration.site { return try await peerCall(group, "GET", "resync?discard=\(loser)") }
+        if loser == configuration.site {
+            return try await callPeer(group, "GET", "/v1/groups/\(name)/resync?discard=\(loser)", Nothing?.none)
+        }
         guard loser == group.entry.peer else {
             throw SiteError(
                 "group '\(name)' is at '\(configuration.site)' and '\(group.entry.peer)'; there is no site '\(loser)'",
@@ -334,12 +337,21 @@ extension Site {
         try await persist(operation) {
             if !group.isMirroring || group.record.conflict != nil { try await self.joinAlone(group) }
         }
-        operation.step = "sends what differs"
-        try await waitUntil(operation, seconds: 365 * 86400) {
-            guard let point = group.current.lastCommitted, point.isBase != true else { return false }
-            return group.replicator?.status.reason == nil
+        while true {
+            operation.step = "sends what differs"
+            try await waitUntil(operation, seconds: 365 * 86400) {
+                guard let point = group.current.lastCommitted, point.isBase != true else { return false }
+                return group.replicator?.status.state == "mirroring"
+            }
+            do {
+                return try await exchangeRoles(group, operation)
+            } catch let error as SiteError {
+                // A link that is lost comes back.
+                guard group.isMirroring, !operation.isAborted else { throw error }
+                operation.step = error.description
+                try await Task.sleep(for: .seconds(1))
+            }
         }
-        return try await exchangeRoles(group, operation)
     }
 
     /// A failback that was under way when the process ended goes on.
@@ -410,23 +422,6 @@ extension Site {
             replicator.pointLost("the point was given up by the operator")
             return "the point is given up; its changes go with the next one"
         default: throw SiteError("there is no \(kind) of '\(name)' under way", status: 404)
-        }
-    }
-
-    private func peerCall<Answer: Decodable>(
-        _ group: GroupState, _ method: String, _ path: String, seconds: Int64 = 30
-    ) async throws -> Answer {
-        guard let client = peerClient(group) else {
-            throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site")
-        }
-        do {
-            let bytes = try await client.call(
-                method, "/v1/groups/\(group.entry.name)/\(path)", seconds: seconds)
-            return try JSONDecoder().decode(Answer.self, from: Data(bytes))
-        } catch let error as SiteError {
-            throw error
-        } catch {
-            throw SiteError("'\(group.entry.peer)' cannot be reached: \(error)", status: 503)
         }
     }
 

@@ -79,15 +79,28 @@ extension Site {
         configuration.peers[group.entry.peer]?.control.map { ControlClient(address: $0) }
     }
 
-    /// Asks the peer how the group stands there.
+    /// Calls the peer about a group.
     ///
-    /// - Throws: when it cannot be reached, or refuses.
-    func peerStanding(_ group: GroupState, seconds: Int64 = 10) async throws -> Standing {
+    /// - Throws: `SiteError` in its words when it refuses, or with status 503 when it cannot be reached.
+    func callPeer<Answer: Decodable>(
+        _ group: GroupState, _ method: String, _ path: String, _ body: (some Encodable & Sendable)?, seconds: Int64 = 30
+    ) async throws -> Answer {
         guard let client = peerClient(group) else {
             throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site")
         }
-        return try await client.call(
-            "POST", "/v1/peer/groups/\(group.entry.name)/standing", await standing(group), seconds: seconds)
+        do {
+            return try await client.call(method, path, body, seconds: seconds)
+        } catch let error as SiteError {
+            throw error
+        } catch {
+            throw SiteError("'\(group.entry.peer)' cannot be reached at \(client.address): \(error)", status: 503)
+        }
+    }
+
+    /// Asks the peer how the group stands there.
+    func peerStanding(_ group: GroupState, seconds: Int64 = 10) async throws -> Standing {
+        try await callPeer(
+            group, "POST", "/v1/peer/groups/\(group.entry.name)/standing", await standing(group), seconds: seconds)
     }
 
     /// The peer asks how the group stands here, and says how it does there.
@@ -431,7 +444,7 @@ extension Site {
                 "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
                 status: 503)
         }
-        guard let client = peerClient(group) else {
+        guard peerClient(group) != nil else {
             throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site")
         }
         await stopReplication(group)
@@ -440,8 +453,8 @@ extension Site {
             group.record.generations.insert(randomIdentity(), at: 0)
             try group.save()
         }
-        let answer: YieldAnswer = try await client.call(
-            "POST", "/v1/peer/groups/\(name)/yield",
+        let answer: YieldAnswer = try await callPeer(
+            group, "POST", "/v1/peer/groups/\(name)/yield",
             YieldRequest(
                 site: configuration.site, siteID: siteRecord.id, generations: group.record.generations,
                 highestPoint: group.record.highestPoint, volumes: sessionVolumes(group)), seconds: 300)
@@ -474,13 +487,11 @@ extension Site {
     func eachPeerChange(
         _ group: GroupState, _ volume: VolumeState, each: (ChangesAnswer, Int) async -> Void
     ) async throws {
-        guard let client = peerClient(group) else {
-            throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site")
-        }
         var first = 0
         while true {
-            let answer: ChangesAnswer = try await client.call(
-                "GET", "/v1/peer/groups/\(group.entry.name)/changes?volume=\(volume.name)&from=\(first)", Nothing?.none)
+            let answer: ChangesAnswer = try await callPeer(
+                group, "GET", "/v1/peer/groups/\(group.entry.name)/changes?volume=\(volume.name)&from=\(first)",
+                Nothing?.none)
             guard !answer.words.isEmpty else { return }
             guard Geometry(size: answer.size, grain: answer.grain) != nil, answer.size == volume.geometry.size,
                 answer.words.count <= Limits.changedWordsPerAnswer

@@ -116,6 +116,8 @@ package final class Replicator: Sendable {
 
     let mailbox: Mailbox<Message>
     let snapshot: Mutex<ReplicationStatus>
+    /// The thread takes no more messages.
+    private let ended = Mutex(false)
 
     package init(record: GroupRecord) throws(SystemError) {
         mailbox = try Mailbox()
@@ -135,10 +137,18 @@ package final class Replicator: Sendable {
         mailbox.send(.event(.pointLost(reason), epoch: 0))
     }
 
-    /// Changes the record, durably.
-    package func amend(_ change: @escaping @Sendable (inout GroupRecord) -> Void) async {
-        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-            mailbox.send(.amend(change) { continuation.resume() })
+    /// Leaves a message that must be answered; false when nobody would.
+    private func ask(_ message: Message) -> Bool {
+        ended.withLock { $0 ? false : mailbox.send(message) }
+    }
+
+    /// For the thread, when it ends: what was asked for until now is there, and nothing more comes.
+    func end() { ended.withLock { $0 = true } }
+
+    /// Changes the record, durably; false when the replicator has ended.
+    package func amend(_ change: @escaping @Sendable (inout GroupRecord) -> Void) async -> Bool {
+        await withCheckedContinuation { (continuation: CheckedContinuation<Bool, Never>) in
+            if !ask(.amend(change) { continuation.resume(returning: true) }) { continuation.resume(returning: false) }
         }
     }
 
@@ -151,25 +161,27 @@ package final class Replicator: Sendable {
     package func cycle(alongside: Alongside? = nil) async throws(ReplicationRefusal) -> PointRecord {
         let result: Result<PointRecord, ReplicationRefusal> = await withCheckedContinuation {
             continuation in
-            mailbox.send(.wait(alongside) { continuation.resume(returning: $0) })
+            if !ask(.wait(alongside) { continuation.resume(returning: $0) }) {
+                continuation.resume(returning: .failure(.ended))
+            }
         }
         return try result.get()
-    }
-
-    /// Until the next commit only what differs from the peer's checksums is sent.
-    package func beginFromImage() async {
-        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-            mailbox.send(.beginFromImage { continuation.resume() })
-        }
     }
 
     /// Bounds the link, in bytes a second; 0 = unbounded.
     package func setRate(_ rate: UInt64) { mailbox.send(.setRate(rate)) }
 
+    /// Until the next commit only what differs from the peer's checksums is sent.
+    package func beginFromImage() async {
+        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
+            if !ask(.beginFromImage { continuation.resume() }) { continuation.resume() }
+        }
+    }
+
     /// Ends the thread; a point that is held stays held and is taken up by the next start.
     package func stop() async {
         await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-            mailbox.send(.stop { continuation.resume() })
+            if !ask(.stop { continuation.resume() }) { continuation.resume() }
         }
     }
 
@@ -235,6 +247,7 @@ package final class Replicator: Sendable {
 package struct ReplicationRefusal: Error, CustomStringConvertible {
     package var description: String
     init(_ description: String) { self.description = description }
+    static let ended = ReplicationRefusal("mirroring from this site has ended")
 }
 
 nonisolated func replicatorMain(

@@ -28,7 +28,7 @@ final class ReplicatorThread {
         var answer: @Sendable (Result<PointRecord, ReplicationRefusal>) -> Void
     }
     private var waiters: [Waiter] = []
-    private var stopped: (@Sendable () -> Void)?
+    private var stopped: [@Sendable () -> Void] = []
     private var flushesLeft = 0
     private var lastFigures: UInt64 = 0
     private var bytesAtFigures: UInt64 = 0
@@ -52,7 +52,7 @@ final class ReplicatorThread {
         perform(cycle.start(now: monotonicNanoseconds()))
         performing = false
         handle(.tick)
-        while stopped == nil {
+        while stopped.isEmpty {
             publish()
             wait()
             takeMessages()
@@ -63,7 +63,10 @@ final class ReplicatorThread {
             if let wakeAt = cycle.wakeAt, monotonicNanoseconds() >= wakeAt { handle(.tick) }
         }
         link = nil
-        stopped?()
+        replicator.end()
+        takeMessages()
+        for waiter in waiters { waiter.answer(.failure(.ended)) }
+        for answer in stopped { answer() }
     }
 
     // MARK: Waiting
@@ -88,6 +91,8 @@ final class ReplicatorThread {
     private func takeMessages() {
         for message in replicator.mailbox.drain() {
             switch message {
+            // Nothing more is begun; the record is still changed for who asks.
+            case .event where !stopped.isEmpty: break
             case .event(let event, let asker):
                 if asker == 0 || asker == epoch { handle(event) }
                 if case .gaveUp = event { freeTargets() }
@@ -109,6 +114,7 @@ final class ReplicatorThread {
                 perform(cycle.amend(change))
                 publish()
                 done()
+            case .wait(_, let answer) where !stopped.isEmpty: answer(.failure(.ended))
             case .wait(let alongside, let answer):
                 if let reason = cycle.suspension {
                     answer(.failure(ReplicationRefusal("the group is suspended: \(reason)")))
@@ -116,7 +122,7 @@ final class ReplicatorThread {
                     waiters.append(Waiter(number: cycle.nextNumber, alongside: alongside, answer: answer))
                     handle(.request)
                 }
-            case .stop(let done): stopped = done
+            case .stop(let done): stopped.append(done)
             }
         }
     }
