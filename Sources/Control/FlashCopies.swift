@@ -243,10 +243,10 @@ extension Site {
 
     /// A file or device of the operator's, and whether it reads as zeroes.
     ///
-    /// - Parameter grows: it may be smaller, since the volume has grown.
-    func openOperatorTarget(_ path: String, _ volume: VolumeState, grows: Bool = false) throws -> (
-        OpenFile, isZero: Bool
-    ) {
+    /// - Parameter recorded: it holds data of a copy, and so must be as large as that left it.
+    func openOperatorTarget(
+        _ path: String, _ volume: VolumeState, recorded: Bool = false
+    ) throws -> (OpenFile, isZero: Bool) {
         guard path.hasPrefix("/") else { throw SiteError("the target '\(path)' must be an absolute path", status: 400) }
         let size = volume.geometry.size
         let target: OpenFile
@@ -256,12 +256,16 @@ extension Site {
         }
         let present = try target.size()
         if try target.isRegularFile() {
-            guard present == 0 || present == size || (grows && present < size) else {
+            if recorded, present != size {
+                throw DamagedMetadata(
+                    description: "the target \(path) has \(present) bytes instead of \(size): it was cut short")
+            }
+            guard present == 0 || present == size else {
                 throw SiteError(
                     "the target \(path) has \(present) bytes, volume '\(volume.name)' has \(size); give a file of that size, "
                         + "or a new one")
             }
-            if present < size { try target.truncate(to: size) }
+            if present == 0 { try target.truncate(to: size) }
             return (target, present == 0)
         }
         guard present >= size else {

@@ -35,9 +35,19 @@ enum Growth {
         }
         try synchronizeDirectory("\(directory)/copies")
         try synchronizeDirectory(directory)
-        for index in record.copies.indices { record.copies[index].isComplete = false }
+        for index in record.copies.indices {
+            record.copies[index].isComplete = false
+            if let path = record.copies[index].target { try growTarget(path, from: record.size, to: geometry.size) }
+        }
         record.clean?.checksums = [:]
         record.size = geometry.size
+    }
+
+    /// The operator's file under a FlashCopy; a device must have grown already.
+    private static func growTarget(_ path: String, from old: UInt64, to size: UInt64) throws {
+        guard access(path, F_OK) == 0 else { return }
+        let target = try OpenFile(path: path, flags: O_RDWR)
+        if try target.isRegularFile(), try target.size() == old { try target.truncate(to: size) }
     }
 
     /// What is damaged is removed, so that the worst is assumed of it.

@@ -107,7 +107,7 @@ extension Site {
         // A bit that only the last process's mapping had must be durable before a write relies on it.
         if record.isDurable { try bitmap.file.synchronize() }
         let target =
-            if let path = record.target { try openOperatorTarget(path, volume, grows: true).0 } else {
+            if let path = record.target { try openOperatorTarget(path, volume, recorded: true).0 } else {
                 try volume.openTarget(record.targetOwner, create: missing && record.targetOwner == record.id)
             }
         return CopyFiles(target: target, bitmap: bitmap)
@@ -118,7 +118,8 @@ extension Site {
         let ids = Set(links.map(\.id))
         for index in volume.record.copies.indices where ids.contains(volume.record.copies[index].id) {
             volume.record.copies[index].state = .lost
-            volume.record.copies[index].reason = "its bitmap, or that of a newer copy that it reads through, is damaged"
+            volume.record.copies[index].reason =
+                "its bitmap or target, or that of a newer copy that it reads through, is damaged"
         }
         try volume.recordFile.save(volume.record)
         for id in ids { unlink(volume.bitmapPath(id)) }
@@ -211,8 +212,17 @@ extension Site {
 
     private func resumeRestore(_ volume: VolumeState, _ group: GroupState?) async throws {
         if let failover = group?.record.failedOver, failover.restoring.contains(volume.name) {
-            try openRestoreBitmap(volume)
-            await beginRestore(volume, from: CopyID(failover.point), fresh: false)
+            if volume.copies[CopyID(failover.point)] != nil {
+                try openRestoreBitmap(volume)
+                await beginRestore(volume, from: CopyID(failover.point), fresh: false)
+            } else {
+                note(
+                    group?.entry.name,
+                    "volume \(volume.name): point \(failover.point), which was failed over to, is lost; what had not flowed back "
+                        + "is as the old primary sent it last")
+                group?.record.failedOver?.restoring.removeAll { $0 == volume.name }
+                try group?.save()
+            }
         }
         guard let restoring = volume.record.restoring else { return }
         guard restoring.decided, volume.copies[restoring.copy] != nil else {

@@ -394,9 +394,12 @@ extension Site {
     func abort(_ text: String) async throws -> String {
         let parts = text.split(separator: ":", maxSplits: 1).map(String.init)
         guard parts.count == 2 else {
-            throw SiteError("'\(text)' names no operation; write KIND:GROUP, such as switchover:shop", status: 400)
+            throw SiteError(
+                "'\(text)' names no operation; write KIND:GROUP, such as switchover:shop, or restore:VOLUME",
+                status: 400)
         }
         let (kind, name) = (parts[0], parts[1])
+        if kind == "restore" { return try await abandonRestore(name) }
         let group = try group(name)
         if let operation = group.operation, operation.kind.rawValue == kind {
             operation.isAborted = true
@@ -423,6 +426,22 @@ extension Site {
             return "the point is given up; its changes go with the next one"
         default: throw SiteError("there is no \(kind) of '\(name)' under way", status: 404)
         }
+    }
+
+    /// Gives up the rest of a restore that has stalled.
+    private func abandonRestore(_ name: String) async throws -> String {
+        guard let volume = volumes[name] else { throw SiteError("there is no volume '\(name)'", status: 404) }
+        guard volume.restoreBitmap != nil else {
+            throw SiteError("volume '\(name)' is not being restored", status: 404)
+        }
+        let (number, grain) = (volume.number, UInt64(volume.geometry.grain))
+        guard let grains = await volume.reactor.run({ $0.hosted(number).volume.abandonRestore() }) else {
+            throw SiteError(
+                "the restore of volume '\(name)' goes on and ends by itself; only one that has stalled is given up")
+        }
+        let text = "\(UInt64(grains) * grain) bytes of volume '\(name)' could not be restored and stay as they were"
+        note(group(ofVolume: name)?.entry.name, text)
+        return text
     }
 
     /// Bytes in which the sites may differ, and how many grains the peer has changed.

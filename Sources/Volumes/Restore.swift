@@ -61,6 +61,18 @@ extension Volume {
         reviewChain()
     }
 
+    /// Ends a restore that cannot go on: grains whose data cannot be read, or written, stay as they are.
+    ///
+    /// - Returns: how many; nil when the restore has not stalled, or something of it is still under way.
+    package func abandonRestore() -> Int? {
+        guard let current = restore, current.stalled, !current.finishing, !hasJob(.restore) else { return nil }
+        restore = nil
+        wakeStarved()
+        reviewChain()
+        emit(.restoreFinished)
+        return current.pendingCount
+    }
+
     func markRestored(_ grains: Range<Int>) {
         guard restore != nil else { return }
         restore!.pendingCount -= restore!.pending.clear(grains)

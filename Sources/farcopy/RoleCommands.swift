@@ -91,7 +91,8 @@ struct Resync: AsyncParsableCommand {
 struct Abort: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         abstract:
-            "End something that is under way, as `status` names it: switchover:GROUP, failback:GROUP, cycle:GROUP …")
+            "End something that is under way, as `status` names it: switchover:GROUP, failback:GROUP, cycle:GROUP, restore:VOLUME …"
+    )
     @OptionGroup var options: ControlOptions
     @Argument(help: "The operation.") var operation: String
 

@@ -68,6 +68,13 @@ class Link:
             self.selector.register(listener, selectors.EVENT_READ)
         self.wake()
 
+    def join(self, *sites):
+        """Puts the link between two sites that are not running."""
+        for here, there in (sites, sites[::-1]):
+            for socket in ("nbd.sock", "control.sock"):
+                self.forward(f"{here.path}/link-{socket}", f"{there.path}/{socket}")
+                here.edit(f"{there.path}/{socket}", f"{here.path}/link-{socket}")
+
     def wake(self):
         self.wake_write.send(b"x")
 

@@ -238,6 +238,13 @@ class SiteTest(unittest.TestCase):
         self.sites.append(site)
         return site.start() if start else site
 
+    def put_away(self, *sites):
+        """Ends sites so that others of the same name can take their place."""
+        for site in sites:
+            site.end()
+            self.sites.remove(site)
+            shutil.rmtree(site.path)
+
     def pair(self, volumes, interval="0s", keep=8, start=True, extra="", options=""):
         """East, the primary, and west, the secondary, of group `shop` over all the volumes; `options` are lines for the group
         at both."""

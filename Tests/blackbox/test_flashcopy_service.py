@@ -257,6 +257,36 @@ class FlashCopyService(SiteTest):
         with open(f"{site.path}/disk.img", "rb") as file:
             self.assertEqual(file.read(), second)
 
+    def test_a_restore_that_cannot_go_on_is_given_up(self):
+        """Part of the copy's target is gone: what could not be restored stays as it was."""
+        target = os.path.join(self.directory, "target.img")
+        for restarted in (False, True):
+            with self.subTest(restarted=restarted):
+                site, handle, data = self.solo()
+                site.farcopy("flashcopy", "create", "disk", "copy", "--target", target)
+                for at in range(0, SIZE, 1 << 20):
+                    handle.pwrite(bytes(1 << 20), at)
+                self.assertIn("not being restored", site.farcopy("abort", "restore:disk", check=False).stderr)
+                os.truncate(target, SIZE // 2)
+                site.farcopy("flashcopy", "restore", "disk", "copy")
+                wait_for(lambda: "could not be restored" in site.farcopy("events").stdout, what="the stall")
+                if restarted:
+                    # A target that was cut short is not taken for the copy's.
+                    site.kill()
+                    site.start()
+                    self.assertIn("cut short", site.farcopy("events").stdout)
+                    self.assertIn("that is lost", site.farcopy("events").stdout)
+                else:
+                    wait_for(lambda: site.farcopy("abort", "restore:disk", check=False).returncode == 0, what="the end")
+                self.assertEqual(site.status()["volumes"]["disk"]["restoring_bytes"], 0)
+                now = site.read("disk")
+                self.assertEqual(now[SIZE // 2:], bytes(SIZE // 2), "what is gone stays as it was")
+                for at in range(0, SIZE, GRAIN):
+                    self.assertIn(now[at:at + GRAIN], (data[at:at + GRAIN], bytes(GRAIN)))
+                site.connect("disk").pwrite(b"on" * 256, 0)
+                self.put_away(site)
+                os.unlink(target)
+
     def test_restore_of_a_mirrored_volume_reaches_the_secondary(self):
         east, west = self.pair({"disk": "16MiB"}, interval="0s")
         handle = east.connect("disk")

@@ -17,11 +17,7 @@ class LinkTest(SiteTest):
         east, west = self.pair(volumes, interval=interval, start=False, options=options)
         self.link = Link(**link)
         self.addCleanup(self.link.close)
-        for here, there in ((east, west), (west, east)):
-            for socket in ("nbd.sock", "control.sock"):
-                self.link.forward(f"{here.path}/link-{socket}", f"{there.path}/{socket}")
-            here.edit(f"{there.path}/nbd.sock", f"{here.path}/link-nbd.sock")
-            here.edit(f"{there.path}/control.sock", f"{here.path}/link-control.sock")
+        self.link.join(east, west)
         if start:
             west.start()
             east.start()

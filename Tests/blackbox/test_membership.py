@@ -56,10 +56,7 @@ class Membership(SiteTest):
                 west.process.stdout.close()
                 west.process = None
                 self.assertIn("correct 'size'", west.tail())
-                for site in (east, west):
-                    site.end()
-                    self.sites.remove(site)
-                    os.rename(site.path, f"{site.path}-{how}")
+                self.put_away(east, west)
 
     def test_volumes_join_and_leave_without_resending_the_others(self):
         east, west = self.pair({"orders": "16MiB", "wal": "4MiB"}, interval="manual")

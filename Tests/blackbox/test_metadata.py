@@ -105,10 +105,7 @@ class Metadata(SiteTest):
                 wait_for(lambda: east.group()["state"] in ("mirroring", "resyncing"), what="the link")
                 point = east.cycle()
                 self.assertEqual(west.read(f"disk@{point}"), east.read("disk"))
-                for site in (east, west):
-                    site.end()
-                    self.sites.remove(site)
-                    shutil.rmtree(site.path)
+                self.put_away(east, west)
 
     def test_a_damaged_recovery_point_voids_it_and_older_ones(self):
         east, west = self.pair({"disk": "8MiB"}, interval="manual")

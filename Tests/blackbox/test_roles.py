@@ -152,10 +152,7 @@ class Roles(SiteTest):
                 copies = json.loads(other.farcopy("flashcopy", "list", "--json").stdout)
                 name = next(c["name"] for c in copies if c["volume"] == "orders")
                 self.assert_holds(other, pages[loser], f"orders@{name}")
-                for site in (east, west):
-                    site.end()
-                    self.sites.remove(site)
-                    os.rename(site.path, f"{site.path}-{loser}")
+                self.put_away(east, west)
 
     def test_a_primary_that_serves_on_is_not_stopped_under_its_hosts(self):
         east, west, _ = self.mirrored(interval="0s")
@@ -215,10 +212,7 @@ class Roles(SiteTest):
                 self.assertTrue(east.connect("orders").is_read_only())
                 east.farcopy("resume", "shop", "--isolated")
                 self.assertFalse(east.connect("orders").is_read_only())
-                for site in (east, west):
-                    site.end()
-                    self.sites.remove(site)
-                    os.rename(site.path, f"{site.path}-{len(policy)}")
+                self.put_away(east, west)
 
     def test_a_switchover_that_the_peer_cannot_answer_is_taken_back_or_goes_on(self):
         east, west, pages = self.mirrored()
@@ -308,7 +302,4 @@ class Roles(SiteTest):
                     wait_for(lambda: self.state(primary) in ("mirroring", "resyncing"), what="mirroring")
                     self.assert_holds(primary, pages)
                     self.assert_alike(primary, secondary)
-                for site in (east, west):
-                    site.end()
-                    self.sites.remove(site)
-                    os.rename(site.path, f"{site.path}-{end[:4]}")
+                self.put_away(east, west)

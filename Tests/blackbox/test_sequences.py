@@ -61,11 +61,7 @@ class Sequences(SiteTest):
         east, west = self.pair(
             {name: "1MiB" for name in NAMES}, interval=self.random.choice(("0s", "manual")), keep=keep, start=False)
         self.link = Link()
-        for here, there in ((east, west), (west, east)):
-            for socket in ("nbd.sock", "control.sock"):
-                self.link.forward(f"{here.path}/link-{socket}", f"{there.path}/{socket}")
-            here.edit(f"{there.path}/nbd.sock", f"{here.path}/link-nbd.sock")
-            here.edit(f"{there.path}/control.sock", f"{here.path}/link-control.sock")
+        self.link.join(east, west)
         self.east, self.west = east, west
         self.timelines = {"east": Timeline(), "west": Timeline()}
         self.former = []
