@@ -21,11 +21,13 @@ enum Growth {
     {
         let identity = identityWords(record.id)
         var paths = ["recording.bitmap", "point.bitmap", "restore.bitmap"]
-        paths += try FileManager.default.contentsOfDirectory(atPath: "\(directory)/copies").filter {
-            $0.hasSuffix(".bitmap")
-        }.map { "copies/\($0)" }
+        let copies = try FileManager.default.contentsOfDirectory(atPath: "\(directory)/copies")
+        paths += copies.filter { $0.hasSuffix(".bitmap") }.map { "copies/\($0)" }
         for name in paths where access("\(directory)/\(name)", F_OK) == 0 {
             try growBitmaps("\(directory)/\(name)", identity, record, name, to: geometry)
+        }
+        for name in copies where name.hasSuffix(".target") {
+            try growTarget("\(directory)/copies/\(name)", from: record.size, to: geometry.size)
         }
         let log = BitmapHeader(.activityLog, volume: identity, geometry: geometry)
         if trusted {
@@ -43,7 +45,7 @@ enum Growth {
         record.size = geometry.size
     }
 
-    /// The operator's file under a FlashCopy; a device must have grown already.
+    /// A sparse file under a FlashCopy; a device of the operator's must have grown already.
     private static func growTarget(_ path: String, from old: UInt64, to size: UInt64) throws {
         guard access(path, F_OK) == 0 else { return }
         let target = try OpenFile(path: path, flags: O_RDWR)

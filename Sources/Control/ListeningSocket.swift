@@ -20,7 +20,13 @@ package enum ListeningSocket {
         guard facts.st_mode & S_IFMT == S_IFSOCK else {
             throw SiteError("socket \(path): there is a file of that name that is no socket; move it away")
         }
-        if isServed(path) {
+        // The kernel lets go of what the ring of a killed process had, such as this socket, a little after the process has ended.
+        var tries = 100
+        while isServed(path), tries > 0 {
+            usleep(20_000)
+            tries -= 1
+        }
+        if tries == 0 {
             throw SiteError(
                 "socket \(path) is in use by another process; stop it or choose another path")
         }
@@ -95,9 +101,13 @@ package enum ListeningSocket {
                 setsockopt(
                     descriptor, Int32(IPPROTO_IPV6), IPV6_V6ONLY, &on, socklen_t(MemoryLayout<Int32>.size))
             }
-            guard bind(descriptor, info.ai_addr, info.ai_addrlen) == 0, listen(descriptor, 4096) == 0 else {
-                throw SystemError("listen on \(address)")
+            var tries = 100  // as in `check`
+            while bind(descriptor, info.ai_addr, info.ai_addrlen) != 0 {
+                guard errno == EADDRINUSE, tries > 0 else { throw SystemError("listen on \(address)") }
+                usleep(20_000)
+                tries -= 1
             }
+            guard listen(descriptor, 4096) == 0 else { throw SystemError("listen on \(address)") }
             files.append(file)
             entry = info.ai_next
         }

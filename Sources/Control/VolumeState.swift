@@ -290,7 +290,13 @@ final class VolumeState {
     func openTarget(_ owner: CopyID, create: Bool) throws -> OpenFile {
         if create { unlink(targetPath(owner)) }  // left over from an attempt that was not recorded
         let target = try OpenFile(path: targetPath(owner), flags: create ? O_RDWR | O_CREAT : O_RDWR)
-        if try target.size() != geometry.size { try target.truncate(to: geometry.size) }
+        if create {
+            try target.truncate(to: geometry.size)
+        } else if try target.size() != geometry.size {
+            throw DamagedMetadata(
+                description:
+                    "\(targetPath(owner)) has \(try target.size()) bytes instead of \(geometry.size): it was cut short")
+        }
         return target
     }
 

@@ -56,7 +56,7 @@ class Metadata(SiteTest):
         self.refused(site, "volume.record holds no valid record", "remove it to begin anew")
 
     def test_flipped_bits_and_short_files_end_the_copies_that_they_describe(self):
-        for damage in ("flip", "short", "missing", "header"):
+        for damage in ("flip", "short", "missing", "header", "target"):
             with self.subTest(damage):
                 site = self.site(f"solo-{damage}", {"disk": "16MiB"})
                 handle = site.connect("disk")
@@ -74,6 +74,8 @@ class Metadata(SiteTest):
                     os.truncate(path, 4096)
                 elif damage == "missing":
                     os.unlink(path)
+                elif damage == "target":
+                    os.truncate(path.replace(".bitmap", ".target"), 1 << 20)
                 else:
                     self.flip(path, 20)
                 site.start()

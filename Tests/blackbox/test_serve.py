@@ -49,7 +49,7 @@ class Serve(SiteTest):
                 (group, "there is no [peers.far]"), (group.replace('"disk"', '"disc"') + peer, "there is no [volumes.disc]"),
                 (group.replace("primary", "boss") + peer, "must be 'primary' or 'secondary'"),
                 (group + 'mode = "journal"\n' + peer, "this version has the mode 'flashcopy'"),
-                (group + 'interval = "soon"\n' + peer, "write a time such as"), (group + "keep = 0\n" + peer, "from 1 to 64"),
+                (group + 'interval = "soon"\n' + peer, "write a time such as"), (group + "keep = 0\n" + peer, "from 1 to 192"),
                 (group + group.replace("groups.g", "groups.h") + peer, "a volume belongs to one group")):
             self.refused(self.site("solo", {"disk": "1MiB"}, start=False, groups=text), "site.toml:", expected)
 
@@ -70,7 +70,12 @@ class Serve(SiteTest):
         os.truncate(f"{site.path}/disk.img", 2 << 20)
         self.refused(site, "has 2097152 bytes, the configuration says 1048576")
         site.edit('"1MiB"', '"2MiB"')
-        self.refused(site, "had 1048576 when it was served last")
+        site.start()  # it has grown
+        self.assertEqual(site.connect("disk").get_size(), 2 << 20)
+        site.stop()
+        os.truncate(f"{site.path}/disk.img", 1 << 20)
+        site.edit('"2MiB"', '"1MiB"')
+        self.refused(site, "had 2097152 when it was served last", "can grow and not shrink")
         os.unlink(f"{site.path}/disk.img")
         self.refused(site, "is missing, but this site has served it before")
 
