@@ -165,10 +165,10 @@ extension Site {
 
     /// The peer does not answer: what the operator has decided for this case.
     private func decideAlone(_ group: GroupState) async throws {
+        guard group.record.conflict == nil else { return }  // it was told before
         let peer = group.entry.peer
         switch group.entry.onIsolated {
-        case .serve where group.record.conflict == nil: break
-        case .serve: return
+        case .serve: break
         case .refuse:
             group.isolation =
                 "'\(peer)' does not answer, and on_isolated is \"refuse\"; `farcopy resume \(group.entry.name) --isolated` serves "
@@ -448,9 +448,10 @@ extension Site {
             throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site")
         }
         await stopReplication(group)
-        if group.record.failedOver == nil {
+        let theirs = try await peerStanding(group)
+        if theirs.role == .primary, let head = group.record.generations.first, theirs.generations.contains(head) {
             // The peer has seen every generation that this site had; from now on it is behind.
-            group.record.generations.insert(randomIdentity(), at: 0)
+            group.record.beginGeneration(randomIdentity())
             try group.save()
         }
         let answer: YieldAnswer = try await callPeer(

@@ -82,6 +82,12 @@ extension GroupRecord {
 
     package var highestPoint: UInt64 { max(lastNumber, points.last?.number ?? 0, lastCommitted?.number ?? 0) }
 
+    /// Puts a new generation in front; very old ones, of which no site can be any more, are forgotten.
+    package mutating func beginGeneration(_ identity: String) {
+        generations.insert(identity, at: 0)
+        if generations.count > 64 { generations.removeLast(generations.count - 64) }
+    }
+
     /// The record of a primary that has given up its role: its last state is the first recovery point of the new direction.
     ///
     /// - Parameters:

@@ -115,7 +115,7 @@ extension GroupRecord {
         record.role = .primary
         record.yielded = nil
         record.failedOver = Failover(point: point, at: now, restoring: volumes, joins: joins ? true : nil)
-        record.generations.insert(generation, at: 0)
+        record.beginGeneration(generation)
         return record
     }
 }
