@@ -54,6 +54,11 @@ package enum ListeningSocket {
         }
     }
 
+    /// Removes the socket file that this process has served. It may still answer until the kernel has cleared the ring.
+    static func remove(_ address: Address) {
+        if case .unix(let path) = address { unlink(path) }
+    }
+
     /// Removes a socket file that nobody serves.
     static func removeStale(_ address: Address) {
         if case .unix(let path) = address, !isServed(path) { unlink(path) }

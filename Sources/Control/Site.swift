@@ -41,6 +41,7 @@ package actor Site {
     /// Everything is back where the last process left it; before that only peers are answered, about roles.
     package private(set) var isStarted = false
     private(set) var isStopping = false
+    private var listening: [Address] = []
 
     /// Reads, checks and opens everything; hosts and resumes every volume. Listens on nothing yet.
     package init(configuration: Configuration, logger: Logger) throws {
@@ -97,6 +98,7 @@ package actor Site {
             for socket in try ListeningSocket.open(address) {
                 greeter.perform { $0.listen(on: socket) }
             }
+            listening.append(address)
         }
         for group in groups.values { try await goOn(group) }
         isStarted = true
@@ -389,6 +391,6 @@ package actor Site {
         } catch {
             logger.error("the stop is not clean: \(error)")
         }
-        for address in configuration.nbd.listen { ListeningSocket.removeStale(address) }
+        for address in listening { ListeningSocket.remove(address) }
     }
 }
