@@ -290,7 +290,7 @@ extension Site {
     /// - Parameter fromImage: the secondary was seeded; until the first commit only what differs by checksum is sent.
     func resume(_ name: String, fromImage: Bool = false) async throws {
         let replicator = try replicator(name)
-        if fromImage { await replicator.beginFromImage() }
+        if fromImage { try await group(name).amend { $0.fromImage = true } }
         replicator.resume()
     }
 

@@ -240,7 +240,12 @@ package struct Cycle {
             state = .idle
             return []
         case (.forming(let number), .formed(let time, let intact)):
-            guard intact else { return giveUp(.carryOn) }
+            guard intact else {
+                // Whoever asked for it still waits; but not at once, since hosts were held for nothing.
+                requested = true
+                notBefore = now + Self.readyRetry
+                return giveUp(.carryOn)
+            }
             let point = PointRecord(number: number, formedAt: time)
             record.forming = nil
             record.held = point
@@ -441,6 +446,7 @@ package struct Cycle {
         done.committedAt = time
         record.lastCommitted = done
         record.held = nil
+        record.fromImage = nil
         resyncing = false
         attempt = 0
         return [.endPoint(number: point.number), .save(record)] + becomeIdle(now)

@@ -108,7 +108,6 @@ package final class Replicator: Sendable {
         /// The peer's checksums of what a slot holds.
         case compared(slot: Int, [UInt8], epoch: UInt64)
         case setRate(UInt64)
-        case beginFromImage(@Sendable () -> Void)
         case amend(@Sendable (inout GroupRecord) -> Void, @Sendable () -> Void)
         case wait(Alongside?, @Sendable (Result<PointRecord, ReplicationRefusal>) -> Void)
         case stop(@Sendable () -> Void)
@@ -170,13 +169,6 @@ package final class Replicator: Sendable {
 
     /// Bounds the link, in bytes a second; 0 = unbounded.
     package func setRate(_ rate: UInt64) { mailbox.send(.setRate(rate)) }
-
-    /// Until the next commit only what differs from the peer's checksums is sent.
-    package func beginFromImage() async {
-        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-            if !ask(.beginFromImage { continuation.resume() }) { continuation.resume() }
-        }
-    }
 
     /// Ends the thread; a point that is held stays held and is taken up by the next start.
     package func stop() async {

@@ -44,7 +44,6 @@ final class ReplicatorThread {
         self.configuration = configuration
         cycle = Cycle(record: record, settings: configuration.settings)
         sender = Sender(configuration, replicator.mailbox)
-        sender.comparison.isSeeded = record.fromImage ?? false
     }
 
     func run() {
@@ -103,10 +102,6 @@ final class ReplicatorThread {
                 if asker == epoch, let event = sender.drained(slot, answer) { handle(event) }
             case .compared(let slot, let digests, let asker):
                 if asker == epoch, let event = sender.compared(slot, digests) { handle(event) }
-            case .beginFromImage(let done):
-                sender.comparison.isSeeded = true
-                perform(cycle.amend { $0.fromImage = true })
-                done()
             case .setRate(let rate): sender.bucket.rate = rate
             case .released(let changed, let asker):
                 if asker == epoch { clearPreserved(changed: changed) }
@@ -402,7 +397,8 @@ final class ReplicatorThread {
             if let event = sender.read(slot, volume, point: point, epoch: epoch) { handle(event) }
         case .send(let slot, _, let offset, let length):
             guard let session else { return handle(.linkLost("the link is closed")) }
-            sender.send(slot, offset, length, session: session, epoch: epoch)
+            sender.send(
+                slot, offset, length, session: session, epoch: epoch, isSeeded: cycle.record.fromImage == true)
         case .flush: flush()
         case .clear(let runs): clear(runs)
         case .finished: break
@@ -448,10 +444,6 @@ final class ReplicatorThread {
                         ? .success(committed) : .failure(ReplicationRefusal("the point was given up; try again")))
             }
             waiters.removeAll { $0.number <= committed.number }
-            if record.fromImage == true, committed.isBase != true {
-                sender.comparison.isSeeded = false
-                perform(cycle.amend { $0.fromImage = nil })
-            }
         }
         if let reason {
             for waiter in waiters {

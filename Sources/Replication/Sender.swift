@@ -31,8 +31,6 @@ package struct Comparison {
     let policy: ComparePolicy
     /// The peer has none to give.
     var isUnavailable = false
-    /// Everything is compared until a point is committed.
-    var isSeeded = false
     private var counter: UInt64 = 0
     /// Share of the bytes compared lately that were alike.
     private var alike = 0.0
@@ -44,7 +42,8 @@ package struct Comparison {
 
     init(policy: ComparePolicy) { self.policy = policy }
 
-    mutating func wants(linkRate: Double) -> Bool {
+    /// - Parameter isSeeded: the peer has most of it already.
+    mutating func wants(linkRate: Double, isSeeded: Bool) -> Bool {
         guard !isUnavailable else { return false }
         if isSeeded { return true }
         switch policy {
@@ -183,11 +182,13 @@ package final class Sender {
     // MARK: Sending
 
     /// Sends what a slot holds, after asking the peer for its checksums if that is likely to spare something.
-    func send(_ slot: Int, _ offset: UInt64, _ length: Int, session: UInt64, epoch: UInt64) {
+    func send(
+        _ slot: Int, _ offset: UInt64, _ length: Int, session: UInt64, epoch: UInt64, isSeeded: Bool
+    ) {
         slots[slot].offset = offset
         slots[slot].length = length
         slots[slot].wire = 0
-        if !slots[slot].isZero, comparison.wants(linkRate: flow.bytesPerSecond) {
+        if !slots[slot].isZero, comparison.wants(linkRate: flow.bytesPerSecond, isSeeded: isSeeded) {
             return compare(slot, session, epoch)
         }
         slots[slot].parts = 1

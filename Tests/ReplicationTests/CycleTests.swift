@@ -66,6 +66,42 @@ func otherLineage() {
     #expect(cycle.record.lineage == "new" && cycle.record.lastCommitted == nil)
 }
 
+@Test("a point that the hold's deadline spoilt is formed again for whoever asked for it")
+func formedAgain() {
+    var record = GroupRecord(role: .primary, generation: "one")
+    record.lineage = "L"
+    record.lastCommitted = PointRecord(number: 3, formedAt: 0)
+    record.lastNumber = 3
+    var cycle = Cycle(record: record, settings: Cycle.Settings(interval: .manual, volumes: 1, window: 2))
+    _ = cycle.start(now: 0)
+    _ = cycle.handle(peer(3), now: 1)
+    #expect(cycle.handle(.request, now: 2) == [.prepare(number: 4)])
+    _ = cycle.handle(.prepared(changed: false), now: 3)
+    #expect(cycle.handle(.formed(at: 5, intact: false), now: 4) == [.giveUp])
+    #expect(!cycle.handle(.gaveUp, now: 5).contains(.prepare(number: 5)), "hosts were held for nothing; not at once")
+    guard let wake = cycle.wakeAt else { return #expect(Bool(false), "it is formed again") }
+    #expect(cycle.handle(.tick, now: wake) == [.prepare(number: 5)])
+}
+
+@Test("that the secondary was seeded counts until a commit, also across a copy in full")
+func seededUntilCommit() {
+    var cycle = primary {
+        $0.lastCommitted = PointRecord(number: 3, formedAt: 0)
+        $0.lastNumber = 3
+    }
+    _ = cycle.start(now: 0)
+    _ = cycle.amend { $0.fromImage = true }
+    _ = cycle.handle(peer(nil, lineage: "new"), now: 1)
+    _ = cycle.handle(.allMarked, now: 2)
+    #expect(cycle.record.fromImage == true)
+    _ = cycle.handle(.prepared(changed: true), now: 3)
+    _ = cycle.handle(.formed(at: 5, intact: true), now: 4)
+    for slot in 0..<2 { _ = cycle.handle(.read(slot: slot, grains: nil, offset: 0, length: 0), now: 5) }
+    #expect(cycle.record.fromImage == true)
+    _ = cycle.handle(.committed(at: 6), now: 6)
+    #expect(cycle.record.lastCommitted?.number == 4 && cycle.record.fromImage == nil)
+}
+
 @Test("a peer whose points are not ours stops the group with a reason")
 func foreignPoints() {
     var cycle = primary {

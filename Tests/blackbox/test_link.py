@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import time
 
 from link import Link
@@ -154,6 +155,26 @@ class LinkTest(SiteTest):
         print(f"  {crossed} bytes crossed for 17 pages of {64 * MIB} bytes", flush=True)
         self.assertLess(crossed, 3 * MIB)
         self.assertGreater(east.group()["spared_bytes"], 60 * MIB)
+
+    def test_a_replaced_secondary_is_seeded_from_a_backup(self):
+        """As docs/OPERATIONS.md says it: the group has committed points before."""
+        east, west = self.linked({"orders": "32MiB"})
+        east.connect("orders").pwrite(random.randbytes(24 * MIB), 0)
+        east.cycle()
+        east.farcopy("suspend", "shop")
+        west.stop()
+        shutil.rmtree(f"{west.path}/state")
+        backup = bytearray(east.read("orders"))
+        backup[MIB:MIB + 4096] = bytes(4096)
+        with open(f"{west.path}/orders.img", "wb") as file:
+            file.write(backup)
+        west.start()
+        before = self.link.bytes
+        east.farcopy("resume", "shop", "--from-image")
+        wait_for(lambda: west.points(), what="the comparison")
+        crossed = self.link.bytes - before
+        self.assertEqual(west.read("orders"), east.read("orders"))
+        self.assertLess(crossed, 2 * MIB)
 
     def test_unchanged_content_is_found_by_itself_where_the_link_is_slow(self):
         """A file is written again with what it held: most of it need not cross a slow link."""
