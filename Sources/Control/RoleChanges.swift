@@ -9,6 +9,7 @@ import Base
 import FoundationEssentials
 import NBDServer
 import Replication
+import Ring
 import Volumes
 
 /// What a resync sends and discards.
@@ -210,10 +211,10 @@ extension Site {
     private func settle(_ outcome: Outcome, _ result: Result<PointRecord, SiteError>) { outcome.result = result }
 
     private func waitUntil(_ operation: Operation, seconds: Double, _ condition: () -> Bool) async throws {
-        let deadline = realSeconds() + seconds
+        let deadline = monotonicNanoseconds() + UInt64(seconds * 1e9)
         while !condition() {
             guard !operation.isAborted else { throw SiteError("aborted by the operator") }
-            guard realSeconds() < deadline else { throw SiteError("it took longer than \(Int(seconds)) s") }
+            guard monotonicNanoseconds() < deadline else { throw SiteError("it took longer than \(Int(seconds)) s") }
             try await Task.sleep(for: .milliseconds(5))
         }
     }
@@ -300,13 +301,15 @@ extension Site {
     func failback(_ name: String) async throws -> StatusReport.PointReport {
         let group = try group(name)
         try await checkFailback(group)
-        try await group.amend { $0.failingBack = true }
         var point: PointRecord?
-        do {
-            try await operate(group, .failback) { point = try await self.runFailback(group, group.operation!) }
-        } catch {
-            try await group.amend { $0.failingBack = nil }
-            throw error
+        try await operate(group, .failback) {
+            try await group.amend { $0.failingBack = true }
+            do {
+                point = try await self.runFailback(group, group.operation!)
+            } catch {
+                try await group.amend { $0.failingBack = nil }
+                throw error
+            }
         }
         return point!.report
     }
@@ -449,17 +452,22 @@ extension Site {
         var (bytes, grains) = (UInt64(0), UInt64(0))
         for volume in members(group) {
             let (number, own) = (volume.number, UInt64(volume.geometry.grain))
-            try await eachPeerChange(group, volume) { answer, first in
-                let mine = await volume.reactor.run {
-                    $0.hosted(number).volume.changedWords(from: first, count: answer.words.count)
-                }
-                let theirs = answer.words.reduce(0) { $0 + UInt64($1.nonzeroBitCount) }
+            let changed = await volume.reactor.run { reactor in
+                let engine = reactor.hosted(number).volume
+                return UInt64(engine.changedGrains + engine.outOfSyncGrains)
+            }
+            try await eachPeerChange(group, volume) { words, first, geometry in
+                let theirs = words.reduce(0) { $0 + UInt64($1.nonzeroBitCount) }
                 grains += theirs
-                if answer.grain == volume.geometry.grain {
-                    for (one, other) in zip(mine, answer.words) { bytes += UInt64((one | other).nonzeroBitCount) * own }
-                } else {
-                    bytes += theirs * UInt64(answer.grain)
+                guard geometry == volume.geometry else {
+                    // Grains of two sizes are not counted together: at most this.
+                    bytes += theirs * UInt64(geometry.grain) + (first == 0 ? changed * own : 0)
+                    return
                 }
+                let mine = await volume.reactor.run {
+                    $0.hosted(number).volume.changedWords(from: first, count: words.count)
+                }
+                for (one, other) in zip(mine, words) { bytes += UInt64((one | other).nonzeroBitCount) * own }
             }
         }
         return (bytes, grains)

@@ -29,8 +29,6 @@ struct YieldAnswer: Codable, Sendable {
     var lineage: String
     var volumeLineages: [String: String]?
     var point: PointRecord
-    /// Bytes of a grain, for each volume.
-    var grains: [String: Int]
 }
 
 /// Words of a volume's CR and OOS bitmaps together.
@@ -255,19 +253,11 @@ extension Site {
     /// its hosts.
     private func shutOutUnlessChanged(_ group: GroupState) async -> Bool {
         guard await standing(group).changedBytes == 0 else { return false }
-        var shut = true
-        for volume in members(group) where shut {
-            let number = volume.number
-            shut = await volume.reactor.run { reactor in
-                let hosted = reactor.hosted(number)
-                guard hosted.volume.changedGrains == 0, hosted.volume.modifyingInFlight == 0 else { return false }
-                hosted.writable = false
-                return true
-            }
-        }
-        group.servesHosts = !shut
-        if shut { await shutOutHosts(group) } else { await admitHosts(group) }
-        return shut
+        await shutOutHosts(group)
+        // What they had asked for was carried out; nothing more comes.
+        guard await standing(group).changedBytes > 0 else { return true }
+        await admitHosts(group)
+        return false
     }
 
     // MARK: Hosts
@@ -357,8 +347,7 @@ extension Site {
     private func yieldAnswer(_ group: GroupState, _ point: PointRecord) -> YieldAnswer {
         YieldAnswer(
             siteID: siteRecord.id, lineage: group.record.lineage ?? "", volumeLineages: group.record.volumeLineages,
-            point: point,
-            grains: Dictionary(uniqueKeysWithValues: members(group).map { ($0.name, $0.geometry.grain) }))
+            point: point)
     }
 
     /// Ends the point that is held, so that CR alone says what the peer lacks, on stable storage.
@@ -444,11 +433,8 @@ extension Site {
                 "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
                 status: 503)
         }
-        guard peerClient(group) != nil else {
-            throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site")
-        }
-        await stopReplication(group)
         let theirs = try await peerStanding(group)
+        await stopReplication(group)
         if theirs.role == .primary, let head = group.record.generations.first, theirs.generations.contains(head) {
             // The peer has seen every generation that this site had; from now on it is behind.
             group.record.beginGeneration(randomIdentity())
@@ -460,15 +446,10 @@ extension Site {
                 site: configuration.site, siteID: siteRecord.id, generations: group.record.generations,
                 highestPoint: group.record.highestPoint, volumes: sessionVolumes(group)), seconds: 300)
         for volume in members(group) {
-            let (number, geometry) = (volume.number, volume.geometry)
-            try await eachPeerChange(group, volume) { answer, first in
-                let runs = byteRuns(answer.words, firstWord: first, Geometry(size: answer.size, grain: answer.grain)!)
-                await volume.reactor.run { reactor in
-                    for run in runs {
-                        reactor.hosted(number).volume.markChanged(
-                            geometry.grains(offset: run.lowerBound, length: run.upperBound - run.lowerBound))
-                    }
-                }
+            let number = volume.number
+            try await eachPeerChange(group, volume) { words, first, geometry in
+                let ranges = byteRanges(words, firstWord: first, geometry)
+                await volume.reactor.run { $0.hosted(number).volume.markChanged(ranges) }
             }
             try volume.recording.synchronize()
         }
@@ -484,9 +465,10 @@ extension Site {
         members(group).map { SessionRequest.Volume(name: $0.name, size: $0.geometry.size) }
     }
 
-    /// Asks for all that the peer has changed, a part at a time; `each` gets the part and the index of its first word.
+    /// Asks for all that the peer has changed, a part at a time; `each` gets words of a bitmap, the index of the first, and the
+    /// geometry that the peer counts in.
     func eachPeerChange(
-        _ group: GroupState, _ volume: VolumeState, each: (ChangesAnswer, Int) async -> Void
+        _ group: GroupState, _ volume: VolumeState, each: ([UInt64], Int, Geometry) async -> Void
     ) async throws {
         var first = 0
         while true {
@@ -494,27 +476,27 @@ extension Site {
                 group, "GET", "/v1/peer/groups/\(group.entry.name)/changes?volume=\(volume.name)&from=\(first)",
                 Nothing?.none)
             guard !answer.words.isEmpty else { return }
-            guard Geometry(size: answer.size, grain: answer.grain) != nil, answer.size == volume.geometry.size,
-                answer.words.count <= Limits.changedWordsPerAnswer
+            guard let geometry = Geometry(size: answer.size, grain: answer.grain), answer.size == volume.geometry.size,
+                answer.words.count <= Limits.changedWordsPerAnswer,
+                first + answer.words.count <= Bitmap.byteCount(bits: geometry.grainCount) / 8
             else { throw SiteError("the peer's answer about volume '\(volume.name)' makes no sense") }
-            await each(answer, first)
+            await each(answer.words, first, geometry)
             first += answer.words.count
         }
     }
 
-    private func byteRuns(_ words: [UInt64], firstWord: Int, _ geometry: Geometry) -> [Range<UInt64>] {
-        var runs: [Range<UInt64>] = []
-        for (index, word) in words.enumerated() where word != 0 {
-            var bits = word
-            while bits != 0 {
-                let start = bits.trailingZeroBitCount
-                let length = (~(bits >> UInt64(start))).trailingZeroBitCount
-                let grain = (firstWord + index) << 6 + start
-                let end = min(grain + length, geometry.grainCount)
-                if grain < end { runs.append(geometry.byteRange(grain..<end)) }
-                bits = start + length >= 64 ? 0 : bits & (~0 << UInt64(start + length))
+    /// The byte ranges of the set bits of a part of a bitmap.
+    private func byteRanges(_ words: [UInt64], firstWord: Int, _ geometry: Geometry) -> [Range<UInt64>] {
+        var words = words
+        let (first, bits) = (firstWord * 64, words.count * 64)
+        return words.withUnsafeMutableBytes { memory in
+            let part = Bitmap(memory: memory.baseAddress!, count: min(bits, geometry.grainCount - first))
+            var (ranges, at): ([Range<UInt64>], Int) = ([], 0)
+            while let start = part.firstSet(in: at..<part.count) {
+                at = part.firstClear(in: start..<part.count) ?? part.count
+                ranges.append(geometry.byteRange(first + start..<first + at))
             }
+            return ranges
         }
-        return runs
     }
 }

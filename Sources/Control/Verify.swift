@@ -28,6 +28,7 @@ package struct VerifyReport: Codable, Sendable {
     package var finishedAt: String
     package var comparedBytes: UInt64
     package var differingBytes: UInt64
+    package var differenceCount: Int
     /// The first thousand.
     package var differences: [Difference]
     /// The differing grains are sent again with the next point.
@@ -38,6 +39,17 @@ package struct VerifyReport: Codable, Sendable {
         case finishedAt = "finished_at"
         case comparedBytes = "compared_bytes"
         case differingBytes = "differing_bytes"
+        case differenceCount = "difference_count"
+    }
+
+    fileprivate mutating func add(_ runs: [Range<UInt64>], _ volume: String) {
+        for run in runs {
+            let length = run.upperBound - run.lowerBound
+            differingBytes += length
+            differenceCount += 1
+            guard differences.count < 1000 else { continue }
+            differences.append(Difference(volume: volume, offset: run.lowerBound, length: length))
+        }
     }
 }
 
@@ -52,7 +64,7 @@ extension Site {
         let result = report!
         group.lastVerify = result
         group.verifiedBytes += result.comparedBytes
-        group.differencesFound += UInt64(result.differences.count)
+        group.differencesFound += UInt64(result.differenceCount)
         note(
             name,
             "point \(result.point) compared with '\(group.entry.peer)': \(result.comparedBytes) bytes, \(result.differingBytes) differ"
@@ -75,7 +87,7 @@ extension Site {
         var problem: (any Error)?
         do {
             try await peer.pin(point: point.number, as: pinned)
-            report = try await compare(group, operation, peer, pinned, copies, rate)
+            report = try await compare(operation, peer, pinned, copies, repair, rate)
         } catch {
             problem = error
         }
@@ -85,10 +97,6 @@ extension Site {
         report!.point = point.number
         report!.startedAt = timestamp(started)
         report!.finishedAt = timestamp(realSeconds())
-        if repair, !report!.differences.isEmpty {
-            await markDifferent(group, report!.differences)
-            report!.repairing = true
-        }
         return report!
     }
 
@@ -108,39 +116,50 @@ extension Site {
             made.append(try await prepare(request, volume, target: nil, order: volume.takeOrder()))
         }
         let entries = made.map { Self.chainEntry($0.volume.number, $0.record, $0.files) { $0.addCopy($1) } }
-        let numbers = Mutex<[Int: (StoreFile, StoreFile)]>([:])
+        let taken = Mutex(TakenCopies())
         do {
             let point = try await replicator.cycle { reactor, index in
-                let files = entries[index](reactor)
-                numbers.withLock { $0[index] = files }
+                taken.withLock { if !$0.isOver { $0.files[index] = entries[index](reactor) } }
             }
-            for (index, copy) in made.enumerated() {
-                guard let files = numbers.withLock({ $0[index] }) else {
-                    throw SiteError("the point was formed without its FlashCopies; try again", status: 503)
-                }
-                entered(copy.volume, copy.record, copy.files, files.0, files.1)
+            guard enterTaken(made, taken.withLock { $0.files }).isEmpty else {
+                throw SiteError("the point was formed without its FlashCopies; try again", status: 503)
             }
             return (point, made)
         } catch {
+            // A reactor that has not formed yet must not take what is removed here.
+            let files = taken.withLock { taken in
+                taken.isOver = true
+                return taken.files
+            }
+            let missing = enterTaken(made, files)
             for (index, copy) in made.enumerated() {
-                if let files = numbers.withLock({ $0[index] }) {
-                    entered(copy.volume, copy.record, copy.files, files.0, files.1)
-                    await leave(copy.volume, copy.record.id)
-                } else {
-                    try? discard(copy)
-                }
+                if missing.contains(index) { try? discard(copy) } else { await leave(copy.volume, copy.record.id) }
             }
             throw error as? SiteError ?? SiteError("group '\(group.entry.name)': \(error)")
         }
     }
 
+    /// What the reactors have done of the copies of one point, by the volume's index.
+    private struct TakenCopies: Sendable {
+        var files: [Int: (StoreFile, StoreFile)] = [:]
+        var isOver = false
+    }
+
+    /// - Returns: the indices of copies that no reactor has taken.
+    private func enterTaken(_ made: [NewCopy], _ files: [Int: (StoreFile, StoreFile)]) -> [Int] {
+        for (index, copy) in made.enumerated() {
+            guard let (target, bitmap) = files[index] else { continue }
+            entered(copy.volume, copy.record, copy.files, target, bitmap)
+        }
+        return made.indices.filter { files[$0] == nil }
+    }
+
     private func compare(
-        _ group: GroupState, _ operation: Operation, _ peer: HTTPPeer, _ pinned: String, _ copies: [NewCopy],
-        _ rate: UInt64
+        _ operation: Operation, _ peer: HTTPPeer, _ pinned: String, _ copies: [NewCopy], _ repair: Bool, _ rate: UInt64
     ) async throws -> VerifyReport {
         var report = VerifyReport(
-            point: 0, startedAt: "", finishedAt: "", comparedBytes: 0, differingBytes: 0, differences: [],
-            repairing: false)
+            point: 0, startedAt: "", finishedAt: "", comparedBytes: 0, differingBytes: 0, differenceCount: 0,
+            differences: [], repairing: false)
         let total = copies.reduce(0) { $0 + $1.volume.geometry.size }
         let begin = realSeconds()
         for copy in copies {
@@ -152,7 +171,14 @@ extension Site {
                 let pairs = try await digestPairs(copy, peer, pinned, parts)
                 for ((start, length), (ours, theirs)) in zip(parts, pairs) {
                     guard ours.count == theirs.count else { throw SiteError("the peer's checksums make no sense") }
-                    note(Sender.differing(ours, theirs, length, runs: .max), at: start, copy.volume, &report)
+                    let found = Sender.differing(ours, theirs, length, runs: .max).map {
+                        start + UInt64($0.lowerBound)..<start + UInt64($0.upperBound)
+                    }
+                    report.add(found, copy.volume.name)
+                    if repair, !found.isEmpty {
+                        await markDifferent(copy.volume, found)
+                        report.repairing = true
+                    }
                     report.comparedBytes += UInt64(length)
                     offset = start + UInt64(length)
                 }
@@ -199,26 +225,9 @@ extension Site {
         return pairs
     }
 
-    private func note(_ runs: [Range<Int>], at start: UInt64, _ volume: VolumeState, _ report: inout VerifyReport) {
-        for run in runs {
-            report.differingBytes += UInt64(run.count)
-            guard report.differences.count < 1000 else { continue }
-            report.differences.append(
-                VerifyReport.Difference(
-                    volume: volume.name, offset: start + UInt64(run.lowerBound), length: UInt64(run.count)))
-        }
-    }
-
-    private func markDifferent(_ group: GroupState, _ differences: [VerifyReport.Difference]) async {
-        for volume in members(group) {
-            let (number, geometry) = (volume.number, volume.geometry)
-            let found = differences.filter { $0.volume == volume.name }
-            await volume.reactor.run { reactor in
-                for part in found {
-                    reactor.hosted(number).volume.markChanged(geometry.grains(offset: part.offset, length: part.length))
-                }
-            }
-        }
+    private func markDifferent(_ volume: VolumeState, _ runs: [Range<UInt64>]) async {
+        let number = volume.number
+        await volume.reactor.run { $0.hosted(number).volume.markChanged(runs) }
     }
 
     // MARK: At the peer

@@ -18,7 +18,8 @@ extension World {
         for index in 0..<Self.volumes {
             guard fault != .forgetPeersChanges else { break }
             for grain in 0..<Self.grains where changed[index][grain >> 6] & (1 << UInt64(grain & 63)) != 0 {
-                west[index].volume.markChanged(grain..<grain + 1)
+                let start = UInt64(grain * Self.grain)
+                west[index].volume.markChanged([start..<start + UInt64(Self.grain)])
             }
             westBitmaps[index].0.flush()
             westBitmaps[index].1.flush()

@@ -119,8 +119,12 @@ extension Volume {
     /// Counts the changed grains anew, after somebody else has cleared bits.
     package func recountChanges() { changeCount = changeRecording.population() }
 
-    /// Grains may differ from the peer's for other reasons than a host's write.
-    package func markChanged(_ grains: Range<Int>) { mark(grains) }
+    /// The grains of these byte ranges may differ from the peer's for other reasons than a host's write.
+    package func markChanged(_ ranges: [Range<UInt64>]) {
+        for range in ranges where !range.isEmpty {
+            mark(geometry.grains(offset: range.lowerBound, length: range.upperBound - range.lowerBound))
+        }
+    }
 
     /// What flows back from a recovery point is not what the old primary's bitmaps take for granted.
     package func markChanged(_ differences: Bitmap) { changeCount += changeRecording.add(differences) }

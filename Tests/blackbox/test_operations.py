@@ -73,6 +73,19 @@ class Operations(SiteTest):
             self.assertEqual(json.loads(site.farcopy("flashcopy", "list", "--json").stdout), [], "nothing stays behind")
         self.assertIn("is secondary", west.farcopy("verify", "shop", check=False).stderr)
 
+    def test_verify_repairs_more_than_it_lists(self):
+        east, west = self.pair({"orders": "16MiB"}, interval="manual")
+        east.connect("orders").pwrite(random.randbytes(16 * MIB), 0)
+        east.cycle()
+        with open(f"{west.path}/orders.img", "r+b") as file:
+            for page in range(0, 4096, 2):
+                file.seek(page * 4096)
+                file.write(os.urandom(16))
+        report = json.loads(east.farcopy("verify", "shop", "--repair", "--json").stdout)
+        self.assertEqual((report["difference_count"], len(report["differences"])), (2048, 1000))
+        point = east.cycle()
+        self.assertEqual(west.read(f"orders@{point}"), east.read("orders"))
+
     def load(self, site):
         """A host that writes to the volume's last quarter all the while."""
         import subprocess

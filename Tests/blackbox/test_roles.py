@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import subprocess
 import time
 
 import nbd
@@ -94,6 +95,35 @@ class Roles(SiteTest):
         self.write(east, 5)
         self.assert_alike(east, west)
         east.farcopy("flashcopy", "withdraw", "orders", "wal", names[0])
+
+    def test_a_failback_goes_on_after_a_restart_and_is_aborted(self):
+        east, west, pages = self.mirrored()
+        east.kill()
+        west.farcopy("failover", "shop")
+        self.restored(west)
+        west.farcopy("rate", "shop", "16KiB")
+        pages.update(self.write(west, 60))
+        east.start()
+        running = subprocess.Popen(
+            [west.program, "failback", "shop", "--yes", "--control", west.control], stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL)
+        wait_for(lambda: (west.group().get("operation") or {}).get("name") == "failback:shop", what="the failback")
+        wait_for(lambda: east.group()["role"] == "secondary", what="the other direction")
+        self.assertIn("is in a failback", self.refused(west, "failback", "shop", "--yes"))
+        west.kill()
+        running.wait(timeout=30)
+        west.start()
+        wait_for(lambda: (west.group().get("operation") or {}).get("name") == "failback:shop", what="the failback again")
+        west.farcopy("abort", "failback:shop")
+        wait_for(lambda: (west.group().get("operation") or {}).get("name") != "failback:shop", what="its end")
+        self.assertEqual((east.group()["role"], west.group()["role"]), ("secondary", "primary"))
+        west.stop()
+        west.start()
+        time.sleep(0.5)
+        self.assertNotEqual((west.group().get("operation") or {}).get("name"), "failback:shop", "it stays aborted")
+        west.farcopy("rate", "shop", "default")
+        west.farcopy("failback", "shop")
+        self.assert_holds(east, pages)
 
     def test_switchover_there_and_back_loses_nothing(self):
         east, west, pages = self.mirrored(interval="0s")
