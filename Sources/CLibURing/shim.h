@@ -17,6 +17,7 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -38,9 +39,12 @@ static inline long farcopy_pwrite(int fd, const void *buffer, size_t length, off
 static inline int farcopy_block_device_size(int fd, unsigned long long *size) {
     return ioctl(fd, BLKGETSIZE64, size) < 0 ? -errno : 0;
 }
+// A file whose storage is memory. Asked of a device node, statfs tells of the file system of the node (devtmpfs, whose magic is that of
+// tmpfs), and nothing of the device.
 static inline int farcopy_is_tmpfs(int fd) {
-    struct statfs facts;
-    return fstatfs(fd, &facts) == 0 && facts.f_type == TMPFS_MAGIC;
+    struct stat facts;
+    struct statfs system;
+    return fstat(fd, &facts) == 0 && S_ISREG(facts.st_mode) && fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC;
 }
 // The field's type differs between versions of the kernel's header.
 static inline void farcopy_make_durable(struct io_uring_sqe *entry) { entry->rw_flags = RWF_DSYNC; }
@@ -62,6 +66,48 @@ static inline long long farcopy_birth_time(int fd) {
     if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, 0x800 /* STATX_BTIME */, facts) != 0 || !(facts[0] & 0x800))
         return 0;
     return ((long long)facts[21] << 32 | facts[20]) * 1000000000LL + facts[22];
+}
+int fallocate(int, int, off_t, off_t);
+// Storage for a range, without a change of the file's size.
+static inline int farcopy_reserve(int fd, off_t offset, off_t length) {
+    return fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length) < 0 ? -errno : 0;
+}
+// Files made below a directory of btrfs are overwritten in place, so that space that was reserved for them stays theirs.
+static inline void farcopy_overwrite_in_place(int directory) {
+    struct statfs system;
+    int flags = 0;
+    if (fstatfs(directory, &system) != 0 || system.f_type != BTRFS_SUPER_MAGIC) return;
+    if (ioctl(directory, FS_IOC_GETFLAGS, &flags) == 0 && !(flags & FS_NOCOW_FL)) {
+        flags |= FS_NOCOW_FL;
+        ioctl(directory, FS_IOC_SETFLAGS, &flags);
+    }
+}
+static inline long farcopy_file_system_type(int fd) {
+    struct statfs system;
+    return fstatfs(fd, &system) == 0 ? (long)system.f_type : 0;
+}
+static const long farcopy_type_tmpfs = TMPFS_MAGIC, farcopy_type_ext = EXT4_SUPER_MAGIC, farcopy_type_xfs = XFS_SUPER_MAGIC,
+                  farcopy_type_btrfs = BTRFS_SUPER_MAGIC, farcopy_type_f2fs = F2FS_SUPER_MAGIC;
+// The identity of a btrfs file system, 16 bytes.
+static inline int farcopy_btrfs_identity(int fd, unsigned char identity[16]) {
+    // struct btrfs_ioctl_fs_info_args: two 64-bit words, then the identity; 1024 bytes in all.
+    unsigned char facts[1024] = {0};
+    if (ioctl(fd, _IOR(0x94, 31, unsigned char[1024]), facts) < 0) return -errno;
+    memcpy(identity, facts + 16, 16);
+    return 0;
+}
+// Changes whenever a device gets another medium, such as another file under a loop device (BLKGETDISKSEQ, Linux 5.15); 0 = unknown.
+static inline unsigned long long farcopy_medium_sequence(int fd) {
+    unsigned long long sequence = 0;
+    return ioctl(fd, _IOR(0x12, 128, unsigned long long), &sequence) == 0 ? sequence : 0;
+}
+// Of the mount that a file was opened through: never used twice in a boot (Linux 6.8); 0 = unknown.
+static inline unsigned long long farcopy_mount_identity(int fd) {
+    // struct statx as words: stx_mnt_id stands at 0x90.
+    unsigned int facts[64] = {0};
+    if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, 0x4000 /* STATX_MNT_ID_UNIQUE */, facts) != 0 || !(facts[0] & 0x4000))
+        return 0;
+    return (unsigned long long)facts[37] << 32 | facts[36];
 }
 static const int farcopy_open_direct = __O_DIRECT;
 static inline int farcopy_is_zero(const void *bytes, size_t count) {

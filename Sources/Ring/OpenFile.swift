@@ -27,6 +27,35 @@ package final class OpenFile: Sendable {
         self.init(descriptor: descriptor, path: path)
     }
 
+    /// Opens what holds the data of a volume, or takes that of a copy; a file that is not there is made, empty.
+    ///
+    /// A block device is claimed (`O_EXCL`, open(2)): it cannot be mounted meanwhile, nor taken by another program that claims it.
+    ///
+    /// - Parameters:
+    ///   - flags: added to `O_RDWR`.
+    ///   - claim: false leaves a device to whoever else has it.
+    ///   - waitMilliseconds: how long a device that is claimed is tried again: the kernel lets go of what the ring of a killed process
+    ///     had a little after the process has ended.
+    /// - Throws: EBUSY when a device is mounted or claimed by another.
+    package static func storage(
+        path: String, flags: Int32 = 0, claim: Bool = true, waitMilliseconds: Int = 0
+    ) throws(SystemError) -> OpenFile {
+        var facts = stat()
+        guard stat(path, &facts) == 0, facts.st_mode & S_IFMT == S_IFBLK else {
+            return try OpenFile(path: path, flags: O_RDWR | O_CREAT | flags)
+        }
+        var left = waitMilliseconds
+        while true {
+            do {
+                return try OpenFile(path: path, flags: O_RDWR | flags | (claim ? O_EXCL : 0))
+            } catch {
+                guard error.errno == EBUSY, left > 0 else { throw error }
+                usleep(20_000)
+                left -= 20
+            }
+        }
+    }
+
     deinit { close(descriptor) }
 
     private func status() throws(SystemError) -> stat {
@@ -74,6 +103,7 @@ package final class OpenFile: Sendable {
         return Int64(facts.st_mtim.tv_sec) * 1_000_000_000 + Int64(facts.st_mtim.tv_nsec)
     }
 
+    /// Its storage is memory: calls do not block, and there is nothing to flush. False for devices.
     package var isOnTmpfs: Bool { farcopy_is_tmpfs(descriptor) != 0 }
 
     package func truncate(to size: UInt64) throws(SystemError) {
@@ -84,6 +114,18 @@ package final class OpenFile: Sendable {
 
     package func synchronize() throws(SystemError) {
         guard fdatasync(descriptor) == 0 else { throw SystemError("flush \(path)") }
+    }
+
+    /// Reserves storage for a range, so that writing there does not fail for want of space (fallocate(2)); the size stays. File systems
+    /// that cannot are left as they are.
+    package func reserve(_ range: Range<Int>) throws(SystemError) {
+        var result: Int32
+        repeat {
+            result = farcopy_reserve(descriptor, off_t(range.lowerBound), off_t(range.count))
+        } while result == -EINTR
+        guard result == 0 || result == -EOPNOTSUPP || result == -ENOSYS else {
+            throw SystemError("reserve \(range.count) bytes for \(path)", errno: -result)
+        }
     }
 
     package func readAll() throws(SystemError) -> [UInt8] { try read(at: 0, count: Int(try size())) }
@@ -116,6 +158,19 @@ package final class OpenFile: Sendable {
         }
     }
 
+    /// Reads all data of the file into the page cache.
+    ///
+    /// - Throws: what cannot be read.
+    package func readThrough() throws(SystemError) {
+        let size = try size()
+        var offset: UInt64 = 0
+        while let start = nextData(from: offset), start < size {
+            let count = try read(at: Int(start), count: Int(min(1 << 20, size - start))).count
+            guard count > 0 else { return }
+            offset = start + UInt64(count)
+        }
+    }
+
     /// Where the next data at or behind an offset lies; nil = only a hole follows.
     package func nextData(from offset: UInt64) -> UInt64? {
         let found = lseek(descriptor, off_t(offset), SEEK_DATA)
@@ -135,7 +190,7 @@ package final class MappedFile: @unchecked Sendable {
     package let memory: UnsafeMutableRawPointer
     package let byteCount: Int
 
-    /// Opens or creates the file with exactly `byteCount` bytes (zeros where new).
+    /// Opens or creates the file with exactly `byteCount` bytes; where new, zeros, with storage for all of them.
     ///
     /// - Throws: when an existing file has another size: it belongs to a volume of another size or grain.
     package init(path: String, byteCount: Int, create: Bool) throws(SystemError) {
@@ -143,6 +198,7 @@ package final class MappedFile: @unchecked Sendable {
         let present = try file.size()
         if present == 0, create {
             try file.truncate(to: UInt64(byteCount))
+            try file.reserve(0..<byteCount)
         } else if present != UInt64(byteCount) {
             throw SystemError(
                 "map \(path): it has \(present) bytes instead of \(byteCount)", errno: EINVAL)
