@@ -62,6 +62,7 @@ extension Site {
     /// Looks after every group until the site stops.
     func watch() async {
         while !isStopping {
+            settleRecords()
             for group in groups.values {
                 review(group)
                 keepTime(group)
@@ -71,7 +72,7 @@ extension Site {
     }
 
     private func review(_ group: GroupState) {
-        let record = group.current
+        let record = group.record
         let now = realSeconds()
         let lag = lagSeconds(group, now)
         if let limit = group.entry.lagLimit, let lag, lag > limit {
@@ -104,13 +105,12 @@ extension Site {
     /// Recovery points from when this site was secondary leave once the peer has as many newer ones.
     private func retirePoints(_ group: GroupState) async {
         defer { group.isRetiring = false }
-        let numbers = group.current.points.map(\.number)
+        let numbers = group.record.points.map(\.number)
         do {
             try await group.amend { $0.retire($0.points) }
         } catch {
             return note(group.entry.name, "\(error)")
         }
-        group.record.retire(group.record.points)
         for volume in members(group) {
             for number in numbers { await leave(volume, CopyID(number)) }
             await publish(volume, group)
@@ -156,7 +156,7 @@ extension Site {
 
     /// Bytes a second over the link just now; 0 = unbounded.
     func currentRate(_ group: GroupState) -> UInt64 {
-        if let rate = group.current.rate { return rate }
+        if let rate = group.record.rate { return rate }
         var (time, parts) = (time_t(realSeconds()), tm())
         localtime_r(&time, &parts)
         let minute = Int(parts.tm_hour) * 60 + Int(parts.tm_min)
@@ -176,7 +176,7 @@ extension Site {
     /// Age of the newest point that the remote has committed; nil before the first, and after a change of roles until the
     /// first in the new direction.
     func lagSeconds(_ group: GroupState, _ now: Double) -> Double? {
-        let record = group.current
+        let record = group.record
         guard record.failedOver == nil, record.conflict == nil,
             let point = record.role == .primary ? record.lastCommitted : record.points.last, point.isBase != true
         else { return nil }

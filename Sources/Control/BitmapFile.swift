@@ -16,22 +16,39 @@ final class BitmapFile: Sendable {
     var file: OpenFile { mapping.file }
     var path: String { mapping.file.path }
 
-    /// Opens a file that must be the one that `header` describes, or makes it.
+    /// Opens a file that must be the one that `header` describes, or makes it. A new one takes its place when all of it is on stable
+    /// storage, so that it never says less than the one before it did; and it has all the storage that it will need: a mapping that
+    /// finds no room ends the process (SIGBUS).
     ///
+    /// - Parameter filled: a new one has every bit of its first bitmap set.
     /// - Throws: `DamagedMetadata` when it is missing, cut short or has no valid header; `SiteError` when it belongs to
     ///   something else or is of a newer version, since then nothing may be touched.
-    init(path: String, header: BitmapHeader, create: Bool = false) throws {
+    init(path: String, header: BitmapHeader, create: Bool = false, filled: Bool = false) throws {
         self.header = header
         if create {
-            unlink(path)
-            mapping = try MappedFile(path: path, byteCount: header.fileBytes, create: true)
+            try Self.make(path, header, filled)
+        } else {
+            try Self.check(path, header)
+        }
+        mapping = try MappedFile(path: path, byteCount: header.fileBytes, create: false)
+    }
+
+    private static func make(_ path: String, _ header: BitmapHeader, _ filled: Bool) throws {
+        let new = "\(path).new"
+        unlink(new)
+        do {
+            let mapping = try MappedFile(path: new, byteCount: header.fileBytes, create: true)
             let bytes = header.encoded
             mapping.memory.copyMemory(from: bytes, byteCount: bytes.count)
+            if filled {
+                Bitmap(memory: mapping.memory + header.offset(ofBitmap: 0), count: grainCount(header)).setAll()
+            }
             try mapping.synchronize()
-            return
+            guard rename(new, path) == 0 else { throw SystemError("rename \(new)") }
+        } catch {
+            unlink(new)
+            throw error
         }
-        try Self.check(path, header)
-        mapping = try MappedFile(path: path, byteCount: header.fileBytes, create: false)
     }
 
     private static func check(_ path: String, _ expected: BitmapHeader) throws {
@@ -48,6 +65,18 @@ final class BitmapFile: Sendable {
             throw DamagedMetadata(
                 description: "\(path) has \(size) bytes instead of \(expected.fileBytes): it was cut short")
         }
+        // Now, while an error has words: a mapping that cannot be read ends the process.
+        do { try file.readThrough() } catch { throw DamagedMetadata(description: "\(error)") }
+    }
+
+    /// Whether the copy has failed (`FlashCopy.failureMark`).
+    var hasFailed: Bool { (mapping.memory + BitmapHeader.failedOffset).load(as: UInt64.self) != 0 }
+    /// Whether a flush of the volume's own file has failed in the last run (`RecordingRoles.sourceLost`).
+    var hasLostSource: Bool { (mapping.memory + BitmapHeader.sourceLostOffset).load(as: UInt64.self) != 0 }
+
+    /// Of a copy, for the engine.
+    func failureMark() -> UnsafeMutablePointer<UInt64> {
+        (mapping.memory + BitmapHeader.failedOffset).assumingMemoryBound(to: UInt64.self)
     }
 
     static func readHeader(_ file: OpenFile) throws -> BitmapHeader {
@@ -82,7 +111,12 @@ final class BitmapFile: Sendable {
             start: mapping.memory + BitmapHeader.byteCount, count: mapping.byteCount - BitmapHeader.byteCount)
     }
 
-    private var grainCount: Int { Geometry(size: header.size, grain: Int(header.grain))!.grainCount }
+    private var grainCount: Int { Self.grainCount(header) }
+
+    /// A header that was read has passed `Geometry`, or is not equal to the one expected.
+    private static func grainCount(_ header: BitmapHeader) -> Int {
+        Geometry(size: header.size, grain: Int(header.grain))!.grainCount
+    }
 
     func synchronize() throws { try mapping.synchronize() }
 

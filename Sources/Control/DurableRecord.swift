@@ -6,7 +6,10 @@
 // followed by the payload, JSON in UTF-8. The valid copy with the larger sequence number counts. A copy begins at
 // 0 or at `copyBytes`.
 //
-// Must be prevented: a crash in mid-write loses both the old and the new value.
+// Must be prevented:
+//   a crash, or an error, in mid-write loses both the old and the new value: what could not be written counts for nothing, and the
+//     next save goes over it, never over the copy that is good
+//   a full disk keeps a record from being replaced: both copies have space of their own from the beginning
 
 import Base
 import FoundationEssentials
@@ -28,6 +31,7 @@ package final class DurableRecord<Value: VersionedRecord> {
         directory = path.split(separator: "/").dropLast().reduce("") { $0 + "/" + $1 }
         let bytes = try file.readAll()
         isNew = bytes.isEmpty
+        for start in [0, RecordCopy.spaceBytes] { try? file.reserve(start..<start + RecordCopy.reservedBytes) }
         guard !bytes.isEmpty else { return }
         let valid = RecordCopy.all(in: bytes).filter { $0.payload != nil }
         guard let best = valid.max(by: { $0.sequence < $1.sequence }), let payload = best.payload else {
@@ -65,9 +69,9 @@ package final class DurableRecord<Value: VersionedRecord> {
         guard payload.count <= RecordCopy.spaceBytes - RecordCopy.headerBytes else {
             throw SiteError("\(file.path): a record of \(payload.count) bytes is too large")
         }
-        sequence += 1
+        let next = sequence + 1
         var head = RecordCopy.magic
-        for (number, count) in [(sequence, 8), (UInt64(payload.count), 4)] {
+        for (number, count) in [(next, 8), (UInt64(payload.count), 4)] {
             for index in 0..<count { head.append(UInt8(truncatingIfNeeded: number >> UInt64(8 * index))) }
         }
         let reserved = [UInt8](repeating: 0, count: 8)
@@ -75,12 +79,13 @@ package final class DurableRecord<Value: VersionedRecord> {
         var bytes = head
         for index in 0..<4 { bytes.append(UInt8(truncatingIfNeeded: checksum >> UInt32(8 * index))) }
         bytes += reserved + payload
-        try file.write(bytes, at: sequence % 2 == 0 ? 0 : RecordCopy.spaceBytes)
+        try file.write(bytes, at: next % 2 == 0 ? 0 : RecordCopy.spaceBytes)
         try file.synchronize()
         if isNew {
             try synchronizeDirectory(directory)
             isNew = false
         }
+        sequence = next
     }
 }
 
@@ -88,6 +93,8 @@ package final class DurableRecord<Value: VersionedRecord> {
 struct RecordCopy {
     static let spaceBytes = 256 << 10
     static let headerBytes = 32
+    /// Storage that each copy has from the beginning.
+    static let reservedBytes = 16 << 10
     static let magic = Array("FARCOPY1".utf8)
 
     var offset: Int

@@ -192,7 +192,7 @@ extension Site {
                     try await prepare(request, volume, target: request.targets?[index], order: volume.takeOrder()))
             }
         } catch {
-            for copy in made { try discard(copy) }
+            for copy in made { try? discard(copy) }
             throw error
         }
         let intact = await together(members) { index in
@@ -235,9 +235,17 @@ extension Site {
             try target.synchronize()
             try synchronizeDirectory("\(volume.directory)/copies")
         }
-        volume.record.nextCopy += 1
-        volume.record.copies.append(record)
-        try volume.recordFile.save(volume.record)  // from here on a crash finds it
+        do {
+            let storage = record.target.map { _ in StorageInstance.text(of: target) }
+            try volume.amend { written in
+                written.nextCopy += 1
+                written.copies.append(record)
+                if let path = record.target { written.storage?[path] = storage }
+            }  // from here on a crash finds it
+        } catch {
+            volume.removeCopyFiles(record.id, targetOwner: record.target == nil && record.targetOwner == record.id ? record.id : nil)
+            throw error
+        }
         return NewCopy(volume: volume, record: record, files: files)
     }
 
@@ -250,7 +258,14 @@ extension Site {
         guard path.hasPrefix("/") else { throw SiteError("the target '\(path)' must be an absolute path", status: 400) }
         let size = volume.geometry.size
         let target: OpenFile
-        do { target = try OpenFile(path: path, flags: O_RDWR | O_CREAT) } catch { throw SiteError("target: \(error)") }
+        do {
+            target = try OpenFile.storage(path: path, waitMilliseconds: recorded ? 2000 : 0)
+        } catch {
+            throw SiteError(
+                error.errno == EBUSY
+                    ? "the target \(path) is mounted, or in use by another program (`fuser -vm \(path)`); give a device that nobody uses"
+                    : "target: \(error)")
+        }
         guard target.tryLock() else {
             throw SiteError("the target \(path) is in use: it is a volume, or the target of another FlashCopy")
         }
@@ -315,7 +330,8 @@ extension Site {
                 hosted.volume,
                 FlashCopy(
                     id: record.id, targetFile: target, bitmapFile: bitmap, preserved: parts.bitmap.bitmap(),
-                    changes: record.isFilled ? parts.bitmap.bitmap(1) : nil, durable: record.isDurable,
+                    changes: record.isFilled ? parts.bitmap.bitmap(1) : nil,
+                    failureMark: parts.bitmap.failureMark(), durable: record.isDurable,
                     targetIsZero: record.targetIsZero, isFilled: record.isFilled, rate: record.rate))
             return (target, bitmap)
         }
@@ -331,9 +347,9 @@ extension Site {
     }
 
     /// What a durable copy reads elsewhere is on stable storage before anybody is told of it.
-    func settle(_ copy: NewCopy) throws {
+    func settle(_ copy: NewCopy) async throws {
         guard copy.record.isDurable else { return }
-        try copy.volume.source.synchronize()
+        try await copy.volume.flushSource()
         for files in copy.volume.copies.values { try files.target.synchronize() }
         try synchronizeChanges(copy.volume)
     }
@@ -350,11 +366,14 @@ extension Site {
             await waitUntilGone(made)
             throw heldApart("created")
         }
-        for copy in made {
-            try settle(copy)
-            try copy.volume.update(copy.record.id) { $0.state = .active }
-            await publish(copy.volume, group(ofVolume: copy.volume.name))
+        do {
+            for copy in made { try await settle(copy) }
+            for copy in made { try copy.volume.update(copy.record.id) { $0.state = .active } }
+        } catch {
+            for copy in made { await leave(copy.volume, copy.record.id) }
+            throw error
         }
+        for copy in made { await publish(copy.volume, group(ofVolume: copy.volume.name)) }
     }
 
     /// Takes a copy out of the chain; `copyWithdrawn` follows.
@@ -376,8 +395,7 @@ extension Site {
     }
 
     func discard(_ copy: NewCopy) throws {
-        copy.volume.record.copies.removeAll { $0.id == copy.record.id }
-        try copy.volume.recordFile.save(copy.volume.record)
+        try copy.volume.amend { $0.copies.removeAll { $0.id == copy.record.id } }
         copy.volume.removeCopyFiles(copy.record.id, targetOwner: copy.record.target == nil ? copy.record.id : nil)
     }
 
@@ -475,7 +493,7 @@ extension Site {
         }
         for (volume, record) in found {
             guard volume.copies[record.id] != nil else {
-                forget(volume, record.id)
+                forget(volume, record.id, wasInChain: false)
                 continue
             }
             try volume.update(record.id) { $0.state = .withdrawing }
@@ -487,35 +505,28 @@ extension Site {
 
     // MARK: Events
 
-    func copyFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) {
+    func copyFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async {
         let reason = "old content could not be preserved: \(String(cString: strerror(errno)))"
         let name = volume.record.copies.first { $0.id == id }?.name ?? String(id)
-        if let group = group(ofVolume: volume.name) { dropPoint(group, UInt64(id)) }
-        saveOrStop {
-            try volume.update(id) { copy in
-                copy.state = .failed
-                copy.reason = reason
-            }
+        volume.acknowledge { record in
+            guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
+            record.copies[index].state = .failed
+            record.copies[index].reason = reason
         }
+        if let group = group(ofVolume: volume.name) { await failPoint(group, UInt64(id)) }
         note(nil, "volume \(volume.name): FlashCopy '\(name)' has failed: \(reason)")
         copyReady(id)  // a refresh that waits for it begins again
         Task { await publish(volume, group(ofVolume: volume.name)) }
     }
 
-    /// A recovery point that has failed is none any more. The newest stays listed, since the primary goes on from it; so does the
-    /// one that a failover went to.
-    private func dropPoint(_ group: GroupState, _ number: UInt64) {
-        guard let point = group.record.points.first(where: { $0.number == number }),
-            number != group.record.points.last?.number, number != group.record.failedOver?.point
-        else { return }
-        group.record.retire([point])
-        saveOrStop { try group.save() }
-        for name in group.entry.volumes {
-            guard let volume = volumes[name] else { continue }
-            Task {
-                await leave(volume, CopyID(number))
-                await publish(volume, group)
-            }
+    /// A recovery point that has failed is none any more (`GroupRecord.failPoint`).
+    private func failPoint(_ group: GroupState, _ number: UInt64) async {
+        guard group.record.points.contains(where: { $0.number == number }) else { return }
+        await group.acknowledge { $0.failPoint(number) }
+        let leaves = !group.record.points.contains { $0.number == number }
+        for volume in members(group) {
+            if leaves { await leave(volume, CopyID(number)) }
+            await publish(volume, group)
         }
     }
 
@@ -527,37 +538,42 @@ extension Site {
         do {
             try files.target.synchronize()
             try files.bitmap.synchronize()
+            try volume.update(id) { $0.isComplete = true }
         } catch {
-            note(nil, "volume \(volume.name): the target of FlashCopy '\(record.name)' cannot be flushed: \(error)")
+            note(nil, "volume \(volume.name): the background copy of '\(record.name)' is not complete for sure: \(error)")
             return
         }
-        saveOrStop { try volume.update(id) { $0.isComplete = true } }
         note(nil, "volume \(volume.name): the background copy of '\(record.name)' is complete")
     }
 
     /// A copy has left the chain: its record and files go, or, when only its content was lost, its files.
     func copyWithdrawn(_ volume: VolumeState, _ id: CopyID) {
-        if let files = volume.copies[id] {
+        let files = volume.copies.removeValue(forKey: id)
+        if let files {
             let number = volume.number
             volume.reactor.perform { reactor in
                 reactor.hosted(number).removeFile(files.targetFile)
                 reactor.hosted(number).removeFile(files.bitmapFile)
             }
         }
-        forget(volume, id)
+        forget(volume, id, wasInChain: files != nil)
     }
 
-    private func forget(_ volume: VolumeState, _ id: CopyID) {
-        saveOrStop { try synchronizeChanges(volume) }
+    private func forget(_ volume: VolumeState, _ id: CopyID, wasInChain: Bool) {
         let record = volume.record.copies.first { $0.id == id }
         // A target that its successor has taken over stays.
         let owner = record?.targetOwner ?? id
         let shared = volume.record.copies.contains { $0.id != id && $0.targetOwner == owner && $0.state != .lost }
-        if let index = volume.record.copies.firstIndex(where: { $0.id == id }) {
-            if volume.copies[id] == nil || !volume.record.copies[index].hasLeft() {
-                volume.record.copies.remove(at: index)
+        do {
+            try synchronizeChanges(volume)
+            try volume.amend { record in
+                guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
+                if !wasInChain || !record.copies[index].hasLeft() { record.copies.remove(at: index) }
             }
-            saveOrStop { try volume.recordFile.save(volume.record) }
+        } catch {
+            // The record still names the files: they stay, and leave with the next start.
+            note(nil, "volume \(volume.name): FlashCopy '\(record?.name ?? String(id))' has left, but that cannot be written down: \(error)")
+            return
         }
         volume.removeCopyFiles(id, targetOwner: shared || record?.target != nil ? nil : owner)
     }

@@ -50,7 +50,8 @@ extension Site {
     /// A FlashCopy by name, or a recovery point by number.
     func chainPlace(_ volume: VolumeState, _ name: String) throws -> Origin {
         if let point = UInt64(name),
-            let found = group(ofVolume: volume.name)?.record.points.first(where: { $0.number == point })
+            let found = group(ofVolume: volume.name)?.record.points.first(where: { $0.number == point }),
+            found.isFailed != true
         {
             return Origin(id: CopyID(point), order: found.order ?? point, isDurable: true)
         }
@@ -130,7 +131,8 @@ extension Site {
     private func takeOutOfUse(_ volume: VolumeState, _ record: CopyRecord) async throws {
         guard volume.copies[record.id] != nil else { return }  // lost: nothing of it is left
         let (number, id) = (volume.number, record.id)
-        guard await volume.reactor.run({ $0.hosted(number).volume.copy(id)?.state }) != .withdrawing else {
+        guard let state = await volume.reactor.run({ $0.hosted(number).volume.copy(id)?.state }) else { return }
+        guard state != .withdrawing else {
             throw SiteError(
                 "FlashCopy '\(record.name)' of volume '\(volume.name)' still hands over what older ones need; try again soon"
             )
@@ -174,22 +176,31 @@ extension Site {
             }
         }
         let inUse = missed.withLock { $0 }
+        var problem: (any Error)?
         for (index, new) in made.enumerated() {
             let (volume, record) = old[index]
             let keepsTarget = new.record.targetOwner == record.targetOwner
             // The record comes before the files: it must never name what is not there.
             if inUse.contains(index) {
-                volume.record.copies.removeAll { $0.id == new.record.id }
-                try volume.recordFile.save(volume.record)
+                try volume.amend { $0.copies.removeAll { $0.id == new.record.id } }
                 release(volume, new.record, keepsTarget: keepsTarget)
                 continue
             }
-            try settle(new)
-            volume.record.copies.removeAll { $0.id == record.id }
-            try volume.update(new.record.id) { $0.state = .active }
+            var state = CopyRecord.State.active
+            do { try await settle(new) } catch {
+                problem = error
+                state = .failed
+            }
+            volume.acknowledge { written in
+                written.copies.removeAll { $0.id == record.id }
+                guard let place = written.copies.firstIndex(where: { $0.id == new.record.id }) else { return }
+                written.copies[place].state = state
+                written.copies[place].reason = problem.map { "it could not be made durable: \($0)" }
+            }
             release(volume, record, keepsTarget: keepsTarget)
             await publish(volume, group(ofVolume: volume.name))
         }
+        if let problem { throw problem }
         guard intact, inUse.isEmpty else {
             throw SiteError(
                 "FlashCopy '\(name)' could not be taken anew on all volumes at one instant; refresh it again",
@@ -260,8 +271,7 @@ extension Site {
     private func restore(_ copies: [(VolumeState, CopyRecord)]) async throws {
         for (volume, record) in copies {
             _ = try makeRestoreBitmap(volume)
-            volume.record.restoring = VolumeRecord.Restoring(copy: record.id, decided: false)
-            try volume.recordFile.save(volume.record)
+            try volume.amend { $0.restoring = VolumeRecord.Restoring(copy: record.id, decided: false) }
             await publish(volume, group(ofVolume: volume.name))  // the copy is read-only from here on
             await disconnect(volume, record)
         }
@@ -270,27 +280,39 @@ extension Site {
             await self.beginRestore(volume, from: record.id, fresh: true)
         }
         guard intact else {
-            for (volume, _) in copies {
-                let number = volume.number
-                await volume.reactor.run { $0.hosted(number).volume.cancelRestore() }
-                volume.record.restoring = nil
-                try volume.recordFile.save(volume.record)
-                dropRestoreBitmap(volume)
-                await publish(volume, group(ofVolume: volume.name))
-            }
+            for (volume, _) in copies { await takeBackRestore(volume) }
             throw heldApart("restored")
         }
-        for (volume, record) in copies {
-            // What does not have to come back is the copy's as well, and may not have been flushed yet; nor may what clients
-            // wrote to the copy.
-            try volume.source.synchronize()
-            for files in volume.copies.values { try files.target.synchronize() }
-            try volume.restoreBitmap?.synchronize()
-            volume.record.restoring = VolumeRecord.Restoring(copy: record.id, decided: true)
-            try volume.recordFile.save(volume.record)  // the decision
+        for (index, (volume, record)) in copies.enumerated() {
+            do {
+                try await decideRestore(volume, record)
+            } catch {
+                // Those before it have begun to flow, and go on.
+                for (volume, _) in copies[index...] { await takeBackRestore(volume) }
+                throw error
+            }
             let number = volume.number
             await volume.reactor.run { $0.hosted(number).volume.continueRestore() }
         }
+    }
+
+    private func decideRestore(_ volume: VolumeState, _ record: CopyRecord) async throws {
+        // What does not have to come back is the copy's as well, and may not have been flushed yet; nor may what clients
+        // wrote to the copy.
+        try await volume.flushSource()
+        for files in volume.copies.values { try files.target.synchronize() }
+        try volume.restoreBitmap?.synchronize()
+        try volume.amend { $0.restoring = VolumeRecord.Restoring(copy: record.id, decided: true) }  // the decision
+    }
+
+    /// Nothing has flowed back yet. A decision that may stand in the record's file all the same finds no bitmap, and a start says so.
+    private func takeBackRestore(_ volume: VolumeState) async {
+        let number = volume.number
+        await volume.reactor.run { $0.hosted(number).volume.cancelRestore() }
+        unlink(volume.restoreBitmapPath)
+        volume.acknowledge { $0.restoring = nil }
+        dropRestoreBitmap(volume)
+        await publish(volume, group(ofVolume: volume.name))
     }
 
     private func disconnect(_ volume: VolumeState, _ record: CopyRecord) async {
@@ -328,10 +350,7 @@ extension Site {
     }
 
     func restoreFinished(_ volume: VolumeState) {
-        if volume.record.restoring != nil {
-            volume.record.restoring = nil
-            saveOrStop { try volume.recordFile.save(volume.record) }
-        }
+        if volume.record.restoring != nil { volume.acknowledge { $0.restoring = nil } }
         dropRestoreBitmap(volume)
         note(group(ofVolume: volume.name)?.entry.name, "volume \(volume.name) holds all of its point in time again")
         Task { await publish(volume, group(ofVolume: volume.name)) }

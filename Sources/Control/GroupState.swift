@@ -1,5 +1,6 @@
 // GroupState.swift: one group of a site as the control plane holds it.
 
+import Base
 import Replication
 import Synchronization
 
@@ -18,10 +19,10 @@ extension GroupRecord: VersionedRecord {}
 
 final class GroupState {
     let entry: Configuration.GroupEntry
-    /// Current while the group has no replicator; otherwise the replicator's copy counts.
-    var record: GroupRecord
+    /// Counts while the group has no replicator; otherwise the replicator's copy does.
+    private let kept: KeptRecord<GroupRecord>
     let file: GroupRecordFile
-    var replicator: Replicator?
+    private(set) var replicator: Replicator?
     /// The session of the primary's replicator (secondary).
     var session: UInt64?
     /// Sessions, commits and changes of roles come one after the other.
@@ -29,26 +30,56 @@ final class GroupState {
 
     init(entry: Configuration.GroupEntry, record: GroupRecord, file: DurableRecord<GroupRecord>) {
         self.entry = entry
-        self.record = record
-        self.file = GroupRecordFile(file)
+        let file = GroupRecordFile(file)
+        self.file = file
+        kept = KeptRecord(record) { value in try file.withLock { try $0.save(value) } }
     }
 
-    func save() throws { try file.withLock { try $0.save(record) } }
-
     /// The record as it is just now, whoever has it.
-    var current: GroupRecord { replicator?.status.record ?? record }
+    var record: GroupRecord { replicator?.status.record ?? kept.value }
 
-    /// Changes the record, durably, whoever has it.
+    /// The record's file may hold another one; `settle` mends that.
+    var isUnsaved: Bool { replicator == nil && kept.isUnsaved }
+
+    /// Changes the record, durably or not at all, whoever has it.
     func amend(
         isolation: isolated (any Actor)? = #isolation, _ change: @escaping @Sendable (inout GroupRecord) -> Void
     ) async throws {
         while let replicator {
-            if await replicator.amend(change) { return }
+            if try await replicator.amend(change) { return }
             // It has just ended; whoever ended it takes its record over.
             await Task.yield()
         }
-        change(&record)
-        try save()
+        try kept.amend(change)
+    }
+
+    /// The same while the group has no replicator, as during a start.
+    func amendAlone(_ change: (inout GroupRecord) throws -> Void) throws {
+        invariant(replicator == nil, "the record is the replicator's while there is one")
+        try kept.amend(change)
+    }
+
+    /// Takes over what has happened already: in memory at once, and in the file as soon as it can be written.
+    func acknowledge(
+        isolation: isolated (any Actor)? = #isolation, _ change: @escaping @Sendable (inout GroupRecord) -> Void
+    ) async {
+        while let replicator {
+            if (try? await replicator.amend(anyway: true, change)) == true { return }
+            await Task.yield()
+        }
+        kept.acknowledge(change)
+    }
+
+    /// Makes sure that no change that was taken back stands in the file. Nothing of the peer's is let in before.
+    func settle() throws { if replicator == nil { try kept.settle() } }
+
+    func begin(_ replicator: Replicator) { self.replicator = replicator }
+
+    /// The replicator has ended: its record is the group's.
+    func endReplication() {
+        guard let status = replicator?.status else { return }
+        kept.takeOver(status.record, isUnsaved: status.isUnsaved)
+        replicator = nil
     }
 
     /// What the records of its volumes say while they are served in it, in either role: what the roles mean for the bitmaps is

@@ -5,6 +5,9 @@
 //   a copy whose bits power loss may have taken serves its readers or an older copy
 //   work in the background begins before the chain is complete
 //   a restore that nobody was told of goes on
+//   a start that ends in the middle leaves less behind than it found: the volume's record becomes this run's when everything was
+//     taken up and flushed, before hosts, peers or work in the background change anything
+//   files go before the record says that they are not needed
 
 import Base
 import Glibc
@@ -25,6 +28,7 @@ extension Site {
         try await resumeChain(volume, group)
         try await resumeRole(volume, group)
         try await resumeRestore(volume, group)
+        try volume.confirm(bootID: bootID, servedAs: group?.servedAs)
         let number = volume.number
         await volume.reactor.run { $0.hosted(number).volume.finishResuming() }
         await publish(volume, group)
@@ -43,27 +47,33 @@ extension Site {
     /// The chain, oldest first: recovery points from the group's record, FlashCopies from the volume's.
     private func resumeChain(_ volume: VolumeState, _ group: GroupState?) async throws {
         var links = (group?.record.points ?? []).filter { group?.record.holds($0, volume.name) == true }.map {
-            Link(record: CopyRecord($0), resumption: .serves, isPoint: true)
+            Link(record: CopyRecord($0), resumption: $0.isFailed == true ? .servesOlder : .serves, isPoint: true)
         }
         for point in group?.record.retired ?? []
         where access(volume.bitmapPath(CopyID(point.number)), F_OK) == 0 {
             links.append(Link(record: CopyRecord(point), resumption: .leaves, isPoint: true))
         }
-        for index in volume.record.copies.indices {
-            let overtaken = try isOvertaken(volume, volume.record.copies[index])
-            let resumption = volume.record.copies[index].resume(trusted: volume.isTrusted, overtaken: overtaken)
-            links.append(Link(record: volume.record.copies[index], resumption: resumption))
+        var copies = volume.record.copies
+        for index in copies.indices {
+            let overtaken = try isOvertaken(volume, copies[index])
+            let resumption = copies[index].resume(trusted: volume.isTrusted, overtaken: overtaken)
+            links.append(Link(record: copies[index], resumption: resumption))
         }
         let forgotten = Set(links.filter { $0.resumption == .forgotten }.map(\.id))
-        volume.record.copies.removeAll { forgotten.contains($0.id) }
-        volume.forgotCopies = !forgotten.isEmpty
-        try volume.recordFile.save(volume.record)
+        copies.removeAll { forgotten.contains($0.id) }
+        if copies != volume.record.copies {
+            try volume.amend { record in
+                record.copies = copies
+                if !forgotten.isEmpty { record.forgotCopies = true }
+            }
+        }
         links = links.filter { $0.resumption != .forgotten && $0.resumption != .absent }
         links.sort { $0.record.order < $1.record.order }
         volume.nextOrder = ((links.last?.record.order ?? 0) / CopyRecord.orderStep + 1) * CopyRecord.orderStep
         state.removeOrphans(
             volume.name, bitmaps: Set(links.map(\.id)), targets: Set(links.map(\.record.targetOwner)))
         let opened = try openLinks(volume, links)
+        try noteFailed(volume, group, &links, opened)
         let lost = opened.lastIndex { $0 == nil }.map { $0 + 1 } ?? 0
         if lost > 0 { try loseCopies(volume, group, links[..<lost]) }
         for (link, files) in zip(links, opened).dropFirst(lost) { try await resumeLink(volume, link, files!) }
@@ -93,11 +103,34 @@ extension Site {
         }
     }
 
+    /// What had failed when the last process ended, perhaps before it could write that down.
+    private func noteFailed(
+        _ volume: VolumeState, _ group: GroupState?, _ links: inout [Link], _ opened: [CopyFiles?]
+    ) throws {
+        for index in links.indices where opened[index]?.bitmap.hasFailed == true {
+            guard links[index].resumption == .serves else { continue }
+            links[index].resumption = .servesOlder
+            let id = links[index].id
+            if links[index].isPoint {
+                try group?.amendAlone { $0.failPoint(UInt64(id)) }
+                if group?.record.points.contains(where: { $0.number == UInt64(id) }) == false {
+                    links[index].resumption = .leaves
+                }
+                note(group?.entry.name, "volume \(volume.name): recovery point \(id) had failed when the last process ended")
+            } else {
+                try volume.update(id) { copy in
+                    copy.state = .failed
+                    copy.reason = "old content could not be preserved"
+                }
+            }
+        }
+    }
+
     private func openLink(_ volume: VolumeState, _ link: Link) throws -> CopyFiles {
         let record = link.record
-        // A point of the record whose files a crash prevented takes them now: it was recorded, so it is.
+        // Files come before the record that names them, except those of a copy of which nobody was told yet.
         let missing = access(volume.bitmapPath(link.id), F_OK) != 0
-        if missing, record.state != .creating, !link.isPoint {
+        if missing, record.state != .creating {
             throw DamagedMetadata(description: "\(volume.bitmapPath(link.id)) is missing")
         }
         let bitmap = try BitmapFile(
@@ -116,13 +149,18 @@ extension Site {
     /// Copies up to one whose bitmap is damaged: they read through it, and nobody knows what it has.
     private func loseCopies(_ volume: VolumeState, _ group: GroupState?, _ links: ArraySlice<Link>) throws {
         let ids = Set(links.map(\.id))
-        for index in volume.record.copies.indices where ids.contains(volume.record.copies[index].id) {
-            volume.record.copies[index].state = .lost
-            volume.record.copies[index].reason =
-                "its bitmap or target, or that of a newer copy that it reads through, is damaged"
+        try volume.amend { record in
+            for index in record.copies.indices where ids.contains(record.copies[index].id) {
+                record.copies[index].state = .lost
+                record.copies[index].reason =
+                    "its bitmap or target, or that of a newer copy that it reads through, is damaged"
+            }
         }
-        try volume.recordFile.save(volume.record)
+        try voidPoints(volume, group, ids)
         for id in ids { unlink(volume.bitmapPath(id)) }
+    }
+
+    private func voidPoints(_ volume: VolumeState, _ group: GroupState?, _ ids: Set<CopyID>) throws {
         guard let group, let last = group.record.points.lastIndex(where: { ids.contains(CopyID($0.number)) }) else {
             return
         }
@@ -130,9 +168,10 @@ extension Site {
             group.entry.name,
             "volume \(volume.name): the recovery points up to \(group.record.points[last].number) are void, since a bitmap is "
                 + "damaged\(last == group.record.points.count - 1 ? "; everything is copied anew" : "")")
-        if last == group.record.points.count - 1 { group.record.lineage = randomIdentity() }
-        group.record.points.removeFirst(last + 1)
-        try group.save()
+        try group.amendAlone { record in
+            if last == record.points.count - 1 { record.lineage = randomIdentity() }
+            record.points.removeFirst(last + 1)
+        }
     }
 
     private func resumeLink(_ volume: VolumeState, _ link: Link, _ files: CopyFiles) async throws {
@@ -145,7 +184,7 @@ extension Site {
             let regions = volume.activeRegions
             // What changed while a newer copy was there, that one had noted.
             let lostNewer = volume.record.copies.contains { $0.order > record.order && $0.state == .lost }
-            let forgets = record.isWritable || volume.record.logIsBroken || volume.forgotCopies || lostNewer
+            let forgets = record.isWritable || volume.record.logIsBroken || volume.record.forgotCopies == true || lostNewer
             await volume.reactor.run { reactor in
                 reactor.hosted(number).volume.recoverChanges(of: id, regions: forgets ? regions.all : regions.bitmap)
             }
@@ -189,11 +228,6 @@ extension Site {
                 "volume \(volume.name): the machine went down; \(regions.bitmap.population()) active regions of "
                     + "\(regions.bitmap.count) are compared anew")
         }
-        if !recorded || volume.record.logIsBroken {
-            volume.record.servedAs = group?.servedAs
-            volume.record.logIsBroken = false
-            try volume.recordFile.save(volume.record)
-        }
     }
 
     /// Writes to the volume are logged before they are issued, from now on.
@@ -220,8 +254,7 @@ extension Site {
                     group?.entry.name,
                     "volume \(volume.name): point \(failover.point), which was failed over to, is lost; what had not flowed back "
                         + "is as the old primary sent it last")
-                group?.record.failedOver?.restoring.removeAll { $0 == volume.name }
-                try group?.save()
+                try group?.amendAlone { $0.failedOver?.restoring.removeAll { $0 == volume.name } }
             }
         }
         guard let restoring = volume.record.restoring else { return }
@@ -232,8 +265,7 @@ extension Site {
                     "volume \(volume.name): it was being restored from a FlashCopy that is lost; parts of it are of the FlashCopy's "
                         + "time and parts are newer: restore it from another copy")
             }
-            volume.record.restoring = nil
-            try volume.recordFile.save(volume.record)
+            try volume.amend { $0.restoring = nil }
             return
         }
         try openRestoreBitmap(volume)

@@ -102,7 +102,7 @@ extension Site {
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         if group.isMirroring, group.record.conflict == nil, group.replicator != nil,
-            group.current.lastCommitted?.isBase == true
+            group.record.lastCommitted?.isBase == true
         {
             return  // done by an earlier try
         }
@@ -160,8 +160,7 @@ extension Site {
                 throw SiteError("group '\(name)': something was still written; nothing has changed, try again")
             }
             await stopReplication(group)
-            group.record.handingOver = point.number
-            try group.save()
+            try await group.amend { $0.handingOver = point.number }
             try await promotePeer(group, point.number)
             return point
         } catch let refusal as PeerRefusal {
@@ -255,8 +254,7 @@ extension Site {
         guard let peer = peer(group) else { return }
         _ = try await peer.openSession(
             volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
-        group.record.handingOver = nil
-        try group.save()
+        try await group.amend { $0.handingOver = nil }
         await admitHosts(group)
         try await startReplication(group)
     }
@@ -343,7 +341,7 @@ extension Site {
         while true {
             operation.step = "sends what differs"
             try await waitUntil(operation, seconds: 365 * 86400) {
-                guard let point = group.current.lastCommitted, point.isBase != true else { return false }
+                guard let point = group.record.lastCommitted, point.isBase != true else { return false }
                 return group.replicator?.status.state == "mirroring"
             }
             do {

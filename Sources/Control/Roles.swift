@@ -67,7 +67,7 @@ extension Site {
             grains += UInt64(figures.0) * UInt64(volume.geometry.grain)
             written += figures.1
         }
-        let record = group.current
+        let record = group.record
         let wrote = record.failedOver == nil || group.writtenAtFailover != written
         return Standing(
             site: configuration.site, siteID: siteRecord.id, record: record, wrote: wrote, changedBytes: grains)
@@ -125,10 +125,7 @@ extension Site {
                 let verdict = judge(await standing(group), theirs)
                 switch verdict {
                 case .inOrder:
-                    if group.record.conflict != nil {
-                        group.record.conflict = nil
-                        try group.save()
-                    }
+                    if group.record.conflict != nil { try await group.amend { $0.conflict = nil } }
                 case .stale: try await declare(.stale, group)
                 case .splitBrain: try await declare(.splitBrain, group)
                 case .unrelated: break  // the session's refusal says what to do
@@ -181,8 +178,7 @@ extension Site {
                 return
             }
         }
-        group.record.alone = true
-        try group.save()
+        try await group.amend { $0.alone = true }
         group.servesHosts = true
     }
 
@@ -208,9 +204,8 @@ extension Site {
         guard group.isolation != nil else {
             throw SiteError("group '\(name)' does not wait for its peer", status: 409)
         }
+        try await group.amend { $0.alone = true }
         group.isolation = nil
-        group.record.alone = true
-        try group.save()
         try await beginService(group)
         note(name, "serves hosts without having heard from '\(group.entry.peer)', by command")
     }
@@ -234,7 +229,7 @@ extension Site {
     }
 
     private func declare(_ kind: GroupRecord.Conflict.Kind, _ group: GroupState) async throws {
-        guard group.current.conflict?.kind != kind else { return }
+        guard group.record.conflict?.kind != kind else { return }
         let conflict = GroupRecord.Conflict(kind: kind, at: realSeconds())
         try await group.amend { $0.conflict = conflict }
         switch kind {
@@ -288,8 +283,7 @@ extension Site {
     func stopReplication(_ group: GroupState) async {
         guard let replicator = group.replicator else { return }
         await replicator.stop()
-        group.record = replicator.status.record
-        group.replicator = nil
+        group.endReplication()
     }
 
     // MARK: Giving up the role
@@ -305,9 +299,10 @@ extension Site {
             guard let number = group.record.yielded,
                 let point = group.record.points.first(where: { $0.number == number })
             else { throw SiteError("group '\(name)' is secondary at '\(configuration.site)' already", status: 409) }
-            group.record.generations = request.generations  // asked again
-            group.record.peerSite = request.siteID
-            try group.save()
+            try await group.amend { record in  // asked again
+                record.generations = request.generations
+                record.peerSite = request.siteID
+            }
             return yieldAnswer(group, point)
         }
         let served = group.servesHosts
@@ -361,9 +356,10 @@ extension Site {
             try volume.recording.synchronize()
             try volume.source.synchronize()
         }
-        group.record.held = nil
-        group.record.forming = nil
-        try group.save()
+        try await group.amend { record in
+            record.held = nil
+            record.forming = nil
+        }
     }
 
     private func keepUnsent(_ group: GroupState) async throws {
@@ -437,8 +433,8 @@ extension Site {
         await stopReplication(group)
         if theirs.role == .primary, let head = group.record.generations.first, theirs.generations.contains(head) {
             // The peer has seen every generation that this site had; from now on it is behind.
-            group.record.beginGeneration(randomIdentity())
-            try group.save()
+            let generation = randomIdentity()
+            try await group.amend { $0.beginGeneration(generation) }
         }
         let answer: YieldAnswer = try await callPeer(
             group, "POST", "/v1/peer/groups/\(name)/yield",
@@ -453,9 +449,10 @@ extension Site {
             }
             try volume.recording.synchronize()
         }
-        group.record = group.record.afterJoining(answer.siteID, lineage: answer.lineage, at: answer.point)
-        group.record.volumeLineages = answer.volumeLineages
-        try group.save()
+        try await group.amend { record in
+            record = record.afterJoining(answer.siteID, lineage: answer.lineage, at: answer.point)
+            record.volumeLineages = answer.volumeLineages
+        }
         await admitHosts(group)
         try await startReplication(group)
         note(name, "mirroring to '\(group.entry.peer)' begins; what either site has changed is sent")

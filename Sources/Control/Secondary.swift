@@ -58,11 +58,13 @@ extension Site {
         let group = try group(name)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
+        try group.settle()
         try checkPeer(group, request)
         if group.record.peerSite == nil || group.record.generations != request.generations {
-            group.record.peerSite = request.siteID
-            group.record.generations = request.generations
-            try group.save()
+            try await group.amend { record in
+                record.peerSite = request.siteID
+                record.generations = request.generations
+            }
         }
         if group.record.yielded != nil { try await forgetFormerRole(group) }
         let session = UInt64.random(in: 1...UInt64.max)
@@ -131,8 +133,7 @@ extension Site {
             let number = volume.number
             await volume.reactor.run { $0.hosted(number).volume.forgetChanges() }
         }
-        group.record.yielded = nil
-        try group.save()
+        try await group.amend { $0.yielded = nil }
     }
 
     /// Ends the intake's connections, waits until nothing of them is under way, and lets only `next` in.
@@ -162,7 +163,7 @@ extension Site {
         var writes = 0
         for volume in members(group) {
             writes += await writesUnderWay(volume)
-            try volume.source.synchronize()
+            try await volume.flushSource()
         }
         let plan: CommitPlan
         do {
@@ -190,26 +191,46 @@ extension Site {
 
     func carryOut(_ plan: CommitPlan, _ group: GroupState) async throws {
         let members = members(group)
-        let id = CopyID(plan.point.number)
         var files: [CopyFiles] = []
         for step in CommitStep.allCases {
             switch step {
-            case .files:
-                for volume in members {
-                    try await makeRoom(volume)
-                    let made = try volume.openPoint(id, create: true)
-                    try made.target.synchronize()
-                    try synchronizeDirectory("\(volume.directory)/copies")
-                    files.append(made)
-                }
+            case .files: files = try await makePointFiles(members, CopyID(plan.point.number))
             case .record:
                 for volume in members { volume.nextOrder = (plan.point.order ?? 0) + CopyRecord.orderStep }
-                group.record = plan.record
-                try group.save()
+                do {
+                    let record = plan.record
+                    try await group.amend { $0 = record }
+                } catch {
+                    // The file may hold the point all the same, and a start would take it then as the volumes are: nothing more is
+                    // let in until the record was saved again.
+                    group.session = nil
+                    for volume in members { await endIntake(volume, next: 0) }
+                    throw error
+                }
             case .chains:
                 for (volume, made) in zip(members, files) { await takePoint(volume, plan, made, group) }
             }
         }
+    }
+
+    /// Targets and bitmaps of a point, on stable storage. What was made goes again when there is no room for all.
+    private func makePointFiles(_ members: [VolumeState], _ id: CopyID) async throws -> [CopyFiles] {
+        var files: [CopyFiles] = []
+        do {
+            for volume in members {
+                try await makeRoom(volume)
+                let made = try volume.openPoint(id, create: true)
+                files.append(made)
+                try made.target.synchronize()
+                try synchronizeDirectory("\(volume.directory)/copies")
+            }
+        } catch {
+            for volume in members.prefix(files.count + 1) where volume.copies[id] == nil {
+                volume.removeCopyFiles(id, targetOwner: id)
+            }
+            throw error
+        }
+        return files
     }
 
     private func takePoint(_ volume: VolumeState, _ plan: CommitPlan, _ files: CopyFiles, _ group: GroupState) async {
@@ -284,13 +305,25 @@ extension Site {
                 group.session = nil
                 for volume in members { await endIntake(volume, next: 0) }
             case .differences:
-                for volume in members { discarded += try await prepareRestore(volume, from: id) }
+                do {
+                    for volume in members { discarded += try await prepareRestore(volume, from: id) }
+                } catch {
+                    for volume in members { volume.restoreBitmap = nil }
+                    throw error
+                }
             case .record:
-                group.record = group.record.afterFailover(
-                    to: point.number, volumes: members.map(\.name), generation: randomIdentity(), now: realSeconds(),
-                    joins: joins)
-                if !left.isEmpty { group.record.leftOut = left }
-                try group.save()
+                let (names, generation, now) = (members.map(\.name), randomIdentity(), realSeconds())
+                do {
+                    try await group.amend { record in
+                        record = record.afterFailover(
+                            to: point.number, volumes: names, generation: generation, now: now, joins: joins)
+                        if !left.isEmpty { record.leftOut = left }
+                    }
+                } catch {
+                    // Nothing is restored. The files stay: should the record's file hold the failover, a start carries it out.
+                    for volume in members { volume.restoreBitmap = nil }
+                    throw error
+                }
             case .open:
                 group.servesHosts = true
                 var written: UInt64 = 0

@@ -24,6 +24,10 @@ package actor Site {
     package nonisolated var unownedExecutor: UnownedSerialExecutor { executor.asUnownedSerialExecutor() }
 
     let state: StateDirectory
+    /// Of this boot of the kernel.
+    let bootID: String
+    /// Devices that are in use elsewhere are served all the same.
+    private let force: Bool
     private let siteRecordFile: DurableRecord<SiteRecord>
     let siteRecord: SiteRecord
     let exports: ExportDirectory
@@ -44,11 +48,15 @@ package actor Site {
     private var listening: [Address] = []
 
     /// Reads, checks and opens everything; hosts and resumes every volume. Listens on nothing yet.
-    package init(configuration: Configuration, logger: Logger) throws {
+    ///
+    /// - Parameter force: block devices that are mounted, or claimed by another program, are served all the same.
+    package init(configuration: Configuration, logger: Logger, force: Bool = false) throws {
         Limits.validate()
         try Self.checkEverything(configuration)
         self.configuration = configuration
         self.logger = logger
+        self.force = force
+        bootID = try StateDirectory.bootID()
         exports = ExportDirectory(tlsPolicy: configuration.nbd.tls)
         reactorSettings = ReactorSettings(
             limits: configuration.nbd.limits,
@@ -71,7 +79,6 @@ package actor Site {
 
     /// Brings everything back to where the last process left it, then exports it.
     package func start() async throws {
-        let bootID = try StateDirectory.bootID()
         let count = max(1, min(sysconf(Int32(_SC_NPROCESSORS_ONLN)), 64))
         for number in 0..<count { reactors.append(try startReactor(number)) }
         let greeter = try startReactor(count)
@@ -81,7 +88,8 @@ package actor Site {
         for (index, entry) in configuration.volumes.enumerated() {
             let points = group(ofVolume: entry.name)?.record.points ?? []
             let volume = try VolumeState(
-                entry, state: state, reactor: reactors[index % count], bootID: bootID, hasPoints: !points.isEmpty)
+                entry, state: state, reactor: reactors[index % count], bootID: bootID, hasPoints: !points.isEmpty,
+                force: force)
             volumes[entry.name] = volume
             for finding in volume.findings {
                 note(group(ofVolume: entry.name)?.entry.name, "volume \(entry.name): \(finding)")
@@ -178,14 +186,14 @@ package actor Site {
             record.volumeLineages = lineages
         }
         guard record != group.record else { return }
-        group.record = record
-        try group.save()
+        try group.amendAlone { $0 = record }
     }
 
     /// A point that was held is given up when one volume does not say any more what of it is still to be sent.
     private func giveUpUncertainPoint(_ group: GroupState) throws {
         let held = members(group).map(\.heldPoint)
-        if group.record.giveUpPoint(unlessHeldBy: held) { try group.save() }
+        var record = group.record
+        if record.giveUpPoint(unlessHeldBy: held) { try group.amendAlone { $0 = record } }
     }
 
     func group(ofVolume name: String) -> GroupState? {
@@ -221,7 +229,7 @@ package actor Site {
                 readOnly: !copy.isWritable || volume.record.restoring?.copy == copy.id, since: kept[..<index])
         }
         if let group, group.record.role == .secondary {
-            if let newest = group.record.points.last,
+            if let newest = group.record.newestReadable,
                 let index = kept.firstIndex(where: { $0.id == CopyID(newest.number) })
             {
                 entries[name] = entry(
@@ -259,7 +267,10 @@ package actor Site {
                 id: $0.id, name: $0.name, text: "FlashCopy of \(timestamp($0.createdAt))", order: $0.order,
                 isWritable: $0.isWritable)
         }
-        kept += (group?.record.points ?? []).filter { group?.record.holds($0, volume.name) == true }.map {
+        let points = (group?.record.points ?? []).filter {
+            $0.isFailed != true && group?.record.holds($0, volume.name) == true
+        }
+        kept += points.map {
             KeptCopy(
                 id: CopyID($0.number), name: String($0.number),
                 text: "recovery point \($0.number) of \(timestamp($0.formedAt))", order: $0.order ?? $0.number)
@@ -277,7 +288,7 @@ package actor Site {
     func startReplication(_ group: GroupState) async throws {
         guard let peer = configuration.peers[group.entry.peer] else { return }
         let replicator = try Replicator(record: group.record)
-        group.replicator = replicator
+        group.begin(replicator)
         let members = members(group)
         let name = group.entry.name
         let logger = logger
@@ -299,7 +310,8 @@ package actor Site {
                     ReplicatedVolume(
                         name: volume.name, reactor: volume.reactor, number: volume.number,
                         geometry: volume.geometry, targetFile: volume.pointTargetFile,
-                        target: volume.pointTarget, preserved: volume.pointBitmap.mapping)
+                        target: volume.pointTarget, preserved: volume.pointBitmap.mapping,
+                        recording: volume.recording.mapping)
                 },
                 address: address,
                 tls: LinkTLS(
@@ -331,28 +343,31 @@ package actor Site {
 
     // MARK: Events
 
-    private func volumeEvent(_ name: String, _ event: VolumeEvent) {
+    private func volumeEvent(_ name: String, _ event: VolumeEvent) async {
         guard let volume = volumes[name] else { return }
         let group = group(ofVolume: name)
         switch event {
         case .pointGivenUp(let number, let errno):
             let reason = "volume \(name) could not hold point \(number): \(String(cString: strerror(errno)))"
             group?.replicator?.pointLost(reason)
-        case .copyFailed(let id, let errno): copyFailed(volume, id, errno)
+        case .copyFailed(let id, let errno): await copyFailed(volume, id, errno)
         case .copyWithdrawn(let id): copyWithdrawn(volume, id)
         case .copyCompleted(let id): copyCompleted(volume, id)
         case .copyReady(let id): copyReady(id)
         case .activityLogFailed(let errno):
-            volume.record.logIsBroken = true
-            saveOrStop { try volume.recordFile.save(volume.record) }
+            volume.acknowledge { $0.logIsBroken = true }
             note(
                 group?.entry.name,
                 "volume \(name): its activity log cannot be written (\(String(cString: strerror(errno)))); after power loss "
                     + "everything will be compared")
+        case .sourceLost(let errno):
+            note(
+                group?.entry.name,
+                "volume \(name): \(volume.source.path) could not be flushed (\(String(cString: strerror(errno)))): what was written "
+                    + "before may be lost, and every flush of its clients fails until the site is restarted")
         case .restoreFinished:
             if let group, group.record.failedOver?.restoring.contains(name) == true {
-                group.record.failedOver?.restoring.removeAll { $0 == name }
-                saveOrStop { try group.save() }
+                await group.acknowledge { $0.failedOver?.restoring.removeAll { $0 == name } }
             }
             restoreFinished(volume)
         case .restoreFailed(let grain, let errno):
@@ -367,9 +382,10 @@ package actor Site {
         events.add(group: group, text)
     }
 
-    /// A record that cannot be written would no longer say what is; a restart goes on from the last that could.
-    func saveOrStop(_ save: () throws -> Void) {
-        do { try save() } catch { fatalError("farcopy: \(error)") }
+    /// Writes records again whose last save has failed, until their files say what memory does.
+    func settleRecords() {
+        for volume in volumes.values where volume.isUnsaved { try? volume.settle() }
+        for group in groups.values where group.isUnsaved { try? group.settle() }
     }
 
     // MARK: Stopping
@@ -379,15 +395,16 @@ package actor Site {
         isStopping = true
         for group in groups.values {
             await group.replicator?.stop()
-            if let record = group.replicator?.status.record { group.record = record }
+            group.endReplication()
         }
+        settleRecords()
         for reactor in reactors + (greeter.map { [$0] } ?? []) {
             await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
                 Reactor.stop(reactor) { continuation.resume() }
             }
         }
         do {
-            for volume in volumes.values { try volume.finish() }
+            for volume in volumes.values where volume.isConfirmed { try volume.finish() }
         } catch {
             logger.error("the stop is not clean: \(error)")
         }

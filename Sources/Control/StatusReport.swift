@@ -175,7 +175,7 @@ extension Site {
 
     private func groupReport(_ group: GroupState, _ pending: [String: UInt64]) -> StatusReport.GroupReport {
         let replication = group.replicator?.status
-        let record = group.current
+        let record = group.record
         let now = realSeconds()
         let name = group.entry.name
         var report = StatusReport.GroupReport(
@@ -271,7 +271,7 @@ extension Site {
 
     func points(_ name: String) throws -> [StatusReport.PointReport] {
         let group = try group(name)
-        let record = group.current
+        let record = group.record
         return (record.points + (record.role == .primary ? record.lastCommitted.map { [$0] } ?? [] : [])).map(\.report)
     }
 

@@ -48,8 +48,12 @@ struct VolumeRecord: VersionedRecord {
     /// Role and group that it was served in last, "primary shop"; nil = in none. Bitmaps and recovery points of a group
     /// say nothing about a volume that was written to outside it.
     var servedAs: String?
-    /// The kernel's boot id of the last run.
+    /// The kernel's boot id of the last run, written down once everything that the run before left was taken up.
     var bootID: String
+    /// What held the state directory, the volume and the operator's targets then, by path (`StorageInstance`).
+    var storage: [String: String]?
+    /// Copies were forgotten after power loss, and what changed since older ones is not known; until everything was taken up.
+    var forgotCopies: Bool?
     var clean: CleanMark?
     /// The file that was served last.
     var file: OpenFile.Identity?

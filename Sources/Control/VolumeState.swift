@@ -27,8 +27,8 @@ final class VolumeState {
     let directory: String
     let reactor: ReactorHandle
     var number: VolumeNumber = -1
-    var record: VolumeRecord
-    let recordFile: DurableRecord<VolumeRecord>
+    private let kept: KeptRecord<VolumeRecord>
+    var record: VolumeRecord { kept.value }
     let recording: BitmapFile
     let pointTarget: OpenFile
     let pointBitmap: BitmapFile
@@ -37,16 +37,17 @@ final class VolumeState {
     var pointTargetFile: StoreFile = -1
     var copies: [CopyID: CopyFiles] = [:]
     var restoreBitmap: BitmapFile?
-    /// After power loss there were copies of which nothing is known.
-    var forgotCopies = false
     var restoreFile: StoreFile = -1
     /// Larger than the order of every copy and point in the chain.
     var nextOrder = CopyRecord.orderStep
 
-    // What the last run left, and what it is worth.
+    // What the last run left, and what it is worth. The record says what the last run said until all of that was taken up
+    // (`confirm`), so that a start that ends before finds the same.
     /// Mapped files are as the last process left them.
-    let isTrusted: Bool
-    /// The mark of a clean stop; taken out of the record as soon as the volume is open.
+    private(set) var isTrusted: Bool
+    /// The record is this run's.
+    private(set) var isConfirmed = false
+    /// The mark of a clean stop.
     let cleanMark: VolumeRecord.CleanMark?
     /// The recording bitmaps say what changed.
     private(set) var recordingIsWhole = true
@@ -68,18 +69,18 @@ final class VolumeState {
     /// - Parameter hasPoints: the volume's group has recovery points of it.
     init(
         _ entry: Configuration.VolumeEntry, state: StateDirectory, reactor: ReactorHandle, bootID: String,
-        hasPoints: Bool
+        hasPoints: Bool, force: Bool
     ) throws {
         self.entry = entry
         self.reactor = reactor
         directory = state.volume(entry.name)
         try StateDirectory.makeDirectory(directory)
         try StateDirectory.makeDirectory("\(directory)/copies")
-        source = try Self.openSource(entry)
+        source = try Self.openSource(entry, force)
         let present = try source.size()
         let size = try source.isRegularFile() ? max(present, entry.size ?? 0) : present
         var found: VolumeRecord?
-        recordFile = try DurableRecord(path: "\(directory)/volume.record", value: &found)
+        let recordFile = try DurableRecord<VolumeRecord>(path: "\(directory)/volume.record", value: &found)
         let grain = found?.grain ?? entry.grain ?? Geometry.defaultGrain(size: size)
         guard let geometry = Geometry(size: size, grain: grain) else {
             throw SiteError("volume '\(entry.name)': \(entry.path) has \(size) bytes, which is no volume")
@@ -93,7 +94,10 @@ final class VolumeState {
         var record =
             found
             ?? VolumeRecord(id: randomIdentity(), name: entry.name, size: size, grain: grain, bootID: bootID)
-        isTrusted = record.clean != nil || record.bootID == bootID
+        isTrusted =
+            record.clean != nil
+            || record.bootID == bootID && Self.storageStayed(record, directory, source)
+                && !Self.lostSource("\(directory)/recording.bitmap")
         var findings: [String] = []
         if found != nil, let change = try Self.changeBehindOurBack(source, record) {
             try Self.refuseIfCopiesAreLost(entry, change, record, hasPoints)
@@ -118,6 +122,8 @@ final class VolumeState {
             BitmapHeader(kind, volume: identity, geometry: geometry, bitmaps: bitmaps)
         }
         let isNew = found == nil
+        let directory = self.directory
+        var held: BitmapFile?
         func open(_ name: String, _ header: BitmapHeader) throws -> (BitmapFile, whole: Bool) {
             let path = "\(directory)/\(name)"
             if isNew { return (try BitmapFile(path: path, header: header, create: true), true) }
@@ -127,24 +133,109 @@ final class VolumeState {
                 return (file, true)
             } catch let damage as DamagedMetadata {
                 findings.append("\(damage); what it said is lost, and the worst is assumed")
-                return (try BitmapFile(path: path, header: header, create: true), false)
+                try beforeReplacing(header.kind)
+                let filled = header.kind == .recording
+                return (try BitmapFile(path: path, header: header, create: true, filled: filled), false)
             }
         }
-        let directory = self.directory
+        // What takes the place of a damaged file must not say less than is known: a start that ends here finds it whole.
+        func beforeReplacing(_ kind: BitmapHeader.Kind) throws {
+            switch kind {
+            case .point:
+                (held!.mapping.memory + BitmapHeader.rolesOffset)
+                    .assumingMemoryBound(to: RecordingRoles.self).pointee.heldPoint = 0
+                try held!.synchronize()
+            case .activityLog:
+                record.logIsBroken = true
+                try recordFile.save(record)
+            case .recording, .copy, .restore: break
+            }
+        }
         (recording, recordingIsWhole) = try open("recording.bitmap", header(.recording, 2))
+        held = recording
         (pointBitmap, pointIsWhole) = try open("point.bitmap", header(.point))
-        let (log, logIsWhole) = try open("activity.log", header(.activityLog))
-        activityLog = log
-        if !logIsWhole, !isTrusted { recordingIsWhole = false }
+        (activityLog, _) = try open("activity.log", header(.activityLog))
         pointTarget = try OpenFile(path: "\(directory)/point.target", flags: O_RDWR | O_CREAT)
         if try pointTarget.size() != size { try pointTarget.truncate(to: size) }
         self.findings = findings
-        record.clean = nil
-        record.bootID = bootID
-        record.file = try source.identity()
-        self.record = record
         try synchronizeDirectory(directory)
-        try recordFile.save(record)
+        if isNew { try recordFile.save(record) }
+        kept = KeptRecord(record) { try recordFile.save($0) }
+    }
+
+    // MARK: What the last run left
+
+    /// Whether everything that may hold pages of the last run is still what it was then.
+    private static func storageStayed(_ record: VolumeRecord, _ directory: String, _ source: OpenFile) -> Bool {
+        guard let known = record.storage else { return true }
+        let present = storage(record, directory, source)
+        return known.allSatisfy { present[$0.key] == $0.value }
+    }
+
+    private static func storage(_ record: VolumeRecord, _ directory: String, _ source: OpenFile) -> [String: String] {
+        var found = [source.path: StorageInstance.text(of: source)]
+        for path in [directory] + record.copies.compactMap(\.target) {
+            guard let file = try? OpenFile(path: path, flags: O_RDONLY) else { continue }
+            found[path] = StorageInstance.text(of: file)
+        }
+        return found
+    }
+
+    /// Before the bitmaps are opened, since they may have to grow first.
+    private static func lostSource(_ path: String) -> Bool {
+        guard let file = try? OpenFile(path: path, flags: O_RDONLY),
+            let mark = try? file.read(at: BitmapHeader.sourceLostOffset, count: 1)
+        else { return false }
+        return mark.first == 1
+    }
+
+    /// Everything that the last run left was taken up, and what that changed in the bitmaps is on stable storage: from now on the
+    /// record is this run's. Hosts, the peer and work in the background are let in after this.
+    func confirm(bootID: String, servedAs: String?) throws {
+        // A log that is broken, or a flush that failed: only what is flushed now is known to be there.
+        if record.logIsBroken || recording.hasLostSource || !isTrusted { try source.synchronize() }
+        let roles = (recording.mapping.memory + BitmapHeader.rolesOffset).assumingMemoryBound(to: RecordingRoles.self)
+        roles.pointee.sourceLost = 0
+        try recording.synchronize()
+        for files in copies.values { try files.bitmap.synchronize() }
+        let storage = Self.storage(record, directory, source)
+        let file = try source.identity()
+        try kept.amend { record in
+            record.clean = nil
+            record.bootID = bootID
+            record.storage = storage
+            record.file = file
+            record.servedAs = servedAs
+            record.logIsBroken = false
+            record.forgotCopies = nil
+        }
+        isConfirmed = true
+    }
+
+    // MARK: What is written down
+
+    /// Changes the record, durably or not at all.
+    func amend(_ change: (inout VolumeRecord) throws -> Void) throws { try kept.amend(change) }
+
+    /// Takes over what has happened already: in memory at once, and in the file as soon as it can be written.
+    func acknowledge(_ change: (inout VolumeRecord) -> Void) { kept.acknowledge(change) }
+
+    /// The record's file may hold another one; `settle` mends that.
+    var isUnsaved: Bool { kept.isUnsaved }
+    func settle() throws { try kept.settle() }
+
+    /// Flushes the volume's own file, for whom the outcome matters. The kernel tells an error once, so hosts must hear of it as well.
+    func flushSource(isolation: isolated (any Actor)? = #isolation) async throws {
+        let number = number
+        let lost = await reactor.run { $0.hosted(number).volume.flushError }
+        guard lost == 0 else {
+            throw SystemError("flush \(source.path), which failed before; restart the site", errno: lost)
+        }
+        do { try source.synchronize() } catch {
+            let errno = error.errno
+            await reactor.run { $0.hosted(number).volume.loseSource(errno: errno) }
+            throw error
+        }
     }
 
     /// After a clean stop a bitmap has the checksum that it had then.
@@ -157,12 +248,17 @@ final class VolumeState {
 
     func verify(_ file: BitmapFile, _ name: String) throws { try Self.verify(file, name, cleanMark) }
 
-    private static func openSource(_ entry: Configuration.VolumeEntry) throws -> OpenFile {
+    private static func openSource(_ entry: Configuration.VolumeEntry, _ force: Bool) throws -> OpenFile {
         let direct = entry.cache == .none ? farcopy_open_direct : 0
         let source: OpenFile
         do {
-            source = try OpenFile(path: entry.path, flags: O_RDWR | O_CREAT | direct)
+            source = try OpenFile.storage(path: entry.path, flags: direct, claim: !force, waitMilliseconds: 2000)
         } catch {
+            if error.errno == EBUSY {
+                throw SiteError(
+                    "volume '\(entry.name)': the device \(entry.path) is mounted, or in use by another program; unmount it "
+                        + "(`lsblk \(entry.path)`, `fuser -vm \(entry.path)`), or start with --force if that is meant to be")
+            }
             guard error.errno == EINVAL, direct != 0 else { throw error }
             throw SiteError(
                 "volume '\(entry.name)': the storage of \(entry.path) has no direct I/O; remove cache = \"none\"")
@@ -289,6 +385,9 @@ final class VolumeState {
     /// Opens, or makes, the sparse target of a copy in the state directory.
     func openTarget(_ owner: CopyID, create: Bool) throws -> OpenFile {
         if create { unlink(targetPath(owner)) }  // left over from an attempt that was not recorded
+        if !create, access(targetPath(owner), F_OK) != 0 {
+            throw DamagedMetadata(description: "\(targetPath(owner)) is missing")
+        }
         let target = try OpenFile(path: targetPath(owner), flags: create ? O_RDWR | O_CREAT : O_RDWR)
         if create {
             try target.truncate(to: geometry.size)
@@ -324,9 +423,10 @@ final class VolumeState {
 
     /// Changes a copy's record and makes that durable.
     func update(_ id: CopyID, _ change: (inout CopyRecord) -> Void) throws {
-        guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
-        change(&record.copies[index])
-        try recordFile.save(record)
+        try amend { record in
+            guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
+            change(&record.copies[index])
+        }
     }
 
     // MARK: Stopping
@@ -339,6 +439,7 @@ final class VolumeState {
 
     /// Everything is on stable storage, and the record says how it was left.
     func finish() throws {
+        guard !recording.hasLostSource else { throw SystemError("flush \(source.path)", errno: EIO) }
         try source.synchronize()
         try pointTarget.synchronize()
         for files in copies.values { try files.target.synchronize() }
@@ -347,8 +448,7 @@ final class VolumeState {
             try file.synchronize()
             mark.checksums[name] = file.checksum()
         }
-        record.clean = mark
-        try recordFile.save(record)
+        try amend { $0.clean = mark }
     }
 
     var setup: VolumeSetup {

@@ -7,6 +7,8 @@
 //   a point counts as committed before the remote says so, or is sent again after it was
 //   a point stays half formed after a crash: the intent is recorded before the first volume forms
 //   the bitmaps are trusted against a secondary that they do not describe
+//   something is done that relies on a record which could not be saved: the actions after a save that fails are dropped, and
+//     `saveFailed` says so
 
 package enum Interval: Sendable, Equatable {
     case continuous
@@ -65,6 +67,8 @@ package struct Cycle {
         case resume
         /// A point is wanted now.
         case request
+        /// A `save` has failed; the actions behind it were dropped. The file holds the record before or the new one.
+        case saveFailed(String)
     }
 
     package enum Action: Equatable {
@@ -146,6 +150,10 @@ package struct Cycle {
     package static let shortestCycle: UInt64 = 50_000_000
     package static let longestIdle: UInt64 = 1_000_000_000
     private var formedAt: UInt64 = 0
+    /// The file may hold another record than this; the record is saved again until it does not.
+    package private(set) var isUnsaved = false
+    private var saveAt: UInt64 = 0
+    private static let saveRetry: UInt64 = 1_000_000_000
 
     package init(record: GroupRecord, settings: Settings) {
         self.record = record
@@ -155,10 +163,19 @@ package struct Cycle {
         state = .connecting
     }
 
-    /// What else the site has to say in the record.
-    package mutating func amend(_ change: (inout GroupRecord) -> Void) -> [Action] {
-        change(&record)
-        return [.save(record)]
+    /// Takes over what else the site has to say in the record. It is on stable storage already.
+    package mutating func adopt(_ saved: GroupRecord) {
+        record = saved
+        isUnsaved = false
+    }
+
+    /// The last `save` was carried out.
+    package mutating func wasSaved() { isUnsaved = false }
+
+    /// A save of the site's has failed: the file may hold what it wanted.
+    package mutating func mayDiffer(now: UInt64) {
+        isUnsaved = true
+        saveAt = now + Self.saveRetry
     }
 
     /// First actions after a start of the process.
@@ -199,6 +216,11 @@ package struct Cycle {
 
     /// When `tick` must come at the latest; nil = no need.
     package var wakeAt: UInt64? {
+        guard isUnsaved else { return nextStep }
+        return min(saveAt, nextStep ?? saveAt)
+    }
+
+    private var nextStep: UInt64? {
         switch state {
         case .offline(_, let retryAt): retryAt
         case .idle:
@@ -214,7 +236,11 @@ package struct Cycle {
         case .request:
             requested = true
             return tick(now)
+        case .tick where isUnsaved && now >= saveAt:
+            saveAt = now + Self.saveRetry
+            return [.save(record)] + tick(now)
         case .tick: return tick(now)
+        case .saveFailed(let reason): return couldNotSave(reason, now)
         case .linkLost(let reason): return lost(reason, now)
         case .pointLost(let reason): return pointLost(reason)
         default: break
@@ -344,6 +370,17 @@ package struct Cycle {
             return [.closeLink] + giveUp(.retry(reason))
         case .connecting, .marking, .idle, .draining, .committing:
             return failed(reason, retry: true, now)
+        }
+    }
+
+    /// Mirroring waits until the record can be written; hosts do not.
+    private mutating func couldNotSave(_ reason: String, _ now: UInt64) -> [Action] {
+        mayDiffer(now: now)
+        let words = "the group's record cannot be written (\(reason)); mirroring goes on once it can"
+        switch state {
+        case .stopped, .offline, .givingUp: return [.closeLink]
+        case .preparing, .forming, .draining, .committing: return [.closeLink] + giveUp(.retry(words))
+        case .connecting, .marking, .idle: return failed(words, retry: true, now)
         }
     }
 

@@ -16,6 +16,8 @@ package struct PointRecord: Codable, Sendable, Equatable {
     package var order: UInt64?
     /// What a site had when it gave up the role of primary: nothing that the present primary has sent.
     package var isBase: Bool?
+    /// Old content of it was lost: it cannot be read, or failed over to. Its number counts.
+    package var isFailed: Bool?
 
     package init(
         number: UInt64, formedAt: Double, committedAt: Double? = nil, bytes: UInt64? = nil,
@@ -115,6 +117,17 @@ package struct GroupRecord: Codable, Sendable, Equatable {
             self.restoring = restoring
             self.joins = joins
         }
+    }
+
+    /// The newest recovery point that can be read.
+    package var newestReadable: PointRecord? { points.last { $0.isFailed != true } }
+
+    /// A recovery point has lost old content. It goes, unless the primary goes on from it, or a failover went to it: then it stays, as
+    /// one that cannot be read.
+    package mutating func failPoint(_ number: UInt64) {
+        guard let index = points.firstIndex(where: { $0.number == number }) else { return }
+        points[index].isFailed = true
+        if number != points.last?.number, number != failedOver?.point { retire([points[index]]) }
     }
 
     /// Whether a recovery point holds a volume.

@@ -24,10 +24,12 @@ package struct ReplicatedVolume: Sendable {
     package var target: OpenFile
     /// Which grains of the point are in the target; behind the file's header.
     package var preserved: MappedFile
+    /// CR and OOS.
+    package var recording: MappedFile
 
     package init(
         name: String, reactor: ReactorHandle, number: VolumeNumber, geometry: Geometry,
-        targetFile: StoreFile, target: OpenFile, preserved: MappedFile
+        targetFile: StoreFile, target: OpenFile, preserved: MappedFile, recording: MappedFile
     ) {
         self.name = name
         self.reactor = reactor
@@ -36,6 +38,7 @@ package struct ReplicatedVolume: Sendable {
         self.targetFile = targetFile
         self.target = target
         self.preserved = preserved
+        self.recording = recording
     }
 
     package var preservedBitmap: Bitmap {
@@ -64,6 +67,8 @@ package struct ReplicationStatus: Sendable {
     package var state = "simplex"
     package var reason: String?
     package var record: GroupRecord
+    /// The record's file may hold another one.
+    package var isUnsaved = false
     package var bytesPerSecond: Double = 0
     /// Bytes that may be on their way to the peer, and bytes that were found alike there and not sent.
     package var windowBytes: Double = 0
@@ -103,12 +108,15 @@ package final class Replicator: Sendable {
         case event(Cycle.Event, epoch: UInt64)
         case opened(PeerState, exports: [String], epoch: UInt64)
         case drained(slot: Int, DrainRead.Answer, epoch: UInt64)
+        /// Every grain of the peer's volumes that are not known is marked, in memory.
+        case marked(epoch: UInt64)
         /// No reactor holds the point before any more.
         case released(changed: Bool, epoch: UInt64)
         /// The peer's checksums of what a slot holds.
         case compared(slot: Int, [UInt8], epoch: UInt64)
         case setRate(UInt64)
-        case amend(@Sendable (inout GroupRecord) -> Void, @Sendable () -> Void)
+        /// `anyway`: it has happened, whether it can be saved now or later.
+        case amend(@Sendable (inout GroupRecord) -> Void, anyway: Bool, @Sendable ((any Error)?) -> Void)
         case wait(Alongside?, @Sendable (Result<PointRecord, ReplicationRefusal>) -> Void)
         case stop(@Sendable () -> Void)
     }
@@ -144,10 +152,19 @@ package final class Replicator: Sendable {
     /// For the thread, when it ends: what was asked for until now is there, and nothing more comes.
     func end() { ended.withLock { $0 = true } }
 
-    /// Changes the record, durably; false when the replicator has ended.
-    package func amend(_ change: @escaping @Sendable (inout GroupRecord) -> Void) async -> Bool {
-        await withCheckedContinuation { (continuation: CheckedContinuation<Bool, Never>) in
-            if !ask(.amend(change) { continuation.resume(returning: true) }) { continuation.resume(returning: false) }
+    /// Changes the record, durably or not at all.
+    ///
+    /// - Parameter anyway: it has happened: it counts at once, and is saved as soon as that is possible.
+    /// - Returns: false when the replicator has ended, and nothing was done.
+    package func amend(
+        anyway: Bool = false, _ change: @escaping @Sendable (inout GroupRecord) -> Void
+    ) async throws -> Bool {
+        try await withCheckedThrowingContinuation { (continuation: CheckedContinuation<Bool, any Error>) in
+            let asked = ask(
+                .amend(change, anyway: anyway) { problem in
+                    if let problem { continuation.resume(throwing: problem) } else { continuation.resume(returning: true) }
+                })
+            if !asked { continuation.resume(returning: false) }
         }
     }
 

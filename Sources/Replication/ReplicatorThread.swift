@@ -62,6 +62,7 @@ final class ReplicatorThread {
             if let wakeAt = cycle.wakeAt, monotonicNanoseconds() >= wakeAt { handle(.tick) }
         }
         link = nil
+        publish()  // whoever asked for the end takes the record over
         replicator.end()
         takeMessages()
         for waiter in waiters { waiter.answer(.failure(.ended)) }
@@ -103,12 +104,11 @@ final class ReplicatorThread {
             case .compared(let slot, let digests, let asker):
                 if asker == epoch, let event = sender.compared(slot, digests) { handle(event) }
             case .setRate(let rate): sender.bucket.rate = rate
+            case .marked(let asker):
+                if asker == epoch { makeMarksDurable() }
             case .released(let changed, let asker):
                 if asker == epoch { clearPreserved(changed: changed) }
-            case .amend(let change, let done):
-                perform(cycle.amend(change))
-                publish()
-                done()
+            case .amend(let change, let anyway, let done): amend(change, anyway, done)
             case .wait(_, let answer) where !stopped.isEmpty: answer(.failure(.ended))
             case .wait(let alongside, let answer):
                 if let reason = cycle.suspension {
@@ -229,8 +229,36 @@ final class ReplicatorThread {
 
     // MARK: Actions
 
+    /// Carries actions out in order; those behind a record that cannot be saved are dropped.
     private func perform(_ actions: [Cycle.Action]) {
-        for action in actions { perform(action) }
+        for action in actions {
+            guard case .save(let record) = action else {
+                perform(action)
+                continue
+            }
+            do {
+                try configuration.save(record)
+                cycle.wasSaved()
+            } catch {
+                events.insert(.saveFailed("\(error)"), at: 0)
+                return
+            }
+        }
+    }
+
+    private func amend(_ change: (inout GroupRecord) -> Void, _ anyway: Bool, _ done: ((any Error)?) -> Void) {
+        var record = cycle.record
+        change(&record)
+        do {
+            try configuration.save(record)
+            cycle.adopt(record)
+        } catch {
+            if anyway { cycle.adopt(record) }
+            cycle.mayDiffer(now: monotonicNanoseconds())
+            guard anyway else { return done(error) }
+        }
+        publish()
+        done(nil)
     }
 
     private func perform(_ action: Cycle.Action) {
@@ -241,7 +269,7 @@ final class ReplicatorThread {
             link = nil
             peerState = nil
             session = nil
-        case .save(let record): save(record)
+        case .save: break  // above
         case .prepare: prepare()
         case .form(let number): form(number)
         case .rewind: rewind()
@@ -250,15 +278,6 @@ final class ReplicatorThread {
         case .endPoint(let number): endPoint(number)
         case .giveUp: giveUp()
         case .markAllChanged(let names): markAllChanged(names)
-        }
-    }
-
-    private func save(_ record: GroupRecord) {
-        do {
-            try configuration.save(record)
-        } catch {
-            // The state directory is gone or full: what is durable no longer follows what is done.
-            fatalError("farcopy: group \(configuration.group): \(error)")
         }
     }
 
@@ -302,7 +321,17 @@ final class ReplicatorThread {
             if names?.contains(volume.name) != false { reactor.hosted(volume.number).volume.markAllChanged() }
             return true
         } done: { _, _ in
-            mailbox.send(.event(.allMarked, epoch: asker))
+            mailbox.send(.marked(epoch: asker))
+        }
+    }
+
+    /// The lineage is saved next, and says that the bitmaps describe the difference to the peer: they are on stable storage before.
+    private func makeMarksDurable() {
+        do {
+            for volume in configuration.volumes { try volume.recording.synchronize() }
+            handle(.allMarked)
+        } catch {
+            handle(.linkLost("\(error)"))
         }
     }
 
@@ -435,6 +464,7 @@ final class ReplicatorThread {
 
     private func publish() {
         let record = cycle.record
+        let unsaved = cycle.isUnsaved
         let state = cycle.stateName
         let reason = cycle.suspension
         if let committed = record.lastCommitted {
@@ -466,6 +496,7 @@ final class ReplicatorThread {
             status.state = state
             status.reason = reason
             status.record = record
+            status.isUnsaved = unsaved
             if let rate { status.bytesPerSecond = rate }
             status.windowBytes = sender.flow.bytes
             status.bytesSpared = sender.bytesSpared

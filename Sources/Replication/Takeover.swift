@@ -96,12 +96,15 @@ extension GroupRecord {
         guard role == .secondary else {
             throw TakeoverRefusal("the group is primary here already; fail over at its peer")
         }
-        guard let newest = points.last else {
-            throw TakeoverRefusal("the group has no recovery point yet: its first copy is not complete")
+        guard let newest = newestReadable else {
+            throw TakeoverRefusal(
+                points.isEmpty
+                    ? "the group has no recovery point yet: its first copy is not complete"
+                    : "every recovery point of the group has failed; `farcopy events` says why")
         }
         guard let wanted else { return newest }
-        guard let point = points.first(where: { $0.number == wanted }) else {
-            let known = points.map { String($0.number) }.joined(separator: ", ")
+        guard let point = points.first(where: { $0.number == wanted && $0.isFailed != true }) else {
+            let known = points.filter { $0.isFailed != true }.map { String($0.number) }.joined(separator: ", ")
             throw TakeoverRefusal("the group has no point \(wanted); it has \(known)")
         }
         return point

@@ -251,7 +251,8 @@ extension Volume {
 
     /// Lets regions go to which nothing was written since the sweep before; the driver calls it every few seconds.
     package func sweepActivity() {
-        guard activity.isOn, activity.flushesLeft == 0 else { return }
+        // Once the source could not be flushed, a flush that succeeds says nothing of what was written before.
+        guard activity.isOn, activity.flushesLeft == 0, flushError == 0 else { return }
         for slot in 0..<requestCapacity {
             let request = requests + slot
             guard request.pointee.isModifying, request.pointee.view == .volume, request.pointee.state == .issued else {
@@ -275,12 +276,26 @@ extension Volume {
         }
     }
 
-    func completeActivityFlush(_ errno: Int32) {
+    func completeActivityFlush(_ file: StoreFile, _ errno: Int32) {
         activity.flushesLeft -= 1
-        if errno != 0 { activity.flushFailed = true }
+        if errno != 0 {
+            activity.flushFailed = true
+            if file != Self.source { loseBits(of: file, errno) }
+        }
         guard activity.flushesLeft == 0, !activity.flushFailed else { return }
         activity.leaving.formDifference(activity.leaving, activity.touched)
         activity.logged.formDifference(activity.logged, activity.leaving)
         writeActivity()
+    }
+
+    /// The kernel may have dropped bits that a flush did not bring to storage, and does not tell again: all are set, which makes every
+    /// page one that has to be written.
+    private func loseBits(of file: StoreFile, _ errno: Int32) {
+        if file == activity.recordingFile {
+            markAllChanged()
+        } else {
+            for index in 0..<chainCount where chain[index].bitmapFile == file { chain[index].changes.setAll() }
+        }
+        emit(.activityLogFailed(errno: errno))
     }
 }

@@ -8,7 +8,8 @@
 //   64 CRC-32C of bytes 0 to 63 (32)
 //   128 recording bitmaps: which of the two records changes (64); 136 the point that the other one is of (64), 0 = none.
 //       Both change while the file is in use.
-//   128 copies: 1 once the copy has taken over the target of the one that it refreshes (64)
+//       144: 1 once a flush of the volume's own file has failed (64)
+//   128 copies: 1 once the copy has taken over the target of the one that it refreshes (64); 136: 1 once it has failed (64)
 // The bitmaps begin at 4096.
 //
 // Must be prevented: bits of another volume, of another grain, or of a newer format are taken for this volume's.
@@ -21,6 +22,8 @@ package struct BitmapHeader: Sendable, Equatable {
     package static let byteCount = 4096
     package static let rolesOffset = 128
     package static let takenOffset = 128
+    package static let failedOffset = 136
+    package static let sourceLostOffset = 144
     package static let currentFormat: UInt32 = 1
     private static let magic: UInt64 = 0x4259_504F_4352_4146  // "FARCOPYB"
 

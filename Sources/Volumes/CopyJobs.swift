@@ -375,6 +375,13 @@ extension Volume {
         }
     }
 
+    /// The bits may not be on stable storage: a write that comes again must not go ahead because of them.
+    private func unmarkMoved(_ slot: Int32) {
+        let job = jobs[Int(slot)]
+        guard let index = chainIndex(job.targetCopy) else { return }
+        chain[index].preservedCount -= chain[index].preserved.clear(job.grains)
+    }
+
     private func endJob(_ slot: Int32) {
         let job = jobs[Int(slot)]
         var waiters = job.waiters
@@ -501,6 +508,7 @@ extension Volume {
         while slot >= 0 {
             if errno != 0 { jobs[Int(slot)].copyError = errno }
             if flushBatch.stage == .data { markMoved(slot) }
+            if flushBatch.stage == .record, errno != 0 { unmarkMoved(slot) }
             slot = jobs[Int(slot)].next
         }
         if errno == 0, flushBatch.stage == .data, first.purpose != .restore,

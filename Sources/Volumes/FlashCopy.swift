@@ -36,6 +36,9 @@ package struct FlashCopy: BitwiseCopyable {
     package let changes: Bitmap
     /// Has a bitmap of its own for changes, since a background copy fills `preserved`.
     package let recordsChanges: Bool
+    /// 1 = the copy has failed; lies beside the bits, so that neither a crash of the process nor, for a durable copy, power loss makes
+    /// it whole again before anybody has written that down.
+    let failureMark: UnsafeMutablePointer<UInt64>?
     /// Old content and its bit are on stable storage before the source is overwritten.
     package let durable: Bool
     /// The target holds zeroes where it was never written.
@@ -62,9 +65,10 @@ package struct FlashCopy: BitwiseCopyable {
     /// - Parameters:
     ///   - preserved, changes: a bit for each grain, over memory that outlives a process crash and is backed by
     ///     `bitmapFile`; `changes` is nil for copies without background copy.
+    ///   - failureMark: in the same file.
     package init(
         id: CopyID, targetFile: StoreFile, bitmapFile: StoreFile, preserved: Bitmap, changes: Bitmap? = nil,
-        durable: Bool, targetIsZero: Bool = true, isFilled: Bool = false, rate: UInt64 = 0
+        failureMark: UnsafeMutablePointer<UInt64>? = nil, durable: Bool, targetIsZero: Bool = true, isFilled: Bool = false, rate: UInt64 = 0
     ) {
         invariant(changes != nil || !isFilled, "a background copy needs a bitmap for changes")
         self.id = id
@@ -74,6 +78,7 @@ package struct FlashCopy: BitwiseCopyable {
         self.changes = changes ?? preserved
         recordsChanges = changes != nil
         isIncremental = changes != nil
+        self.failureMark = failureMark
         self.durable = durable
         self.targetIsZero = targetIsZero
         self.isFilled = isFilled
@@ -153,24 +158,31 @@ extension Volume {
         remove(index)
         addCopy(renewed)
         retakes &+= 1
-        if renewed.durable { raiseBarrier(renewed.bitmapFile) }
+        if renewed.durable { raiseBarrier(renewed.bitmapFile, .retaken) }
     }
 
-    // MARK: The barrier after a copy was taken anew
+    // MARK: The barrier after a copy was taken anew, or has failed
 
     /// A host write that finds a durable copy's bit set goes straight to the source; so it waits until the bits that a copy
     /// begins with are on stable storage. Nor is anything copied to the target before: until its bitmap says that it was taken
     /// anew, the target is the old copy's.
-    private func raiseBarrier(_ bitmapFile: StoreFile) {
-        isBarred = true
-        issue(flushIO(bitmapFile, IOToken(owner: .barrier, slot: 0, generation: 0)))
+    ///
+    /// That a durable copy has failed must be on stable storage as well before a host overwrites what it lacks.
+    private func raiseBarrier(_ bitmapFile: StoreFile, _ reason: BarrierReason) {
+        barriers += 1
+        issue(flushIO(bitmapFile, IOToken(owner: .barrier, slot: reason.rawValue, generation: 0)))
     }
 
-    func completeBarrier(_ errno: Int32) {
-        isBarred = false
+    private enum BarrierReason: Int32 { case retaken, failed }
+
+    func completeBarrier(_ token: IOToken, _ errno: Int32) {
+        barriers -= 1
         backgroundDue = backgroundWork
-        if errno != 0, preserveIndex >= 0 { failCopy(preserveIndex, errno: errno) }
-        resumeAll(barrierWaiters.takeAll())
+        // A failure that cannot be written down holds no host up: the control plane was told of it.
+        if errno != 0, token.slot == BarrierReason.retaken.rawValue, preserveIndex >= 0 {
+            failCopy(preserveIndex, errno: errno)
+        }
+        if !isBarred { resumeAll(barrierWaiters.takeAll()) }
     }
 
     /// Takes up the chain of an earlier run; copies come oldest first. The bitmap of a durable copy is on stable
@@ -290,6 +302,8 @@ extension Volume {
         guard chain[index].state == .active || chain[index].state == .refreshing else { return }
         chain[index].state = .failed
         chain[index].isIncremental = false
+        chain[index].failureMark?.pointee = 1
+        if chain[index].durable { raiseBarrier(chain[index].bitmapFile, .failed) }
         emit(.copyFailed(id: chain[index].id, errno: errno))
         rewindHandovers(from: index)
         reviewChain()

@@ -110,7 +110,10 @@ extension Volume {
     func completeMerge(_ errno: Int32) {
         isMerging = false
         outOfSync.clearAll()
-        if errno != 0 { emit(.activityLogFailed(errno: errno)) }
+        if errno != 0 {
+            markAllChanged()  // as in `loseBits`
+            emit(.activityLogFailed(errno: errno))
+        }
     }
 
     /// Whether a point may be formed: hosts see what lies on the volume, and the next out-of-sync bitmap is empty.

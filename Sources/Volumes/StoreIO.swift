@@ -58,6 +58,8 @@ package enum VolumeEvent: Sendable, Equatable {
     case copyReady(id: CopyID)
     /// The activity log could not be written; after power loss every grain has to be compared.
     case activityLogFailed(errno: Int32)
+    /// A flush of the volume's own file has failed: hosts' flushes fail until it is opened anew.
+    case sourceLost(errno: Int32)
     /// Every grain of a restore is back on the source.
     case restoreFinished
     /// A restore cannot go on: this grain could not be read or written.

@@ -47,7 +47,9 @@ package final class Volume {
     var orphanWaiters = SlotList()
 
     /// The first error of a flush, reported by every later one until the volume is opened anew.
-    private var flushError: Int32 = 0
+    package private(set) var flushError: Int32 = 0
+    /// The source is a file of a file system: a write that finds no room changes nothing that was there.
+    package var sourceIsFile = true
 
     // Traffic with the driver.
     private var outbox: FixedQueue<StoreIO>
@@ -84,8 +86,9 @@ package final class Volume {
     var refreshingCount = 0
     /// How many copies were taken anew, and so began with grains.
     var retakes: UInt32 = 0
-    /// Writes to the source wait for a flush.
-    var isBarred = false
+    /// Writes to the source wait for so many flushes.
+    var barriers = 0
+    var isBarred: Bool { barriers > 0 }
     var barrierWaiters = SlotList()
 
     // A restore under way.
@@ -141,9 +144,9 @@ package final class Volume {
         requests.initialize(repeating: Request(), count: requestCapacity)
         for slot in 0..<requestCapacity { freeRequests.append(Int32(slot), in: requests) }
         // Each request has at most two I/Os in flight (a flush during a restore), each job two, plus the batch's flush.
-        // The activity log writes once and flushes every bitmap file at a time.
+        // The activity log writes once and flushes every bitmap file at a time; each copy may fail once.
         outbox = FixedQueue(
-            capacity: 2 * requestCapacity + 2 * Limits.copyJobsPerVolume + Limits.copiesPerVolume + 8)
+            capacity: 2 * requestCapacity + 2 * Limits.copyJobsPerVolume + 2 * Limits.copiesPerVolume + 8)
         fileInFlight = .allocate(capacity: Self.fileCapacity)
         fileInFlight.initialize(repeating: 0, count: Self.fileCapacity)
         chain = .allocate(capacity: Limits.copiesPerVolume)
@@ -256,6 +259,7 @@ package final class Volume {
     package func complete(_ io: StoreIO, errno: Int32) {
         fileInFlight[Int(io.file)] -= 1
         invariant(fileInFlight[Int(io.file)] >= 0, "an I/O is answered once")
+        if errno > 0, io.file == Self.source { noteSourceError(io, errno) }
         // A copy that leaves waits until nothing uses its files.
         if backgroundWork, io.file != Self.source { backgroundDue = true }
         switch io.token.owner {
@@ -278,11 +282,11 @@ package final class Volume {
         case .activityWrite:
             completeActivityWrite(errno)
         case .activityFlush:
-            completeActivityFlush(errno)
+            completeActivityFlush(io.file, errno)
         case .mergeFlush:
             completeMerge(errno)
         case .barrier:
-            completeBarrier(errno)
+            completeBarrier(io.token, errno)
         }
     }
 
@@ -300,6 +304,23 @@ package final class Volume {
     }
 
     // MARK: Flush
+
+    /// The kernel tells a write-back error once, to the first who flushes, and may have dropped the pages: whoever flushed, nothing may
+    /// call what was written durable any more until the volume is opened anew. A file that had no room for a write has lost nothing
+    /// that was acknowledged.
+    private func noteSourceError(_ io: StoreIO, _ errno: Int32) {
+        guard io.operation == .flush || io.fua else { return }
+        if io.operation != .flush, sourceIsFile, errno == 28 || errno == 122 { return }  // ENOSPC, EDQUOT
+        loseSource(errno: errno)
+    }
+
+    /// A flush of the source has failed, here or elsewhere in the process.
+    package func loseSource(errno: Int32) {
+        roles.pointee.sourceLost = 1
+        guard flushError == 0 else { return }
+        flushError = errno
+        emit(.sourceLost(errno: errno))
+    }
 
     /// A flush covers every write finished before it; during a restore also the record of what was restored.
     func issueFlush(_ slot: Int32) {
@@ -333,8 +354,8 @@ package final class Volume {
             finish(slot, error: errno)
             return
         }
-        // The kernel may have dropped the dirty pages: a later flush must not report what this one lost.
-        if errno != 0 { flushError = errno }
+        // Of the record of what was restored: its bits may have been dropped as well, so it counts like the source's.
+        if errno != 0 { loseSource(errno: errno) }
         if request.pointee.flushesLeft == 0 { finish(slot, error: flushError) }
     }
 
@@ -366,6 +387,8 @@ package struct RecordingRoles: BitwiseCopyable {
     /// The point that the other bitmap and the point's target belong to; 0 once it was given up here. The group's record
     /// learns that later, and a crash may come between.
     package var heldPoint: UInt64 = 0
+    /// 1 = a flush of the volume's own file has failed since it was opened: what was written before may be gone, as after power loss.
+    package var sourceLost: UInt64 = 0
     package init() {}
 }
 

@@ -16,6 +16,9 @@ struct Serve: AsyncParsableCommand {
     @Option(help: "How much to log on stderr: error, warning, info, debug.")
     var logLevel: String = "info"
 
+    @Flag(help: "Serve block devices that are mounted, or claimed by another program, all the same.")
+    var force = false
+
     func run() async throws {
         guard let level = Logger.Level(rawValue: logLevel) else {
             throw ValidationError("'\(logLevel)' is no log level; use error, warning, info or debug")
@@ -36,7 +39,7 @@ struct Serve: AsyncParsableCommand {
     }
 
     private func serve(_ configuration: Configuration, _ logger: Logger) async throws {
-        let site = try Site(configuration: configuration, logger: logger)
+        let site = try Site(configuration: configuration, logger: logger, force: force)
         let stopped = stopSignal()
         try await withThrowingTaskGroup(of: Bool.self) { tasks in
             let (running, announce) = AsyncStream.makeStream(of: Void.self)

@@ -90,7 +90,9 @@ func seededUntilCommit() {
         $0.lastNumber = 3
     }
     _ = cycle.start(now: 0)
-    _ = cycle.amend { $0.fromImage = true }
+    var seeded = cycle.record
+    seeded.fromImage = true
+    cycle.adopt(seeded)
     _ = cycle.handle(peer(nil, lineage: "new"), now: 1)
     _ = cycle.handle(.allMarked, now: 2)
     #expect(cycle.record.fromImage == true)
