@@ -135,6 +135,9 @@ extension Site {
 
     func checkNotRestoring(_ volume: VolumeState) throws {
         let failingBack = group(ofVolume: volume.name)?.record.failedOver?.restoring.contains(volume.name) ?? false
+        if let group = group(ofVolume: volume.name), group.record.handingOver != nil || group.isJoining {
+            throw SiteError("group '\(group.entry.name)' is changing roles; try again when it has")
+        }
         guard volume.record.restoring == nil, !failingBack else {
             throw SiteError(
                 "volume '\(volume.name)' is being restored; wait until `farcopy status` shows no more bytes to restore")

@@ -25,6 +25,8 @@ final class GroupState {
     private(set) var replicator: Replicator?
     /// The session of the primary's replicator (secondary).
     var session: UInt64?
+    /// This site asks its peer to give up the role.
+    var isJoining = false
     /// Sessions, commits and changes of roles come one after the other.
     let turnstile = Turnstile()
 

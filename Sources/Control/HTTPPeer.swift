@@ -106,6 +106,7 @@ struct HTTPPeer: PeerClient {
                 site: site, siteID: siteID,
                 volumes: volumes.map { SessionRequest.Volume(name: $0.name, size: $0.size) },
                 generations: record.generations, lastCommitted: record.lastCommitted?.number))
+        guard answer.state.committed?.isPlausible != false else { throw SiteError("the peer's answer makes no sense") }
         return (answer.state, answer.exports)
     }
 
@@ -114,6 +115,9 @@ struct HTTPPeer: PeerClient {
             "/v1/peer/groups/\(group)/commit",
             CommitRequest(
                 siteID: siteID, session: session, number: number, previous: previous, formedAt: formedAt))
+        guard (0...PointRecord.latestTime).contains(answer.committedAt) else {
+            throw SiteError("the peer's answer makes no sense")
+        }
         return answer.committedAt
     }
 

@@ -153,6 +153,11 @@ extension Site {
         operation.step = "sends what has changed while hosts go on"
         _ = try await pointOf(replicator, operation, seconds: 7 * 86400)
         operation.step = "hosts are shut out; sends the last point"
+        await copyTurnstile.enter()  // no restore begins in between
+        defer { copyTurnstile.leave() }
+        for volume in members(group) where volume.restoreBitmap != nil {
+            throw SiteError("volume '\(volume.name)' is being restored since; try again", status: 503)
+        }
         await shutOutHosts(group)
         do {
             let point = try await pointOf(replicator, operation, seconds: Double(Limits.handOverSeconds))

@@ -6,6 +6,8 @@
 //   a role is given up before the hosts' last acknowledged write is in what is kept
 //   two sites are primary after a switchover that was interrupted anywhere
 //   the peer's changed grains are counted as taken over before they are on stable storage here
+//   both sites give up the role because each was asked to (opposite resyncs), or one does long after it was asked
+//   data flows back into a volume while its role is given up
 
 import Base
 import FoundationEssentials
@@ -70,7 +72,8 @@ extension Site {
         let record = group.record
         let wrote = record.failedOver == nil || group.writtenAtFailover != written
         return Standing(
-            site: configuration.site, siteID: siteRecord.id, record: record, wrote: wrote, changedBytes: grains)
+            site: configuration.site, siteID: siteRecord.id, record: record, wrote: wrote, changedBytes: grains,
+            joining: group.isJoining)
     }
 
     func peerClient(_ group: GroupState) -> ControlClient? {
@@ -292,9 +295,15 @@ extension Site {
     /// state as a whole as the first recovery point.
     func yield(_ name: String, _ request: YieldRequest) async throws -> YieldAnswer {
         let group = try group(name)
+        let askedAt = monotonicNanoseconds()
+        try checkYield(group, request)
+        try refuseIfOpposite(group, request)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
-        try checkYield(group, request)
+        guard monotonicNanoseconds() - askedAt < UInt64(Limits.yieldWaitSeconds) * 1_000_000_000 else {
+            throw SiteError("group '\(name)' was busy at '\(configuration.site)'; try again", status: 503)
+        }
+        try refuseIfOpposite(group, request)
         if group.record.role == .secondary {
             guard let number = group.record.yielded,
                 let point = group.record.points.first(where: { $0.number == number })
@@ -305,10 +314,15 @@ extension Site {
             }
             return yieldAnswer(group, point)
         }
+        try await checkStillAsked(group, request)
         let served = group.servesHosts
         await stopReplication(group)
-        await shutOutHosts(group)
+        // No restore begins, and no FlashCopy is taken, until the role is given up.
+        await copyTurnstile.enter()
+        defer { copyTurnstile.leave() }
         do {
+            try checkYield(group, request)
+            await shutOutHosts(group)
             try await settleChanges(group)
             try await keepUnsent(group)
             try await becomeSecondary(group, request)
@@ -321,8 +335,35 @@ extension Site {
         return yieldAnswer(group, group.record.points.last!)
     }
 
+    /// Of two sites that ask each other to give up the role, the one with the smaller identity goes on.
+    private func refuseIfOpposite(_ group: GroupState, _ request: YieldRequest) throws {
+        guard group.isJoining else { return }
+        let name = group.entry.name
+        if siteRecord.id < request.siteID {
+            throw SiteError(
+                "'\(configuration.site)' is resyncing group '\(name)' the other way round just now, and goes on; nothing of this "
+                    + "command was done")
+        }
+        throw SiteError("group '\(name)' at '\(configuration.site)' is changing roles; try again", status: 503)
+    }
+
+    /// A request that was delayed must not take the role when nobody waits for that any more.
+    private func checkStillAsked(_ group: GroupState, _ request: YieldRequest) async throws {
+        let theirs = try await peerStanding(group)
+        guard theirs.siteID == request.siteID, theirs.role == .primary, theirs.generations == request.generations,
+            theirs.joining != false
+        else {
+            throw SiteError(
+                "'\(request.site)' does not ask any more for group '\(group.entry.name)' to give up its role at "
+                    + "'\(configuration.site)'", status: 503)
+        }
+    }
+
     private func checkYield(_ group: GroupState, _ request: YieldRequest) throws {
         let name = group.entry.name
+        guard request.highestPoint <= PointRecord.highestNumber else {
+            throw SiteError("point \(request.highestPoint) cannot be", status: 403)
+        }
         guard request.site == group.entry.peer else {
             throw SiteError(
                 "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)'", status: 403)
@@ -347,14 +388,18 @@ extension Site {
 
     /// Ends the point that is held, so that CR alone says what the peer lacks, on stable storage.
     private func settleChanges(_ group: GroupState) async throws {
+        let deadline = monotonicNanoseconds() + UInt64(Limits.handOverSeconds) * 1_000_000_000
         for volume in members(group) {
             let number = volume.number
             await volume.reactor.run { $0.hosted(number).volume.giveUpPoint() }
             while await !volume.reactor.run({ $0.hosted(number).volume.mayFormPoint }) {
+                guard monotonicNanoseconds() < deadline else {
+                    throw SiteError("volume '\(volume.name)' is busy with a restore or a flush; try again", status: 503)
+                }
                 try await Task.sleep(for: .milliseconds(2))
             }
             try volume.recording.synchronize()
-            try volume.source.synchronize()
+            try await volume.flushSource()
         }
         try await group.amend { record in
             record.held = nil
@@ -364,8 +409,6 @@ extension Site {
 
     private func keepUnsent(_ group: GroupState) async throws {
         guard await standing(group).changedBytes > 0 else { return }
-        await copyTurnstile.enter()
-        defer { copyTurnstile.leave() }
         let members = members(group)
         let base = "unsent-after-\(group.record.divergedFrom?.number ?? 0)"
         var (name, attempt) = (base, 1)
@@ -424,13 +467,22 @@ extension Site {
     /// Takes up mirroring to a peer that gives up its role, sending only grains that one of the sites has changed.
     func join(_ group: GroupState) async throws {
         let name = group.entry.name
+        guard group.record.role == .primary else {
+            throw SiteError(
+                "group '\(name)' at '\(configuration.site)' has given up its role to '\(group.entry.peer)' meanwhile; nothing of this "
+                    + "command was done")
+        }
         for volume in members(group) where volume.restoreBitmap != nil {
             throw SiteError(
                 "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
                 status: 503)
         }
+        group.isJoining = true
+        defer { group.isJoining = false }
         let theirs = try await peerStanding(group)
         await stopReplication(group)
+        // A point that was held is not the new direction's.
+        try await settleChanges(group)
         if theirs.role == .primary, let head = group.record.generations.first, theirs.generations.contains(head) {
             // The peer has seen every generation that this site had; from now on it is behind.
             let generation = randomIdentity()
@@ -441,6 +493,7 @@ extension Site {
             YieldRequest(
                 site: configuration.site, siteID: siteRecord.id, generations: group.record.generations,
                 highestPoint: group.record.highestPoint, volumes: sessionVolumes(group)), seconds: 300)
+        guard answer.point.isPlausible else { throw SiteError("the peer's answer makes no sense") }
         for volume in members(group) {
             let number = volume.number
             try await eachPeerChange(group, volume) { words, first, geometry in

@@ -56,6 +56,7 @@ extension Site {
 
     func openSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
         let group = try group(name)
+        try checkPeer(group, request)  // not only after a wait, perhaps for the very site that asks
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         try group.settle()
@@ -159,6 +160,9 @@ extension Site {
         }
         if let done = group.record.hasCommitted(request.number) {
             return CommitAnswer(committedAt: done.committedAt ?? done.formedAt)  // asked again
+        }
+        guard request.number <= PointRecord.highestNumber, (0...PointRecord.latestTime).contains(request.formedAt) else {
+            throw SiteError("point \(request.number) of \(request.formedAt) cannot be", status: 403)
         }
         var writes = 0
         for volume in members(group) {

@@ -287,6 +287,7 @@ package actor Site {
 
     func startReplication(_ group: GroupState) async throws {
         guard let peer = configuration.peers[group.entry.peer] else { return }
+        try await alignPoint(group)
         let replicator = try Replicator(record: group.record)
         group.begin(replicator)
         let members = members(group)
@@ -325,6 +326,22 @@ package actor Site {
                     events.add(group: name, text)
                 },
                 refused: { [weak self] in Task { [weak self] in await self?.reviewAfterRefusal(name) } }))
+    }
+
+    /// The engines hold the point that the record says is held, or none does.
+    private func alignPoint(_ group: GroupState) async throws {
+        let held = group.record.held?.number
+        var apart = false
+        for volume in members(group) {
+            let number = volume.number
+            if await volume.reactor.run({ $0.hosted(number).volume.point?.number }) != held { apart = true }
+        }
+        guard apart else { return }
+        for volume in members(group) {
+            let number = volume.number
+            await volume.reactor.run { $0.hosted(number).volume.giveUpPoint() }
+        }
+        if held != nil { try await group.amend { $0.held = nil } }
     }
 
     /// The peer, if it is a Farcopy site.

@@ -118,6 +118,7 @@ package struct StatusReport: Codable, Sendable {
 
 /// RFC 3339 in UTC with milliseconds.
 func timestamp(_ seconds: Double) -> String {
+    guard (-PointRecord.latestTime...PointRecord.latestTime).contains(seconds) else { return "?" }
     var whole = time_t(seconds.rounded(.down))
     var parts = tm()
     gmtime_r(&whole, &parts)

@@ -176,7 +176,7 @@ extension Site {
                     }
                     report.add(found, copy.volume.name)
                     if repair, !found.isEmpty {
-                        await markDifferent(copy.volume, found)
+                        try await markDifferent(copy.volume, found)
                         report.repairing = true
                     }
                     report.comparedBytes += UInt64(length)
@@ -225,9 +225,10 @@ extension Site {
         return pairs
     }
 
-    private func markDifferent(_ volume: VolumeState, _ runs: [Range<UInt64>]) async {
+    private func markDifferent(_ volume: VolumeState, _ runs: [Range<UInt64>]) async throws {
         let number = volume.number
         await volume.reactor.run { $0.hosted(number).volume.markChanged(runs) }
+        try volume.recording.synchronize()  // the report says that they are sent again
     }
 
     // MARK: At the peer

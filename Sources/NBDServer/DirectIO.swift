@@ -177,6 +177,10 @@ extension Reactor {
         deferredStores = []
         for store in deferred {
             guard let hosted = volumes[store.volume] else { continue }
+            guard stores.hasRoom else {
+                deferredStores.append(store)  // each completion that frees a slot asks again
+                continue
+            }
             startStore(store.io, store.volume, hosted)
         }
     }

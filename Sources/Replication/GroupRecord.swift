@@ -19,6 +19,16 @@ package struct PointRecord: Codable, Sendable, Equatable {
     /// Old content of it was lost: it cannot be read, or failed over to. Its number counts.
     package var isFailed: Bool?
 
+    /// The highest number of a point, and the latest time, that a peer is believed: what is counted on from there must not overflow.
+    package static let highestNumber: UInt64 = 1 << 60
+    package static let latestTime = 1e11
+
+    /// Whether a peer may have said this.
+    package var isPlausible: Bool {
+        number <= Self.highestNumber && (0...Self.latestTime).contains(formedAt)
+            && (0...Self.latestTime).contains(committedAt ?? 0)
+    }
+
     package init(
         number: UInt64, formedAt: Double, committedAt: Double? = nil, bytes: UInt64? = nil,
         order: UInt64? = nil, isBase: Bool? = nil

@@ -28,9 +28,11 @@ package struct Standing: Codable, Sendable, Equatable {
     package var since: Double?
     /// The highest number that is known to belong to a point.
     package var highestPoint: UInt64
+    /// This site is asking its peer to give up the role just now.
+    package var joining: Bool?
 
     package init(
-        site: String, siteID: String, record: GroupRecord, wrote: Bool, changedBytes: UInt64
+        site: String, siteID: String, record: GroupRecord, wrote: Bool, changedBytes: UInt64, joining: Bool = false
     ) {
         self.site = site
         self.siteID = siteID
@@ -39,6 +41,7 @@ package struct Standing: Codable, Sendable, Equatable {
         alone = record.alone ?? false
         self.wrote = wrote
         self.changedBytes = changedBytes
+        self.joining = joining
         since = record.divergedFrom?.formedAt
         highestPoint = record.highestPoint
     }

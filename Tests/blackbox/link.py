@@ -102,6 +102,8 @@ class Link:
         return sum(direction.bytes for direction in self.directions.values())
 
     def close(self):
+        if not self.running:
+            return
         self.running = False
         self.wake()
         self.thread.join(10)
