@@ -145,6 +145,10 @@ package struct Configuration: Sendable {
     package var site: String
     package var state: String
     package var control: [Address]
+    /// Names that the control addresses go by, besides their own, the machine's and the site's.
+    package var controlNames: [String]
+    /// Files, devices and directories in which FlashCopies may have targets.
+    package var targets: [String]
     package var nbd: NBDEntry
     package var volumes: [VolumeEntry]
     package var groups: [GroupEntry]
@@ -163,10 +167,18 @@ package struct Configuration: Sendable {
         self.path = path
         try reader.check(table, "", known: ["site", "nbd", "volumes", "groups", "peers"])
         let siteTable = try reader.table(table, "", "site")
-        try reader.check(siteTable, "site", known: ["name", "state", "control"])
+        try reader.check(siteTable, "site", known: ["name", "state", "control", "control_names", "targets"])
         site = try reader.name(siteTable, "site", "name")
         state = try reader.absolutePath(siteTable, "site", "state")
         control = try reader.addresses(siteTable, "site", "control")
+        controlNames =
+            try siteTable["control_names"].map { _ in
+                try reader.strings(siteTable, "site", "control_names")
+            } ?? []
+        targets =
+            try siteTable["targets"].map { _ in
+                try reader.absolutePaths(siteTable, "site", "targets")
+            } ?? [state]
         nbd = try reader.nbd(table)
         volumes = try reader.volumes(table)
         peers = try reader.peers(table, site: site, tls: nbd.tls)

@@ -102,6 +102,12 @@ struct ConfigurationReader {
         return text
     }
 
+    func absolutePaths(_ table: TOMLTable, _ section: String, _ key: String) throws -> [String] {
+        let list = try strings(table, section, key)
+        guard list.allSatisfy({ $0.hasPrefix("/") }) else { throw fail(section, key, "must hold absolute paths") }
+        return list
+    }
+
     func address(_ table: TOMLTable, _ section: String, _ key: String) throws -> Address {
         let text = try string(table, section, key)
         guard let address = Address(text) else {
@@ -416,7 +422,7 @@ struct ConfigurationReader {
         return access
     }
 
-    private func strings(_ table: TOMLTable, _ section: String, _ key: String) throws -> [String] {
+    func strings(_ table: TOMLTable, _ section: String, _ key: String) throws -> [String] {
         guard let array = table[key]?.array else { throw fail(section, key, "must be a list of strings") }
         return try array.map { element in
             guard let text = element.string else { throw fail(section, key, "must be a list of strings") }

@@ -27,7 +27,7 @@ package struct ControlServer: Sendable {
         var quiet = logger
         quiet.logLevel = .critical  // it calls the end of its listener an error
         let application = Application(
-            router: router(), configuration: .init(address: bind, serverName: nil),
+            router: router(address), configuration: .init(address: bind, serverName: nil),
             onServerRunning: { _ in ready() }, logger: quiet)
         try await application.run()
     }
@@ -44,19 +44,14 @@ package struct ControlServer: Sendable {
 
     /// Refusals in words, with their status; anything else is ours and says so.
     private func guarded(early: Bool = false, _ body: () async throws -> Response) async -> Response {
-        let (status, words): (Int, String)
         do {
             if !early, await !site.isStarted { throw SiteError("the site is starting; try again", status: 503) }
             return try await body()
         } catch let error as SiteError {
-            (status, words) = (error.status, error.description)
+            return errorResponse(error)
         } catch {
-            (status, words) = (500, "\(error)")
+            return errorResponse(SiteError("\(error)", status: 500))
         }
-        let bytes = (try? JSONEncoder().encode(ErrorAnswer(error: words))) ?? Data()
-        return Response(
-            status: .init(code: status), headers: [.contentType: "application/json"],
-            body: ResponseBody(byteBuffer: ByteBuffer(bytes: bytes)))
     }
 
     private func decode<Value: Decodable>(_ type: Value.Type, _ request: Request) async throws -> Value {
@@ -68,8 +63,9 @@ package struct ControlServer: Sendable {
         }
     }
 
-    private func router() -> Router<BasicRequestContext> {
+    private func router(_ address: Address) -> Router<BasicRequestContext> {
         let router = Router()
+        router.add(middleware: CrossSiteRequests(address, site.configuration))
         addStatus(router)
         addGroups(router)
         addRoles(router)

@@ -108,7 +108,7 @@ extension Site {
         defer { copyTurnstile.leave() }
         let members = try members(request.volumes)
         try checkCopyName(request.name)
-        try checkTargetCount(request)
+        try checkTargets(request)
         for volume in members {
             try checkFree(request.name, volume)
             try checkNotSecondary(
@@ -167,11 +167,15 @@ extension Site {
         }
     }
 
-    func checkTargetCount(_ request: FlashCopyRequest) throws {
-        guard let targets = request.targets, targets.count != request.volumes.count else { return }
-        throw SiteError(
-            "\(targets.count) targets for \(request.volumes.count) volumes: give one for each, in the same order",
-            status: 400)
+    func checkTargets(_ request: FlashCopyRequest) throws {
+        guard let targets = request.targets else { return }
+        guard targets.count == request.volumes.count else {
+            throw SiteError(
+                "\(targets.count) targets for \(request.volumes.count) volumes: give one for each, in the same order",
+                status: 400)
+        }
+        let paths = TargetPaths(allowed: configuration.targets, state: configuration.state)
+        for target in targets { try paths.check(target) }
     }
 
     /// A busy machine may let the hold's deadline pass; a few tries later it seldom does.
@@ -258,7 +262,6 @@ extension Site {
     func openOperatorTarget(
         _ path: String, _ volume: VolumeState, recorded: Bool = false
     ) throws -> (OpenFile, isZero: Bool) {
-        guard path.hasPrefix("/") else { throw SiteError("the target '\(path)' must be an absolute path", status: 400) }
         let size = volume.geometry.size
         let target: OpenFile
         do {

@@ -26,7 +26,7 @@ extension Site {
         guard let origin = request.of else { throw SiteError("a clone needs 'of', a FlashCopy's name", status: 400) }
         let members = try members(request.volumes)
         if !own { try checkCopyName(request.name) }
-        try checkTargetCount(request)
+        try checkTargets(request)
         let origins = try members.map { try chainPlace($0, origin) }
         for (volume, found) in zip(members, origins) {
             try checkFree(request.name, volume)

@@ -39,10 +39,9 @@ package struct ControlClient: Sendable {
     ) async throws -> [UInt8] {
         var request = HTTPClientRequest(url: url(path))
         request.method = .init(rawValue: method)
-        if let body {
-            request.headers.add(name: "content-type", value: "application/json")
-            request.body = .bytes(ByteBuffer(bytes: body))
-        }
+        // Also without a body: it tells the call from what a page in a browser can send.
+        if method != "GET" { request.headers.add(name: "content-type", value: "application/json") }
+        if let body { request.body = .bytes(ByteBuffer(bytes: body)) }
         let response = try await Self.http.execute(request, timeout: .seconds(seconds))
         let bytes = try await response.body.collect(upTo: 16 << 20)
         let answer = [UInt8](buffer: bytes)

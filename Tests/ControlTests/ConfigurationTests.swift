@@ -53,6 +53,7 @@ func wholeFile() throws {
             "site.toml:23: groups.shop.allow_addresses holds"
         ),
         ("interval = \"0s\"", "interval = \"5 parsecs\"", "site.toml:21: groups.shop.interval"),
+        ("[nbd]", "targets = [\"backup\"]\n[nbd]", "site.toml:6: site.targets must hold absolute paths"),
         ("[volumes.orders]", "[volumes.\"a/b\"]", "has the name 'a/b'"),
         ("role = \"primary\"", "", "site.toml:16: groups.shop.role is missing"),
         ("nbd = \"west.example:10809\"", "nbd = \"west.example\"", "site.toml:25: peers.west.nbd"),

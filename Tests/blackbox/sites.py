@@ -87,6 +87,7 @@ class Site:
 name = "{name}"
 state = "{self.path}/state"
 control = ["{self.control}"]
+targets = ["{directory}"]
 [nbd]
 listen = [{listen}]
 """

@@ -16,7 +16,8 @@ VOLUMES = {"orders": "32MiB", "wal": "4MiB"}
 
 class Replication(SiteTest):
     def api(self, site, method, path, body=None):
-        words = ["curl", "-s", "-X", method, "--unix-socket", site.control[5:], f"http://x{path}"]
+        words = ["curl", "-s", "-X", method, "-H", "Content-Type: application/json", "--unix-socket", site.control[5:],
+                 f"http://x{path}"]
         if body is not None:
             words += ["-d", json.dumps(body)]
         return json.loads(run(*words).stdout)
