@@ -177,7 +177,9 @@ struct Verify: AsyncParsableCommand {
                     + "\(StatusText.bytes(report.differingBytes)) differ")
             for part in report.differences { Output.line("\(part.volume)\t\(part.offset)\t\(part.length)") }
         }
-        if report.repairing { return Output.line("what differs is sent again with the next point") }
+        if report.repairing {
+            return options.json ? () : Output.line("what differs is sent again with the next point")
+        }
         if report.differingBytes > 0 {
             Output.fail("the sites differ; `farcopy verify \(group) --repair` sends it again")
         }
