@@ -59,10 +59,23 @@ package enum Limits {
     package static let payloadShown = 32 << 10
     /// Memory for copy jobs of one reactor, apart from payloads so that a write can always have its grains preserved.
     package static let copyPool = 64 << 20
-    /// Messages waiting for one thread.
+    /// Messages waiting for one thread; a reactor's mailbox has room besides for what each group and volume may ask at once.
     package static let mailboxCapacity = 4096
+    package static let messagesPerGroup = 512
+    package static let messagesPerVolume = 4
     /// Entries of one submission queue.
     package static let ringEntries = 1024
+
+    /// Connections to all control addresses of a site, and how long one may be idle, in seconds.
+    package static let controlConnections = 512
+    package static let controlIdleSeconds = 60
+    /// Descriptors that nobody may count on: for what is open for a moment, and for accepting a client that is refused.
+    package static let spareDescriptors = 64
+    /// Connections that there must be descriptors for, or a site does not start.
+    package static let fewestClients = 16
+    package static let fewestControlConnections = 32
+    /// How long a listening socket rests when there is no descriptor, or no memory, for another connection.
+    package static let acceptPauseMilliseconds = 100
 
     /// FlashCopies (recovery points included) of one volume.
     package static let copiesPerVolume = 256
@@ -109,6 +122,7 @@ package enum Limits {
             copyPool >= copyJobBytes, "the copy pool holds at least one job")
         invariant(writeWindowBytes >= copyJobBytes, "a window holds at least one job")
         invariant(requestsPerConnection <= requestsPerVolume, "one connection fits a volume")
+        invariant(messagesPerGroup >= 2 * linkWindowBytes / linkSlotBytes, "a group's reads fit a mailbox")
         invariant(receiveBuffer > 4 * maximumNameLength, "a name fits the receive buffer")
     }
 }

@@ -1,5 +1,6 @@
 // ControlServer.swift: the HTTP API of a site.
 
+import Base
 import FoundationEssentials
 import HTTPTypes
 import Hummingbird
@@ -27,8 +28,18 @@ package struct ControlServer: Sendable {
         var quiet = logger
         quiet.logLevel = .critical  // it calls the end of its listener an error
         let application = Application(
-            router: router(address), configuration: .init(address: bind, serverName: nil),
-            onServerRunning: { _ in ready() }, logger: quiet)
+            router: router(address),
+            server: .http1(
+                configuration: .init(
+                    additionalChannelHandlers: [ConnectionBound(site.controlConnections, address)],
+                    idleTimeout: .seconds(Int64(Limits.controlIdleSeconds)))),
+            configuration: .init(address: bind, serverName: nil),
+            onServerRunning: { listener in
+                try? await listener.eventLoop.submit {
+                    try listener.pipeline.syncOperations.addHandler(AcceptPause(), position: .first)
+                }.get()
+                ready()
+            }, logger: quiet)
         try await application.run()
     }
 

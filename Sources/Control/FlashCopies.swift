@@ -109,6 +109,7 @@ extension Site {
         let members = try members(request.volumes)
         try checkCopyName(request.name)
         try checkTargets(request)
+        try requireDescriptors(forCopies: members.count)
         for volume in members {
             try checkFree(request.name, volume)
             try checkNotSecondary(

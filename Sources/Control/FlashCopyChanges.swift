@@ -27,6 +27,7 @@ extension Site {
         let members = try members(request.volumes)
         if !own { try checkCopyName(request.name) }
         try checkTargets(request)
+        try requireDescriptors(forCopies: members.count)
         let origins = try members.map { try chainPlace($0, origin) }
         for (volume, found) in zip(members, origins) {
             try checkFree(request.name, volume)

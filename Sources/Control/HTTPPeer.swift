@@ -1,6 +1,7 @@
 // HTTPPeer.swift: calls to a control API, the peer's or the local site's, over TCP or a unix socket.
 
 import AsyncHTTPClient
+import Base
 import FoundationEssentials
 import NIOCore
 import Replication
@@ -14,6 +15,8 @@ package struct ControlClient: Sendable {
         // Checksums are asked for many at a time, so that a long way does not hold them up.
         configuration.connectionPool.concurrentHTTP1ConnectionsPerHostSoftLimit = 32
         configuration.timeout.connect = .seconds(10)
+        // Before the server ends an idle connection, or a call could go into one that is just being closed.
+        configuration.connectionPool.idleTimeout = .seconds(Int64(Limits.controlIdleSeconds / 2))
         return HTTPClient(eventLoopGroupProvider: .singleton, configuration: configuration)
     }()
 

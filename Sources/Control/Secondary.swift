@@ -219,6 +219,7 @@ extension Site {
 
     /// Targets and bitmaps of a point, on stable storage. What was made goes again when there is no room for all.
     private func makePointFiles(_ members: [VolumeState], _ id: CopyID) async throws -> [CopyFiles] {
+        try descriptors.require(2 * members.count)
         var files: [CopyFiles] = []
         do {
             for volume in members {

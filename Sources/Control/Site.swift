@@ -19,6 +19,8 @@ import Volumes
 
 package actor Site {
     package let configuration: Configuration
+    package let descriptors: DescriptorBudget
+    let controlConnections: ControlConnections
     let logger: Logger
     private let executor: ThreadExecutor
     package nonisolated var unownedExecutor: UnownedSerialExecutor { executor.asUnownedSerialExecutor() }
@@ -57,9 +59,14 @@ package actor Site {
         self.logger = logger
         self.force = force
         bootID = try StateDirectory.bootID()
+        descriptors = try DescriptorBudget(configuration)
+        controlConnections = ControlConnections(limit: descriptors.control, logger: logger)
+        for notice in descriptors.notices { logger.warning("\(notice)") }
+        var limits = configuration.nbd.limits
+        limits.connections = descriptors.clients
         exports = ExportDirectory(tlsPolicy: configuration.nbd.tls)
         reactorSettings = ReactorSettings(
-            limits: configuration.nbd.limits,
+            limits: limits,
             credentials: configuration.nbd.tls == .off ? nil : try TLSCredentials(configuration.nbd.files),
             onRefusal: { logger.warning("\($0)") })
         executor = try ThreadExecutor(name: "site")
@@ -124,7 +131,10 @@ package actor Site {
     }
 
     private func startReactor(_ number: Int) throws -> ReactorHandle {
-        try Reactor.start(number: number, exports: exports, settings: reactorSettings)
+        try Reactor.start(
+            number: number, exports: exports, settings: reactorSettings,
+            mailboxCapacity: Limits.mailboxCapacity + Limits.messagesPerGroup * configuration.groups.count
+                + Limits.messagesPerVolume * configuration.volumes.count)
     }
 
     private func listenForEvents() {

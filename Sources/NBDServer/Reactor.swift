@@ -86,6 +86,9 @@ package final class Reactor {
     var deferredRanges: [RangeRead] = []
     private var quiesces: [Quiesce] = []
     private var listeners: [OpenFile] = []
+    /// Listeners that rest because a client could not be accepted, and until when.
+    private var restingListeners: [Int] = []
+    private var acceptAgainAt: UInt64 = 0
     private var nextTick: UInt64 = 0
     private var nextSweep: UInt64 = 0
     /// Some volume has background work for the next turn.
@@ -151,9 +154,10 @@ package final class Reactor {
 
     /// Starts a reactor on a thread of its own.
     package static func start(
-        number: Int, exports: ExportDirectory, settings: ReactorSettings = ReactorSettings()
+        number: Int, exports: ExportDirectory, settings: ReactorSettings = ReactorSettings(),
+        mailboxCapacity: Int = Limits.mailboxCapacity
     ) throws(SystemError) -> ReactorHandle {
-        let mailbox = try Mailbox<ReactorMessage>()
+        let mailbox = try Mailbox<ReactorMessage>(capacity: mailboxCapacity)
         startThread(name: "reactor-\(number)") {
             reactorMain(number: number, mailbox: mailbox, exports: exports, settings: settings)
         }
@@ -205,7 +209,8 @@ package final class Reactor {
                 ring.submitAndWait(milliseconds: 0)
             }
         } else if !finished {
-            ring.submitAndWait(milliseconds: anyHold ? 5 : anyClock ? 20 : 1000)
+            let longest = restingListeners.isEmpty ? 1000 : Limits.acceptPauseMilliseconds
+            ring.submitAndWait(milliseconds: anyHold ? 5 : anyClock ? 20 : longest)
         }
     }
 
@@ -259,20 +264,26 @@ package final class Reactor {
     /// Accepts clients of a listening socket; they stay here until their handshake names a volume.
     package func listen(on socket: OpenFile) {
         listeners.append(socket)
+        armListener(listeners.count - 1)
+    }
+
+    private func armListener(_ index: Int) {
         ring.accept(
-            socket.descriptor,
-            UserData(
-                kind: CompletionKind.accept, generation: 0, slot: UInt32(listeners.count - 1)))
+            listeners[index].descriptor,
+            UserData(kind: CompletionKind.accept, generation: 0, slot: UInt32(index)))
     }
 
     private func accepted(_ completion: Completion) {
         if completion.result >= 0 {
             if stopping != nil { close(completion.result) } else { open(completion.result) }
         }
-        if !completion.more, stopping == nil {
-            let listener = listeners[Int(completion.userData.slot)]
-            ring.accept(listener.descriptor, completion.userData)
-        }
+        guard !completion.more, stopping == nil else { return }
+        let listener = Int(completion.userData.slot)
+        guard [EMFILE, ENFILE, ENOBUFS, ENOMEM].contains(-completion.result) else { return armListener(listener) }
+        // The client is still there: accepting at once would only fail again.
+        refuse("a client waits at \(listeners[listener].path): \(String(cString: strerror(-completion.result)))")
+        restingListeners.append(listener)
+        acceptAgainAt = monotonicNanoseconds() + UInt64(Limits.acceptPauseMilliseconds) * 1_000_000
     }
 
     // MARK: Volumes
@@ -390,6 +401,10 @@ package final class Reactor {
         for case let hosted? in volumes where hosted.volume.holding && now > hosted.holdDeadline {
             hosted.holdExpired = true
             hosted.volume.releaseHold()
+        }
+        if !restingListeners.isEmpty, now >= acceptAgainAt, stopping == nil {
+            for listener in restingListeners { armListener(listener) }
+            restingListeners = []
         }
         guard now >= nextTick else { return }
         nextTick = now + 1_000_000_000

@@ -2,6 +2,7 @@
 
 import CLibURing
 import Glibc
+import Synchronization
 
 /// An open descriptor.
 package final class OpenFile: Sendable {
@@ -9,8 +10,12 @@ package final class OpenFile: Sendable {
     package let path: String
     /// What offsets, lengths and memory must be aligned to, in bytes, when the page cache is passed by; else 0.
     package let directAlignment: UInt32
+    private static let count = Atomic(0)
+    /// How many there are in the process.
+    package static var openCount: Int { count.load(ordering: .relaxed) }
 
     package init(descriptor: Int32, path: String) {
+        Self.count.add(1, ordering: .relaxed)
         self.descriptor = descriptor
         self.path = path
         // On tmpfs the page cache is the storage.
@@ -56,7 +61,10 @@ package final class OpenFile: Sendable {
         }
     }
 
-    deinit { close(descriptor) }
+    deinit {
+        close(descriptor)
+        Self.count.subtract(1, ordering: .relaxed)
+    }
 
     private func status() throws(SystemError) -> stat {
         var facts = stat()

@@ -171,4 +171,4 @@ class Access(SiteTest):
             site.edit("[nbd]\n", f"[nbd]\n{line}\n")
             site.start(wait=False)
             self.assertEqual(site.process.wait(20), 1)
-            self.assertRegex(site.tail(), rf"site.toml:6: .*{re.escape(words)}")
+            self.assertRegex(site.tail(), rf"site.toml:7: .*{re.escape(words)}")

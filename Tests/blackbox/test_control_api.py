@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
 import socket
 import subprocess
+import time
 
 import nbd
 
-from sites import SiteTest, run
+from sites import FARCOPY, SiteTest, run, wait_for
 
 SIZE = 16 << 20
 JSON = {"Content-Type": "application/json"}
@@ -161,3 +163,161 @@ class ControlAPI(SiteTest):
         done = self.create(site, "good", link)
         self.assertEqual(done.returncode, 0, done.stderr)
         site.stop()
+
+
+class Descriptors(SiteTest):
+    def limited(self, name, volumes, limit, **options):
+        """A site that may have so many descriptors."""
+        site = self.site(name, volumes, start=False, **options)
+        return self.limit(site, limit)
+
+    def limit(self, site, limit):
+        site.program = os.path.join(site.path, "limited")
+        with open(site.program, "w") as file:
+            file.write(f'#!/bin/sh\nulimit -n {limit}\nexec {FARCOPY} "$@"\n')
+        os.chmod(site.program, 0o755)
+        return site
+
+    def clients(self, family, address, count):
+        """Connections that say nothing."""
+        made = []
+        for _ in range(count):
+            client = socket.socket(family)
+            self.addCleanup(client.close)
+            client.connect(address)
+            client.settimeout(10)
+            made.append(client)
+        return made
+
+    def log(self, site):
+        with open(site.log) as file:
+            return file.read()
+
+    def open_descriptors(self, site):
+        return len(os.listdir(f"/proc/{site.process.pid}/fd"))
+
+    def seconds_of_processor(self, site):
+        with open(f"/proc/{site.process.pid}/stat") as file:
+            words = file.read().rsplit(")", 1)[1].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+    def test_idle_control_connections_leave_room_for_all_others(self):
+        east, west = self.pair({"disk": "16MiB"}, interval="manual", start=False)
+        port = free_port()
+        east.edit('control.sock"]', f'control.sock", "127.0.0.1:{port}"]')
+        west.start()
+        self.limit(east, 512).start()
+        handle = east.connect("disk")
+        handle.pwrite(b"1" * 65536, 0)
+        east.cycle()
+        idle = self.clients(socket.AF_INET, ("127.0.0.1", port), 700)
+        wait_for(lambda: "the control API has" in self.log(east), what="a refusal in words")
+        self.assertLess(self.open_descriptors(east), 512 - 32)
+        before = self.seconds_of_processor(east)
+        time.sleep(1)
+        self.assertLess(self.seconds_of_processor(east) - before, 0.5, "idle connections cost nothing")
+        # The operator's socket, hosts and the peer go on.
+        east.connect("disk").pwrite(b"2" * 65536, 65536)
+        point = east.cycle()
+        self.assertEqual(west.read(f"disk@{point}")[:131072], b"1" * 65536 + b"2" * 65536)
+        east.farcopy("flashcopy", "create", "disk", "copy")
+        clients = self.clients(socket.AF_UNIX, east.control[5:], 700)
+        self.assertLess(self.open_descriptors(east), 512 - 32)
+        for client in idle + clients:
+            client.close()
+        wait_for(lambda: east.farcopy("status", check=False).returncode == 0, what="room after they have ended")
+        handle.pwrite(b"3" * 65536, 0)
+        east.cycle()
+
+    def test_clients_beyond_the_descriptors_are_refused_and_the_others_served(self):
+        site = self.limited("solo", {"disk": "16MiB"}, 512)
+        site.edit("[volumes.disk]", "max_handshakes = 1024\n[volumes.disk]")
+        site.start()
+        self.assertIn("the limit of 512 descriptors leaves room for", self.log(site))
+        handle = site.connect("disk")
+        others = [site.connect("disk") for _ in range(100)]
+        idle = self.clients(socket.AF_UNIX, site.socket, 600)
+        wait_for(lambda: "connections are in use" in self.log(site), what="a refusal in words")
+        self.assertLess(self.open_descriptors(site), 512 - 32)
+        before = self.seconds_of_processor(site)
+        time.sleep(1)
+        self.assertLess(self.seconds_of_processor(site) - before, 0.5)
+        for number, client in enumerate([handle] + others):
+            client.pwrite(bytes([number]) * 4096, number * 4096)
+            self.assertEqual(bytes(client.pread(4096, number * 4096)), bytes([number]) * 4096)
+        site.farcopy("flashcopy", "create", "disk", "copy")
+        site.status()
+        for client in idle:
+            client.close()
+        wait_for(lambda: self.connects(site), what="a client that gets in again")
+
+    def connects(self, site):
+        try:
+            site.connect("disk")
+            return True
+        except nbd.Error:
+            return False
+
+    def test_listeners_rest_while_there_is_no_descriptor(self):
+        """What takes the last descriptor may come from elsewhere: a limit that is lowered while the site runs."""
+        site = self.site("solo", {"disk": "16MiB"})
+        handle = site.connect("disk")
+        pid = site.process.pid
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (16, hard))
+        waiting = self.clients(socket.AF_UNIX, site.socket, 1) + self.clients(socket.AF_UNIX, site.control[5:], 1)
+        time.sleep(0.3)
+        before = self.seconds_of_processor(site)
+        time.sleep(1)
+        self.assertLess(self.seconds_of_processor(site) - before, 0.2, "a listener that cannot accept rests")
+        handle.pwrite(b"x" * 4096, 0)
+        self.assertEqual(bytes(handle.pread(4096, 0)), b"x" * 4096)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+        self.assertEqual(waiting[0].recv(8), b"NBDMAGIC")
+        waiting[1].sendall(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertIn(b"200 OK", waiting[1].recv(100))
+        site.status()
+
+    def test_what_cannot_fit_is_refused_at_the_start(self):
+        volumes = {f"disk{number}": "1MiB" for number in range(8)}
+        east, west = self.pair(volumes, keep=100, start=False)
+        self.limit(west, 1024).start(wait=False)
+        self.assertEqual(west.process.wait(timeout=30), 1)
+        words = self.log(west)
+        for part in (r"needs \d+ descriptors and may have 1024", f"{8 * 2 * 101} for recovery points", "ulimit -n", "LimitNOFILE",
+                     "'keep'"):
+            self.assertRegex(words, part)
+        self.assertFalse(os.path.exists(f"{west.path}/state/volumes"), "nothing was made")
+        west.process.stdout.close()
+        west.process = None
+        # The primary has no such points yet: it is told, and serves its hosts.
+        self.limit(east, 1024).start()
+        self.assertIn("before roles are exchanged", self.log(east))
+        west.edit("keep = 100", "keep = 3")
+        west.start()
+        wait_for(lambda: east.group()["state"] == "mirroring", what="mirroring")
+
+    def test_a_commit_without_descriptors_is_refused_in_words(self):
+        volumes = {f"disk{number}": "1MiB" for number in range(4)}
+        east, west = self.pair(volumes, interval="manual", keep=2, start=False)
+        self.limit(west, 400).start()
+        east.start()
+        point = east.cycle()
+        names = []
+        while len(names) < 200:
+            name = f"copy{len(names)}"
+            done = west.farcopy("flashcopy", "clone", *volumes, str(point), name, check=False)
+            if done.returncode:
+                break
+            names.append(name)
+        self.assertIn("descriptors", done.stderr)
+        self.assertIn("withdraw", done.stderr)
+        self.assertGreater(len(names), 2)
+        handle = east.connect("disk0")
+        handle.pwrite(b"a" * 65536, 0)
+        # The points that the group keeps have theirs.
+        numbers = [east.cycle() for _ in range(4)]
+        self.assertEqual(west.read(f"disk0@{numbers[-1]}")[:65536], b"a" * 65536)
+        for name in names:
+            west.farcopy("flashcopy", "withdraw", *volumes, name)
+        west.farcopy("flashcopy", "clone", *volumes, str(numbers[-1]), "again")

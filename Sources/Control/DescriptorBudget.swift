@@ -1,0 +1,143 @@
+// DescriptorBudget.swift: how many of the process's descriptors files, links and connections may take.
+//
+// Must be prevented:
+//   clients take the descriptors that a record, a commit or a call to the peer needs
+//   a site starts that must run out of descriptors when it does what it is configured for
+
+import Base
+import FoundationEssentials
+import Glibc
+import Replication
+import Ring
+
+package struct DescriptorBudget: Sendable {
+    /// What the process may have open.
+    let limit: Int
+    /// Files may be open, those of copies that are yet to be made included.
+    let files: Int
+    /// Connections to all control addresses.
+    package let control: Int
+    /// Connections of NBD clients.
+    let clients: Int
+    /// What could be less than was asked for, in words.
+    let notices: [String]
+
+    static let remedy = "raise it (`ulimit -n`, or LimitNOFILE= in the systemd unit)"
+
+    /// - Parameter limit: for tests; otherwise what the process has.
+    /// - Throws: `SiteError` with the figures when what is configured cannot fit.
+    init(_ configuration: Configuration, limit: Int = processLimit()) throws {
+        let need = Need(configuration)
+        let least = need.now + Limits.fewestClients + need.intake + Limits.fewestControlConnections
+        guard limit >= least else {
+            throw SiteError(
+                "this site needs \(least) descriptors and may have \(limit): \(need.words); \(Self.remedy), or keep fewer "
+                    + "recovery points ('keep')")
+        }
+        let left = limit - least
+        control = min(Limits.controlConnections, Limits.fewestControlConnections + left / 4)
+        let room = Limits.fewestClients + need.intake + left / 2
+        let asked = configuration.nbd.limits.connections
+        clients = min(asked, room)
+        files = limit - need.apart - control - clients
+        self.limit = limit
+        var notices: [String] = []
+        if clients < asked || control < Limits.controlConnections {
+            notices.append(
+                "the limit of \(limit) descriptors leaves room for \(clients) NBD clients (nbd.max_connections is \(asked)) and "
+                    + "\(control) connections to the control API; \(Self.remedy) for more")
+        }
+        if need.now + need.later > limit {
+            notices.append(
+                "as secondary of all its groups this site would need \(least + need.later) descriptors and may have \(limit); "
+                    + "\(Self.remedy) before roles are exchanged")
+        }
+        self.notices = notices
+    }
+
+    /// - Throws: when so many files more would take what connections and records need.
+    func require(_ count: Int) throws {
+        let open = OpenFile.openCount
+        guard open + count > files else { return }
+        throw SiteError(
+            "\(open) files are open, and at most \(files) of the \(limit) descriptors of this process are for files; withdraw "
+                + "FlashCopies, keep fewer recovery points, or stop the site and \(Self.remedy)", status: 503)
+    }
+
+    static func processLimit() -> Int {
+        var limit = rlimit()
+        getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit)
+        return Int(clamping: limit.rlim_cur)
+    }
+}
+
+extension Site {
+    /// FlashCopies leave room for the recovery points that groups of this site are yet to keep.
+    func requireDescriptors(forCopies count: Int) throws {
+        var toCome = 0
+        for group in groups.values where group.record.role == .secondary {
+            toCome += group.entry.volumes.count * max(0, group.entry.keep.most + 1 - group.record.points.count)
+        }
+        try descriptors.require(2 * (count + toCome))
+    }
+}
+
+/// What a configuration, and the copies that are there, need.
+private struct Need {
+    /// Rings, mailboxes, event loops, calls to peers, files that are open for a moment.
+    var apart: Int
+    var volumes = 0
+    var flashCopies = 0
+    var points = 0
+    /// Recovery points of groups that are primary now.
+    var later = 0
+    /// Connections of peers to volumes that are secondary.
+    var intake = 0
+
+    var now: Int { apart + volumes + flashCopies + points }
+    var words: String {
+        "\(volumes) for volumes, \(flashCopies) for FlashCopies, \(points) for recovery points, "
+            + "\(intake + Limits.fewestClients) for NBD clients and \(apart + Limits.fewestControlConnections) for itself"
+    }
+
+    private static let filesPerVolume = 7
+    private static let filesPerCopy = 2
+
+    init(_ configuration: Configuration) {
+        let cores = max(1, sysconf(Int32(_SC_NPROCESSORS_ONLN)))
+        apart = Limits.spareDescriptors + 8 * cores + 32 * configuration.peers.count + configuration.groups.count
+        volumes = Self.filesPerVolume * configuration.volumes.count
+        var pointsThere: [String: Int] = [:]
+        for volume in configuration.volumes {
+            let ids = Self.copies(of: volume.name, configuration.state)
+            let known = ids.count { $0 < Site.firstCopyID }
+            flashCopies += Self.filesPerCopy * (ids.count - known)
+            pointsThere[volume.name] = known
+        }
+        for group in configuration.groups {
+            let each = group.link.connections ?? max(1, 4 / group.volumes.count)
+            let isSecondary = Self.isSecondary(group, configuration.state)
+            if isSecondary { intake += each * group.volumes.count } else { apart += each * group.volumes.count + 2 }
+            for name in group.volumes {
+                let present = Self.filesPerCopy * (pointsThere[name] ?? 0)
+                // One more while the oldest leaves.
+                let kept = max(present, Self.filesPerCopy * (group.keep.most + 1))
+                points += isSecondary ? kept : present
+                later += isSecondary ? 0 : kept - present
+            }
+        }
+    }
+
+    private static func copies(of volume: String, _ state: String) -> [Int64] {
+        let names = (try? FileManager.default.contentsOfDirectory(atPath: "\(state)/volumes/\(volume)/copies")) ?? []
+        return names.compactMap { $0.hasSuffix(".bitmap") ? Int64($0.dropLast(7)) : nil }
+    }
+
+    /// As the record says, or the configuration where there is none. A record that cannot be read is told of elsewhere.
+    private static func isSecondary(_ group: Configuration.GroupEntry, _ state: String) -> Bool {
+        let path = "\(state)/groups/\(group.name)/group.record"
+        var record: GroupRecord?
+        if access(path, F_OK) == 0 { _ = try? DurableRecord(path: path, value: &record) }
+        return record.map { $0.role == .secondary } ?? (group.role == .secondary)
+    }
+}
