@@ -477,7 +477,7 @@ extension Site {
             let (number, id) = (volume.number, record.id)
             try volume.update(id) { copy in
                 copy.rate = request.rate ?? copy.rate
-                copy.isWritable = request.writable ?? copy.isWritable
+                if let writable = request.writable { copy.allowWrites(writable) }
             }
             if let rate = request.rate {
                 fillStarts[id] = nil

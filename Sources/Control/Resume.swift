@@ -182,9 +182,8 @@ extension Site {
         let (number, id) = (volume.number, link.id)
         if record.isFilled, !volume.isTrusted {
             let regions = volume.activeRegions
-            // What changed while a newer copy was there, that one had noted.
-            let lostNewer = volume.record.copies.contains { $0.order > record.order && $0.state == .lost }
-            let forgets = record.isWritable || volume.record.logIsBroken || volume.record.forgotCopies == true || lostNewer
+            let forgets =
+                volume.record.logIsBroken || volume.record.forgotCopies == true || record.mayLackChanges(in: volume.record.copies)
             await volume.reactor.run { reactor in
                 reactor.hosted(number).volume.recoverChanges(of: id, regions: forgets ? regions.all : regions.bitmap)
             }

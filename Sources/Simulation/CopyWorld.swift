@@ -182,9 +182,7 @@ package final class CopyWorld: Scenario {
                 let all = SimulatedBitmap(bits: 64)
                 let every = Bitmap(memory: all.memory, count: regions.count)
                 every.setAll()
-                let forgets =
-                    record.isWritable || records.contains { $0.order > record.order && $0.state == .lost }
-                    || links.contains { $0.1 == .forgotten }
+                let forgets = record.mayLackChanges(in: records) || links.contains { $0.1 == .forgotten }
                 volume.recoverChanges(of: record.id, regions: forgets ? every : regions)
             }
             if resumption == .leaves {

@@ -4,6 +4,7 @@
 //   a copy that is not written down takes old content that older copies need: the record comes before the engine, and
 //     what a copy has taken before it was finished is handed over
 //   a copy whose bits or data power loss may have taken is read, or serves an older one
+//   a copy that survived power loss takes the changes that it shows for all there were
 
 package struct CopyRecord: Codable, Sendable, Equatable {
     package enum State: String, Codable, Sendable {
@@ -38,6 +39,8 @@ package struct CopyRecord: Codable, Sendable, Equatable {
     /// The background copy is finished, and its data on stable storage.
     package var isComplete = false
     package var isWritable = false
+    /// Clients could write to it once; nil = never, unless they may now.
+    package var wasWritable: Bool?
     /// Survives power loss: old content is made durable before it is overwritten.
     package var isDurable = false
 
@@ -92,6 +95,25 @@ package struct CopyRecord: Codable, Sendable, Equatable {
         case .withdrawing: return .leaves
         case .failed: return .servesOlder
         case .lost: return .absent
+        }
+    }
+
+    /// Lets clients write to the copy, or no longer.
+    package mutating func allowWrites(_ allowed: Bool) {
+        if isWritable { wasWritable = true }
+        isWritable = allowed
+    }
+
+    /// Whether after power loss the copy's changes may lack some that the activity log does not tell either.
+    ///
+    /// The log is of writes to the source. What a client writes to a copy is noted there and in the next older one, whose
+    /// readers must not find it; and what the source changed while a newer copy was there, that one had noted.
+    ///
+    /// - Parameter chain: the records of all copies of the volume, this one among them.
+    package func mayLackChanges(in chain: [CopyRecord]) -> Bool {
+        chain.contains { other in
+            let takesWrites = other.isWritable || other.wasWritable == true
+            return other.order >= order && takesWrites || other.order > order && other.state == .lost
         }
     }
 

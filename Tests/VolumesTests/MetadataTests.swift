@@ -114,3 +114,25 @@ func resumption() {
     #expect(resume(record(.active, complete: true), trusted: false) == (.serves, .active))
     #expect(resume(record(.refreshing, complete: true), trusted: false) == (.absent, .lost))
 }
+
+@Test("after power loss a copy may lack changes where clients could write to it, or to a newer one, or that is lost")
+func changesAfterPowerLoss() {
+    func record(_ id: CopyID, _ state: CopyRecord.State = .active, writable: Bool = false) -> CopyRecord {
+        var record = CopyRecord(id: id, name: "c\(id)", createdAt: 0, order: UInt64(id), state: state)
+        record.isWritable = writable
+        return record
+    }
+    func lacking(_ chain: [CopyRecord]) -> [CopyID] { chain.filter { $0.mayLackChanges(in: chain) }.map(\.id) }
+    #expect(lacking([record(1), record(2), record(3)]).isEmpty)
+    #expect(lacking([record(1), record(2, writable: true), record(3)]) == [1, 2])
+    #expect(lacking([record(1), record(2, .lost), record(3)]) == [1])
+    #expect(lacking([record(1), record(2, .refreshing, writable: true)]) == [1, 2])
+    var closed = record(2, writable: true)
+    closed.allowWrites(false)
+    #expect(!closed.isWritable && lacking([record(1), closed]) == [1, 2], "it was written to before")
+    closed.allowWrites(false)
+    #expect(lacking([record(1), closed]) == [1, 2])
+    var untouched = record(2)
+    untouched.allowWrites(false)
+    #expect(lacking([record(1), untouched]).isEmpty)
+}
