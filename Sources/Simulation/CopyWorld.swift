@@ -37,9 +37,8 @@ package final class CopyWorld: Scenario {
     private var restoring: (id: CopyID, decided: Bool)?
     private var pending = SimulatedBitmap(bits: 64)
     private var targets: [CopyID: SimulatedFile] = [:]
+    /// `preserved`, `changes`, and whether the copy has taken over the target of the one that it refreshes.
     private var bitmaps: [CopyID: SimulatedBitmap] = [:]
-    /// Copies whose bitmap file says that they have taken over the target of the one that they refresh.
-    private var taken: Set<CopyID> = []
     private var nextID: CopyID = 1
     private var nextOrder = CopyRecord.orderStep
 
@@ -70,7 +69,7 @@ package final class CopyWorld: Scenario {
     private var watched: Int? { Self.watching }
 
     private enum Happening: CaseIterable {
-        case write, read, io, task, operate, kill, powerLoss, trouble, sweep, mirror
+        case write, read, io, task, operate, kill, powerLoss, trouble, sweep, mirror, writeBack
         var weight: Int {
             switch self {
             case .write: 1500
@@ -81,7 +80,7 @@ package final class CopyWorld: Scenario {
             case .kill: 12
             case .powerLoss: 8
             case .trouble: 10
-            case .sweep: 40
+            case .sweep, .writeBack: 40
             case .mirror: 15
             }
         }
@@ -162,7 +161,7 @@ package final class CopyWorld: Scenario {
             let overtaken =
                 record.state == .refreshing
                 && records.contains {
-                    $0.state == .creating && $0.targetOwner == record.targetOwner && taken.contains($0.id)
+                    $0.state == .creating && $0.targetOwner == record.targetOwner && hasTaken($0.id)
                 }
             let resumption = records[index].resume(trusted: trusted, overtaken: overtaken)
             links.append((records[index], resumption))
@@ -190,6 +189,10 @@ package final class CopyWorld: Scenario {
                 volume.withdrawCopy(record.id)
             }
         }
+    }
+
+    private func hasTaken(_ id: CopyID) -> Bool {
+        bitmaps[id]!.memory.load(fromByteOffset: 16, as: UInt8.self) == 1
     }
 
     private func resumeRestore() {
@@ -289,20 +292,27 @@ package final class CopyWorld: Scenario {
     private func step(_ index: Int) throws(SimulationFailure) {
         steps = index + 1
         figures.steps += 1
-        switch choose() {
+        if let next = relapse, steps >= next {
+            relapse = nil
+            crash(powerLoss: true)
+        }
+        let happening = choose()
+        switch happening {
         case .write: write()
         case .read: readSomething()
         case .io: process.step(&random)
         case .task: if !tasks.isEmpty { tasks.removeFirst()() }
         case .operate: operate()
-        case .kill: crash(powerLoss: false)
-        case .powerLoss: crash(powerLoss: true)
+        case .kill, .powerLoss:
+            crash(powerLoss: happening == .powerLoss)
+            if random.chance(25) { relapse = steps + random.below(random.chance(50) ? 20 : 400) }
         case .trouble: makeTrouble()
         case .sweep:
             volume.sweepActivity()
             volume.advanceClock(to: UInt64(steps) * 1_000_000)
             process.pump()
         case .mirror: mirror()
+        case .writeBack: writeBack()
         }
         takeEvents()
         if let failure { throw failure }
@@ -343,6 +353,8 @@ package final class CopyWorld: Scenario {
         hasStalled = true
     }
     private var hasStalled = false
+    /// Power is lost at this step, soon after a restart: what the last process left is hardly used yet.
+    private var relapse: Int?
 
     private func update(_ id: CopyID, _ change: (inout CopyRecord) -> Void) {
         if let index = records.firstIndex(where: { $0.id == id }) { change(&records[index]) }
@@ -574,7 +586,7 @@ package final class CopyWorld: Scenario {
             file.flush()
             targets[record.targetOwner] = file
         }
-        bitmaps[record.id] = SimulatedBitmap(bits: 128)
+        bitmaps[record.id] = SimulatedBitmap(bits: 192)
         records.append(record)
     }
 
@@ -592,7 +604,7 @@ package final class CopyWorld: Scenario {
         if fault == .recordAfterChain {
             // What the record would have said is lost by a crash in between.
             targets[record.id] = SimulatedFile(byteCount: Self.size)
-            bitmaps[record.id] = SimulatedBitmap(bits: 128)
+            bitmaps[record.id] = SimulatedBitmap(bits: 192)
             place()
             then { [unowned self] in
                 records.append(record)
@@ -678,7 +690,7 @@ package final class CopyWorld: Scenario {
                 return
             }
             images[record.id] = contents.copied(at: steps)
-            taken.insert(record.id)
+            bitmaps[record.id]!.memory.storeBytes(of: 1, toByteOffset: 16, as: UInt8.self)
             enterChain(record) { $0.retakeCopy(old.id, as: $1) }
             note("copy \(old.id) is taken anew as \(record.id)")
             then { [unowned self] in
@@ -760,6 +772,14 @@ package final class CopyWorld: Scenario {
             guard let id = targets.keys.sorted().randomElement(using: &random) else { return }
             targets[id]!.latent.insert(random.below(Self.sectors))
         }
+    }
+
+    /// Dirty pages reach the disk, flushed or not.
+    private func writeBack() {
+        source.writeBack(&random)
+        for id in targets.keys.sorted() { targets[id]!.writeBack(&random) }
+        for id in bitmaps.keys.sorted() { bitmaps[id]!.writeBack(&random) }
+        for bitmap in [recording, pending] { bitmap.writeBack(&random) }
     }
 
     /// A mirror has everything: nothing has changed since.

@@ -29,6 +29,10 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case skipDurability
     /// A site does not take the changed grains of the peer that gives up its role into its own bitmaps.
     case forgetPeersChanges
+    /// What the secondary lacks at first is not marked: only what hosts write is sent.
+    case forgetFirstCopy
+    /// The secondary is written down as known before the marks of all that it lacks are on stable storage.
+    case relyOnUnflushedMarks
 
     // One site with FlashCopies (CopyWorld).
     /// A copy takes old content before it is written down.

@@ -21,8 +21,7 @@ extension World {
                 let start = UInt64(grain * Self.grain)
                 west[index].volume.markChanged([start..<start + UInt64(Self.grain)])
             }
-            westBitmaps[index].0.flush()
-            westBitmaps[index].1.flush()
+            westRecording[index].flush()
         }
         exchange()
         for _ in 0..<(random.chance(50) ? random.below(200) : count) { try step(faults: true) }
@@ -36,7 +35,7 @@ extension World {
         let powerLoss = random.chance(30)
         if powerLoss {
             for file in eastFiles + eastLogs { file.losePower(&random) }
-            for bitmap in eastBitmaps.flatMap({ [$0.0, $0.1] }) { bitmap.losePower(&random) }
+            for bitmap in eastRecording.flatMap(\.parts) { bitmap.losePower(&random) }
         }
         startEast(trusted: !powerLoss)
         var changed: [[UInt64]] = []
@@ -60,8 +59,7 @@ extension World {
         let primary = westRecord.afterFailover(to: 0, volumes: [], generation: "back", now: 0, joins: false)
             .afterJoining("west", lineage: "west", at: base)
         (eastFiles, westFiles) = (westFiles, eastFiles)
-        (eastBitmaps, westBitmaps) = (westBitmaps, eastBitmaps)
-        (eastRoles, westRoles) = (westRoles, eastRoles)
+        (eastRecording, westRecording) = (westRecording, eastRecording)
         (eastLogs, westLogs) = (westLogs, eastLogs)
         (eastRecord, westRecord) = (primary, secondary)
         for index in 0..<Self.volumes {
@@ -69,9 +67,9 @@ extension World {
             eastPreserved[index] = SimulatedBitmap(bits: Self.grains)
             westCopies[index] = [:]
             // The new primary's bitmaps have them.
-            westBitmaps[index].0.bitmap(Self.grains).clearAll()
-            westBitmaps[index].1.bitmap(Self.grains).clearAll()
-            eastRoles[index].pointee.heldPoint = 0
+            westRecording[index].first.bitmap(Self.grains).clearAll()
+            westRecording[index].second.bitmap(Self.grains).clearAll()
+            eastRecording[index].roles.pointee.heldPoint = 0
         }
         westOrder = 2 * CopyRecord.orderStep
         remembered = [:]

@@ -35,8 +35,7 @@ extension World {
             west[index].volume.markDifferences(from: CopyID(point), in: pending[index].bitmap(Self.grains))
             west[index].volume.markChanged(pending[index].bitmap(Self.grains))
             pending[index].flush()
-            westBitmaps[index].0.flush()
-            westBitmaps[index].1.flush()
+            westRecording[index].flush()
         }
         var restoring = Array(repeating: true, count: Self.volumes)
         takeOver(point, pending, restoring, trusted: true)
@@ -71,7 +70,7 @@ extension World {
         for index in 0..<Self.volumes {
             west[index].volume.policy = .hostFirst
             west[index].volume.recording = true
-            startLog(west[index], westLogs[index], westBitmaps[index], trusted)
+            startLog(west[index], westLogs[index], westRecording[index], trusted)
             if restoring[index] {
                 west[index].volume.startRestore(
                     from: CopyID(point), pending: pending[index].bitmap(Self.grains),
@@ -83,8 +82,9 @@ extension World {
 
     /// One request, carried through while background work goes on.
     private func act(_ index: Int, _ model: inout Model) throws(SimulationFailure) {
-        let start = random.below(Self.size / 512) * 512
-        let length = min(Self.size - start, (1 + random.below(24)) * 512)
+        let area = (Self.grains - Hosts.stillGrains) * Self.grain
+        let start = random.below(area / 512) * 512
+        let length = min(area - start, (1 + random.below(24)) * 512)
         let flushes = random.chance(20)
         if flushes {
             _ = try complete(index, .flush, 0, 0, nil)
@@ -132,8 +132,7 @@ extension World {
     private func crashAfterFailover(
         _ point: UInt64, _ pending: [SimulatedBitmap], _ restoring: [Bool], _ models: inout [Model], powerLoss: Bool
     ) throws(SimulationFailure) {
-        if powerLoss { for log in westLogs { log.losePower(&random) } }
-        restartWest(powerLoss: powerLoss, also: pending + westBitmaps.flatMap { [$0.0, $0.1] })
+        restartWest(powerLoss: powerLoss, also: pending)
         takeOver(point, pending, restoring, trusted: !powerLoss)
         for index in 0..<Self.volumes {
             let found = try complete(index, .read, 0, Self.size, nil)

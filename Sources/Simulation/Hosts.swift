@@ -1,14 +1,16 @@
 // Hosts.swift: chains of dependent writes over two volumes, and noise; what they may rely on, and the cut's check.
 //
 // Step s of a chain goes to volume s mod 2 after step s - 1 was acknowledged, into sector (s / 2) mod slots of the
-// chain. Grains are shared by the chains. Noise writes, zeroes and trims large ranges apart from them.
+// chain. Grains are shared by the chains. Noise writes, zeroes and trims large ranges apart from them; the last grains are
+// as they were at first.
 
 import Volumes
 
 struct Hosts {
     static let slots = 6
-    /// Grains that chains write to; the rest is for noise.
+    /// Grains that chains write to, and those at the end that nobody writes to; the rest is for noise.
     static let chainGrains = 12
+    static let stillGrains = 2
 
     private struct Chain {
         var issued = 0
@@ -74,7 +76,7 @@ struct Hosts {
     private mutating func noise(_ world: World) {
         guard noiseUnderWay == 0 else { return }
         let volume = world.random.below(World.volumes)
-        let area = (World.grains - Self.chainGrains) * World.grain
+        let area = (World.grains - Self.chainGrains - Self.stillGrains) * World.grain
         let start = world.random.below(area / 512) * 512
         let length = (1 + world.random.below((area - start) / 512)) * 512
         noiseCounter += 1

@@ -2,7 +2,8 @@
 //
 // A write takes effect at some moment between its issue and its completion; so does a read. A process crash leaves each
 // write under way done, undone or torn at a sector. Power loss keeps what was flushed and, of the sectors written since,
-// any subset.
+// any subset, each as it was last or as it was in between. Mapped memory is the same, byte by byte, without any I/O: the
+// kernel writes pages back at any time or never.
 
 import Volumes
 
@@ -36,6 +37,15 @@ final class SimulatedFile {
 
     init(byteCount: Int) {
         cached = Array(repeating: 0, count: byteCount)
+        durable = cached
+    }
+
+    /// Random contents, on stable storage: each sector one byte over and over, never zero.
+    func fill(_ random: inout SeededGenerator) {
+        for start in stride(from: 0, to: cached.count, by: Self.sector) {
+            let byte = UInt8(1 + random.below(255))
+            for index in start..<min(start + Self.sector, cached.count) { cached[index] = byte }
+        }
         durable = cached
     }
 
@@ -97,6 +107,11 @@ final class SimulatedFile {
         to.replaceSubrange(start..<end, with: from[start..<end])
     }
 
+    /// The kernel writes some of what is dirty back by itself.
+    func writeBack(_ random: inout SeededGenerator) {
+        for sector in unsynced.sorted() where random.chance(30) { copySector(sector, from: cached, to: &durable) }
+    }
+
     func losePower(_ random: inout SeededGenerator) {
         var survivor = durable
         for sector in unsynced.sorted() where random.chance(50) {
@@ -108,14 +123,18 @@ final class SimulatedFile {
     }
 }
 
-/// A bitmap file: memory that the engine stores to, flushed like any file.
+/// A mapped file: memory that the engine stores to, flushed like any file.
 final class SimulatedBitmap {
     let memory: UnsafeMutableRawPointer
     let byteCount: Int
+    /// Bytes that reach the disk together.
+    private let unit: Int
     private var durable: [UInt8]
 
-    init(bits: Int) {
+    /// - Parameter unit: 1 for bits, any of which may be old; 8 for words that are stored at once.
+    init(bits: Int, unit: Int = 1) {
         byteCount = Bitmap.byteCount(bits: bits)
+        self.unit = unit
         memory = .allocate(byteCount: byteCount, alignment: 8)
         memory.initializeMemory(as: UInt8.self, repeating: 0, count: byteCount)
         durable = Array(repeating: 0, count: byteCount)
@@ -125,13 +144,28 @@ final class SimulatedBitmap {
 
     func flush() { durable = Array(UnsafeRawBufferPointer(start: memory, count: byteCount)) }
 
-    /// The kernel writes mapped pages back whenever it likes: each byte is the old or the new one.
+    /// The kernel writes some of it back by itself.
+    func writeBack(_ random: inout SeededGenerator) {
+        for start in changedUnits where random.chance(50) { keep(start) }
+    }
+
+    /// Each unit is as it was when the kernel wrote it back, just now or earlier, or at the last flush. Often nothing of a
+    /// file was written back: it stays old as a whole.
     func losePower(_ random: inout SeededGenerator) {
-        let bytes = memory.bindMemory(to: UInt8.self, capacity: byteCount)
-        for index in 0..<byteCount where bytes[index] != durable[index] && random.chance(50) {
-            bytes[index] = durable[index]
+        let fresh = [0, 0, 50, 90][random.below(4)]
+        for start in changedUnits where random.chance(fresh) { keep(start) }
+        memory.copyMemory(from: durable, byteCount: byteCount)
+    }
+
+    private var changedUnits: [Int] {
+        let bytes = UnsafeRawBufferPointer(start: memory, count: byteCount)
+        return stride(from: 0, to: byteCount, by: unit).filter { start in
+            (start..<start + unit).contains { bytes[$0] != durable[$0] }
         }
-        flush()
+    }
+
+    private func keep(_ start: Int) {
+        for index in start..<start + unit { durable[index] = memory.load(fromByteOffset: index, as: UInt8.self) }
     }
 
     func bitmap(_ bits: Int) -> Bitmap { Bitmap(memory: memory, count: bits) }
@@ -141,8 +175,8 @@ final class SimulatedBitmap {
 enum SimulatedStore {
     case file(SimulatedFile)
     case bitmap(SimulatedBitmap)
-    /// Both recording bitmaps, which lie in one file.
-    case recording((SimulatedBitmap, SimulatedBitmap))
+    /// Several in one file.
+    case bitmaps([SimulatedBitmap])
 }
 
 /// The I/O of one engine that is under way.
@@ -244,11 +278,8 @@ final class SimulatedVolume {
         switch store {
         case .bitmap(let bitmap):
             if !skipFlushes { bitmap.flush() }
-        case .recording(let pair):
-            if !skipFlushes {
-                pair.0.flush()
-                pair.1.flush()
-            }
+        case .bitmaps(let bitmaps):
+            if !skipFlushes { for bitmap in bitmaps { bitmap.flush() } }
         case .file(let file):
             switch io.operation {
             case .read:
@@ -281,6 +312,7 @@ final class SimulatedVolume {
                 ? Int(pending.io.length) : min(Int(pending.io.length), random.below(sectors + 1) * SimulatedFile.sector)
             _ = apply(pending.io, bytes: bytes)
         }
+        for slot in onFinished.keys { volume.request(slot).pointee.buffer?.deallocate() }
         pending = []
         onFinished = [:]
     }

@@ -11,7 +11,7 @@ import Volumes
 /// What a step may do.
 private enum Happening: CaseIterable {
     case host, eastIO, westIO, message, task, killEast, eastPower, killWest, westPower, linkLoss, partition, trouble,
-        read, sweep
+        read, sweep, writeBack
 
     /// Out of about ten thousand.
     var usualWeight: Int {
@@ -27,7 +27,7 @@ private enum Happening: CaseIterable {
         case .linkLoss: 8
         case .partition: 2
         case .trouble: 4
-        case .sweep: 20
+        case .sweep, .writeBack: 20
         case .read: 70
         }
     }
@@ -38,6 +38,22 @@ private enum Happening: CaseIterable {
         default: false
         }
     }
+}
+
+/// A volume's recording bitmaps, and which of them records: one mapped file.
+final class RecordingFile {
+    let first: SimulatedBitmap
+    let second: SimulatedBitmap
+    private let header = SimulatedBitmap(bits: 8 * MemoryLayout<RecordingRoles>.size, unit: 8)
+    let roles: UnsafeMutablePointer<RecordingRoles>
+
+    init(grains: Int) {
+        (first, second) = (SimulatedBitmap(bits: grains), SimulatedBitmap(bits: grains))
+        roles = header.memory.bindMemory(to: RecordingRoles.self, capacity: 1)
+    }
+
+    var parts: [SimulatedBitmap] { [first, second, header] }
+    func flush() { for part in parts { part.flush() } }
 }
 
 package final class World: Scenario {
@@ -60,8 +76,7 @@ package final class World: Scenario {
 
     // East: files and metadata outlive its processes.
     var eastFiles: [SimulatedFile] = []
-    var eastBitmaps: [(SimulatedBitmap, SimulatedBitmap)] = []
-    var eastRoles: [UnsafeMutablePointer<RecordingRoles>] = []
+    var eastRecording: [RecordingFile] = []
     var eastTargets: [SimulatedFile] = []
     var eastPreserved: [SimulatedBitmap] = []
     var eastLogs: [SimulatedFile] = []
@@ -73,8 +88,7 @@ package final class World: Scenario {
 
     // West.
     var westFiles: [SimulatedFile] = []
-    var westBitmaps: [(SimulatedBitmap, SimulatedBitmap)] = []
-    var westRoles: [UnsafeMutablePointer<RecordingRoles>] = []
+    var westRecording: [RecordingFile] = []
     /// Used once west is primary.
     var westLogs: [SimulatedFile] = []
     var westCopies: [[CopyID: (SimulatedFile, SimulatedBitmap)]] = []
@@ -95,10 +109,14 @@ package final class World: Scenario {
     private var epoch: UInt64 = 0
     /// Nothing reaches the other site before this step.
     private var partitionedUntil = 0
+    /// A site that was restarted loses power at this step: what the last process left is hardly used yet.
+    private var relapse: (step: Int, atEast: Bool)?
     private var copyBuffers: CopyBuffers
     private let copyMemory: UnsafeMutableRawPointer
 
     var hosts: Hosts
+    /// The end of each volume, which hosts leave as the first primary had it.
+    private var still: [ArraySlice<UInt8>] = []
     var remembered: [UInt64: [[UInt8]]] = [:]
     private var failure: SimulationFailure?
 
@@ -114,18 +132,20 @@ package final class World: Scenario {
         copyMemory = .allocate(byteCount: 16 << 20, alignment: 4096)
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
         hosts = Hosts(chains: Self.chains)
-        for _ in 0..<Self.volumes {
+        for index in 0..<Self.volumes {
             eastFiles.append(SimulatedFile(byteCount: Self.size))
             eastTargets.append(SimulatedFile(byteCount: Self.size))
             eastPreserved.append(SimulatedBitmap(bits: Self.grains))
             eastLogs.append(Self.newLog())
-            eastBitmaps.append((SimulatedBitmap(bits: Self.grains), SimulatedBitmap(bits: Self.grains)))
-            eastRoles.append(Self.newRoles())
+            eastRecording.append(RecordingFile(grains: Self.grains))
             westFiles.append(SimulatedFile(byteCount: Self.size))
-            westBitmaps.append((SimulatedBitmap(bits: Self.grains), SimulatedBitmap(bits: Self.grains)))
-            westRoles.append(Self.newRoles())
+            westRecording.append(RecordingFile(grains: Self.grains))
             westLogs.append(Self.newLog())
             westCopies.append([:])
+            // The sites have nothing in common: what a first copy forgets is seen.
+            eastFiles[index].fill(&random)
+            westFiles[index].fill(&random)
+            still.append(eastFiles[index].cached.suffix(Hosts.stillGrains * Self.grain))
         }
         startWest()
         startEast(trusted: true)
@@ -136,16 +156,9 @@ package final class World: Scenario {
         east = []
         west = []
         copyMemory.deallocate()
-        for roles in eastRoles + westRoles { roles.deallocate() }
     }
 
     static func newLog() -> SimulatedFile { SimulatedFile(byteCount: ActivityLog.fileOffset + 4096) }
-
-    private static func newRoles() -> UnsafeMutablePointer<RecordingRoles> {
-        let roles = UnsafeMutablePointer<RecordingRoles>.allocate(capacity: 1)
-        roles.initialize(to: RecordingRoles())
-        return roles
-    }
 
     func note(_ text: @autoclosure () -> String) {
         trace.append("\(steps): \(text())")
@@ -154,15 +167,12 @@ package final class World: Scenario {
 
     // MARK: Starting and crashing
 
-    private func makeVolume(
-        _ source: SimulatedFile, _ bitmaps: (SimulatedBitmap, SimulatedBitmap),
-        _ roles: UnsafeMutablePointer<RecordingRoles>
-    ) -> SimulatedVolume {
+    private func makeVolume(_ source: SimulatedFile, _ recording: RecordingFile) -> SimulatedVolume {
         let volume = SimulatedVolume(
             volume: Volume(
                 geometry: Geometry(size: UInt64(Self.size), grain: Self.grain)!,
-                bitmaps: (bitmaps.0.bitmap(Self.grains), bitmaps.1.bitmap(Self.grains)),
-                roles: roles, copyBuffers: copyBuffers, requestCapacity: 48, smallestRegion: Self.regionBytes,
+                bitmaps: (recording.first.bitmap(Self.grains), recording.second.bitmap(Self.grains)),
+                roles: recording.roles, copyBuffers: copyBuffers, requestCapacity: 48, smallestRegion: Self.regionBytes,
                 faults: fault?.engine ?? []))
         _ = volume.addStore(.file(source))
         return volume
@@ -173,18 +183,18 @@ package final class World: Scenario {
             eastRecord.held = nil
             eastRecord.forming = nil
         }
-        _ = eastRecord.giveUpPoint(unlessHeldBy: eastRoles.map { $0.pointee.heldPoint })
+        _ = eastRecord.giveUpPoint(unlessHeldBy: eastRecording.map { $0.roles.pointee.heldPoint })
         east = []
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
         targetFiles = []
         mailboxes = Array(repeating: [], count: Self.volumes)
         epoch += 1
         for index in 0..<Self.volumes {
-            let simulated = makeVolume(eastFiles[index], eastBitmaps[index], eastRoles[index])
+            let simulated = makeVolume(eastFiles[index], eastRecording[index])
             let target = simulated.addStore(.file(eastTargets[index]))
             targetFiles.append(target)
             simulated.volume.recording = true
-            startLog(simulated, eastLogs[index], eastBitmaps[index], trusted)
+            startLog(simulated, eastLogs[index], eastRecording[index], trusted)
             if let held = eastRecord.held?.number {
                 simulated.volume.resumePoint(
                     number: held, targetFile: target,
@@ -203,13 +213,14 @@ package final class World: Scenario {
     }
 
     func startLog(
-        _ simulated: SimulatedVolume, _ log: SimulatedFile, _ bitmaps: (SimulatedBitmap, SimulatedBitmap),
-        _ trusted: Bool
+        _ simulated: SimulatedVolume, _ log: SimulatedFile, _ recording: RecordingFile, _ trusted: Bool
     ) {
         let regions = SimulatedBitmap(bits: 64)
         let layout = ActivityLog.layout(size: UInt64(Self.size), smallest: Self.regionBytes)
         let region = Bitmap(memory: regions.memory, count: layout.count)
-        let (bitmapFile, logFile) = (simulated.addStore(.recording(bitmaps)), simulated.addStore(.file(log)))
+        let (bitmapFile, logFile) = (
+            simulated.addStore(.bitmaps(recording.parts)), simulated.addStore(.file(log))
+        )
         log.cached.withUnsafeBytes { bytes in
             let contents = UnsafeRawBufferPointer(rebasing: bytes[ActivityLog.fileOffset...])
             _ = ActivityLog.decode(contents, into: region)
@@ -230,7 +241,7 @@ package final class World: Scenario {
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory + (8 << 20), size: 8 << 20))
         session = 0
         for index in 0..<Self.volumes {
-            let simulated = makeVolume(westFiles[index], westBitmaps[index], westRoles[index])
+            let simulated = makeVolume(westFiles[index], westRecording[index])
             simulated.volume.policy = .copiesFirst
             simulated.skipFlushes = fault == .skipFlushes
             simulated.volume.beginResuming()
@@ -255,6 +266,11 @@ package final class World: Scenario {
         if resume { simulated.volume.resumeCopy(copy, failed: false) } else { simulated.volume.addCopy(copy) }
     }
 
+    private func crashSite(atEast: Bool, powerLoss: Bool) {
+        atEast ? crashEast(powerLoss: powerLoss) : crashWest(powerLoss: powerLoss)
+        if random.chance(40) { relapse = (steps + random.below([20, 300, 1500][random.below(3)]), atEast) }
+    }
+
     private func crashEast(powerLoss: Bool) {
         note("east \(powerLoss ? "loses power" : "is killed")")
         figures.crashes += 1
@@ -262,7 +278,7 @@ package final class World: Scenario {
         east = []
         if powerLoss {
             for file in eastFiles + eastTargets + eastLogs { file.losePower(&random) }
-            for bitmap in eastPreserved + eastBitmaps.flatMap({ [$0.0, $0.1] }) { bitmap.losePower(&random) }
+            for bitmap in eastPreserved + eastRecording.flatMap(\.parts) { bitmap.losePower(&random) }
         }
         tasks = []
         hosts.lostServer(eastFiles.map(\.cached), powerLoss: powerLoss)
@@ -279,14 +295,14 @@ package final class World: Scenario {
         figures.crashes += 1
         for volume in west { volume.crash(&random) }
         if powerLoss {
-            for file in westFiles { file.losePower(&random) }
+            for file in westFiles + westLogs { file.losePower(&random) }
             for copies in westCopies {
                 for id in copies.keys.sorted() {
                     copies[id]!.0.losePower(&random)
                     copies[id]!.1.losePower(&random)
                 }
             }
-            for bitmap in bitmaps { bitmap.losePower(&random) }
+            for bitmap in westRecording.flatMap(\.parts) + bitmaps { bitmap.losePower(&random) }
         }
         startWest()
     }
@@ -340,10 +356,20 @@ package final class World: Scenario {
             note("the point is given up")
             everyVolume(
                 { $0.volume.giveUpPoint() }, then: { [unowned self] in event(.gaveUp, sender) })
-        case .markAllChanged(_):
-            let sender = epoch
-            everyVolume({ $0.volume.markAllChanged() }, then: { [unowned self] in event(.allMarked, sender) })
+        case .markAllChanged(_): markAllChanged()
         }
+    }
+
+    private func markAllChanged() {
+        let sender = epoch
+        let forgets = fault == .forgetFirstCopy
+        everyVolume(
+            { if !forgets { $0.volume.markAllChanged() } },
+            then: { [unowned self] in
+                // The record relies on the marks, and outlives power loss.
+                if fault != .relyOnUnflushedMarks { for recording in eastRecording { recording.flush() } }
+                event(.allMarked, sender)
+            })
     }
 
     /// Leaves a message for the volume's reactor; messages for one volume are taken in order.
@@ -618,6 +644,10 @@ package final class World: Scenario {
         figures.steps += 1
         now += UInt64(random.below(20_000_000))
         handle(.tick)
+        if faults, let next = relapse, steps >= next.step {
+            relapse = nil
+            next.atEast ? crashEast(powerLoss: true) : crashWest(powerLoss: true)
+        }
         switch choose(faults) {
         case .host:
             figures.operations += 1
@@ -626,10 +656,10 @@ package final class World: Scenario {
         case .westIO: west[random.below(Self.volumes)].step(&random)
         case .message: takeMessage()
         case .task: takeTask()
-        case .killEast: crashEast(powerLoss: false)
-        case .eastPower: crashEast(powerLoss: true)
-        case .killWest: crashWest(powerLoss: false)
-        case .westPower: crashWest(powerLoss: true)
+        case .killEast: crashSite(atEast: true, powerLoss: false)
+        case .eastPower: crashSite(atEast: true, powerLoss: true)
+        case .killWest: crashSite(atEast: false, powerLoss: false)
+        case .westPower: crashSite(atEast: false, powerLoss: true)
         case .linkLoss: loseLink()
         case .partition:
             partitionedUntil = steps + random.below(800)
@@ -641,6 +671,7 @@ package final class World: Scenario {
                 volume.volume.sweepActivity()
                 volume.pump()
             }
+        case .writeBack: writeBack()
         }
         collectEvents()
         if let failure { throw failure }
@@ -665,6 +696,18 @@ package final class World: Scenario {
         if !westTasks.isEmpty, random.chance(30) { return westTasks.removeFirst()() }
         guard !tasks.isEmpty else { return }
         tasks.remove(at: random.below(tasks.count))()
+    }
+
+    /// Dirty pages of both sites reach the disk, flushed or not.
+    private func writeBack() {
+        for file in eastFiles + eastTargets + westFiles { file.writeBack(&random) }
+        for bitmap in eastPreserved + (eastRecording + westRecording).flatMap(\.parts) { bitmap.writeBack(&random) }
+        for copies in westCopies {
+            for id in copies.keys.sorted() {
+                copies[id]!.0.writeBack(&random)
+                copies[id]!.1.writeBack(&random)
+            }
+        }
     }
 
     /// A target that is full or fails, a sector that cannot be read: for a while.
@@ -725,6 +768,10 @@ package final class World: Scenario {
             return
         }
         if westPoints.contains(point) { remembered[point] = images }
+        for index in 0..<Self.volumes where images[index].suffix(still[index].count) != still[index] {
+            failure = SimulationFailure("point \(point) lacks what was there at first in volume \(index)")
+            return
+        }
         if let problem = hosts.brokenCut(images) {
             failure = SimulationFailure("point \(point) is no closed cut: \(problem)")
         }
