@@ -149,7 +149,9 @@ struct Contents {
             guard possible(sector).contains(found[index]) else { return sector }
             guard let values = open.removeValue(forKey: sector) else { continue }
             let step = history[sector].last!.doneAt
-            let others = history[sector].last!.all.union(values)
+            // What an older entry of this value may have been instead may still be what is on stable storage.
+            let same = history[sector].filter { $0.value == found[index] }
+            let others = same.reduce(history[sector].last!.all.union(values)) { $0.union($1.others) }
             history[sector].removeAll { $0.value == found[index] }
             history[sector].append(Entry(value: found[index], others: others.subtracting([found[index]]), doneAt: step))
         }
