@@ -45,6 +45,23 @@ def crc32c(data):
     return value ^ 0xffffffff
 
 
+def byte_count(size):
+    """Bytes of "16MiB", as configurations give them."""
+    units = {"KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
+    return int(size[:-3]) << units[size[-3:]] if size[-3:] in units else int(size)
+
+
+def device_at(path, size, sector):
+    """A loop device with a link to it at `path`, so that whoever opens the volume's file by its name has the device."""
+    from laboratory import LoopDevice  # only this needs root
+    device = LoopDevice(path + ".under", byte_count(size), sector)
+    if os.path.lexists(path):
+        os.unlink(path)
+    os.symlink(device.path, path)
+    return device
+
+
+SECTOR = int(os.environ.get("FARCOPY_DEVICES", "0"))
 CRC_TABLE = []
 RECORD_SPACE = 256 << 10
 
@@ -69,35 +86,46 @@ def rewrite_record(path, change):
 
 
 class Site:
-    """One `farcopy serve` with its files below `directory`."""
+    """One `farcopy serve` with its files below `directory`; its state directory is `state`, its volumes lie in `data`, where they
+    are not given. `FARCOPY_DEVICES=512` or `4096` makes volumes of block devices with such sectors."""
 
-    def __init__(self, directory, name, volumes, groups="", peers=(), nbd_listen=(), extra=""):
+    def __init__(self, directory, name, volumes, groups="", peers=(), nbd_listen=(), extra="", state=None, data=None):
         self.name = name
         self.path = os.path.join(directory, name)
         os.makedirs(self.path, exist_ok=True)
+        self.state = state or os.path.join(self.path, "state")
+        self.data = data or self.path
+        self.devices = {}
         self.socket = os.path.join(self.path, "nbd.sock")
         self.control = "unix:" + os.path.join(self.path, "control.sock")
         self.config = os.path.join(self.path, "site.toml")
         self.process = None
         self.program = FARCOPY
+        self.prefix = []  # words before the program, which must `exec` it
         self.environment = None
         self.log = os.path.join(self.path, "log")
         listen = ", ".join(f'"{address}"' for address in (f"unix:{self.socket}", *nbd_listen))
         text = f"""[site]
 name = "{name}"
-state = "{self.path}/state"
+state = "{self.state}"
 control = ["{self.control}"]
 targets = ["{directory}"]
 [nbd]
 listen = [{listen}]
 """
         for volume, size in volumes.items():
-            text += f'[volumes.{volume}]\npath = "{self.path}/{volume}.img"\nsize = "{size}"\n'
+            text += f'[volumes.{volume}]\npath = "{self.image(volume)}"\nsize = "{size}"\n'
+            if SECTOR:
+                self.devices[volume] = device_at(self.image(volume), size, SECTOR)
         for peer in peers:
             other = os.path.join(directory, peer)
             text += f'[peers.{peer}]\nnbd = "unix:{other}/nbd.sock"\ncontrol = "unix:{other}/control.sock"\n'
         with open(self.config, "w") as file:
             file.write(text + groups + extra)
+
+    def image(self, volume):
+        """The volume's file, or a link to its device."""
+        return os.path.join(self.data, f"{volume}.img")
 
     def edit(self, old, new):
         """Changes the configuration for the next start."""
@@ -110,7 +138,7 @@ listen = [{listen}]
     def start(self, wait=True):
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                [self.program, "serve", "--config", self.config], stdin=subprocess.DEVNULL,
+                [*self.prefix, self.program, "serve", "--config", self.config], stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=die_with_parent, env=self.environment)
         if wait:
             line = self.process.stdout.readline()
@@ -142,7 +170,7 @@ listen = [{listen}]
         """Ends the process and makes its records those of another boot: what a machine that went down would find, except
         that nothing that was written is missing."""
         self.kill()
-        volumes = os.path.join(self.path, "state", "volumes")
+        volumes = os.path.join(self.state, "volumes")
         for name in os.listdir(volumes):
             rewrite_record(os.path.join(volumes, name, "volume.record"), lambda record: record.update(bootID="another boot"))
 
@@ -171,6 +199,12 @@ listen = [{listen}]
             self.process.wait()
             self.process.stdout.close()
             self.process = None
+
+    def release(self):
+        """Clean-up, after the end: devices that the site was given."""
+        for device in self.devices.values():
+            device.detach()
+        self.devices = {}
 
     def farcopy(self, *words, check=True, timeout=120):
         return run(FARCOPY, *words, "--control", self.control, check=check, timeout=timeout)
@@ -232,10 +266,15 @@ class SiteTest(unittest.TestCase):
     def clean_up(self):
         for site in self.sites:
             site.end()
+        for site in self.sites:
+            site.release()
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    def make_site(self, name, volumes, **options):
+        return Site(self.directory, name, volumes, **options)
+
     def site(self, name, volumes, start=True, **options):
-        site = Site(self.directory, name, volumes, **options)
+        site = self.make_site(name, volumes, **options)
         self.sites.append(site)
         return site.start() if start else site
 
@@ -243,6 +282,7 @@ class SiteTest(unittest.TestCase):
         """Ends sites so that others of the same name can take their place."""
         for site in sites:
             site.end()
+            site.release()
             self.sites.remove(site)
             shutil.rmtree(site.path)
 

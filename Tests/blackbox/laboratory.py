@@ -1,0 +1,259 @@
+"""Disks that can be looked at from below, and machines that lose power: loop devices, file systems that are shut down without
+their log, and a new boot id for the process that starts after it. Needs root, and fails without it.
+
+What power loss is here: everything that the file system had not been told to make durable is gone, its log included. A real disk may
+keep any part of it; the simulator tries those, this tries the worst. What a call had made durable stays, since the loop devices of
+file systems pass the page cache by (`direct`): what has reached the device has reached the file under it.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+import time
+import uuid
+
+from sites import Site, SiteTest, run
+
+MIB = 1 << 20
+LIBC = ctypes.CDLL(None, use_errno=True)
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+# _IOR('X', 125, u32): EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN are one number, and "do not flush the log" is 2 in both.
+SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2
+MOUNT_OPTIONS = {"ext4": "commit=600", "xfs": "nouuid"}
+# The smallest that mkfs.xfs makes. The files under file systems are sparse.
+FILE_SYSTEM_BYTES = 320 * MIB
+
+
+def require_root():
+    if os.geteuid() != 0:
+        raise AssertionError("the laboratory mounts file systems and attaches loop devices: run it as root")
+
+
+def call(name, *words):
+    if getattr(LIBC, name)(*words) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}{words}: {os.strerror(number)}")
+
+
+def own_mounts():
+    """Moves this process into a mount namespace of its own, so that what it mounts is gone with it, however it ends. Below, sites have
+    namespaces that follow this one: what is unmounted here is unmounted there."""
+    if own_mounts.done:
+        return
+    require_root()
+    recursive, private, shared = 1 << 14, 1 << 18, 1 << 20
+    call("unshare", 0x00020000)  # CLONE_NEWNS
+    call("mount", None, b"/", None, recursive | private, None)
+    call("mount", None, b"/", None, recursive | shared, None)
+    own_mounts.done = True
+
+
+own_mounts.done = False
+
+
+class LoopDevice:
+    """A block device over a sparse file. It is gone once it is let go of and nothing has it mounted or open, also when this process is
+    killed."""
+
+    def __init__(self, backing, size=None, sector=512, direct=False):
+        """`direct`: the device has no cache of its own file (the page cache of the device itself is there either way)."""
+        require_root()
+        self.backing, self.sector, self.direct = backing, sector, direct
+        if not os.path.exists(backing):
+            with open(backing, "wb") as file:
+                file.truncate(size)
+        self.attach()
+
+    def attach(self):
+        for _ in range(20):
+            done = run(
+                "losetup", "--find", "--show", "--sector-size", str(self.sector), f"--direct-io={'on' if self.direct else 'off'}",
+                self.backing, check=False)
+            if done.returncode == 0:
+                break
+            # Somebody else took the device that was free; or it is there, but /dev has no node for it.
+            self.make_nodes()
+            time.sleep(0.05)
+        else:
+            raise AssertionError(f"no loop device for {self.backing}: {done.stderr}")
+        self.path = done.stdout.strip()
+        self.descriptor = os.open(self.path, os.O_RDONLY)
+        # Takes effect when the last has closed it.
+        run("losetup", "--detach", self.path)
+        asked = self.facts("LOG-SEC"), self.facts("DIO") == "1"
+        if asked != (str(self.sector), self.direct):
+            raise AssertionError(f"{self.path} has sectors of {asked[0]} bytes, direct I/O is {asked[1]}; the kernel did as it likes")
+
+    @staticmethod
+    def make_nodes():
+        if not os.path.exists("/dev/loop-control"):
+            os.mknod("/dev/loop-control", 0o600 | stat.S_IFCHR, os.makedev(10, 237))
+        for number in range(64):
+            with contextlib.suppress(FileExistsError):
+                if os.path.exists(f"/sys/block/loop{number}"):
+                    os.mknod(f"/dev/loop{number}", 0o600 | stat.S_IFBLK, os.makedev(7, number))
+
+    def facts(self, column):
+        return run("losetup", "--noheadings", "--raw", "--output", column, self.path).stdout.strip()
+
+    def detach(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    def is_free(self):
+        """Whether nothing has it mounted."""
+        try:
+            os.close(os.open(self.path, os.O_RDONLY | os.O_EXCL))
+            return True
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+
+    def under(self, offset=0, length=None):
+        """What lies in the file under the device: what was written to the device and is in its page cache alone is not there."""
+        return read_direct(self.backing, offset, os.stat(self.backing).st_size - offset if length is None else length)
+
+
+def read_direct(path, offset, length):
+    """Reads past the page cache."""
+    first = offset & ~4095
+    space = mmap.mmap(-1, ((offset + length - first) + 4095) & ~4095)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        done = 0
+        while done < len(space):
+            with memoryview(space) as whole, whole[done:] as rest:
+                count = os.preadv(descriptor, [rest], first + done)
+            if count == 0:
+                break
+            done += count
+        return space[offset - first:offset - first + length]
+    finally:
+        os.close(descriptor)
+
+
+class PoweredFileSystem:
+    """ext4 or XFS on a loop device, mounted at `path`."""
+
+    def __init__(self, path, kind, size=FILE_SYSTEM_BYTES, sector=512):
+        own_mounts()
+        self.path, self.kind = path, kind
+        os.makedirs(path, exist_ok=True)
+        self.device = LoopDevice(path + ".disk", size, sector, direct=True)
+        quiet = {"ext4": ["mkfs.ext4", "-q", "-E", "lazy_itable_init=1,lazy_journal_init=1"], "xfs": ["mkfs.xfs", "-q"]}[kind]
+        # Small file systems of XFS are for tests only; these words say that this is one.
+        run(*quiet, self.device.path, env={**os.environ, "TEST_DIR": "1", "TEST_DEV": "1", "QA_CHECK_FS": "1"})
+        self.mount()
+
+    def mount(self):
+        run("mount", "-t", self.kind, "-o", MOUNT_OPTIONS[self.kind], self.device.path, self.path)
+
+    def shut_down(self):
+        """From now on nothing reaches the disk; every call fails. What was not flushed is lost."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
+        except OSError as error:
+            raise AssertionError(f"this kernel cannot shut {self.kind} down as power loss does: {error}") from error
+        finally:
+            os.close(descriptor)
+
+    def unmount(self):
+        """On return nothing has the file system mounted. Who has files open there has ended before, or is about to."""
+        end = time.monotonic() + 20
+        while run("umount", self.path, check=False).returncode != 0 and os.path.ismount(self.path):
+            if time.monotonic() > end:
+                run("umount", "--lazy", self.path)
+                break
+            time.sleep(0.05)
+        while not self.device.is_free():
+            if time.monotonic() > end + 10:
+                raise AssertionError(f"{self.path} stays mounted somewhere, by {self.device.path}")
+            time.sleep(0.02)
+
+    def come_back(self):
+        """Mounts what is on the disk. The device is another one, so that no cache of the old one has a part in it."""
+        self.unmount()
+        self.device.detach()
+        self.device.attach()
+        self.mount()
+
+    def lose_power(self):
+        self.shut_down()
+        self.come_back()
+
+    def end(self):
+        """Clean-up, whatever state it is in."""
+        run("umount", "--lazy", self.path, check=False)
+        self.device.detach()
+
+
+class PoweredSite(Site):
+    """A site on a machine that can lose power. Its state directory and its volumes lie on one file system, or, when `apart`, each on its
+    own."""
+
+    def __init__(self, directory, name, volumes, kind, apart=False, **options):
+        path = os.path.join(directory, name)
+        os.makedirs(path, exist_ok=True)
+        self.data_disk = PoweredFileSystem(os.path.join(path, "data"), kind)
+        self.state_disk = PoweredFileSystem(os.path.join(path, "state-disk"), kind) if apart else self.data_disk
+        super().__init__(
+            directory, name, volumes, state=os.path.join(self.state_disk.path, "state"), data=self.data_disk.path, **options)
+        self.boot()
+
+    @property
+    def disks(self):
+        return [self.data_disk] if self.data_disk is self.state_disk else [self.data_disk, self.state_disk]
+
+    def boot(self):
+        """The process that is started next finds a boot id that no other had. It is bound over the kernel's in a mount namespace that only
+        this process has."""
+        file = os.path.join(self.path, f"boot-{time.monotonic_ns()}")
+        with open(file, "w") as opened:
+            opened.write(f"{uuid.uuid4()}\n")
+        self.prefix = [
+            "unshare", "--mount", "--propagation", "slave", "sh", "-c", f'mount --bind "$0" {BOOT_ID} && exec "$@"', file]
+
+    def lose_power(self, *disks, new_boot=True):
+        """All disks, or those given, lose what was not flushed; the others keep everything. With the same boot id it is the disk that
+        went away and came back, not the machine."""
+        for disk in disks or self.disks:
+            disk.shut_down()
+        self.end()  # a process whose disks are gone may have ended by itself
+        for disk in self.disks:
+            disk.come_back()
+        if new_boot:
+            self.boot()
+
+    def release(self):
+        super().release()
+        for disk in self.disks:
+            disk.end()
+
+
+class LaboratoryTest(SiteTest):
+    """Sites on machines that lose power, with file systems of `kind`."""
+    kind = "ext4"
+
+    def setUp(self):
+        own_mounts()
+        super().setUp()
+
+    def make_site(self, name, volumes, **options):
+        return PoweredSite(self.directory, name, volumes, self.kind, **options)
+
+
+def on_each_file_system(test):
+    """Makes `NameExt4` and `NameXFS` of a class of tests; the class itself is not run."""
+    module = __import__(test.__module__, fromlist=["*"])
+    for kind, name in (("ext4", "Ext4"), ("xfs", "XFS")):
+        case = type(test.__name__ + name, (test, LaboratoryTest), {"kind": kind, "__module__": test.__module__})
+        setattr(module, case.__name__, case)
+    return test
