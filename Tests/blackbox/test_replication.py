@@ -61,6 +61,18 @@ class Replication(SiteTest):
         with self.assertRaises(nbd.Error):
             reader.pwrite(b"x" * 512, 0)
 
+    def test_a_reader_keeps_its_point_when_the_next_ones_leave(self):
+        """Whoever opened a point reads through newer ones, which are retired before it is: they hand over to it all the same."""
+        east, west = self.pair(VOLUMES, interval="manual", keep=2)
+        handle = east.connect("orders")
+        handle.pwrite(b"a" * 65536, 0)
+        point = east.cycle()
+        reader = west.connect(f"orders@{point}")
+        for page in range(8):
+            handle.pwrite(bytes([page]) * 4096, page * 4096)
+            east.cycle()
+            self.assertEqual(reader.pread(65536, 0), b"a" * 65536, f"after {page + 1} more points")
+
     def test_suspend_and_resume_send_the_difference(self):
         east, west = self.pair(VOLUMES, interval="0s")
         handle = east.connect("orders")
