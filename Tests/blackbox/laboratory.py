@@ -206,6 +206,8 @@ class PoweredSite(Site):
         self.state_disk = PoweredFileSystem(os.path.join(path, "state-disk"), kind) if apart else self.data_disk
         super().__init__(
             directory, name, volumes, state=os.path.join(self.state_disk.path, "state"), data=self.data_disk.path, **options)
+        # A process that traps when its disks are gone must not stay to print how.
+        self.environment = {**os.environ, "SWIFT_BACKTRACE": "enable=no"}
         self.boot()
 
     @property

@@ -6,7 +6,6 @@ switchovers, failbacks, cut links. After every step what can be read is a closed
 
 import os
 import random
-import shutil
 import time
 
 import nbd
@@ -41,6 +40,8 @@ class Timeline:
 
 
 class Sequences(SiteTest):
+    write_flags = 0
+
     def test_random_sequences(self):
         if "SEQUENCE" in os.environ:
             return self.sequence(int(os.environ["SEQUENCE"]))
@@ -79,10 +80,8 @@ class Sequences(SiteTest):
         finally:
             for site in (east, west):
                 site.end()
-                self.sites.remove(site)
             self.link.close()
-            for site in (east, west):
-                shutil.rmtree(site.path)
+            self.put_away(east, west)
 
     def step(self):
         steps = {
@@ -127,7 +126,7 @@ class Sequences(SiteTest):
         for _ in range(count):
             volume, page = self.random.choice(NAMES), self.random.randrange(PAGES)
             self.number += 1
-            handles[volume].pwrite(self.number.to_bytes(8, "little") * (PAGE // 8), page * PAGE)
+            handles[volume].pwrite(self.number.to_bytes(8, "little") * (PAGE // 8), page * PAGE, self.write_flags)
             timeline.writes.append((volume, page, self.number))
         self.note(site.name, "wrote", count)
         for handle in handles.values():
@@ -273,6 +272,6 @@ class Sequences(SiteTest):
         for name in NAMES:
             images = []
             for site in (self.east, self.west):
-                with open(f"{site.path}/{name}.img", "rb") as file:
+                with open(site.image(name), "rb") as file:
                     images.append(file.read())
             assert images[0] == images[1], f"{name} differs between the sites' files"
