@@ -6,7 +6,7 @@ RELEASE := $(SWIFT) build -c release --quiet
 PYTHON := /usr/bin/python3
 .DEFAULT_GOAL := help
 
-.PHONY: help bootstrap build test test-unit test-simulation test-blackbox test-asan test-kernel test-fuzz fuzz demo demo-postgres bench simulate format lint install clean
+.PHONY: help bootstrap build test test-long test-unit test-simulation test-blackbox test-asan test-kernel test-fuzz fuzz demo demo-postgres bench simulate format lint install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,13 @@ build: ## Build .build/release/farcopy
 	$(RELEASE) --product farcopy
 
 test: lint test-unit test-simulation test-fuzz test-blackbox test-asan test-kernel ## Run everything: lint, unit tests, simulation, real clients
+
+test-long: ## What takes longer: every suite on block devices, long repetitions of power loss and random sequences
+	@scripts/bootstrap build test
+	$(RELEASE) --product farcopy
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 $(PYTHON) run.py devices
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 LONG=10 $(PYTHON) run.py test_power test_full test_order
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 SEQUENCES=100 $(PYTHON) run.py test_sequences
 
 test-unit: ## Unit tests of every target
 	@scripts/bootstrap build

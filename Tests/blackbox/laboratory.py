@@ -253,9 +253,8 @@ class LaboratoryTest(SiteTest):
 
 
 def on_each_file_system(test):
-    """Makes `NameExt4` and `NameXFS` of a class of tests; the class itself is not run."""
+    """Makes `NameExt4` and `NameXFS` of a class of tests; nothing is left of the class itself."""
     module = __import__(test.__module__, fromlist=["*"])
     for kind, name in (("ext4", "Ext4"), ("xfs", "XFS")):
         case = type(test.__name__ + name, (test, LaboratoryTest), {"kind": kind, "__module__": test.__module__})
         setattr(module, case.__name__, case)
-    return test

@@ -421,7 +421,7 @@ class Secondary(PowerTest):
             east, west = make(self.CUTS, interval="0s", keep=16)
             east.cycle()
             writers = self.writers(east)
-            for _ in range(3):
+            for _ in range(2):
                 writers.start()
                 time.sleep(random.uniform(0.3, 0.8))
                 before = [point["id"] for point in west.points()]

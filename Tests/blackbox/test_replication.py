@@ -8,7 +8,7 @@ import time
 
 import nbd
 
-from sites import SiteTest, read_handle, run, wait_for
+from sites import SiteTest, not_on_devices, read_handle, run, wait_for
 
 SIZE = 32 << 20
 VOLUMES = {"orders": "32MiB", "wal": "4MiB"}
@@ -26,6 +26,7 @@ class Replication(SiteTest):
         for volume in VOLUMES:
             self.assertEqual(west.read(f"{volume}@{point}"), east.read(volume), volume)
 
+    @not_on_devices
     def test_first_copy_of_existing_data_sends_zeroes_as_zeroes(self):
         east, west = self.pair(VOLUMES, interval="manual", start=False)
         data = random.randbytes(3 << 20)
@@ -260,6 +261,7 @@ class Replication(SiteTest):
                 copies.append((sequence, data[start + 32:start + 32 + length]))
         return max(copies)[1]
 
+    @not_on_devices
     def test_a_volume_of_another_size_is_refused(self):
         east, west = self.pair(VOLUMES, start=False)
         west.edit('size = "4MiB"', 'size = "8MiB"')

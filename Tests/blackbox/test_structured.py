@@ -8,7 +8,7 @@ import struct
 import nbd
 
 from rawclient import ACK, EXT_HEADER_REQD, INVALID, META_CONTEXT, TOO_BIG, UNKNOWN, Raw
-from sites import SiteTest, run
+from sites import SiteTest, not_on_devices, run
 
 MIB = 1 << 20
 NONE, OFFSET_DATA, OFFSET_HOLE, BLOCK_STATUS, BLOCK_STATUS_EXT, ERROR = 0, 1, 2, 5, 6, 0x8001
@@ -210,6 +210,7 @@ class Structured(SiteTest):
 
     # BLOCK_STATUS.
 
+    @not_on_devices
     def test_allocation(self):
         handle = self.server.connect("disk")
         handle.pwrite(b"\1" * 65536, MIB)
@@ -236,6 +237,7 @@ class Structured(SiteTest):
         self.assertEqual({descriptors(payload)[0] for _, _, _, payload in chunks}, set(self.ids.values()))
         self.assertEqual([done for done, *_ in chunks], [False, True])
 
+    @not_on_devices
     def test_fragmented_status_can_be_walked_to_the_end(self):
         handle = self.server.connect("disk")
         for block in range(0, 2048, 2):
@@ -249,6 +251,7 @@ class Structured(SiteTest):
                 data += length if flags == 0 else 0
         self.assertEqual((at, data), (64 * MIB, 1024 * 4096))
 
+    @not_on_devices
     def test_nbdinfo_and_qemu_img_map(self):
         handle = self.server.connect("disk")
         handle.pwrite(b"\1" * MIB, 4 * MIB)
@@ -259,6 +262,7 @@ class Structured(SiteTest):
         self.assertEqual([(r["start"], r["length"], r["data"]) for r in mapped],
                          [(0, 4 * MIB, False), (4 * MIB, MIB, True), (5 * MIB, 59 * MIB, False)])
 
+    @not_on_devices
     def test_depth_tells_where_a_copys_data_lies(self):
         handle = self.server.connect("disk")
         handle.pwrite(b"\1" * (3 * MIB), 0)
