@@ -24,7 +24,7 @@ test-long: ## What takes longer: every suite on block devices, long repetitions 
 	@scripts/bootstrap build test
 	$(RELEASE) --product farcopy
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 $(PYTHON) run.py devices
-	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 LONG=10 $(PYTHON) run.py test_power test_full test_order
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 REPEAT=10 $(PYTHON) run.py test_power test_full test_order
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 SEQUENCES=100 $(PYTHON) run.py test_sequences
 
 test-unit: ## Unit tests of every target

@@ -195,6 +195,44 @@ class PoweredFileSystem:
         self.device.detach()
 
 
+class SmallFileSystem:
+    """tmpfs or ext4 at `path` that can be filled to the last block."""
+
+    def __init__(self, path, kind, size=32 * MIB):
+        own_mounts()
+        self.path, self.device = path, None
+        os.makedirs(path, exist_ok=True)
+        if kind == "tmpfs":
+            run("mount", "-t", "tmpfs", "-o", f"size={size}", "farcopy-test", path)
+        else:
+            self.device = LoopDevice(path + ".disk", size, direct=True)
+            run("mkfs.ext4", "-q", "-m", "0", "-b", "4096", self.device.path)
+            run("mount", "-t", kind, self.device.path, path)
+        self.filler = os.open(os.path.join(path, "filler"), os.O_RDWR | os.O_CREAT, 0o600)
+
+    def fill(self, leave=0):
+        """Takes all space but `leave` bytes."""
+        os.sync()  # what is to be allocated later is allocated now
+        end = os.fstat(self.filler).st_size
+        for step in (MIB, 64 << 10, 4096):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.posix_fallocate(self.filler, end, step)
+                    end += step
+        os.ftruncate(self.filler, max(0, end - leave))
+        os.fsync(self.filler)
+
+    def free(self):
+        os.ftruncate(self.filler, 0)
+        os.fsync(self.filler)
+
+    def end(self):
+        os.close(self.filler)
+        run("umount", "--lazy", self.path, check=False)
+        if self.device:
+            self.device.detach()
+
+
 class PoweredSite(Site):
     """A site on a machine that can lose power. Its state directory and its volumes lie on one file system, or, when `apart`, each on its
     own."""

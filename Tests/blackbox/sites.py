@@ -62,6 +62,8 @@ def device_at(path, size, sector):
 
 
 SECTOR = int(os.environ.get("FARCOPY_DEVICES", "0"))
+# How often tests with chance in them repeat it (`make test-long`).
+REPEAT = int(os.environ.get("REPEAT", "1"))
 not_on_devices = unittest.skipIf(SECTOR, "what files have and devices do not: holes, names, sizes that change")
 CRC_TABLE = []
 RECORD_SPACE = 256 << 10

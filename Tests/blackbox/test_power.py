@@ -1,7 +1,7 @@
 """Power loss for real: what hosts had flushed is there, no changed grain is forgotten, no recovery point or FlashCopy is served with
 other data than its own; at the primary, at the secondary, at both, during the start that follows, twice in a row, of one disk only.
 
-`POWER_ROUNDS=50` repeats the random ones; `SEQUENCES=200` those of `test_sequences.py` with power loss among the steps.
+`REPEAT=10` repeats what has chance in it.
 """
 
 import contextlib
@@ -19,13 +19,12 @@ import nbd
 import closedcut
 import test_sequences
 from laboratory import on_each_file_system
-from sites import byte_count, read_handle, wait_for
+from sites import REPEAT, byte_count, read_handle, wait_for
 
 MIB = 1 << 20
 PAGE = 4096
 SIZE = 16 * MIB
 VOLUMES = {"orders": "16MiB", "wal": "8MiB"}
-ROUNDS = int(os.environ.get("POWER_ROUNDS", "1"))
 
 
 class Host(threading.Thread):
@@ -170,7 +169,7 @@ class PowerTest:
 class Primary(PowerTest):
     def test_while_hosts_write_and_points_form(self):
         """Twice in a row: what was flushed is there, and both sites come to be equal."""
-        for _ in range(ROUNDS):
+        for _ in range(REPEAT):
             east, west = self.mirrored(interval="0s")
             hosts = {}
             for _ in range(2):
@@ -417,7 +416,7 @@ class Secondary(PowerTest):
 
     def loses_power(self, make, choose, start_again=lambda site: site.start()):
         """The secondary's power goes in the middle of drains and commits."""
-        for _ in range(ROUNDS):
+        for _ in range(REPEAT):
             east, west = make(self.CUTS, interval="0s", keep=16)
             east.cycle()
             writers = self.writers(east)
@@ -459,7 +458,7 @@ class Secondary(PowerTest):
         self.loses_power(self.pair, lambda west: (), start_again)
 
     def test_both_sites(self):
-        for _ in range(ROUNDS):
+        for _ in range(REPEAT):
             east, west = self.pair(self.CUTS, interval="0s", keep=16)
             east.cycle()
             writers = self.writers(east)
@@ -530,7 +529,7 @@ class PowerSequences(test_sequences.Sequences):
 
     def test_random_sequences(self):
         first = int(os.environ.get("FIRST", "1"))
-        for seed in range(first, first + int(os.environ.get("SEQUENCES", "2"))):
+        for seed in range(first, first + int(os.environ.get("SEQUENCES", 2 * REPEAT))):
             with self.subTest(seed=seed):
                 self.sequence(seed)
 
