@@ -513,7 +513,8 @@ extension Site {
     // MARK: Events
 
     func copyFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async {
-        let reason = "old content could not be preserved: \(String(cString: strerror(errno)))"
+        let target = volume.copies[id].map { " in \($0.target.path)" } ?? ""
+        let reason = "old content could not be preserved\(target): \(String(cString: strerror(errno)))"
         let name = volume.record.copies.first { $0.id == id }?.name ?? String(id)
         volume.acknowledge { record in
             guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }

@@ -112,7 +112,7 @@ class Site:
 name = "{name}"
 state = "{self.state}"
 control = ["{self.control}"]
-targets = ["{directory}"]
+targets = ["{directory}", "/dev"]
 [nbd]
 listen = [{listen}]
 """
