@@ -326,6 +326,7 @@ struct Done: Codable, Sendable { var done: String }
 
 /// Prometheus text exposition, from the same figures as the status.
 enum Metrics {
+    // `Double.init` as a value may also be `init(bitPattern:)`, which makes nonsense of a count.
     static func text(_ status: StatusReport) -> String {
         var lines: [String] = []
         func family(_ name: String, _ help: String, _ values: [(String, Double?)]) {
@@ -341,7 +342,7 @@ enum Metrics {
         family("lag_seconds", "Age of the newest point that the remote has committed.", each(\.lagSeconds))
         family(
             "pending_bytes", "Bytes that differ from the newest committed point.",
-            each { $0.pendingBytes.map(Double.init) })
+            each { $0.pendingBytes.map { Double($0) } })
         family("point", "Number of the newest committed point.", each { $0.point.map { Double($0.id) } })
         family("rate_bytes_per_second", "Bytes sent to the peer.", each(\.rateBytesPerSecond))
         family("hold_seconds_p99", "Time that acknowledgements were held to form a point.", each(\.holdSecondsP99))
@@ -350,9 +351,10 @@ enum Metrics {
         family(
             "verify_differences_total", "Differences that comparisons have found since the start.",
             each { Double($0.differencesFound) })
-        family("spared_bytes_total", "Bytes that the peer had already.", each { $0.sparedBytes.map(Double.init) })
-        family("window_bytes", "Bytes that may be on their way to the peer.", each { $0.windowBytes.map(Double.init) })
-        family("point_bytes", "Bytes sent for the newest committed point.", each { $0.point?.bytes.map(Double.init) })
+        family("spared_bytes_total", "Bytes that the peer had already.", each { $0.sparedBytes.map { Double($0) } })
+        family(
+            "window_bytes", "Bytes that may be on their way to the peer.", each { $0.windowBytes.map { Double($0) } })
+        family("point_bytes", "Bytes sent for the newest committed point.", each { $0.point?.bytes.map { Double($0) } })
         family(
             "point_seconds", "Time from forming to commit of the newest committed point.", each { $0.point?.seconds })
         lines += [

@@ -83,6 +83,20 @@ class ControlAPI(SiteTest):
         create("e", JSON | {"Host": socket.gethostname()})
         create("f", JSON | {"Host": "any.name"}, site.control[5:])
 
+    def test_metrics_are_the_figures_of_the_status(self):
+        east, west = self.pair({"disk": "16MiB"}, interval="manual")
+        handle = east.connect("disk")
+        handle.pwrite(b"1" * 65536, 0)
+        east.cycle()
+        handle.pwrite(b"2" * 8192, 0)
+        text = run("curl", "-s", "--unix-socket", east.control[5:], "http://x/metrics").stdout
+        figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        group = east.group()
+        for name, value in (("window_bytes", group["window_bytes"]), ("pending_bytes", 8192), ("spared_bytes_total", group["spared_bytes"]),
+                            ("point_bytes", group["point"]["bytes"]), ("point", group["point"]["id"])):
+            self.assertEqual(float(figures[f'farcopy_{name}{{group="shop"}}']), value, name)
+        self.assertGreaterEqual(group["window_bytes"], 1 << 20)
+
     def test_names_of_the_control_api_can_be_configured(self):
         site = self.solo()
         site.edit("[nbd]", 'control_names = ["store.example"]\n[nbd]')
