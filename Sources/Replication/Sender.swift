@@ -75,6 +75,8 @@ package final class Sender {
         /// Commands of the link that are not answered.
         var parts = 0
         var wire = 0
+        /// Bytes given to the link that are not answered.
+        var onTheWay = 0
         var sending = Window.Sending()
     }
     private struct Part {
@@ -89,6 +91,8 @@ package final class Sender {
     private var buffersEpoch: UInt64 = 0
     private var readsInFlight = 0
     private var comparing = 0
+    /// Of all slots.
+    private var onTheWay = 0
     private(set) var flow: Window
     var bucket: TokenBucket
     var comparison: Comparison
@@ -126,7 +130,8 @@ package final class Sender {
         outgoing = []
         outgoingStart = 0
         comparing = 0
-        for slot in slots.indices { slots[slot].parts = 0 }
+        onTheWay = 0
+        for slot in slots.indices { (slots[slot].parts, slots[slot].onTheWay) = (0, 0) }
         lastProgress = monotonicNanoseconds()
     }
 
@@ -263,7 +268,7 @@ package final class Sender {
     func pump(_ link: Link) -> Bool {
         while outgoingStart < outgoing.count {
             let now = monotonicNanoseconds()
-            guard bucket.mayPass(now: now) else { break }
+            guard mayBeOnTheWay, bucket.mayPass(now: now) else { break }
             let part = outgoing[outgoingStart]
             outgoingStart += 1
             guard put(part, link, now) else { return false }
@@ -273,6 +278,11 @@ package final class Sender {
             outgoingStart = 0
         }
         return true
+    }
+
+    /// While a rate is set, what waits in the link's own queues is bounded as well.
+    private var mayBeOnTheWay: Bool {
+        bucket.rate == 0 || onTheWay == 0 || Double(onTheWay) < flow.bytes(at: bucket.rate)
     }
 
     private func put(_ part: Part, _ link: Link, _ now: UInt64) -> Bool {
@@ -285,6 +295,8 @@ package final class Sender {
         let wire = slot.isZero ? 64 : part.range.count + 28
         bucket.pass(wire)
         bytesSent += UInt64(wire)
+        onTheWay += wire
+        slots[part.slot].onTheWay += wire
         if slot.isZero { return connection.zero(part.range.count, at: offset, completion) }
         slots[part.slot].wire += part.range.count
         return connection.write(
@@ -292,7 +304,7 @@ package final class Sender {
     }
 
     /// Nanoseconds until more may go, or nil when nothing waits for that.
-    var wait: UInt64? { outgoingStart < outgoing.count ? max(1, bucket.wait) : nil }
+    var wait: UInt64? { outgoingStart < outgoing.count && mayBeOnTheWay ? max(1, bucket.wait) : nil }
 
     /// A write was acknowledged.
     ///
@@ -302,6 +314,8 @@ package final class Sender {
         lastProgress = monotonicNanoseconds()
         slots[slot].parts -= 1
         guard slots[slot].parts == 0 else { return nil }
+        onTheWay -= slots[slot].onTheWay
+        slots[slot].onTheWay = 0
         if !slots[slot].isZero { flow.acknowledged(slots[slot].sending, bytes: slots[slot].wire, now: lastProgress) }
         return .sent(slot: slot, wire: slots[slot].wire)
     }

@@ -65,6 +65,12 @@ package struct Window {
         let rate = max(rates.0, rates.1)
         return min(ceiling, max(floor, rate * max(2 * roundTrip, 20e6)))
     }
+
+    /// Bytes that may be on their way over a link that has been given a rate (bytes a second), or all of it goes at once when the
+    /// link has stalled for a while: a quarter of a second's worth, more on a long way.
+    package func bytes(at rate: UInt64) -> Double {
+        min(bytes, Double(rate) * min(1, max(2 * roundTrip / 1e9, 0.25)))
+    }
 }
 
 /// Lets bytes pass at a rate; what was not used is kept for at most a tenth of a second.

@@ -99,6 +99,30 @@ class LinkTest(SiteTest):
         point = east.cycle()
         self.assertEqual(west.read(f"orders@{point}"), east.read("orders"))
 
+    def test_a_rate_is_held_after_a_stall(self):
+        """What was let through at the rate while nothing arrived must not arrive all at once."""
+        east, west = self.linked({"orders": "64MiB"}, rate=200e6)
+        self.mirroring(east)
+        handle = east.connect("orders")
+        # Short runs first: many of them fit the window, and so many long ones do at first.
+        for page in range(8192, 16384, 16):
+            handle.pwrite(random.randbytes(4096), page * 4096)
+        east.cycle()
+        east.farcopy("rate", "shop", "3MiB")
+        handle.pwrite(random.randbytes(32 * MIB), 0)
+        before = self.link.bytes
+        east.farcopy("cycle", "shop")
+        wait_for(lambda: self.link.bytes - before > MIB, what="the drain")
+        self.link.stall()
+        time.sleep(3)
+        before = self.link.bytes
+        self.link.stall(False)
+        time.sleep(1)
+        self.assertLess(self.link.bytes - before, 6 * MIB)
+        east.farcopy("rate", "shop", "unlimited")
+        point = east.cycle()
+        self.assertEqual(west.read(f"orders@{point}"), east.read("orders"))
+
     def test_the_rate_is_bounded_and_changed_while_it_runs(self):
         east, west = self.linked({"orders": "64MiB"}, options='rate = "2MiB"')
         self.mirroring(east)
