@@ -78,7 +78,7 @@ package struct StatusReport: Codable, Sendable {
         package var consistentAsOf: String?
         package var alerts: [String]?
         package var operation: OperationReport?
-        /// Where the remote is not consistent at every instant.
+        /// Where the remote is not consistent at every instant, or does not answer just now.
         package var notice: String?
         package var windowBytes: UInt64?
         /// Bytes that the remote had already and that were not sent.
@@ -224,6 +224,10 @@ extension Site {
         report.state = replication.state
         report.reason = replication.reason
         report.rateBytesPerSecond = replication.bytesPerSecond
+        if let seconds = replication.silentSeconds {
+            report.notice =
+                "the link is silent for \(Int(seconds)) s: '\(report.peer)' has answered nothing of what it was sent"
+        }
         if replication.bytesPerSecond > 0, let bytes = report.pendingBytes {
             report.etaSeconds = Double(bytes) / replication.bytesPerSecond
         }

@@ -70,6 +70,8 @@ package struct ReplicationStatus: Sendable {
     /// The record's file may hold another one.
     package var isUnsaved = false
     package var bytesPerSecond: Double = 0
+    /// For how long the peer has let wait what it was sent or asked, once that is longer than usual.
+    package var silentSeconds: Double?
     /// Bytes that may be on their way to the peer, and bytes that were found alike there and not sent.
     package var windowBytes: Double = 0
     package var bytesSpared: UInt64 = 0

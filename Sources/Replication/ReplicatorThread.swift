@@ -34,6 +34,9 @@ final class ReplicatorThread {
     private var bytesAtFigures: UInt64 = 0
     private var lastState = ""
     private static let connectSeconds: UInt64 = 10
+    /// When the peer was asked for the commit that it has not answered; 0 = for none.
+    private var commitAskedAt: UInt64 = 0
+    private static let silenceNanoseconds: UInt64 = 2_000_000_000
 
     private var window: Int { configuration.settings.window }
 
@@ -94,6 +97,7 @@ final class ReplicatorThread {
             // Nothing more is begun; the record is still changed for who asks.
             case .event where !stopped.isEmpty: break
             case .event(let event, let asker):
+                if case .committed = event, asker == epoch { commitAskedAt = 0 }
                 if asker == 0 || asker == epoch { handle(event) }
                 if case .gaveUp = event { freeTargets() }
             case .opened(let state, let exports, let asker):
@@ -269,6 +273,7 @@ final class ReplicatorThread {
             link = nil
             peerState = nil
             session = nil
+            commitAskedAt = 0
         case .save: break  // above
         case .prepare: prepare()
         case .form(let number): form(number)
@@ -404,6 +409,7 @@ final class ReplicatorThread {
         let asker = epoch
         let peer = configuration.peer
         guard let session = session else { return handle(.linkLost("the session is closed")) }
+        commitAskedAt = monotonicNanoseconds()
         Task {
             do {
                 let time = try await peer.commit(
@@ -492,7 +498,12 @@ final class ReplicatorThread {
             bytesAtFigures = sender.bytesSent
             lastFigures = now
         }
+        let silence = max(
+            link.map { peerState == nil ? sender.silence($0) : 0 } ?? 0, commitAskedAt > 0 ? now - commitAskedAt : 0)
+        let isSilent = silence > Self.silenceNanoseconds
+        if isSilent { rate = 0 }
         replicator.snapshot.withLock { status in
+            status.silentSeconds = isSilent ? Double(silence) / 1e9 : nil
             status.state = state
             status.reason = reason
             status.record = record

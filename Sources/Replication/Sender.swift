@@ -322,6 +322,11 @@ package final class Sender {
 
     func noteProgress() { lastProgress = monotonicNanoseconds() }
 
+    /// For how long the peer has let wait what it was sent or asked, in nanoseconds.
+    func silence(_ link: Link) -> UInt64 {
+        link.completions.pending > 0 || comparing > 0 ? monotonicNanoseconds() - lastProgress : 0
+    }
+
     /// Whether the peer has let something wait for too long.
     func hasStalled(_ link: Link) -> Bool {
         guard link.completions.pending > 0 || comparing > 0 else {

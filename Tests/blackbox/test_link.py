@@ -123,6 +123,26 @@ class LinkTest(SiteTest):
         point = east.cycle()
         self.assertEqual(west.read(f"orders@{point}"), east.read("orders"))
 
+    def test_a_silent_link_is_told(self):
+        east, west = self.linked({"orders": "16MiB"}, interval="0s")
+        self.mirroring(east)
+        handle = east.connect("orders")
+        handle.pwrite(random.randbytes(8 * MIB), 0)
+        wait_for(lambda: east.group()["pending_bytes"] == 0, what="the point")
+        self.assertNotIn("notice", east.group())
+        time.sleep(2.5)
+        self.assertNotIn("notice", east.group(), "nothing to send is no silence")
+        self.link.stall()
+        handle.pwrite(random.randbytes(8 * MIB), 0)
+        wait_for(lambda: "notice" in east.group(), seconds=10, what="a word about the silence")
+        group = east.group()
+        self.assertRegex(group["notice"], r"the link is silent for \d+ s")
+        self.assertIn("silent", east.farcopy("status").stdout)
+        self.assertEqual((group["state"], group["rate_bytes_per_second"]), ("mirroring", 0))
+        self.assertNotIn("eta_seconds", group)
+        self.link.stall(False)
+        wait_for(lambda: "notice" not in east.group(), what="the end of the silence")
+
     def test_the_rate_is_bounded_and_changed_while_it_runs(self):
         east, west = self.linked({"orders": "64MiB"}, options='rate = "2MiB"')
         self.mirroring(east)
