@@ -89,7 +89,7 @@ extension Site {
         }
         if let reason = group.replicator?.status.reason {
             alert(group, .suspended, reason)
-        } else if group.replicator?.status.record.lastCommitted != nil {
+        } else if record.role == .secondary || group.replicator?.status.record.lastCommitted != nil {
             endAlert(group, .suspended)
         }
         if record.conflict?.kind != .splitBrain { endAlert(group, .splitBrain) }

@@ -143,6 +143,18 @@ class LinkTest(SiteTest):
         self.link.stall(False)
         wait_for(lambda: "notice" not in east.group(), what="the end of the silence")
 
+    def test_alerts_of_a_former_role_end(self):
+        east, west = self.linked({"orders": "16MiB"}, interval="0s")
+        self.mirroring(east)
+        self.link.cut()
+        wait_for(lambda: "suspended" in str(east.group().get("alerts")), what="the alert")
+        west.farcopy("failover", "shop")
+        self.link.mend()
+        wait_for(lambda: "stale" in (east.group().get("reason") or ""), what="the stale primary")
+        west.farcopy("resync", "shop", "--discard", "east", "--yes")
+        wait_for(lambda: east.group()["role"] == "secondary", what="the new role")
+        wait_for(lambda: not east.group().get("alerts"), seconds=5, what="the end of the alerts")
+
     def test_the_rate_is_bounded_and_changed_while_it_runs(self):
         east, west = self.linked({"orders": "64MiB"}, options='rate = "2MiB"')
         self.mirroring(east)
