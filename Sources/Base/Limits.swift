@@ -97,6 +97,9 @@ package enum Limits {
 
     /// Bytes that one call asks checksums of.
     package static let checksumBytes = 1 << 20
+    /// Such calls that have memory at a time, and that may wait for it; a peer has at most 32 under way.
+    package static let checksumsAtOnce = 16
+    package static let checksumsWaiting = 256
     /// Words of bitmaps in one answer to a peer.
     package static let changedWordsPerAnswer = 16 << 10
     /// A site that is asked to give up a role and could not begin after this long is asked again.

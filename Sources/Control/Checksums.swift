@@ -46,6 +46,11 @@ extension Site {
             }
             view = .volume
         }
+        guard checksumTurnstile.waitingCount < Limits.checksumsWaiting else {
+            throw SiteError("\(Limits.checksumsWaiting) calls wait for checksums already; try again", status: 503)
+        }
+        await checksumTurnstile.enter()
+        defer { checksumTurnstile.leave() }
         let digests = try await digests(volume, view, request.offset, request.length, request.block)
         return ChecksumAnswer(digests: Data(digests).base64EncodedString())
     }

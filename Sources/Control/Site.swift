@@ -40,6 +40,7 @@ package actor Site {
     private(set) var groups: [String: GroupState] = [:]
     let events = EventLog()
     let copyTurnstile = Turnstile()
+    let checksumTurnstile = Turnstile(places: Limits.checksumsAtOnce)
     /// Refreshes that wait until a copy is out of use.
     var readyWaiters: [CopyID: CheckedContinuation<Void, Never>] = [:]
     /// When the progress of a background copy was looked at first, and how many grains it had.

@@ -1,18 +1,22 @@
-// Turnstile.swift: lets one operation through at a time, in order, inside an actor that suspends in mid-operation.
+// Turnstile.swift: lets one operation, or a few, through at a time, in order, inside an actor that suspends in mid-operation.
 
-final class Turnstile {
-    private var taken = false
+package final class Turnstile {
+    private var free: Int
     private var waiting: [CheckedContinuation<Void, Never>] = []
 
-    func enter(isolation: isolated (any Actor)? = #isolation) async {
-        if !taken {
-            taken = true
+    package init(places: Int = 1) { free = places }
+
+    package var waitingCount: Int { waiting.count }
+
+    package func enter(isolation: isolated (any Actor)? = #isolation) async {
+        if free > 0 {
+            free -= 1
             return
         }
         await withCheckedContinuation { waiting.append($0) }
     }
 
-    func leave() {
-        if waiting.isEmpty { taken = false } else { waiting.removeFirst().resume() }
+    package func leave() {
+        if waiting.isEmpty { free += 1 } else { waiting.removeFirst().resume() }
     }
 }

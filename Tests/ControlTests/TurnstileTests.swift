@@ -1,0 +1,42 @@
+import Control
+import Testing
+
+private actor Hall {
+    let turnstile = Turnstile(places: 2)
+    private(set) var inside = 0
+    private(set) var most = 0
+    private(set) var order: [Int] = []
+    var waiting: Int { turnstile.waitingCount }
+
+    func visit(_ number: Int) async {
+        await turnstile.enter()
+        defer { turnstile.leave() }
+        inside += 1
+        most = max(most, inside)
+        order.append(number)
+        try? await Task.sleep(for: .milliseconds(1))
+        inside -= 1
+    }
+
+    func open() { turnstile.leave() }
+    func close() async { await turnstile.enter() }
+}
+
+@Test("a turnstile lets as many through as it has places, in order, and says how many wait")
+func turnstileCounts() async {
+    let hall = Hall()
+    await hall.close()
+    await hall.close()
+    await withTaskGroup(of: Void.self) { tasks in
+        for number in 0..<20 {
+            tasks.addTask { await hall.visit(number) }
+            while await hall.waiting != number + 1 { await Task.yield() }
+        }
+        await hall.open()
+        await hall.open()
+    }
+    #expect(await hall.order == Array(0..<20) && hall.most == 2 && hall.waiting == 0)
+    await hall.close()
+    await hall.close()
+    #expect(await hall.waiting == 0)
+}
