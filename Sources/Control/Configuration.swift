@@ -139,6 +139,8 @@ package struct Configuration: Sendable {
         package var tls: TLSPolicy
         /// The name that this site goes by in the peer's PSK file.
         package var tlsUser: String
+        /// Who may open the intake of volumes that this peer mirrors to here, besides knowing its secret name.
+        package var access: AccessList
     }
 
     package var path: String
@@ -213,7 +215,9 @@ package struct Configuration: Sendable {
                 }
             }
         }
-        let named = volumes.map { ("volumes.\($0.name)", $0.access) } + groups.map { ("groups.\($0.name)", $0.access) }
+        let named =
+            volumes.map { ("volumes.\($0.name)", $0.access) } + groups.map { ("groups.\($0.name)", $0.access) }
+            + peers.values.map { ("peers.\($0.name)", $0.access) }
         for (section, access) in named where access.clients != nil && nbd.tls == .off {
             throw reader.error(
                 reader.line(section, "allow_clients"),

@@ -185,7 +185,9 @@ struct ConfigurationReader {
         for name in table.keys {
             let section = "peers.\(name)"
             let entry = try self.table(table, "peers", name)
-            try check(entry, section, known: ["nbd", "control", "commit_command", "tls", "tls_user"])
+            try check(
+                entry, section,
+                known: ["nbd", "control", "commit_command", "tls", "tls_user", "allow_clients", "allow_addresses"])
             if entry["control"] != nil, entry["commit_command"] != nil {
                 throw fail(section, "commit_command", "is for peers without control, which are no Farcopy sites")
             }
@@ -194,7 +196,8 @@ struct ConfigurationReader {
                 control: entry["control"] == nil ? nil : try address(entry, section, "control"),
                 commitCommand: entry["commit_command"] == nil ? nil : try string(entry, section, "commit_command"),
                 tls: try choice(entry, section, "tls", among: [.off, .allow, .require]) ?? tls,
-                tlsUser: entry["tls_user"] == nil ? site : try string(entry, section, "tls_user"))
+                tlsUser: entry["tls_user"] == nil ? site : try string(entry, section, "tls_user"),
+                access: try access(entry, section))
         }
         return peers
     }

@@ -251,7 +251,7 @@ package actor Site {
                 var intake = entry(.intake(session: session), "intake of \(name)", readOnly: false, since: [])
                 // Its name is the key: only the peer is told it.
                 intake.listed = false
-                intake.access = AccessList()
+                intake.access = configuration.peers[group.entry.peer]?.access ?? AccessList()
                 entries[intakeName(name, session)] = intake
             }
         } else {

@@ -164,6 +164,29 @@ class Access(SiteTest):
         self.assertEqual(waiting.pread(512, 0), b"a" * 512)
         self.assertTrue(os.path.exists(path), "the socket is systemd's to remove")
 
+    def test_the_intake_is_for_addresses_and_names_of_the_peer(self):
+        east, west = self.pair({"disk": "16MiB"}, interval="manual", start=False)
+        peer = f'[peers.east]\nnbd = "unix:{east.socket}"\n'
+        west.edit(peer, peer + 'allow_addresses = ["10.0.0.0/8"]\n')
+        west.edit("[groups.shop]", '[groups.shop]\nallow_addresses = ["unix"]')
+        west.start()
+        east.start()
+        wait_for(lambda: "its address is not in allow_addresses" in self.text(west), what="the refusal")
+        wait_for(lambda: east.group()["state"] == "suspended", what="the suspension")
+        west.stop()
+        west.edit('allow_addresses = ["10.0.0.0/8"]', 'allow_addresses = ["unix"]')
+        # What hosts may do here is apart from that.
+        west.edit('[groups.shop]\nallow_addresses = ["unix"]', '[groups.shop]\nallow_addresses = ["10.0.0.0/8"]')
+        west.start()
+        east.farcopy("resume", "shop")
+        wait_for(lambda: east.group()["state"] == "mirroring", what="mirroring")
+        with self.assertRaises(nbd.Error):
+            west.connect("disk")
+
+    def text(self, site):
+        with open(site.log) as file:
+            return file.read()
+
     def test_wrong_settings_are_named_with_their_line(self):
         for line, words in (('max_connections = 0', "max_connections"), ('handshake_timeout = "soon"', "soon"),
                             ('allow = ["x"]', "unknown key")):
