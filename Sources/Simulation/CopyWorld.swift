@@ -587,6 +587,8 @@ package final class CopyWorld: Scenario {
             targets[record.targetOwner] = file
         }
         bitmaps[record.id] = SimulatedBitmap(bits: 192)
+        // A durable copy may begin with data that one which was not durable has left in the target.
+        if record.isDurable, fault != .skipFlushes { targets[record.targetOwner]!.flush() }
         records.append(record)
     }
 
