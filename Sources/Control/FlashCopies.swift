@@ -362,7 +362,7 @@ extension Site {
     }
 
     /// What a copy that left had noted is in the bitmaps of older ones now; they are on stable storage before its own goes.
-    private func synchronizeChanges(_ volume: VolumeState) throws {
+    func synchronizeChanges(_ volume: VolumeState) throws {
         for files in volume.copies.values where files.bitmap.header.bitmaps > 1 { try files.bitmap.synchronize() }
     }
 

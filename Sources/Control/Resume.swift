@@ -60,13 +60,7 @@ extension Site {
             links.append(Link(record: copies[index], resumption: resumption))
         }
         let forgotten = Set(links.filter { $0.resumption == .forgotten }.map(\.id))
-        copies.removeAll { forgotten.contains($0.id) }
-        if copies != volume.record.copies {
-            try volume.amend { record in
-                record.copies = copies
-                if !forgotten.isEmpty { record.forgotCopies = true }
-            }
-        }
+        if copies != volume.record.copies { try volume.amend { $0.copies = copies } }
         links = links.filter { $0.resumption != .forgotten && $0.resumption != .absent }
         links.sort { $0.record.order < $1.record.order }
         volume.nextOrder = ((links.last?.record.order ?? 0) / CopyRecord.orderStep + 1) * CopyRecord.orderStep
@@ -77,6 +71,9 @@ extension Site {
         let lost = opened.lastIndex { $0 == nil }.map { $0 + 1 } ?? 0
         if lost > 0 { try loseCopies(volume, group, links[..<lost]) }
         for (link, files) in zip(links, opened).dropFirst(lost) { try await resumeLink(volume, link, files!) }
+        guard !forgotten.isEmpty else { return }
+        try synchronizeChanges(volume)
+        try volume.amend { $0.copies.removeAll { forgotten.contains($0.id) } }
     }
 
     /// Whether the copy that is to take the place of a refreshed one has begun to use its target.
@@ -182,8 +179,7 @@ extension Site {
         let (number, id) = (volume.number, link.id)
         if record.isFilled, !volume.isTrusted {
             let regions = volume.activeRegions
-            let forgets =
-                volume.record.logIsBroken || volume.record.forgotCopies == true || record.mayLackChanges(in: volume.record.copies)
+            let forgets = volume.record.logIsBroken || record.mayLackChanges(in: volume.record.copies)
             await volume.reactor.run { reactor in
                 reactor.hosted(number).volume.recoverChanges(of: id, regions: forgets ? regions.all : regions.bitmap)
             }

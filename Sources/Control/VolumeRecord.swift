@@ -52,8 +52,6 @@ struct VolumeRecord: VersionedRecord {
     var bootID: String
     /// What held the state directory, the volume and the operator's targets then, by path (`StorageInstance`).
     var storage: [String: String]?
-    /// Copies were forgotten after power loss, and what changed since older ones is not known; until everything was taken up.
-    var forgotCopies: Bool?
     var clean: CleanMark?
     /// The file that was served last.
     var file: OpenFile.Identity?

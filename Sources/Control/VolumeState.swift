@@ -207,7 +207,6 @@ final class VolumeState {
             record.file = file
             record.servedAs = servedAs
             record.logIsBroken = false
-            record.forgotCopies = nil
         }
         isConfirmed = true
     }

@@ -167,7 +167,6 @@ package final class CopyWorld: Scenario {
             links.append((records[index], resumption))
         }
         for (record, resumption) in links where resumption == .forgotten || resumption == .absent {
-            if resumption == .forgotten { records.removeAll { $0.id == record.id } }
             images[record.id] = nil
             bitmaps[record.id] = nil
         }
@@ -181,14 +180,17 @@ package final class CopyWorld: Scenario {
                 let all = SimulatedBitmap(bits: 64)
                 let every = Bitmap(memory: all.memory, count: regions.count)
                 every.setAll()
-                let forgets = record.mayLackChanges(in: records) || links.contains { $0.1 == .forgotten }
-                volume.recoverChanges(of: record.id, regions: forgets ? every : regions)
+                volume.recoverChanges(of: record.id, regions: record.mayLackChanges(in: records) ? every : regions)
             }
             if resumption == .leaves {
                 images[record.id] = nil
                 volume.withdrawCopy(record.id)
             }
         }
+        let forgotten = Set(links.filter { $0.1 == .forgotten }.map(\.0.id))
+        guard !forgotten.isEmpty else { return }
+        flushChanges()
+        records.removeAll { forgotten.contains($0.id) }
     }
 
     private func hasTaken(_ id: CopyID) -> Bool {
@@ -553,6 +555,8 @@ package final class CopyWorld: Scenario {
         case 3: if let one, records.count < 7 { clone(one) }
         case 4, 5: if let one, restoring == nil { refresh(one) }
         case 6: if let one, restoring == nil { restore(one) }
+        case 7 where random.chance(30):
+            if let one { update(one.id) { $0.allowWrites(!$0.isWritable) } }
         default:
             if let one = records.isEmpty ? nil : records[random.below(records.count)],
                 records.count > 2 || random.chance(30)
@@ -748,6 +752,7 @@ package final class CopyWorld: Scenario {
     private func withdraw(_ record: CopyRecord) {
         guard restoring?.id != record.id, record.state != .creating else { return }
         guard volume.copy(record.id) != nil else {
+            flushChanges()
             records.removeAll { $0.id == record.id }
             return
         }

@@ -57,7 +57,8 @@ package struct CopyRecord: Codable, Sendable, Equatable {
     package enum Resumption: Equatable, Sendable {
         /// Not there; only listed.
         case absent
-        /// Not there, and nobody is to be told of it.
+        /// Not there, and nobody is to be told of it: the record goes once the changes of older copies, which this one may
+        /// have noted for them, are on stable storage (`mayLackChanges`).
         case forgotten
         case serves
         /// Read by older copies only.
@@ -78,12 +79,12 @@ package struct CopyRecord: Codable, Sendable, Equatable {
             return .absent
         }
         guard trusted || isDurable || (isComplete && state == .active) else {
-            if state == .creating || state == .withdrawing { return .forgotten }
+            let isKnown = state != .creating && state != .withdrawing
             if state != .lost {
                 reason = "lost when the machine went down"
                 state = .lost
             }
-            return .absent
+            return isKnown ? .absent : .forgotten
         }
         switch state {
         case .creating: return .leaves
