@@ -27,6 +27,8 @@ package struct FlashCopyRequest: Codable, Sendable {
     package var writable: Bool?
     /// Survive power loss.
     package var durable: Bool?
+    /// `restore`: hosts that have the volumes open for writing are disconnected instead of the restore being refused.
+    package var disconnect: Bool?
 
     package init(name: String, volumes: [String]) {
         self.name = name
@@ -50,6 +52,9 @@ package struct FlashCopyReport: Codable, Sendable {
     package var size: UInt64
     /// Of the background copy, if there is one.
     package var backgroundCopy: BackgroundReport?
+    /// Of a restore: the FlashCopy of the same volume that keeps what was discarded, and how many clients were disconnected.
+    package var keptAs: String?
+    package var disconnected: Int?
 
     package struct BackgroundReport: Codable, Sendable {
         package var complete: Bool
@@ -66,7 +71,8 @@ package struct FlashCopyReport: Codable, Sendable {
     }
 
     enum CodingKeys: String, CodingKey {
-        case volume, name, export, state, reason, writable, target, size
+        case volume, name, export, state, reason, writable, target, size, disconnected
+        case keptAs = "kept_as"
         case createdAt = "created_at"
         case survivesPowerLoss = "survives_power_loss"
         case preservedBytes = "preserved_bytes"

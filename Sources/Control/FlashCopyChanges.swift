@@ -1,8 +1,7 @@
-// FlashCopyChanges.swift: `farcopy flashcopy clone | refresh | restore`.
+// FlashCopyChanges.swift: `farcopy flashcopy clone | refresh`, and what restores have in common.
 //
 // Must be prevented:
 //   a refreshed copy is taken anew while others still read the old one through it
-//   the source changes before the decision to restore it is on stable storage
 //   a clone, which others read through, is placed where it holds another instant
 
 import Base
@@ -247,80 +246,7 @@ extension Site {
         return try await writeDown(record, volume, target)
     }
 
-    // MARK: Restore
-
-    /// The volumes become the FlashCopies' point in time again, at once; data flows back in the background.
-    func restoreFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
-        await copyTurnstile.enter()
-        defer { copyTurnstile.leave() }
-        let members = try members(request.volumes)
-        let found = try copies(request.name, members)
-        for (volume, record) in found {
-            try checkNotRestoring(volume)
-            guard record.state == .active else {
-                throw SiteError(
-                    "FlashCopy '\(request.name)' of volume '\(volume.name)' is \(record.state.rawValue): \(record.reason ?? "it cannot be restored")"
-                )
-            }
-            try checkNotSecondary(volume, "; fail over to a recovery point instead")
-        }
-        try await patiently(request.name) { try await self.restore(found) }
-        note(nil, "\(request.volumes.joined(separator: ", ")) restored from FlashCopy '\(request.name)'")
-        return try await reports(request.name, members)
-    }
-
-    private func restore(_ copies: [(VolumeState, CopyRecord)]) async throws {
-        for (volume, record) in copies {
-            _ = try makeRestoreBitmap(volume)
-            try volume.amend { $0.restoring = VolumeRecord.Restoring(copy: record.id, decided: false) }
-            await publish(volume, group(ofVolume: volume.name))  // the copy is read-only from here on
-            await disconnect(volume, record)
-        }
-        let intact = await together(copies.map(\.0)) { index in
-            let (volume, record) = copies[index]
-            await self.beginRestore(volume, from: record.id, fresh: true)
-        }
-        guard intact else {
-            for (volume, _) in copies { await takeBackRestore(volume) }
-            throw heldApart("restored")
-        }
-        for (index, (volume, record)) in copies.enumerated() {
-            do {
-                try await decideRestore(volume, record)
-            } catch {
-                // Those before it have begun to flow, and go on.
-                for (volume, _) in copies[index...] { await takeBackRestore(volume) }
-                throw error
-            }
-            let number = volume.number
-            await volume.reactor.run { $0.hosted(number).volume.continueRestore() }
-        }
-    }
-
-    private func decideRestore(_ volume: VolumeState, _ record: CopyRecord) async throws {
-        // What does not have to come back is the copy's as well, and may not have been flushed yet; nor may what clients
-        // wrote to the copy.
-        try await volume.flushSource()
-        for files in volume.copies.values { try files.target.synchronize() }
-        try volume.restoreBitmap?.synchronize()
-        try volume.amend { $0.restoring = VolumeRecord.Restoring(copy: record.id, decided: true) }  // the decision
-    }
-
-    /// Nothing has flowed back yet. A decision that may stand in the record's file all the same finds no bitmap, and a start says so.
-    private func takeBackRestore(_ volume: VolumeState) async {
-        let number = volume.number
-        await volume.reactor.run { $0.hosted(number).volume.cancelRestore() }
-        unlink(volume.restoreBitmapPath)
-        volume.acknowledge { $0.restoring = nil }
-        dropRestoreBitmap(volume)
-        await publish(volume, group(ofVolume: volume.name))
-    }
-
-    private func disconnect(_ volume: VolumeState, _ record: CopyRecord) async {
-        guard record.isWritable else { return }
-        let (number, id) = (volume.number, record.id)
-        await volume.reactor.run { $0.disconnectReaders(number, of: id) }
-    }
+    // MARK: Restores
 
     /// Gives the bitmap of grains to restore to the reactor. `fresh`: it is filled there, and the restore begins paused.
     func beginRestore(_ volume: VolumeState, from id: CopyID, fresh: Bool) async {
@@ -343,7 +269,7 @@ extension Site {
         return file
     }
 
-    private func dropRestoreBitmap(_ volume: VolumeState) {
+    func dropRestoreBitmap(_ volume: VolumeState) {
         let (number, slot) = (volume.number, volume.restoreFile)
         volume.restoreFile = -1
         volume.restoreBitmap = nil

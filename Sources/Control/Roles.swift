@@ -264,8 +264,8 @@ extension Site {
     func admitHosts(_ group: GroupState) async {
         group.servesHosts = true
         for volume in members(group) {
-            let number = volume.number
-            await volume.reactor.run { $0.hosted(number).writable = true }
+            let (number, writable) = (volume.number, !volume.shutsHostsOut)
+            await volume.reactor.run { $0.hosted(number).writable = writable }
             await publish(volume, group)
         }
     }

@@ -107,6 +107,7 @@ package actor Site {
             try renewIfServedElsewhere(group)
             try giveUpUncertainPoint(group)
         }
+        try completeRestoreDecisions()
         for group in groups.values { try await decideService(group) }
         for entry in configuration.volumes { try await host(volumes[entry.name]!) }
         for socket in try SocketActivation.take() { greeter.perform { $0.listen(on: socket) } }
@@ -256,8 +257,11 @@ package actor Site {
             }
         } else {
             entries[name] = entry(
-                .volume, "volume \(name) of site \(configuration.site)",
-                readOnly: volume.entry.readOnly || group?.servesHosts == false, since: kept[...])
+                .volume,
+                "volume \(name) of site \(configuration.site)"
+                    + (volume.record.restoredAt.map { ", restored \(timestamp($0))" } ?? ""),
+                readOnly: volume.entry.readOnly || group?.servesHosts == false || volume.shutsHostsOut,
+                since: kept[...])
         }
         exports.replace(where: { $0 == name || $0.hasPrefix("\(name)@") }, with: entries)
     }

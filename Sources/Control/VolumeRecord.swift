@@ -36,6 +36,10 @@ struct VolumeRecord: VersionedRecord {
         var copy: CopyID
         /// False: nothing has flowed back yet, and nobody was told that it would.
         var decided: Bool
+        /// The FlashCopy that keeps what is discarded; it counts once this is decided.
+        var kept: CopyID?
+        /// The same for all volumes that are restored together: once one of them is decided, all are.
+        var decision: String?
     }
 
     var format = currentFormat
@@ -57,6 +61,8 @@ struct VolumeRecord: VersionedRecord {
     var file: OpenFile.Identity?
     /// The volume becomes a FlashCopy's point in time again.
     var restoring: Restoring?
+    /// When it was last decided that it does, seconds since 1970: what a host has cached from before is not of this volume.
+    var restoredAt: Double?
     /// The activity log could not be written: after power loss it says nothing.
     var logIsBroken = false
 }

@@ -38,6 +38,8 @@ final class VolumeState {
     var copies: [CopyID: CopyFiles] = [:]
     var restoreBitmap: BitmapFile?
     var restoreFile: StoreFile = -1
+    /// While a restore begins hosts can only read.
+    var shutsHostsOut = false
     /// Larger than the order of every copy and point in the chain.
     var nextOrder = CopyRecord.orderStep
 

@@ -3,8 +3,10 @@
 // The kernel makes I/O wait when it has lost its connections, for as long as DEAD_CONN_TIMEOUT says; whoever connected
 // the device must bring it new ones. The keeper watches its copies of the sockets and does that.
 //
-// Must be prevented: a keeper gives sockets to a device that was disconnected, or connected to something else, meanwhile.
-// (The kernel compares the backend identifier; a device that has none of ours ends the keeper.)
+// Must be prevented:
+//   a keeper gives sockets to a device that was disconnected, or connected to something else, meanwhile (the kernel compares
+//     the backend identifier; a device that has none of ours ends the keeper)
+//   what the host has cached of a volume is written to it after it was restored from a FlashCopy: the device is detached
 
 import CNetlink
 import Glibc
@@ -18,6 +20,8 @@ package final class DeviceKeeper {
     private let netlink: NBDNetlink
     /// Copies of the sockets that the kernel uses; -1 = dead.
     private var sockets: [Int32] = []
+    /// When the volume that the device shows was last restored, as the server said at the first connection.
+    private var restoredAt: String??
     private let log: (String) -> Void
 
     package struct Options: Sendable {
@@ -61,6 +65,7 @@ package final class DeviceKeeper {
             throw SystemError(
                 "attach \(device): the server allows one connection only; use --connections 1", errno: EINVAL)
         }
+        restoredAt = .some(first.restoredAt)
         sockets = [dup(first.socket)]
         while sockets.count < options.connections {
             let connection = try KernelConnection(uri: uri)
@@ -107,6 +112,14 @@ package final class DeviceKeeper {
             guard let connection = try? KernelConnection(uri: uri) else {
                 sleepMilliseconds(200)
                 return true
+            }
+            if restoredAt == nil { restoredAt = .some(connection.restoredAt) }
+            if let restored = connection.restoredAt, restoredAt != .some(.some(restored)) {
+                log(
+                    "/dev/nbd\(index): the volume was restored from a FlashCopy at \(restored), so what this host has cached of "
+                        + "it is void; the device is detached: unmount it, then attach it anew")
+                try? netlink.disconnect(index)
+                return false
             }
             do {
                 try netlink.reconnect(index, identifier: identifier, socket: connection.socket)

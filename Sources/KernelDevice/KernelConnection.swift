@@ -10,6 +10,8 @@ struct KernelConnection: ~Copyable {
     let size: UInt64
     let flags: UInt64
     let minimumBlockSize: UInt64
+    /// When the volume was last restored from a FlashCopy, in the server's words; nil = never, or it is none of Farcopy's.
+    let restoredAt: String?
 
     private static let patienceSeconds: Double = 10
 
@@ -18,6 +20,7 @@ struct KernelConnection: ~Copyable {
         guard let handle = nbd_create() else { throw Self.failure("make a connection to \(uri)") }
         defer { nbd_close(handle) }
         nbd_set_request_structured_replies(handle, false)
+        nbd_set_full_info(handle, true)
         guard nbd_aio_connect_uri(handle, uri) == 0 else { throw Self.failure("connect to \(uri)") }
         let deadline = monotonicSeconds() + Self.patienceSeconds
         while nbd_aio_is_ready(handle) != 1 {
@@ -40,9 +43,17 @@ struct KernelConnection: ~Copyable {
         size = UInt64(max(0, nbd_get_size(handle)))
         flags = Self.flags(handle)
         minimumBlockSize = UInt64(max(0, nbd_get_block_size(handle, Int32(LIBNBD_SIZE_MINIMUM))))
+        restoredAt = Self.restoredAt(handle)
     }
 
     deinit { close(socket) }
+
+    private static func restoredAt(_ handle: OpaquePointer) -> String? {
+        guard let text = nbd_get_export_description(handle) else { return nil }
+        defer { free(text) }
+        let words = String(cString: text).split(separator: " ")
+        return words.firstIndex(of: "restored").flatMap { $0 + 1 < words.endIndex ? String(words[$0 + 1]) : nil }
+    }
 
     private static func failure(_ attempt: String) -> SystemError {
         let text = nbd_get_error().map { String(cString: $0) } ?? "unknown error"

@@ -367,6 +367,25 @@ package final class Reactor {
         quiesces.append(Quiesce(volume: number, clients: clients, done: done))
     }
 
+    /// A client that has the volume itself open.
+    package struct Host: Sendable {
+        package var from: String
+        package var mayWrite: Bool
+    }
+
+    package func hosts(of number: VolumeNumber) -> [Host] {
+        guard openConnections > 0 else { return [] }
+        var hosts: [Host] = []
+        for slot in 0..<Limits.connectionsPerReactor {
+            let connection = connections[slot]
+            guard case .transmission(let limits) = connection.phase, connection.volume == number,
+                Clients.hosts.include(connection)
+            else { continue }
+            hosts.append(Host(from: connection.client.text, mayWrite: !limits.readOnly))
+        }
+        return hosts
+    }
+
     /// Ends the connections that have a copy open.
     package func disconnectReaders(_ number: VolumeNumber, of copy: CopyID) {
         closeConnections { $0.volume == number && $0.view == .copy(copy) }

@@ -114,10 +114,37 @@ struct FlashCopyCommand: AsyncParsableCommand {
     struct Restore: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
             abstract:
-                "Make the volumes the FlashCopy's point in time again, at once; data flows back in the background.")
+                "Make the volumes the FlashCopy's point in time again, at once; data flows back in the background.",
+            discussion:
+                "What the volumes hold is kept as FlashCopy before-restore-N until it is withdrawn. Hosts must not have the "
+                + "volumes open for writing; with --yes they are disconnected.")
         @OptionGroup var options: ControlOptions
+        @Flag(help: "Disconnect hosts that have the volumes open; do not ask.") var yes = false
         @Argument(help: "VOLUME… NAME") var words: [String]
-        func run() async throws { try await change(options, "/restore", try request(words)) }
+
+        func run() async throws {
+            var request = try request(words)
+            request.disconnect = yes
+            let answer: [UInt8]
+            do {
+                answer = try await post(options, "/restore", request)
+            } catch let refusal as SiteError where refusal.status == 412 && isatty(0) == 1 {
+                Output.line(refusal.description)
+                Output.write(Array("disconnect them? [y/N] ".utf8))
+                guard let words = readLine(), ["y", "yes"].contains(words.lowercased()) else {
+                    throw SiteError("nothing was done")
+                }
+                request.disconnect = true
+                answer = try await post(options, "/restore", request)
+            }
+            if options.json { return Output.write(answer) }
+            for report in try reports(answer) {
+                Output.line(
+                    "\(report.volume): restored from \(report.name); what it held before is kept as FlashCopy "
+                        + "\(report.keptAs ?? "-") until it is withdrawn; \(report.disconnected ?? 0) connections ended"
+                )
+            }
+        }
     }
 
     struct Clone: AsyncParsableCommand {
@@ -161,9 +188,15 @@ struct FlashCopyCommand: AsyncParsableCommand {
     }
 
     /// Older copies may have to be given what they need first, so there is time.
-    private static func change(_ options: ControlOptions, _ word: String, _ request: FlashCopyRequest) async throws {
+    private static func post(
+        _ options: ControlOptions, _ word: String, _ request: FlashCopyRequest
+    ) async throws -> [UInt8] {
         let body = [UInt8](try JSONEncoder().encode(request))
-        let answer = try await options.call("POST", "/v1/flashcopies\(word)", body: body, seconds: 7 * 86400)
+        return try await options.call("POST", "/v1/flashcopies\(word)", body: body, seconds: 7 * 86400)
+    }
+
+    private static func change(_ options: ControlOptions, _ word: String, _ request: FlashCopyRequest) async throws {
+        let answer = try await post(options, word, request)
         if options.json { return Output.write(answer) }
         for report in try reports(answer) { Output.line(report.export) }
     }

@@ -61,6 +61,30 @@ dmesg | busybox grep -E "I/O error|Unexpected reply|Double reply|corrupt|shut ?d
 exit 0
 """ % FIO
 
+RESTORE = """
+U=nbd://10.0.2.2:PORT
+farcopy attach $U/disk /dev/nbd0 --timeout 3 || fail attach
+mkfs.ext4 -q /dev/nbd0 || fail mkfs
+mount -t ext4 /dev/nbd0 /tmp/a || fail mount
+echo before >/tmp/a/file && busybox sync || fail write
+umount /tmp/a || fail umount
+host copied
+mount -t ext4 /dev/nbd0 /tmp/a || fail mount again
+echo after >/tmp/a/file && busybox sync && echo cached >/tmp/a/other || fail write again
+host restored
+busybox sync
+for try in 1 2 3 4 5 6 7 8 9 10; do busybox pidof farcopy >/dev/null || break; sleep 1; done
+busybox pidof farcopy && fail the device is kept
+umount /tmp/a
+farcopy attach $U/disk /dev/nbd1 --timeout 3 || fail attach anew
+e2fsck -fn /dev/nbd1 || fail e2fsck: stale caches were written over what was restored
+mount -t ext4 /dev/nbd1 /tmp/b || fail mount anew
+[ "$(busybox cat /tmp/b/file)" = before ] || fail it is not what was restored
+echo new >/tmp/b/file && busybox sync || fail write anew
+umount /tmp/b && farcopy detach /dev/nbd1 || fail detach
+exit 0
+"""
+
 
 class Kernel(SiteTest):
     seconds = 600
@@ -101,3 +125,16 @@ class Kernel(SiteTest):
             time.sleep(2)
             site.start()
         self.guest(ATTACH, {"killed": killed, "upgraded": upgraded})
+
+    def test_a_mounted_file_system_does_not_write_over_what_was_restored(self):
+        site = self.serve()
+        refused = []
+
+        def copied():
+            site.farcopy("flashcopy", "create", "disk", "good")
+
+        def restored():
+            refused.append(site.farcopy("flashcopy", "restore", "disk", "good", check=False))
+            site.farcopy("flashcopy", "restore", "disk", "good", "--yes")
+        self.guest(RESTORE, {"copied": copied, "restored": restored})
+        self.assertIn("open for writing over 4 connections (4 from 127.0.0.1)", refused[0].stderr)
