@@ -104,6 +104,8 @@ package enum Limits {
     package static let changedWordsPerAnswer = 16 << 10
     /// A site that is asked to give up a role and could not begin after this long is asked again.
     package static let yieldWaitSeconds = 60
+    /// Dropping recovery points waits so long until their files are gone.
+    package static let dropSeconds = 60
     /// A switchover that has not sent its last point after this long lets hosts write again.
     package static let handOverSeconds = 60
 

@@ -1,5 +1,5 @@
 // Alerts.swift: what an operator must hear of: a lag that is too long, a drain that takes too long, a suspension, a
-// split-brain. Each is told once when it begins, runs its command, and is told again when it is over.
+// split-brain, what a secondary refused. Each is told once when it begins, runs its command, and is told again when it is over.
 
 import FoundationEssentials
 import Glibc
@@ -20,13 +20,15 @@ enum AlertKind: String, Sendable {
     case slowDrain = "drain"
     case suspended
     case splitBrain = "split-brain"
+    /// A secondary could not take what its primary sent.
+    case refused
 
     var command: GroupEvent? {
         switch self {
         case .lagExceeded: .lagExceeded
         case .suspended: .suspended
         case .splitBrain: .splitBrain
-        case .slowDrain: nil
+        case .slowDrain, .refused: nil
         }
     }
 }
@@ -67,6 +69,7 @@ extension Site {
                 review(group)
                 keepTime(group)
             }
+            watchSpace()
             try? await Task.sleep(for: .milliseconds(200))
         }
     }
@@ -93,6 +96,7 @@ extension Site {
             endAlert(group, .suspended)
         }
         if record.conflict?.kind != .splitBrain { endAlert(group, .splitBrain) }
+        if record.role != .secondary { endAlert(group, .refused) }
         if record.role == .primary, record.failedOver == nil, let newest = record.points.last,
             let done = record.lastCommitted,
             done.isBase != true, done.number >= newest.number + UInt64(group.entry.keep.most), !group.isRetiring
@@ -100,6 +104,38 @@ extension Site {
             group.isRetiring = true
             Task { await retirePoints(group) }
         }
+    }
+
+    // MARK: At the secondary
+
+    /// Commits a point; a refusal is told here as well, where the reason lies, not only by the primary.
+    func takeCommit(_ name: String, _ request: CommitRequest) async throws -> CommitAnswer {
+        do {
+            let answer = try await commit(name, request)
+            if let group = groups[name] { endAlert(group, .refused) }
+            return answer
+        } catch {
+            // What an ended session asks for is nobody's concern.
+            if let group = groups[name], group.session == request.session {
+                alert(group, .refused, "point \(request.number) could not be committed: \(error)")
+            }
+            throw error
+        }
+    }
+
+    /// A write or flush of the primary failed.
+    ///
+    /// - Parameter copy: the recovery point or FlashCopy that did not take old content; nil = the volume's own file.
+    func writeRefused(_ volume: VolumeState, _ group: GroupState, _ copy: CopyID?, _ errno: Int32) {
+        let path =
+            copy.map { id in
+                let record = volume.record.copies.first { $0.id == id }
+                return record?.target ?? volume.targetPath(record?.targetOwner ?? id)
+            } ?? volume.source.path
+        alert(
+            group, .refused,
+            "volume \(volume.name): what '\(group.entry.peer)' sends cannot be written: \(path): \(String(cString: strerror(errno)))"
+        )
     }
 
     /// Recovery points from when this site was secondary leave once the peer has as many newer ones.

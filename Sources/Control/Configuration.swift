@@ -151,6 +151,8 @@ package struct Configuration: Sendable {
     package var controlNames: [String]
     /// Files, devices and directories in which FlashCopies may have targets.
     package var targets: [String]
+    /// A command that runs when a file system that the site writes to becomes full.
+    package var onSpaceLow: String?
     package var nbd: NBDEntry
     package var volumes: [VolumeEntry]
     package var groups: [GroupEntry]
@@ -169,7 +171,7 @@ package struct Configuration: Sendable {
         self.path = path
         try reader.check(table, "", known: ["site", "nbd", "volumes", "groups", "peers"])
         let siteTable = try reader.table(table, "", "site")
-        try reader.check(siteTable, "site", known: ["name", "state", "control", "control_names", "targets"])
+        try reader.check(siteTable, "site", known: ["name", "state", "control", "control_names", "targets", "on_space_low"])
         site = try reader.name(siteTable, "site", "name")
         state = try reader.absolutePath(siteTable, "site", "state")
         control = try reader.addresses(siteTable, "site", "control")
@@ -181,6 +183,7 @@ package struct Configuration: Sendable {
             try siteTable["targets"].map { _ in
                 try reader.absolutePaths(siteTable, "site", "targets")
             } ?? [state]
+        onSpaceLow = siteTable["on_space_low"] == nil ? nil : try reader.string(siteTable, "site", "on_space_low")
         nbd = try reader.nbd(table)
         volumes = try reader.volumes(table)
         peers = try reader.peers(table, site: site, tls: nbd.tls)

@@ -463,14 +463,7 @@ struct ConfigurationReader {
 
     // MARK: Times and sizes
 
-    /// "500ms", "5s", "10min", "1h"; nil when it is no time.
-    private func seconds(_ text: String) -> Double? {
-        let units: [(String, Double)] = [("ms", 0.001), ("s", 1), ("min", 60), ("h", 3600)]
-        for (unit, seconds) in units where text.hasSuffix(unit) {
-            if let number = Double(text.dropLast(unit.count)), number >= 0 { return number * seconds }
-        }
-        return nil
-    }
+    private func seconds(_ text: String) -> Double? { parseDuration(text) }
 
     /// "10GiB", "512MiB", "4096" …; bytes.
     private func size(_ table: TOMLTable, _ section: String, _ key: String) throws -> UInt64 {
@@ -481,6 +474,15 @@ struct ConfigurationReader {
         }
         return bytes
     }
+}
+
+/// Seconds of "500ms", "5s", "10min", "1h" or "7d"; nil when it is no duration.
+package func parseDuration(_ text: String) -> Double? {
+    let units: [(String, Double)] = [("ms", 0.001), ("s", 1), ("min", 60), ("h", 3600), ("d", 86400)]
+    for (unit, seconds) in units where text.hasSuffix(unit) {
+        if let number = Double(text.dropLast(unit.count)), number.isFinite, number >= 0 { return number * seconds }
+    }
+    return nil
 }
 
 /// Bytes of "10GiB", "1.5TiB", "4096"; nil when it is no size.

@@ -111,6 +111,12 @@ package struct ControlServer: Sendable {
         router.get("/v1/groups/{group}/points") { _, context in
             await guarded { try answer(try await site.points(try context.parameters.require("group"))) }
         }
+        router.post("/v1/groups/{group}/points/drop") { request, context in
+            await guarded {
+                let body = try await decode(PointDropRequest.self, request)
+                return try answer(try await site.dropPoints(try context.parameters.require("group"), body))
+            }
+        }
         router.post("/v1/groups/{group}/cycle") { request, context in
             await guarded {
                 let name = try context.parameters.require("group")
@@ -310,13 +316,13 @@ package struct ControlServer: Sendable {
         router.post("/v1/peer/groups/{group}/session") { request, context in
             await guarded {
                 let body = try await decode(SessionRequest.self, request)
-                return try answer(try await site.openSession(try context.parameters.require("group"), body))
+                return try answer(try await site.acceptSession(try context.parameters.require("group"), body))
             }
         }
         router.post("/v1/peer/groups/{group}/commit") { request, context in
             await guarded {
                 let body = try await decode(CommitRequest.self, request)
-                return try answer(try await site.commit(try context.parameters.require("group"), body))
+                return try answer(try await site.takeCommit(try context.parameters.require("group"), body))
             }
         }
     }
@@ -369,6 +375,9 @@ enum Metrics {
                     ("group=\"\(name)\",alert=\"\($0.split(separator: ":").first.map(String.init) ?? "")\"", 1)
                 }
             })
+        family(
+            "filesystem_used_ratio", "How full a file system is that the site writes to, from 0 to 1.",
+            (status.fileSystems ?? []).map { ("path=\"\($0.path)\"", $0.usedRatio) })
         family(
             "group_state", "1 for the state that the group is in.",
             groups.map { ("group=\"\($0.key)\",state=\"\($0.value.state)\",role=\"\($0.value.role)\"", 1) })

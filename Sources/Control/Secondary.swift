@@ -310,6 +310,7 @@ extension Site {
                 group.session = nil
                 for volume in members { await endIntake(volume, next: 0) }
             case .differences:
+                reserve.release()  // whatever is full
                 do {
                     for volume in members { discarded += try await prepareRestore(volume, from: id) }
                 } catch {

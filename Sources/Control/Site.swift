@@ -41,6 +41,12 @@ package actor Site {
     let events = EventLog()
     let copyTurnstile = Turnstile()
     let checksumTurnstile = Turnstile(places: Limits.checksumsAtOnce)
+    /// How full the file systems are.
+    var space = SpaceWatch()
+    var nextSpaceLook: UInt64 = 0
+    /// Given back when a failover finds no room.
+    private(set) var reserve: SpaceReserve
+    var reserveProblem: String?
     /// Refreshes that wait until a copy is out of use.
     var readyWaiters: [CopyID: CheckedContinuation<Void, Never>] = [:]
     /// When the progress of a background copy was looked at first, and how many grains it had.
@@ -75,6 +81,7 @@ package actor Site {
         var found: SiteRecord?
         siteRecordFile = try DurableRecord(path: "\(configuration.state)/site.record", value: &found)
         siteRecord = found ?? SiteRecord(id: randomIdentity())
+        reserve = SpaceReserve(directory: configuration.state, bitmapBytes: 0)
         if found == nil { try siteRecordFile.save(siteRecord) }
     }
 
@@ -107,6 +114,11 @@ package actor Site {
             try renewIfServedElsewhere(group)
             try giveUpUncertainPoint(group)
         }
+        reserve = SpaceReserve(
+            directory: state.path,
+            bitmapBytes: groups.values.flatMap { members($0) }.reduce(0) { $0 + UInt64($1.restoreHeader.fileBytes) }
+        )
+        keepReserve()
         try completeRestoreDecisions()
         for group in groups.values { try await decideService(group) }
         for entry in configuration.volumes { try await host(volumes[entry.name]!) }
@@ -125,6 +137,7 @@ package actor Site {
 
     /// What was under way in a group when the last process ended.
     private func goOn(_ group: GroupState) async throws {
+        await applyRetention(group)
         if group.isolation != nil { Task { await awaitPeer(group) } }
         if group.isMirroring, group.isolation == nil { try await startReplication(group) }
         if group.record.handingOver != nil { Task { await finishHandover(group) } }
@@ -397,6 +410,8 @@ package actor Site {
                 group?.entry.name,
                 "volume \(name): \(volume.source.path) could not be flushed (\(String(cString: strerror(errno)))): what was written "
                     + "before may be lost, and every flush of its clients fails until the site is restarted")
+        case .writeRefused(let copy, let errno):
+            if let group { writeRefused(volume, group, copy, errno) }
         case .restoreFinished:
             if let group, group.record.failedOver?.restoring.contains(name) == true {
                 await group.acknowledge { $0.failedOver?.restoring.removeAll { $0 == name } }
@@ -416,6 +431,8 @@ package actor Site {
 
     /// Writes records again whose last save has failed, until their files say what memory does.
     func settleRecords() {
+        guard volumes.values.contains(where: \.isUnsaved) || groups.values.contains(where: \.isUnsaved) else { return }
+        reserve.releaseIfShort()
         for volume in volumes.values where volume.isUnsaved { try? volume.settle() }
         for group in groups.values where group.isUnsaved { try? group.settle() }
     }

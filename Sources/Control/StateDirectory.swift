@@ -9,6 +9,7 @@
 //   volumes/NAME/restore.bitmap          grains still to be restored from a FlashCopy or recovery point
 //   volumes/NAME/copies/ID.target .bitmap
 //   groups/NAME/group.record
+//   reserve                              only takes space, given back when a failover finds none
 
 import Base
 import FoundationEssentials

@@ -114,6 +114,14 @@ package struct StatusReport: Codable, Sendable {
     package var nbd: [String]
     package var volumes: [String: VolumeReport]
     package var groups: [String: GroupReport]
+    /// Of the site as a whole.
+    package var alerts: [String]?
+    /// Those that the site writes to.
+    package var fileSystems: [FileSystemReport]?
+    enum CodingKeys: String, CodingKey {
+        case site, version, nbd, volumes, groups, alerts
+        case fileSystems = "file_systems"
+    }
 }
 
 /// RFC 3339 in UTC with milliseconds.
@@ -145,6 +153,8 @@ extension Site {
         var report = StatusReport(
             site: configuration.site, version: Self.version, nbd: configuration.nbd.listen.map(\.description),
             volumes: [:], groups: [:])
+        report.alerts = space.alerts.isEmpty ? nil : space.alerts
+        report.fileSystems = space.fileSystems
         var pending: [String: UInt64] = [:]
         let names = exports.listed()
         for volume in volumes.values {
@@ -270,6 +280,7 @@ extension Site {
         guard group.session != nil else {
             return ("suspended", "the primary has not connected since this site started")
         }
+        if let refused = group.alerts[.refused] { return ("suspended", refused) }
         guard let newest = record.points.last else { return ("copying", nil) }
         return (newest.isBase == true ? "resyncing" : "mirroring", nil)
     }

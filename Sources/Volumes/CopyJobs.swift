@@ -404,7 +404,10 @@ extension Volume {
                 giveUpPoint(errno: pointError)
             }
             guard copyError != 0, job.targetCopy >= 0 else { return 0 }
-            if policy == .copiesFirst { return copyError }
+            if policy == .copiesFirst {
+                tellRefusal(job.targetCopy, copyError)
+                return copyError
+            }
             if let index = chainIndex(job.targetCopy) {
                 // A target that does not take old content ends its own copy; the next older one may have room. Old
                 // content that cannot be read is lost to all.

@@ -268,6 +268,20 @@ extension Volume {
         return nil
     }
 
+    /// Grains that copies which leave together may have to hand over to older ones, at most.
+    package func handoverBound(of leaving: [CopyID]) -> Int {
+        var grains = 0
+        var hasHeir = false
+        for index in 0..<chainCount {
+            if !leaving.contains(chain[index].id) {
+                hasHeir = hasHeir || chain[index].state == .active
+            } else if hasHeir {
+                grains += chain[index].preservedCount
+            }
+        }
+        return grains
+    }
+
     /// Whether nothing reads or writes the files of a copy.
     func isIdle(_ index: Int) -> Bool {
         let copy = chain[index]

@@ -60,6 +60,8 @@ package enum VolumeEvent: Sendable, Equatable {
     case activityLogFailed(errno: Int32)
     /// A flush of the volume's own file has failed: hosts' flushes fail until it is opened anew.
     case sourceLost(errno: Int32)
+    /// A secondary did not take a write or flush of its primary: the source failed, or the copy that old content was to go to.
+    case writeRefused(copy: CopyID?, errno: Int32)
     /// Every grain of a restore is back on the source.
     case restoreFinished
     /// A restore cannot go on: this grain could not be read or written.

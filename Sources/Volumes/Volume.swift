@@ -292,11 +292,17 @@ package final class Volume {
 
     /// A write with FUA may end in a flush, so the I/O decides, not the request.
     private func completeRequest(_ slot: Int32, _ io: StoreIO, _ errno: Int32) {
+        if errno != 0, io.operation != .read, io.file == Self.source { tellRefusal(nil, errno) }
         switch io.operation {
         case .flush: completeFlush(slot, errno)
         case .read: completeRead(slot, errno)
         case .write, .zero, .trim: completeWrite(slot, errno)
         }
+    }
+
+    /// A primary knows from the answer that its secondary refused something; this is for those who run the secondary.
+    func tellRefusal(_ copy: CopyID?, _ errno: Int32) {
+        if policy == .copiesFirst { emit(.writeRefused(copy: copy, errno: errno)) }
     }
 
     func token(_ slot: Int32) -> IOToken {

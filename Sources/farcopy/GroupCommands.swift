@@ -81,17 +81,67 @@ private func simple(_ options: ControlOptions, _ path: String) async throws {
 
 struct Points: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "List the recovery points (at the primary: the newest committed one).")
+        abstract: "List the recovery points (at the primary: the newest committed one), or drop some.",
+        discussion:
+            "Dropping frees their space at once. The newest point stays, and the one that was failed over to; so do points with "
+            + "readers. Drop the oldest first: what older points read through a newer one moves to them.")
     @OptionGroup var options: ControlOptions
     @Argument(help: "The group.") var group: String
+    @Option(parsing: .upToNextOption, help: "Drop these points.") var drop: [UInt64] = []
+    @Option(
+        help: "Drop points formed before a time (2026-11-21T17:00:00Z), or longer ago than an age (90min, 36h, 7d).")
+    var olderThan: String?
+    @Flag(help: "Do not ask.") var yes = false
+
+    func validate() throws {
+        if !drop.isEmpty, olderThan != nil { throw ValidationError("--drop and --older-than exclude each other") }
+    }
 
     func run() async throws {
+        if !drop.isEmpty || olderThan != nil { return try await remove() }
         let bytes = try await options.call("GET", "/v1/groups/\(encoded(group))/points")
         if options.json { return printRaw(bytes) }
         let points: [StatusReport.PointReport] = try decode(bytes)
         for point in points {
             Output.line("\(point.id)\tformed \(point.formedAt)\tcommitted \(point.committedAt ?? "-")")
         }
+    }
+
+    private func remove() async throws {
+        var request = PointDropRequest(points: olderThan == nil ? drop : nil, olderThan: olderThan)
+        request.preview = true
+        let shown: PointDropReport = try decode(try await call(request))
+        let words = render(shown, "would be dropped")
+        if !yes, !shown.dropped.isEmpty {
+            guard isatty(0) == 1 else {
+                throw ValidationError("\(words)\nthere is nobody to ask; give --yes to drop them")
+            }
+            Output.line(words)
+            Output.write(Array("drop them? [y/N] ".utf8))
+            guard let answer = readLine(), ["y", "yes"].contains(answer.lowercased()) else {
+                throw SiteError("nothing was done")
+            }
+        }
+        request.preview = nil
+        let bytes = try await call(request)
+        if options.json { return printRaw(bytes) }
+        Output.line(render(try decode(bytes), "dropped"))
+    }
+
+    private func call(_ request: PointDropRequest) async throws -> [UInt8] {
+        let body = [UInt8](try JSONEncoder().encode(request))
+        return try await options.call("POST", "/v1/groups/\(encoded(group))/points/drop", body: body, seconds: 600)
+    }
+
+    private func render(_ report: PointDropReport, _ verb: String) -> String {
+        var lines = report.dropped.map { "point \($0.id), formed \($0.formedAt): \(verb)" }
+        lines += report.kept.map { "point \($0.id) stays: \($0.reason)" }
+        if report.dropped.isEmpty { lines.append("nothing is dropped") }
+        if report.freedBytes > 0 { lines.append("their files take \(StatusText.bytes(report.freedBytes))") }
+        for point in report.leaving {
+            lines.append("point \(point) leaves once what older ones read through it has moved to them")
+        }
+        return lines.joined(separator: "\n")
     }
 }
 
@@ -206,6 +256,7 @@ enum StatusText {
 
     static func render(_ report: StatusReport, groupOnly: Bool) -> String {
         var lines = ["site \(report.site)"]
+        if let alerts = report.alerts, !groupOnly { lines += alerts.map { "  alert: \($0)" } }
         for (name, group) in report.groups.sorted(by: { $0.key < $1.key }) { lines += text(name, group) }
         guard !groupOnly else { return lines.joined(separator: "\n") }
         for (name, volume) in report.volumes.sorted(by: { $0.key < $1.key }) {

@@ -1,0 +1,216 @@
+// PointRemoval.swift: recovery points leave before newer ones push them out: `keep` became smaller, or an operator says so
+// (`farcopy points GROUP --drop N… | --older-than …`).
+//
+// Must be prevented:
+//   the newest point is dropped, which the primary's next one builds on, or the one that was failed over to
+//   a point is dropped under its readers
+//   on a full disk, dropping a point has its data moved to an older one, which has no room for it and is lost
+//   a crash in between brings back a point of which some volumes have no part any more: the record retires it first
+
+import Base
+import FoundationEssentials
+import Glibc
+import NBDServer
+import Replication
+import Ring
+import Volumes
+
+/// Which recovery points are dropped: those with these numbers, or those that were formed before a time.
+package struct PointDropRequest: Codable, Sendable {
+    package var points: [UInt64]?
+    /// A time (RFC 3339), or an age such as "36h".
+    package var olderThan: String?
+    /// Says only what would be dropped.
+    package var preview: Bool?
+    enum CodingKeys: String, CodingKey {
+        case points, preview
+        case olderThan = "older_than"
+    }
+    package init(points: [UInt64]? = nil, olderThan: String? = nil) {
+        self.points = points
+        self.olderThan = olderThan
+    }
+}
+
+package struct PointDropReport: Codable, Sendable {
+    package struct Kept: Codable, Sendable {
+        package var id: UInt64
+        package var reason: String
+    }
+    package var dropped: [StatusReport.PointReport]
+    /// Those that were asked for by their age and cannot be dropped.
+    package var kept: [Kept]
+    /// Bytes that the dropped points' files took.
+    package var freedBytes: UInt64
+    /// Dropped points whose files are still there, since what older copies need of them moves first.
+    package var leaving: [UInt64]
+    enum CodingKeys: String, CodingKey {
+        case dropped, kept, leaving
+        case freedBytes = "freed_bytes"
+    }
+}
+
+extension Site {
+    // MARK: Retention
+
+    /// Recovery points that `keep` does not cover leave; it may have become smaller since the last commit.
+    func applyRetention(_ group: GroupState) async {
+        guard group.record.role == .secondary else { return }
+        let dropped = group.entry.keep.dropped(group.record.points)
+        guard !dropped.isEmpty else { return }
+        do {
+            try await retire(dropped, group)
+        } catch {
+            return note(group.entry.name, "recovery points that 'keep' does not cover cannot be dropped: \(error)")
+        }
+        for volume in members(group) {
+            let (number, ids) = (volume.number, dropped.map { CopyID($0.number) })
+            await volume.reactor.run { reactor in for id in ids { reactor.hosted(number).volume.withdrawCopy(id) } }
+            await publish(volume, group)
+        }
+        let numbers = dropped.map { String($0.number) }.joined(separator: ", ")
+        note(group.entry.name, "recovery points \(numbers) leave, since 'keep' does not cover them any more")
+    }
+
+    /// A session of the peer; what `keep` does not cover makes room before anything is sent.
+    func acceptSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
+        let answer = try await openSession(name, request)
+        let group = try group(name)
+        await group.turnstile.enter()
+        defer { group.turnstile.leave() }
+        await applyRetention(group)
+        return answer
+    }
+
+    // MARK: By command
+
+    func dropPoints(_ name: String, _ request: PointDropRequest) async throws -> PointDropReport {
+        let group = try group(name)
+        await group.turnstile.enter()
+        defer { group.turnstile.leave() }
+        var (wanted, kept) = try await choosePoints(group, request)
+        if request.olderThan == nil, !kept.isEmpty {
+            throw SiteError("group '\(name)': " + kept.map { "point \($0.id): \($0.reason)" }.joined(separator: "; "))
+        }
+        if let reason = await shortage(group, wanted) {
+            guard request.olderThan != nil else { throw SiteError("group '\(name)': \(reason)") }
+            kept += wanted.map { PointDropReport.Kept(id: $0.number, reason: reason) }
+            wanted = []
+        }
+        let bytes = members(group).reduce(0) { sum, volume in
+            wanted.reduce(sum) { $0 + allocatedBytes(volume, CopyID($1.number)) }
+        }
+        var report = PointDropReport(dropped: wanted.map(\.report), kept: kept, freedBytes: bytes, leaving: [])
+        guard request.preview != true, !wanted.isEmpty else { return report }
+        try await retire(wanted, group)
+        for volume in members(group) {
+            // Oldest first: it has nobody to hand over to, and those after it then have not either.
+            for point in wanted { await leave(volume, CopyID(point.number)) }
+            await publish(volume, group)
+        }
+        report.leaving = await waitUntilFilesAreGone(group, wanted)
+        let numbers = wanted.map { String($0.number) }.joined(separator: ", ")
+        note(name, "recovery points \(numbers) dropped by command")
+        return report
+    }
+
+    /// The record decides: from here on a start takes them out of the chains.
+    private func retire(_ points: [PointRecord], _ group: GroupState) async throws {
+        reserve.releaseIfShort()
+        try await group.amend { $0.retire(points) }
+    }
+
+    /// Oldest first; and those that were meant and cannot be dropped.
+    private func choosePoints(
+        _ group: GroupState, _ request: PointDropRequest
+    ) async throws -> (dropped: [PointRecord], kept: [PointDropReport.Kept]) {
+        let points = group.record.points
+        let meant: [PointRecord]
+        switch (request.points, request.olderThan) {
+        case (let numbers?, nil) where !numbers.isEmpty:
+            let unknown = numbers.filter { number in !points.contains { $0.number == number } }
+            guard unknown.isEmpty else {
+                let known = points.map { String($0.number) }.joined(separator: ", ")
+                throw SiteError(
+                    "group '\(group.entry.name)' has no point \(unknown.map(String.init).joined(separator: ", ")) at "
+                        + "'\(configuration.site)'; it has \(known.isEmpty ? "none" : known)", status: 404)
+            }
+            meant = points.filter { numbers.contains($0.number) }
+        case (nil, let text?):
+            guard let time = pointInTime(text, now: realSeconds()) else {
+                throw SiteError(
+                    "'\(text)' is neither a time such as 2026-11-21T17:00:00Z nor an age such as 90min, 36h or 7d",
+                    status: 400)
+            }
+            meant = points.filter { $0.formedAt < time }
+        default: throw SiteError("say which points: give 'points' or 'older_than'", status: 400)
+        }
+        var (dropped, kept): ([PointRecord], [PointDropReport.Kept]) = ([], [])
+        for point in meant {
+            if let reason = await reasonToKeep(point, group) {
+                kept.append(PointDropReport.Kept(id: point.number, reason: reason))
+            } else {
+                dropped.append(point)
+            }
+        }
+        return (dropped, kept)
+    }
+
+    private func reasonToKeep(_ point: PointRecord, _ group: GroupState) async -> String? {
+        let record = group.record
+        if point.number == record.points.last?.number { return "it is the newest, which the next one builds on" }
+        if point.number == record.failedOver?.point { return "it is the one that was failed over to" }
+        var readers: [String] = []
+        for volume in members(group) {
+            let (number, id) = (volume.number, CopyID(point.number))
+            let count = await volume.reactor.run { $0.hosted(number).volume.copy(id)?.readers ?? 0 }
+            if count > 0 { readers.append("\(count) of \(volume.name)@\(point.number)") }
+        }
+        return readers.isEmpty
+            ? nil : "it has readers connected (\(readers.joined(separator: ", "))); disconnect them, or let it be"
+    }
+
+    /// Why dropping points would only move their data, and there is no room for that; nil when there is.
+    private func shortage(_ group: GroupState, _ points: [PointRecord]) async -> String? {
+        guard let space = FileSystem(holding: state.path) else { return nil }
+        let ids = points.map { CopyID($0.number) }
+        var bytes: UInt64 = 0
+        for volume in members(group) {
+            let number = volume.number
+            let grains = await volume.reactor.run { $0.hosted(number).volume.handoverBound(of: ids) }
+            bytes += UInt64(grains) * UInt64(volume.geometry.grain)
+        }
+        guard bytes > 0, bytes > space.availableBytes else { return nil }
+        return
+            "up to \(bytes) bytes of these points are read through them by older points or FlashCopies and would have to move "
+            + "to those first, and \(state.path) has \(space.availableBytes) bytes free: drop older points first, or withdraw "
+            + "FlashCopies and end practice"
+    }
+
+    private func allocatedBytes(_ volume: VolumeState, _ id: CopyID) -> UInt64 {
+        [volume.targetPath(id), volume.bitmapPath(id)].reduce(0) { sum, path in
+            var facts = stat()
+            return stat(path, &facts) == 0 ? sum + UInt64(facts.st_blocks) * 512 : sum
+        }
+    }
+
+    /// - Returns: the points whose files are still there after a while, since their data moves.
+    private func waitUntilFilesAreGone(_ group: GroupState, _ points: [PointRecord]) async -> [UInt64] {
+        let members = members(group)
+        func left() -> [UInt64] {
+            points.map(\.number).filter { number in members.contains { $0.copies[CopyID(number)] != nil } }
+        }
+        let deadline = monotonicNanoseconds() + UInt64(Limits.dropSeconds) * 1_000_000_000
+        while !left().isEmpty, monotonicNanoseconds() < deadline { try? await Task.sleep(for: .milliseconds(10)) }
+        return left()
+    }
+}
+
+/// Seconds since 1970 of a time in RFC 3339, or of as long ago as an age says; nil when it is neither.
+package func pointInTime(_ text: String, now: Double) -> Double? {
+    if let age = parseDuration(text) { return now - age }
+    let date =
+        (try? Date(text, strategy: .iso8601))
+        ?? (try? Date.ISO8601FormatStyle(includingFractionalSeconds: true).parse(text))
+    return date?.timeIntervalSince1970
+}

@@ -1,0 +1,140 @@
+// Space.swift: how full the file systems are that a site writes to, and the alerts about that.
+//
+// One that becomes full ends FlashCopies, refuses commits and stops mirroring; whoever runs the site is told before.
+
+import Base
+import Glibc
+import Ring
+
+/// The figures of a file system, as `df` has them.
+struct FileSystem {
+    var device: UInt64
+    var usedBytes: UInt64
+    /// What may still be written by anybody.
+    var availableBytes: UInt64
+
+    /// - Returns: nil when it cannot be asked, or has no size.
+    init?(holding path: String) {
+        var facts = stat()
+        var figures = statvfs()
+        guard stat(path, &facts) == 0, statvfs(path, &figures) == 0, figures.f_blocks > 0 else { return nil }
+        device = UInt64(facts.st_dev)
+        let unit = UInt64(figures.f_frsize)
+        usedBytes = (UInt64(figures.f_blocks) - min(UInt64(figures.f_bfree), UInt64(figures.f_blocks))) * unit
+        availableBytes = UInt64(figures.f_bavail) * unit
+    }
+}
+
+package struct FileSystemReport: Codable, Sendable, Equatable {
+    /// What the site has there: the state directory, a volume's file, a FlashCopy's target.
+    package var path: String
+    package var usedBytes: UInt64
+    /// Used and available together.
+    package var sizeBytes: UInt64
+    package var usedRatio: Double { sizeBytes > 0 ? Double(usedBytes) / Double(sizeBytes) : 0 }
+    enum CodingKeys: String, CodingKey {
+        case path
+        case usedBytes = "used_bytes"
+        case sizeBytes = "size_bytes"
+    }
+    package init(path: String, usedBytes: UInt64, sizeBytes: UInt64) {
+        self.path = path
+        self.usedBytes = usedBytes
+        self.sizeBytes = sizeBytes
+    }
+
+    package var words: String {
+        let percent = Int((usedRatio * 1000).rounded())
+        return "\(path): its file system is \(percent / 10).\(percent % 10) % full: \(megabytes(usedBytes)) of "
+            + "\(megabytes(sizeBytes)) MiB"
+    }
+
+    private func megabytes(_ bytes: UInt64) -> UInt64 { (bytes + (1 << 19)) >> 20 }
+}
+
+/// Which file systems are too full. One that is stays so until it is clearly not.
+package struct SpaceWatch: Sendable {
+    package static let high = 0.80
+    package static let low = 0.78
+    package private(set) var fileSystems: [FileSystemReport] = []
+    /// Paths of those that are too full.
+    package private(set) var full: Set<String> = []
+    package init() {}
+
+    package mutating func take(_ found: [FileSystemReport]) -> (began: [FileSystemReport], over: [FileSystemReport]) {
+        let before = full
+        fileSystems = found
+        full = Set(found.filter { $0.usedRatio >= (before.contains($0.path) ? Self.low : Self.high) }.map(\.path))
+        return (
+            found.filter { full.contains($0.path) && !before.contains($0.path) },
+            found.filter { !full.contains($0.path) && before.contains($0.path) }
+        )
+    }
+
+    package var alerts: [String] { fileSystems.filter { full.contains($0.path) }.map { "space: \($0.words)" } }
+}
+
+extension Site {
+    private static let secondsBetweenLooks: UInt64 = 5
+
+    /// Looks at the file systems, every few seconds, and takes the reserve again when there is room.
+    func watchSpace() {
+        let now = monotonicNanoseconds()
+        guard now >= nextSpaceLook else { return }
+        nextSpaceLook = now + Self.secondsBetweenLooks * 1_000_000_000
+        let (began, over) = space.take(fileSystems())
+        for report in over { note(nil, "alert over: space: \(report.words)") }
+        for report in began {
+            note(nil, "alert: space: \(report.words)")
+            guard let command = configuration.onSpaceLow else { continue }
+            let environment = [
+                "FARCOPY_EVENT=on_space_low", "FARCOPY_SITE=\(configuration.site)", "FARCOPY_PATH=\(report.path)",
+                "FARCOPY_REASON=\(report.words)",
+            ]
+            Task {
+                if let failure = await Self.run(command, environment, HookCommands().timeout) {
+                    note(nil, "on_space_low \(failure)")
+                }
+            }
+        }
+        keepReserve()
+    }
+
+    /// Takes the reserve; tells once when that cannot be.
+    func keepReserve() {
+        do {
+            try reserve.restore()
+            reserveProblem = nil
+        } catch {
+            let words = "\(error)"
+            if reserveProblem != words { note(nil, words) }
+            reserveProblem = words
+        }
+    }
+
+    /// Those that what the site writes may fill: the state directory's, and those of sparse volumes and of targets.
+    private func fileSystems() -> [FileSystemReport] {
+        var found: [FileSystemReport] = []
+        var devices: Set<UInt64> = []
+        for path in [state.path] + growingFiles() {
+            guard let fileSystem = FileSystem(holding: path), devices.insert(fileSystem.device).inserted else {
+                continue
+            }
+            found.append(
+                FileSystemReport(
+                    path: path, usedBytes: fileSystem.usedBytes,
+                    sizeBytes: fileSystem.usedBytes + fileSystem.availableBytes))
+        }
+        return found
+    }
+
+    private func growingFiles() -> [String] {
+        volumes.values.sorted { $0.name < $1.name }.flatMap { volume in
+            [volume.source.path] + volume.record.copies.compactMap { $0.state == .lost ? nil : $0.target }
+        }.filter { path in
+            var facts = stat()
+            return stat(path, &facts) == 0 && facts.st_mode & S_IFMT == S_IFREG
+                && UInt64(facts.st_blocks) * 512 < UInt64(facts.st_size)
+        }
+    }
+}
