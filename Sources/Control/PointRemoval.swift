@@ -86,8 +86,19 @@ extension Site {
 
     func dropPoints(_ name: String, _ request: PointDropRequest) async throws -> PointDropReport {
         let group = try group(name)
+        var report = try await beginDrop(group, request)
+        guard request.preview != true, !report.dropped.isEmpty else { return report }
+        // Outside the turnstile: a failover does not wait for this.
+        report.leaving = await waitUntilFilesAreGone(group, report.dropped.map(\.id))
+        let numbers = report.dropped.map { String($0.id) }.joined(separator: ", ")
+        note(name, "recovery points \(numbers) dropped by command")
+        return report
+    }
+
+    private func beginDrop(_ group: GroupState, _ request: PointDropRequest) async throws -> PointDropReport {
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
+        let name = group.entry.name
         var (wanted, kept) = try await choosePoints(group, request)
         if request.olderThan == nil, !kept.isEmpty {
             throw SiteError("group '\(name)': " + kept.map { "point \($0.id): \($0.reason)" }.joined(separator: "; "))
@@ -100,7 +111,7 @@ extension Site {
         let bytes = members(group).reduce(0) { sum, volume in
             wanted.reduce(sum) { $0 + allocatedBytes(volume, CopyID($1.number)) }
         }
-        var report = PointDropReport(dropped: wanted.map(\.report), kept: kept, freedBytes: bytes, leaving: [])
+        let report = PointDropReport(dropped: wanted.map(\.report), kept: kept, freedBytes: bytes, leaving: [])
         guard request.preview != true, !wanted.isEmpty else { return report }
         try await retire(wanted, group)
         for volume in members(group) {
@@ -108,9 +119,6 @@ extension Site {
             for point in wanted { await leave(volume, CopyID(point.number)) }
             await publish(volume, group)
         }
-        report.leaving = await waitUntilFilesAreGone(group, wanted)
-        let numbers = wanted.map { String($0.number) }.joined(separator: ", ")
-        note(name, "recovery points \(numbers) dropped by command")
         return report
     }
 
@@ -195,10 +203,10 @@ extension Site {
     }
 
     /// - Returns: the points whose files are still there after a while, since their data moves.
-    private func waitUntilFilesAreGone(_ group: GroupState, _ points: [PointRecord]) async -> [UInt64] {
+    private func waitUntilFilesAreGone(_ group: GroupState, _ points: [UInt64]) async -> [UInt64] {
         let members = members(group)
         func left() -> [UInt64] {
-            points.map(\.number).filter { number in members.contains { $0.copies[CopyID(number)] != nil } }
+            points.filter { number in members.contains { $0.copies[CopyID(number)] != nil } }
         }
         let deadline = monotonicNanoseconds() + UInt64(Limits.dropSeconds) * 1_000_000_000
         while !left().isEmpty, monotonicNanoseconds() < deadline { try? await Task.sleep(for: .milliseconds(10)) }

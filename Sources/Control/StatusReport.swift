@@ -153,7 +153,8 @@ extension Site {
         var report = StatusReport(
             site: configuration.site, version: Self.version, nbd: configuration.nbd.listen.map(\.description),
             volumes: [:], groups: [:])
-        report.alerts = space.alerts.isEmpty ? nil : space.alerts
+        let alerts = space.alerts + (reserveProblem.map { ["reserve: \($0)"] } ?? [])
+        report.alerts = alerts.isEmpty ? nil : alerts
         report.fileSystems = space.fileSystems
         var pending: [String: UInt64] = [:]
         let names = exports.listed()

@@ -163,6 +163,7 @@ class Operations(SiteTest):
         self.assertIn("No space", east.group()["reason"] + east.farcopy("events").stdout)
         handle.pwrite(b"on" * 2048, 0)
         self.assertEqual(west.read("orders"), image, "the remote shows its last point")
+        self.assertIn(f"{west.path}/small/orders.img: No space left on device", west.group()["reason"])
         run("mount", "-o", "remount,size=40m", f"{west.path}/small")
         east.farcopy("resume", "shop")
         wait_for(lambda: east.group()["state"] in ("mirroring", "resyncing"), what="the link")

@@ -5,6 +5,8 @@ import os
 import pty
 import random
 import subprocess
+import threading
+import time
 
 import nbd
 
@@ -119,6 +121,47 @@ class Restore(SiteTest):
                 handle.poll(1000)
             except nbd.Error:
                 return
+
+    def test_a_host_that_comes_again_and_again_writes_before_or_after(self):
+        site = self.solo()
+        handle = site.connect("disk")
+        first = fill(handle)
+        site.farcopy("flashcopy", "create", "disk", "good")
+        end(handle)
+        acknowledged, over = [], threading.Event()
+
+        def host():
+            for slot in range(SIZE // GRAIN):
+                if over.is_set():
+                    return
+                try:
+                    handle = site.connect("disk")
+                    handle.pwrite(slot.to_bytes(4, "big") * (GRAIN // 4), slot * GRAIN)
+                    acknowledged.append(slot)
+                    handle.shutdown()
+                except nbd.Error:
+                    pass
+        thread = threading.Thread(target=host)
+        thread.start()
+        try:
+            time.sleep(0.2)
+            self.restore(site, "disk", "good", "--yes")
+            time.sleep(0.2)
+        finally:
+            over.set()
+            thread.join()
+        self.finished(site)
+        kept, now = site.read("disk@before-restore-1"), site.read("disk")
+        places = []
+        for slot in acknowledged:
+            at, marker = slot * GRAIN, slot.to_bytes(4, "big") * (GRAIN // 4)
+            places.append((kept[at:at + GRAIN] == marker, now[at:at + GRAIN] == marker))
+        before = places.count((True, False))
+        self.assertGreater(before, 0)
+        self.assertLess(before, len(places))
+        self.assertEqual(places, [(True, False)] * before + [(False, True)] * (len(places) - before))
+        for slot in set(range(SIZE // GRAIN)) - set(acknowledged[before:]):
+            self.assertEqual(now[slot * GRAIN:(slot + 1) * GRAIN], first[slot * GRAIN:(slot + 1) * GRAIN], slot)
 
     def test_readers_do_not_stop_a_restore_and_are_disconnected(self):
         site = self.solo()
