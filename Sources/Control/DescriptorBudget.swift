@@ -47,6 +47,13 @@ package struct DescriptorBudget: Sendable {
                 "the limit of \(limit) descriptors leaves room for \(clients) NBD clients (nbd.max_connections is \(asked)) and "
                     + "\(control) connections to the control API; \(Self.remedy) for more")
         }
+        let perAddress = configuration.nbd.limits.connectionsPerAddress
+        if need.intake > min(asked, perAddress) {
+            notices.append(
+                "the links of peers take up to \(need.intake) connections; nbd.max_connections is \(asked), "
+                    + "nbd.max_connections_per_address \(perAddress): raise them, or set 'connections' lower in the groups at the peers"
+            )
+        }
         if need.now + need.later > limit {
             notices.append(
                 "as secondary of all its groups this site would need \(least + need.later) descriptors and may have \(limit); "
