@@ -26,11 +26,11 @@ class Serve(SiteTest):
 
     def test_unknown_key(self):
         site = self.changed('size = "1MiB"', 'size = "1MiB"\nsise = 3')
-        self.refused(site, "site.toml:10: unknown key 'volumes.disk.sise'")
+        self.refused(site, "site.toml:11: unknown key 'volumes.disk.sise'")
         self.assert_untouched(site)
 
     def test_syntax_error(self):
-        self.refused(self.changed('[nbd]', '[nbd'), "site.toml:5")
+        self.refused(self.changed('[nbd]', '[nbd'), "site.toml:6")
 
     def test_wrong_types_and_impossible_values(self):
         for old, new, expected in (
