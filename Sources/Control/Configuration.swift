@@ -171,7 +171,8 @@ package struct Configuration: Sendable {
         self.path = path
         try reader.check(table, "", known: ["site", "nbd", "volumes", "groups", "peers"])
         let siteTable = try reader.table(table, "", "site")
-        try reader.check(siteTable, "site", known: ["name", "state", "control", "control_names", "targets", "on_space_low"])
+        try reader.check(
+            siteTable, "site", known: ["name", "state", "control", "control_names", "targets", "on_space_low"])
         site = try reader.name(siteTable, "site", "name")
         state = try reader.absolutePath(siteTable, "site", "state")
         control = try reader.addresses(siteTable, "site", "control")
