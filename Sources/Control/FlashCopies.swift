@@ -257,7 +257,8 @@ extension Site {
                 if let path = record.target { written.storage?[path] = storage }
             }  // from here on a crash finds it
         } catch {
-            volume.removeCopyFiles(record.id, targetOwner: record.target == nil && record.targetOwner == record.id ? record.id : nil)
+            volume.removeCopyFiles(
+                record.id, targetOwner: record.target == nil && record.targetOwner == record.id ? record.id : nil)
             throw error
         }
         return NewCopy(volume: volume, record: record, files: files)
@@ -554,7 +555,9 @@ extension Site {
             try files.bitmap.synchronize()
             try volume.update(id) { $0.isComplete = true }
         } catch {
-            note(nil, "volume \(volume.name): the background copy of '\(record.name)' is not complete for sure: \(error)")
+            note(
+                nil, "volume \(volume.name): the background copy of '\(record.name)' is not complete for sure: \(error)"
+            )
             return
         }
         note(nil, "volume \(volume.name): the background copy of '\(record.name)' is complete")
@@ -586,7 +589,10 @@ extension Site {
             }
         } catch {
             // The record still names the files: they stay, and leave with the next start.
-            note(nil, "volume \(volume.name): FlashCopy '\(record?.name ?? String(id))' has left, but that cannot be written down: \(error)")
+            note(
+                nil,
+                "volume \(volume.name): FlashCopy '\(record?.name ?? String(id))' has left, but that cannot be written down: \(error)"
+            )
             return
         }
         volume.removeCopyFiles(id, targetOwner: shared || record?.target != nil ? nil : owner)

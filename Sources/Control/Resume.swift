@@ -113,7 +113,9 @@ extension Site {
                 if group?.record.points.contains(where: { $0.number == UInt64(id) }) == false {
                     links[index].resumption = .leaves
                 }
-                note(group?.entry.name, "volume \(volume.name): recovery point \(id) had failed when the last process ended")
+                note(
+                    group?.entry.name,
+                    "volume \(volume.name): recovery point \(id) had failed when the last process ended")
             } else {
                 try volume.update(id) { copy in
                     copy.state = .failed

@@ -161,7 +161,8 @@ extension Site {
         if let done = group.record.hasCommitted(request.number) {
             return CommitAnswer(committedAt: done.committedAt ?? done.formedAt)  // asked again
         }
-        guard request.number <= PointRecord.highestNumber, (0...PointRecord.latestTime).contains(request.formedAt) else {
+        guard request.number <= PointRecord.highestNumber, (0...PointRecord.latestTime).contains(request.formedAt)
+        else {
             throw SiteError("point \(request.number) of \(request.formedAt) cannot be", status: 403)
         }
         var writes = 0

@@ -258,7 +258,8 @@ final class VolumeState {
             if error.errno == EBUSY {
                 throw SiteError(
                     "volume '\(entry.name)': the device \(entry.path) is mounted, or in use by another program; unmount it "
-                        + "(`lsblk \(entry.path)`, `fuser -vm \(entry.path)`), or start with --force if that is meant to be")
+                        + "(`lsblk \(entry.path)`, `fuser -vm \(entry.path)`), or start with --force if that is meant to be"
+                )
             }
             guard error.errno == EINVAL, direct != 0 else { throw error }
             throw SiteError(

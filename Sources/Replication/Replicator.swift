@@ -164,7 +164,11 @@ package final class Replicator: Sendable {
         try await withCheckedThrowingContinuation { (continuation: CheckedContinuation<Bool, any Error>) in
             let asked = ask(
                 .amend(change, anyway: anyway) { problem in
-                    if let problem { continuation.resume(throwing: problem) } else { continuation.resume(returning: true) }
+                    if let problem {
+                        continuation.resume(throwing: problem)
+                    } else {
+                        continuation.resume(returning: true)
+                    }
                 })
             if !asked { continuation.resume(returning: false) }
         }

@@ -68,7 +68,8 @@ package struct FlashCopy: BitwiseCopyable {
     ///   - failureMark: in the same file.
     package init(
         id: CopyID, targetFile: StoreFile, bitmapFile: StoreFile, preserved: Bitmap, changes: Bitmap? = nil,
-        failureMark: UnsafeMutablePointer<UInt64>? = nil, durable: Bool, targetIsZero: Bool = true, isFilled: Bool = false, rate: UInt64 = 0
+        failureMark: UnsafeMutablePointer<UInt64>? = nil, durable: Bool, targetIsZero: Bool = true,
+        isFilled: Bool = false, rate: UInt64 = 0
     ) {
         invariant(changes != nil || !isFilled, "a background copy needs a bitmap for changes")
         self.id = id
