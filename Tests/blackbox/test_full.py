@@ -277,6 +277,52 @@ class FullStateExt4(FullStateDirectory, FullTest):
     kind = "ext4"
 
 
+class FileWithoutSpace:
+    """A file of an ext4 on a device of which the space under the file can be taken away: what is written there succeeds, and its write-back
+    fails. The file system's own blocks keep theirs."""
+
+    def __init__(self, test, name):
+        self.disk = SmallFileSystem(os.path.join(test.directory, name), "tmpfs", 56 * MIB)
+        test.addCleanup(self.disk.end)
+        self.device = LoopDevice(os.path.join(self.disk.path, "under"), 48 * MIB)
+        test.addCleanup(self.device.detach)
+        place = os.path.join(test.directory, name + "-fs")
+        os.mkdir(place)
+        run("mkfs.ext4", "-q", "-O", "^has_journal", "-b", "4096", self.device.path)
+        run("mount", self.device.path, place)
+        test.addCleanup(run, "umount", "--lazy", place, check=False)
+        self.path = os.path.join(place, "volume.img")
+        with open(self.path, "wb") as file:
+            file.write(b"z" * SIZE)
+            os.fsync(file.fileno())
+
+    def extents(self):
+        """(offset in the file, offset on the device, bytes) of each."""
+        for line in run("filefrag", "-e", "-b4096", self.path).stdout.splitlines():
+            fields = line.replace("..", " ").replace(":", " ").split()
+            if fields and fields[0].isdigit():
+                yield int(fields[1]) * 4096, int(fields[3]) * 4096, int(fields[5]) * 4096
+
+    def fill(self):
+        for at, place, length in self.extents():
+            # The first MiB stays.
+            kept = min(length, max(0, MIB - at))
+            if length > kept:
+                run("fallocate", "--punch-hole", "--offset", str(place + kept), "--length", str(length - kept), self.device.backing)
+        self.disk.fill()
+
+    def free(self):
+        self.disk.free()
+
+    def under(self, offset, length):
+        data = bytearray(length)
+        for at, place, count in self.extents():
+            first, end = max(at, offset), min(at + count, offset + length)
+            if first < end:
+                data[first - offset:end - offset] = self.device.under(place + first - at, end - first)
+        return bytes(data)
+
+
 class FailedFlushes(FullTest):
     """A volume on a device whose file cannot grow: writes succeed in the page cache, and its write-back fails. The kernel tells that to one
     flush of an open file; whoever asked first, hosts must not take the next for a success."""
@@ -287,16 +333,16 @@ class FailedFlushes(FullTest):
         self.addCleanup(disk.end)
         device = LoopDevice(os.path.join(disk.path, "under"), SIZE)
         self.addCleanup(device.detach)
-        device.disk = disk
+        device.fill, device.free = disk.fill, disk.free
         return device
 
-    def solo(self, name="solo"):
-        device = self.device(name + "-device")
-        site = self.site(name, {}, extra=f'[volumes.disk]\npath = "{device.path}"\n')
+    def solo(self):
+        device = self.device("solo-device")
+        site = self.site("solo", {}, extra=f'[volumes.disk]\npath = "{device.path}"\n')
         handle = site.connect("disk")
         handle.pwrite(b"a" * MIB, 0)
         handle.flush()
-        device.disk.fill()
+        device.fill()
         return site, device, handle
 
     def assert_never_flushed_again(self, site, device, handle):
@@ -304,7 +350,7 @@ class FailedFlushes(FullTest):
         for _ in range(2):
             with self.assertRaises(nbd.Error, msg="a flush succeeded after one that failed"):
                 handle.flush()
-        device.disk.free()
+        device.free()
         handle.pwrite(b"c" * PAGE, 0)
         with self.assertRaises(nbd.Error, msg="a flush succeeded after one that failed"):
             handle.flush()
@@ -351,7 +397,7 @@ class FailedFlushes(FullTest):
             "east", {}, peers=["west"], extra=f'[volumes.disk]\npath = "{device.path}"\n' + group.format("primary", "west"))
         wait_for(west.points, what="the first copy")
         handle = east.connect("disk")
-        device.disk.fill()
+        device.fill()
         handle.pwrite(b"b" * 4 * MIB, 2 * MIB)
         time.sleep(21)
         with self.assertRaises(nbd.Error, msg="the first flush of a host succeeded, and what it had written is not on the device"):
@@ -367,7 +413,7 @@ class FailedFlushes(FullTest):
         east = self.site("east", {"disk": "16MiB"}, peers=["west"], groups=group.format("primary", "west"))
         wait_for(west.points, what="the first copy")
         before = [point["id"] for point in west.points()]
-        device.disk.fill()
+        device.fill()
         handle = east.connect("disk")
         handle.pwrite(random.randbytes(4 * MIB), 2 * MIB)
         handle.flush()
@@ -377,11 +423,16 @@ class FailedFlushes(FullTest):
             east.farcopy("resume", "shop", check=False)
         self.assertEqual([point["id"] for point in west.points()], before)
         self.assert_alive(west, "after a flush that failed")
-        device.disk.free()
+        device.free()
         west.kill()
         west.start()
         east.farcopy("resume", "shop", check=False)
         wait_for(lambda: east.group()["state"] in ("mirroring", "resyncing"), what="the link")
         point = east.cycle()
         self.assertEqual(west.read(f"disk@{point}"), east.read("disk"))
-        self.assertTrue(device.under() == east.read("disk"), "a committed point is not on the device")
+        self.assertTrue(device.under(0, SIZE) == east.read("disk"), "a committed point is not on the device")
+
+
+class FailedFlushesOfFiles(FailedFlushes):
+    def device(self, name):
+        return FileWithoutSpace(self, name)
