@@ -21,19 +21,25 @@ final class Bench {
     }
 
     /// Adds a FlashCopy with files of its own.
-    func addCopy(_ id: CopyID) {
+    func addCopy(_ id: CopyID, filled: Bool = false) {
         copies += 1
+        let bits = memory + 16384 * copies
+        let count = volume.geometry.grainCount
         volume.addCopy(
             FlashCopy(
                 id: id, targetFile: StoreFile(2 * copies), bitmapFile: StoreFile(2 * copies + 1),
-                preserved: Bitmap(memory: memory + 16384 * copies, count: volume.geometry.grainCount), durable: false))
+                preserved: Bitmap(memory: bits, count: count),
+                changes: filled ? Bitmap(memory: bits + 4096, count: count) : nil, durable: false, isFilled: filled))
     }
 
     @discardableResult
-    func submit(_ operation: Request.Operation, grain: Int, count: Int = 1, owner: UInt64 = 1) -> Int32 {
+    func submit(
+        _ operation: Request.Operation, view: View = .volume, grain: Int, count: Int = 1, owner: UInt64 = 1
+    ) -> Int32 {
         let slot = volume.takeRequest()!
         let request = volume.request(slot)
         request.pointee.operation = operation
+        request.pointee.view = view
         request.pointee.offset = UInt64(grain) * 4096
         request.pointee.length = UInt64(count) * 4096
         request.pointee.owner = owner

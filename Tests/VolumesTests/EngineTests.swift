@@ -104,3 +104,28 @@ func unsettledLocation() {
     bench.volume.complete(inFlight[0], errno: 0)
     #expect(!bench.volume.location(.copy(1), offset: 4 * 4096, length: 4096)!.unsettled)
 }
+
+@Test("a copy below a writable one hands over what clients wrote there, although power loss took the note of it")
+func handsOverAfterPowerLoss() {
+    let bench = Bench()
+    bench.addCopy(1)
+    bench.addCopy(2, filled: true)
+    bench.addCopy(3)
+    bench.submit(.write, view: .copy(3), grain: 1)
+    _ = bench.settle()
+    let left = bench.volume.copy(2)!
+    #expect(left.changes.contains(1) && !bench.volume.copy(1)!.preserved.contains(1))
+    // The note is in mapped memory, and the activity log knows only of writes to the volume.
+    left.changes.clearAll()
+    var records = (1...3).map { CopyRecord(id: $0, name: "c\($0)", createdAt: 0, order: UInt64($0), state: .active) }
+    records[2].isWritable = true
+    let memory = UnsafeMutableRawPointer.allocate(byteCount: 8, alignment: 8)
+    defer { memory.deallocate() }
+    let regions = Bitmap(memory: memory, count: 1)
+    regions.clearAll()
+    if records[1].mayLackChanges(in: records) { regions.setAll() }
+    bench.volume.recoverChanges(of: 2, regions: regions)
+    bench.volume.withdrawCopy(2)
+    _ = bench.settle()
+    #expect(bench.volume.copy(2) == nil && bench.volume.copy(1)!.preserved.contains(1))
+}
