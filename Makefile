@@ -6,10 +6,10 @@ RELEASE := $(SWIFT) build -c release --quiet
 PYTHON := /usr/bin/python3
 .DEFAULT_GOAL := help
 
-.PHONY: help bootstrap build test test-long test-unit test-simulation test-blackbox test-asan test-kernel test-fuzz fuzz demo demo-postgres bench simulate format lint install clean
+.PHONY: help bootstrap build test test-long test-unit test-simulation test-simulation-long test-blackbox test-asan test-kernel test-fuzz fuzz demo demo-postgres bench simulate format lint install clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 bootstrap: ## Install the Debian packages that building and testing need
 	@scripts/bootstrap build test
@@ -20,7 +20,7 @@ build: ## Build .build/release/farcopy
 
 test: lint test-unit test-simulation test-fuzz test-blackbox test-asan test-kernel ## Run everything: lint, unit tests, simulation, real clients
 
-test-long: ## What takes longer: every suite on block devices, long repetitions of power loss and random sequences
+test-long: test-simulation-long ## What takes longer: every suite on block devices, long repetitions of power loss and random sequences
 	@scripts/bootstrap build test
 	$(RELEASE) --product farcopy
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 $(PYTHON) run.py devices
@@ -38,6 +38,12 @@ test-simulation: ## Ten thousand seeds of each scenario, and every deliberate fa
 	.build/release/simulate SCENARIO=World COUNT=10000 STEPS=6500 & world=$$!; \
 	.build/release/simulate SCENARIO=CopyWorld COUNT=10000 STEPS=4000; copies=$$?; wait $$world && exit $$copies
 	.build/release/simulate CATCH=all
+
+test-simulation-long: ## Fifty thousand seeds of each scenario at 8,000 steps (half an hour); FIRST=n takes others
+	@scripts/bootstrap build
+	$(RELEASE) --product simulate
+	.build/release/simulate SCENARIO=World FIRST=$(or $(FIRST),1000000) COUNT=50000 STEPS=8000 & world=$$!; \
+	.build/release/simulate SCENARIO=CopyWorld FIRST=$(or $(FIRST),1000000) COUNT=50000 STEPS=8000; copies=$$?; wait $$world && exit $$copies
 
 test-blackbox: ## The built program through other people's clients
 	@scripts/bootstrap build test
