@@ -358,6 +358,8 @@ extension Site {
         (files.targetFile, files.bitmapFile) = (target, bitmap)
         volume.copies[record.id] = files
         fillStarts[record.id] = nil
+        // A small one may be complete before it was known here, and says so once.
+        if record.isFilled { Task { await reviewCompletion(volume, record.id) } }
     }
 
     /// What a durable copy reads elsewhere is on stable storage before anybody is told of it.
@@ -529,6 +531,8 @@ extension Site {
             record.copies[index].reason = reason
         }
         if let group = group(ofVolume: volume.name) { await failPoint(group, UInt64(id)) }
+        // What was leaving already, and only had readers left.
+        if volume.copyIsRetired(id, group(ofVolume: volume.name)) { await leave(volume, id) }
         note(nil, "volume \(volume.name): FlashCopy '\(name)' has failed: \(reason)")
         copyReady(id)  // a refresh that waits for it begins again
         Task { await publish(volume, group(ofVolume: volume.name)) }
@@ -545,6 +549,14 @@ extension Site {
         }
     }
 
+    private func reviewCompletion(_ volume: VolumeState, _ id: CopyID) async {
+        let number = volume.number
+        guard await volume.reactor.run({ $0.hosted(number).volume.copy(id)?.isComplete }) == true,
+            volume.record.copies.contains(where: { $0.id == id && !$0.isComplete })
+        else { return }
+        copyCompleted(volume, id)
+    }
+
     /// The background copy is finished; once its data is on stable storage the target is an image by itself.
     func copyCompleted(_ volume: VolumeState, _ id: CopyID) {
         guard let files = volume.copies[id], let record = volume.record.copies.first(where: { $0.id == id }) else {
@@ -553,6 +565,7 @@ extension Site {
         do {
             try files.target.synchronize()
             try files.bitmap.synchronize()
+            try synchronizeDirectory("\(volume.directory)/copies")
             try volume.update(id) { $0.isComplete = true }
         } catch {
             note(

@@ -161,6 +161,7 @@ package actor Site {
 
     private func openGroup(_ entry: Configuration.GroupEntry) throws {
         try StateDirectory.makeDirectory(state.group(entry.name))
+        try synchronizeDirectory("\(state.path)/groups")
         var found: GroupRecord?
         let file = try DurableRecord<GroupRecord>(
             path: "\(state.group(entry.name))/group.record", value: &found)

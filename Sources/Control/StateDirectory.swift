@@ -39,6 +39,8 @@ struct StateDirectory: Sendable {
         }
         try Self.makeDirectory("\(path)/volumes")
         try Self.makeDirectory("\(path)/groups")
+        try synchronizeDirectory(path)
+        try synchronizeDirectory("\(path)/..")
     }
 
     func volume(_ name: String) -> String { "\(path)/volumes/\(name)" }

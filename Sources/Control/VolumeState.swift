@@ -161,7 +161,10 @@ final class VolumeState {
         if try pointTarget.size() != size { try pointTarget.truncate(to: size) }
         self.findings = findings
         try synchronizeDirectory(directory)
-        if isNew { try recordFile.save(record) }
+        if isNew {
+            try synchronizeDirectory("\(state.path)/volumes")
+            try recordFile.save(record)
+        }
         kept = KeptRecord(record) { try recordFile.save($0) }
     }
 
@@ -271,6 +274,7 @@ final class VolumeState {
         if try source.isRegularFile(), try source.size() == 0, let size = entry.size {
             try source.truncate(to: size)
             try source.synchronize()
+            try synchronizeDirectory(entry.path.split(separator: "/").dropLast().reduce("") { $0 + "/" + $1 } + "/.")
         }
         return source
     }
@@ -414,6 +418,11 @@ final class VolumeState {
         copies[id] = nil
         unlink(bitmapPath(id))
         if let targetOwner { unlink(targetPath(targetOwner)) }
+    }
+
+    /// Whether a copy is neither written down as one of the volume's nor a recovery point of its group.
+    func copyIsRetired(_ id: CopyID, _ group: GroupState?) -> Bool {
+        !record.copies.contains { $0.id == id } && group?.record.points.contains { CopyID($0.number) == id } != true
     }
 
     func takeOrder() -> UInt64 {

@@ -301,7 +301,6 @@ package final class Reactor {
             ),
             roles: (memory + BitmapHeader.rolesOffset).bindMemory(to: RecordingRoles.self, capacity: 1),
             copyBuffers: copyBuffers)
-        volume.sourceIsFile = (try? setup.source.isRegularFile()) ?? true
         volumes.append(HostedVolume(setup, volume: volume))
         return volumes.count - 1
     }

@@ -368,6 +368,7 @@ extension Volume {
         }
         if job.targetCopy >= 0, job.copyError == 0, let index = chainIndex(job.targetCopy) {
             chain[index].preservedCount += chain[index].preserved.set(job.grains)
+            if chain[index].isLeaving { chain[index].handoverCursor = 0 }
             if chain[index].isFilled, chain[index].isComplete, chain[index].state == .active {
                 emit(.copyCompleted(id: job.targetCopy))
                 reviewChain()

@@ -6,7 +6,8 @@
 // Must be prevented:
 //   an older copy reads the source for a grain that only the withdrawn copy had preserved
 //   a copy that is leaving counts as having a grain that it will not hand over
-//   something is handed over to a copy that leaves, after it has looked at what it must hand over itself
+//   something is handed over to a copy that leaves, after it has looked at what it must hand over itself (it looks again)
+//   a reader of a copy that leaves, as of a recovery point past its retention, reads what a newer one took with it
 //   a file is closed while an I/O on it is in flight
 //
 // Invariants:
@@ -89,6 +90,8 @@ package struct FlashCopy: BitwiseCopyable {
 
     /// The target is an image by itself.
     package var isComplete: Bool { preservedCount == preserved.count }
+    /// It leaves, and somebody still has it open.
+    var isRead: Bool { state == .withdrawing && readers > 0 }
     var isLeaving: Bool { state == .withdrawing || state == .refreshing }
     var needsFilling: Bool { isFilled && state == .active && !isComplete }
 }
@@ -255,15 +258,16 @@ extension Volume {
         guard let index = chainIndex(id) else { return }
         chain[index].readers -= 1
         invariant(chain[index].readers >= 0, "a copy is released once for each reader")
+        if chain[index].readers == 0, chain[index].state == .withdrawing { rewindHandovers(from: index) }
         backgroundDue = backgroundWork
     }
 
-    /// The next older copy that still needs its data. One that leaves needs nothing: what it hands over, its own heir has
-    /// from here as well.
+    /// The next older copy that still needs its data. One that leaves and has no readers any more needs nothing: what it hands over,
+    /// its own heir has from here as well.
     func heir(of index: Int) -> Int? {
         var older = index - 1
         while older >= 0 {
-            if chain[older].state == .active { return older }
+            if chain[older].state == .active || chain[older].isRead { return older }
             older -= 1
         }
         return nil
@@ -300,7 +304,7 @@ extension Volume {
         // C1: what the source changed while this was the newest, it changed since the older ones were taken, too.
         var older = index - 1
         while older >= 0 {
-            let keeps = chain[older].state == .active || chain[older].state == .refreshing
+            let keeps = chain[older].state == .active || chain[older].state == .refreshing || chain[older].isRead
             if keeps, chain[older].recordsChanges { chain[older].changes.formUnion(chain[index].changes) }
             if chain[older].state == .active { break }
             older -= 1
@@ -314,7 +318,7 @@ extension Volume {
 
     /// Ends a copy whose target did not take old content. Older ones go on: the next of them takes it.
     func failCopy(_ index: Int, errno: Int32) {
-        guard chain[index].state == .active || chain[index].state == .refreshing else { return }
+        guard chain[index].state == .active || chain[index].state == .refreshing || chain[index].isRead else { return }
         chain[index].state = .failed
         chain[index].isIncremental = false
         chain[index].failureMark?.pointee = 1

@@ -48,8 +48,6 @@ package final class Volume {
 
     /// The first error of a flush, reported by every later one until the volume is opened anew.
     package private(set) var flushError: Int32 = 0
-    /// The source is a file of a file system: a write that finds no room changes nothing that was there.
-    package var sourceIsFile = true
 
     // Traffic with the driver.
     private var outbox: FixedQueue<StoreIO>
@@ -312,12 +310,10 @@ package final class Volume {
     // MARK: Flush
 
     /// The kernel tells a write-back error once, to the first who flushes, and may have dropped the pages: whoever flushed, nothing may
-    /// call what was written durable any more until the volume is opened anew. A file that had no room for a write has lost nothing
-    /// that was acknowledged.
+    /// call what was written durable any more until the volume is opened anew. A write with FUA takes it as well, and its error
+    /// may be of pages that were written long before.
     private func noteSourceError(_ io: StoreIO, _ errno: Int32) {
-        guard io.operation == .flush || io.fua else { return }
-        if io.operation != .flush, sourceIsFile, errno == 28 || errno == 122 { return }  // ENOSPC, EDQUOT
-        loseSource(errno: errno)
+        if io.operation == .flush || io.fua { loseSource(errno: errno) }
     }
 
     /// A flush of the source has failed, here or elsewhere in the process.
