@@ -28,7 +28,7 @@ package final class DurableRecord<Value: VersionedRecord> {
     /// - Throws: when there are contents but no valid copy, naming the file.
     package init(path: String, value: inout Value?) throws {
         file = try OpenFile(path: path, flags: O_RDWR | O_CREAT)
-        directory = path.split(separator: "/").dropLast().reduce("") { $0 + "/" + $1 }
+        directory = parentDirectory(path)
         let bytes = try file.readAll()
         isNew = bytes.isEmpty
         for start in [0, RecordCopy.spaceBytes] { try? file.reserve(start..<start + RecordCopy.reservedBytes) }

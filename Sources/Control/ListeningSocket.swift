@@ -12,8 +12,8 @@ package enum ListeningSocket {
         guard case .unix(let path) = address else { return }
         var facts = stat()
         guard lstat(path, &facts) == 0 else {
-            let directory = path.split(separator: "/").dropLast().reduce("") { $0 + "/" + $1 }
-            guard stat(directory.isEmpty ? "/" : directory, &facts) == 0, facts.st_mode & S_IFMT == S_IFDIR
+            let directory = parentDirectory(path)
+            guard stat(directory, &facts) == 0, facts.st_mode & S_IFMT == S_IFDIR
             else { throw SiteError("socket \(path): the directory \(directory) does not exist") }
             return
         }

@@ -40,7 +40,7 @@ struct StateDirectory: Sendable {
         try Self.makeDirectory("\(path)/volumes")
         try Self.makeDirectory("\(path)/groups")
         try synchronizeDirectory(path)
-        try synchronizeDirectory("\(path)/..")
+        try synchronizeDirectory(parentDirectory(path))
     }
 
     func volume(_ name: String) -> String { "\(path)/volumes/\(name)" }

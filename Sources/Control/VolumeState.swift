@@ -274,7 +274,7 @@ final class VolumeState {
         if try source.isRegularFile(), try source.size() == 0, let size = entry.size {
             try source.truncate(to: size)
             try source.synchronize()
-            try synchronizeDirectory(entry.path.split(separator: "/").dropLast().reduce("") { $0 + "/" + $1 } + "/.")
+            try synchronizeDirectory(parentDirectory(entry.path))
         }
         return source
     }
@@ -336,8 +336,8 @@ final class VolumeState {
                     "\(what): \(entry.path) is missing, but this site has served it before; bring the file back, "
                         + "or remove \(state)/volumes/\(entry.name) to begin with an empty volume")
             }
-            let directory = entry.path.split(separator: "/").dropLast().reduce("") { $0 + "/" + $1 }
-            guard access(directory.isEmpty ? "/" : directory, W_OK) == 0 else {
+            let directory = parentDirectory(entry.path)
+            guard access(directory, W_OK) == 0 else {
                 throw SiteError("\(what): the directory \(directory) does not exist or cannot be written")
             }
         }

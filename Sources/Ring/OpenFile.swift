@@ -245,6 +245,12 @@ package final class PoolMemory: @unchecked Sendable {
     deinit { munmap(memory, byteCount) }
 }
 
+/// The directory that an absolute path lies in.
+package func parentDirectory(_ path: String) -> String {
+    let directory = path.split(separator: "/").dropLast().reduce("") { $0 + "/" + $1 }
+    return directory.isEmpty ? "/" : directory
+}
+
 /// Makes the entries of a directory durable.
 package func synchronizeDirectory(_ path: String) throws(SystemError) {
     let directory = try OpenFile(path: path, flags: O_RDONLY | O_DIRECTORY)
