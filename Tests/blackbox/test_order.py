@@ -106,7 +106,7 @@ class OrderTest(SiteTest):
                 names.pop(path, None)
                 maps.discard(path)
             elif kind == "fsync":
-                names = {name: parent for name, parent in names.items() if parent != path}
+                names = {name: parent for name, parent in names.items() if parent != (path or "/")}
             if kind in FLUSHES:
                 unflushed.discard(path)
                 flushed.add(path)
@@ -119,7 +119,7 @@ class OrderTest(SiteTest):
             if kind in ("answer", "ready"):
                 # A record that was flushed may be in the middle of the next save, by what goes on beside the command.
                 self.assertEqual(unflushed - flushed, set(), f"{what}: answered before this was flushed")
-                # The reserve holds nothing but space.
+        # The reserve holds nothing but space.
         names = [name for name in names if not name.endswith("/reserve")]
         self.assertEqual(list(names), [], f"{what}: answered before these names were durable")
 
