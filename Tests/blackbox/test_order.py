@@ -119,9 +119,9 @@ class OrderTest(SiteTest):
             if kind in ("answer", "ready"):
                 # A record that was flushed may be in the middle of the next save, by what goes on beside the command.
                 self.assertEqual(unflushed - flushed, set(), f"{what}: answered before this was flushed")
-        # The reserve holds nothing but space.
-        names = [name for name in names if not name.endswith("/reserve")]
-        self.assertEqual(list(names), [], f"{what}: answered before these names were durable")
+                # The reserve holds nothing but space.
+                missing = [name for name in names if not name.endswith("/reserve")]
+                self.assertEqual(missing, [], f"{what}: answered before these names were durable")
 
     def order(self, events, *steps):
         """The steps, each a kind (or kinds) and the end of a path, come in this order."""
