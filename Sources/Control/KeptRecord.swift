@@ -7,20 +7,20 @@
 
 import Base
 
-final class KeptRecord<Value: VersionedRecord> {
-    private(set) var value: Value
+package final class KeptRecord<Value: VersionedRecord> {
+    package private(set) var value: Value
     private let write: (Value) throws -> Void
     /// The file may hold another value than `value`.
-    private(set) var isUnsaved = false
+    package private(set) var isUnsaved = false
 
     /// - Parameter write: makes a value durable.
-    init(_ value: Value, write: @escaping (Value) throws -> Void) {
+    package init(_ value: Value, write: @escaping (Value) throws -> Void) {
         self.value = value
         self.write = write
     }
 
     /// Changes the value, durably; when that fails nothing has changed.
-    func amend(_ change: (inout Value) throws -> Void) throws {
+    package func amend(_ change: (inout Value) throws -> Void) throws {
         var next = value
         try change(&next)
         try save(next)
@@ -28,19 +28,19 @@ final class KeptRecord<Value: VersionedRecord> {
     }
 
     /// Takes over what has happened already, and cannot be taken back: memory says so at once, the file as soon as it can be written.
-    func acknowledge(_ change: (inout Value) -> Void) {
+    package func acknowledge(_ change: (inout Value) -> Void) {
         change(&value)
         try? save(value)
     }
 
     /// Takes over what another has saved, or tried to.
-    func takeOver(_ saved: Value, isUnsaved unsaved: Bool) {
+    package func takeOver(_ saved: Value, isUnsaved unsaved: Bool) {
         value = saved
         isUnsaved = unsaved
     }
 
     /// Makes sure that the file holds this value.
-    func settle() throws {
+    package func settle() throws {
         if isUnsaved { try save(value) }
     }
 

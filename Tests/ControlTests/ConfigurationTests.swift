@@ -111,3 +111,27 @@ func durableRecord() throws {
     #expect(try broken([36]) == ["value", "3"], "the newest copy is torn, the one before counts")
     #expect(throws: SiteError.self) { _ = try broken([(256 << 10) + 36]) }
 }
+
+private struct DiskFull: Error {}
+
+@Test("a record in memory never says what the disk does not; what happened counts, and is saved later")
+func keptRecord() throws {
+    var stored = ["one"]
+    var full = false
+    let kept = KeptRecord(Sample(words: ["one"])) { value in
+        stored = full ? stored : value.words
+        if full { throw DiskFull() }
+    }
+    try kept.amend { $0.words.append("two") }
+    #expect(kept.value.words == ["one", "two"] && stored == kept.value.words && !kept.isUnsaved)
+    full = true
+    #expect(throws: DiskFull.self) { try kept.amend { $0.words.append("three") } }
+    #expect(kept.value.words == ["one", "two"], "nothing has changed")
+    #expect(kept.isUnsaved, "the file may say otherwise")
+    #expect(throws: DiskFull.self) { try kept.settle() }
+    kept.acknowledge { $0.words = ["happened"] }
+    #expect(kept.value.words == ["happened"] && kept.isUnsaved)
+    full = false
+    try kept.settle()
+    #expect(stored == ["happened"] && !kept.isUnsaved)
+}

@@ -183,3 +183,41 @@ func commitPlan() throws {
     #expect(throws: TakeoverRefusal.self) { try next.record.failoverPoint(2) }
     #expect(try next.record.failoverPoint(nil).number == 4)
 }
+
+@Test("what relies on a record that could not be saved is not done, and mirroring waits until it can be")
+func recordThatIsNotSaved() {
+    var cycle = primary {
+        $0.lastCommitted = PointRecord(number: 3, formedAt: 0)
+        $0.lastNumber = 3
+    }
+    _ = cycle.start(now: 0)
+    _ = cycle.handle(peer(3), now: 1)
+    _ = cycle.handle(.prepared(changed: true), now: 2)
+    #expect(cycle.handle(.saveFailed("disk full"), now: 3) == [.closeLink, .giveUp], "nothing was formed")
+    #expect(cycle.suspension?.contains("disk full") == true)
+    let actions = cycle.handle(.gaveUp, now: 4)
+    #expect(actions.contains { if case .save = $0 { true } else { false } })
+    #expect(cycle.handle(.saveFailed("disk full"), now: 5) == [.closeLink])
+    #expect(cycle.isUnsaved)
+    guard let wake = cycle.wakeAt else { return #expect(Bool(false), "it is tried again") }
+    let again = cycle.handle(.tick, now: max(wake, 2_000_000_000))
+    guard case .save(let record) = again.first else { return #expect(Bool(false), "the record comes first") }
+    #expect(record.forming == nil && record.held == nil && record.lastNumber == 4)
+    cycle.wasSaved()
+    #expect(!cycle.isUnsaved)
+}
+
+@Test("a change of the site's that failed may stand in the file: the record is saved again, also while nothing else is to be done")
+func changeThatMayStand() {
+    var cycle = Cycle(
+        record: primary {
+            $0.lastCommitted = PointRecord(number: 3, formedAt: 0)
+            $0.lastNumber = 3
+        }.record, settings: Cycle.Settings(interval: .manual, volumes: 1, window: 2))
+    _ = cycle.start(now: 0)
+    _ = cycle.handle(peer(3), now: 1)
+    #expect(cycle.wakeAt == nil)
+    cycle.mayDiffer(now: 2)
+    guard let wake = cycle.wakeAt else { return #expect(Bool(false), "it is saved again") }
+    #expect(cycle.handle(.tick, now: wake) == [.save(cycle.record)])
+}

@@ -21,15 +21,21 @@ final class Bench {
     }
 
     /// Adds a FlashCopy with files of its own.
-    func addCopy(_ id: CopyID, filled: Bool = false) {
+    ///
+    /// - Returns: its failure mark.
+    @discardableResult
+    func addCopy(_ id: CopyID, filled: Bool = false, durable: Bool = false) -> UnsafeMutablePointer<UInt64> {
         copies += 1
         let bits = memory + 16384 * copies
         let count = volume.geometry.grainCount
+        let mark = (bits + 8192).assumingMemoryBound(to: UInt64.self)
         volume.addCopy(
             FlashCopy(
                 id: id, targetFile: StoreFile(2 * copies), bitmapFile: StoreFile(2 * copies + 1),
                 preserved: Bitmap(memory: bits, count: count),
-                changes: filled ? Bitmap(memory: bits + 4096, count: count) : nil, durable: false, isFilled: filled))
+                changes: filled ? Bitmap(memory: bits + 4096, count: count) : nil, failureMark: mark, durable: durable,
+                isFilled: filled))
+        return mark
     }
 
     @discardableResult

@@ -109,6 +109,27 @@ class Metadata(SiteTest):
                 self.assertEqual(west.read(f"disk@{point}"), east.read("disk"))
                 self.put_away(east, west)
 
+    def test_a_start_that_ends_after_it_found_damage_is_not_trusted_by_the_next(self):
+        """What takes the place of the damaged bitmap says the worst from the beginning."""
+        east, west = self.pair({"disk": "8MiB"}, interval="manual")
+        handle = east.connect("disk")
+        handle.pwrite(random.randbytes(2 << 20), 0)
+        east.cycle()
+        west.stop()
+        handle.pwrite(random.randbytes(64 << 10), 1 << 20)
+        east.kill()
+        self.flip(f"{self.volume(east)}/recording.bitmap", 20)
+        east.edit('isolation_timeout = "300ms"', 'isolation_timeout = "60s"')
+        east.start(wait=False)  # it waits for its peer before it serves anything
+        wait_for(lambda: "the worst is assumed" in open(east.log).read(), what="the finding")
+        east.kill()
+        east.edit('isolation_timeout = "60s"', 'isolation_timeout = "300ms"')
+        west.start()
+        east.start()
+        wait_for(lambda: east.group()["state"] in ("mirroring", "resyncing"), what="the link")
+        point = east.cycle()
+        self.assertEqual(west.read(f"disk@{point}"), east.read("disk"))
+
     def test_a_damaged_recovery_point_voids_it_and_older_ones(self):
         east, west = self.pair({"disk": "8MiB"}, interval="manual")
         handle = east.connect("disk")

@@ -1,0 +1,114 @@
+import Base
+import Testing
+import Volumes
+
+@Test("a flush of the source that failed for the activity log counts for every later flush, and nothing leaves the log any more")
+func flushThatFailedForAnother() {
+    let bench = Bench(grains: 4096)
+    bench.volume.recording = true
+    bench.volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    bench.submit(.write, grain: 1500)
+    _ = bench.settle()
+    bench.volume.sweepActivity()
+    bench.volume.sweepActivity()
+    let flushes = bench.pending()
+    #expect(flushes.map(\.file).sorted() == [0, 2])
+    for io in flushes { bench.volume.complete(io, errno: io.file == 0 ? 5 : 0) }
+    #expect(bench.volume.popEvent() == .sourceLost(errno: 5))
+    #expect(bench.volume.activeBytes == 4 << 20, "the region stays")
+    bench.volume.sweepActivity()
+    #expect(bench.pending().isEmpty, "a flush that succeeds would say nothing")
+    let flush = bench.submit(.flush, grain: 0)
+    #expect(bench.settle() == [flush])
+    #expect(bench.volume.request(flush).pointee.error == 5)
+}
+
+@Test("a write with FUA that failed, for whatever reason, counts like a flush", arguments: [Int32(5), 28])
+func writeThroughThatFailed(errno: Int32) {
+    let bench = Bench()
+    let slot = bench.volume.takeRequest()!
+    let request = bench.volume.request(slot)
+    request.pointee.operation = .writeZeroes
+    request.pointee.length = 4096
+    request.pointee.fua = true
+    bench.volume.submit(slot)
+    bench.volume.complete(bench.pending()[0], errno: errno)
+    #expect(bench.settle() == [slot])
+    let flush = bench.submit(.flush, grain: 0)
+    #expect(bench.settle() == [flush])
+    #expect(bench.volume.request(flush).pointee.error == errno)
+}
+
+@Test("bits of a recording bitmap that could not be flushed are all set")
+func bitsThatWereNotFlushed() {
+    let bench = Bench(grains: 4096)
+    bench.volume.recording = true
+    bench.volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    bench.submit(.write, grain: 1500)
+    _ = bench.settle()
+    bench.volume.sweepActivity()
+    bench.volume.sweepActivity()
+    for io in bench.pending() { bench.volume.complete(io, errno: io.file == 2 ? 5 : 0) }
+    #expect(bench.volume.changedGrains == 4096)
+    #expect(bench.volume.popEvent() == .activityLogFailed(errno: 5))
+}
+
+@Test("that a durable copy has failed is flushed before the host overwrites what it lacks")
+func durableCopyThatFails() {
+    let bench = Bench()
+    let mark = bench.addCopy(1, durable: true)
+    let slot = bench.submit(.write, grain: 3)
+    bench.volume.complete(bench.pending()[0], errno: 0)  // the old content was read
+    let write = bench.pending()
+    #expect(write.map(\.file) == [2])
+    #expect(mark.pointee == 0)
+    bench.volume.complete(write[0], errno: 28)
+    #expect(mark.pointee == 1)
+    let barrier = bench.pending()
+    #expect(barrier.map(\.file) == [3] && barrier[0].operation == .flush, "the host's write waits for the mark")
+    bench.volume.complete(barrier[0], errno: 0)
+    let host = bench.pending()
+    #expect(host.map(\.file) == [0] && host[0].operation == .write)
+    bench.volume.complete(host[0], errno: 0)
+    #expect(bench.settle() == [slot])
+}
+
+@Test("a write that comes again does not go ahead on a durable bit whose flush failed")
+func bitWhoseFlushFailed() {
+    let bench = Bench()
+    bench.volume.policy = .copiesFirst
+    bench.addCopy(1, durable: true)
+    let slot = bench.submit(.write, grain: 3)
+    bench.volume.complete(bench.pending()[0], errno: 0)
+    bench.volume.complete(bench.pending()[0], errno: 0)
+    bench.volume.complete(bench.pending()[0], errno: 0)  // the data is flushed
+    let record = bench.pending()
+    #expect(record.map(\.file) == [3])
+    bench.volume.complete(record[0], errno: 5)
+    #expect(bench.settle() == [slot])
+    #expect(bench.volume.request(slot).pointee.error == 5)
+    bench.submit(.write, grain: 3)
+    let again = bench.pending()
+    #expect(again.map(\.operation) == [.read], "the old content is preserved first")
+}
+
+@Test("who reads a copy that leaves keeps what newer ones take with them, and so does the next older one")
+func readerOfACopyThatLeaves() {
+    let bench = Bench()
+    bench.addCopy(1)
+    bench.addCopy(2)
+    #expect(bench.volume.retainCopy(2))
+    bench.addCopy(3)
+    bench.volume.withdrawCopy(2)
+    bench.submit(.write, grain: 7)
+    _ = bench.settle()
+    bench.addCopy(4)
+    bench.volume.withdrawCopy(3)
+    _ = bench.settle()
+    #expect(bench.volume.copy(3) == nil && bench.volume.copy(2) != nil)
+    #expect(bench.volume.location(.copy(2), offset: 7 * 4096, length: 4096)?.depth == 1, "it has the grain itself")
+    bench.volume.releaseCopy(2)
+    _ = bench.settle()
+    #expect(bench.volume.copy(2) == nil)
+    #expect(bench.volume.location(.copy(1), offset: 7 * 4096, length: 4096)?.depth == 1)
+}
