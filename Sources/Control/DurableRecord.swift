@@ -39,6 +39,9 @@ package final class DurableRecord<Value: VersionedRecord> {
                 "\(path) holds no valid record; restore it from a backup, or remove it to begin anew "
                     + "(what it described must then be copied in full)")
         }
+        // What a killed process had written and not flushed counts from here on, and must not go back by power loss.
+        try file.synchronize()
+        try synchronizeDirectory(directory)
         sequence = best.sequence
         try checkFormat(Data(payload))
         do {

@@ -366,7 +366,7 @@ extension Site {
     func settle(_ copy: NewCopy) async throws {
         guard copy.record.isDurable else { return }
         try await copy.volume.flushSource()
-        for files in copy.volume.copies.values { try files.target.synchronize() }
+        try await copy.volume.flushTargets()
         try synchronizeChanges(copy.volume)
     }
 
@@ -562,8 +562,12 @@ extension Site {
         guard let files = volume.copies[id], let record = volume.record.copies.first(where: { $0.id == id }) else {
             return
         }
+        do { try files.target.synchronize() } catch {
+            let (number, errno) = (volume.number, error.errno)
+            volume.reactor.perform { $0.hosted(number).volume.targetFlushFailed(id, errno: errno) }
+            return
+        }
         do {
-            try files.target.synchronize()
             try files.bitmap.synchronize()
             try synchronizeDirectory("\(volume.directory)/copies")
             try volume.update(id) { $0.isComplete = true }

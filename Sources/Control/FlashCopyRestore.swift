@@ -193,7 +193,7 @@ extension Site {
     /// the copy.
     private func settle(_ part: Restoration) async throws {
         try await part.volume.flushSource()
-        for files in part.volume.copies.values { try files.target.synchronize() }
+        try await part.volume.flushTargets()
         try part.volume.restoreBitmap?.synchronize()
         if let kept = part.kept { try await settle(kept) }
     }

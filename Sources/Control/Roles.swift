@@ -327,12 +327,22 @@ extension Site {
             try await keepUnsent(group)
             try await becomeSecondary(group, request)
         } catch {
-            if served { await admitHosts(group) }
+            // The file may hold the role that was not taken: hosts come in when it does not any more.
+            if served { await admitWhenSettled(group) }
             if group.isMirroring { try await startReplication(group) }
             throw error
         }
         note(name, "'\(request.site)' is the primary; this site has given up that role")
         return yieldAnswer(group, group.record.points.last!)
+    }
+
+    private func admitWhenSettled(_ group: GroupState) async {
+        if (try? group.settle()) != nil { return await admitHosts(group) }
+        note(group.entry.name, "hosts stay shut out until the group's record can be written")
+        Task {
+            while group.isUnsaved, !isStopping { try? await Task.sleep(for: .milliseconds(200)) }
+            if group.isMirroring, !group.servesHosts { await admitHosts(group) }
+        }
     }
 
     /// Of two sites that ask each other to give up the role, the one with the smaller identity goes on.

@@ -228,17 +228,23 @@ final class VolumeState {
     var isUnsaved: Bool { kept.isUnsaved }
     func settle() throws { try kept.settle() }
 
-    /// Flushes the volume's own file, for whom the outcome matters. The kernel tells an error once, so hosts must hear of it as well.
+    /// Flushes the volume's own file, for whom the outcome matters, through its engine: the kernel tells an error once, and hosts must
+    /// hear of it as well.
     func flushSource(isolation: isolated (any Actor)? = #isolation) async throws {
-        let number = number
-        let lost = await reactor.run { $0.hosted(number).volume.flushError }
-        guard lost == 0 else {
-            throw SystemError("flush \(source.path), which failed before; restart the site", errno: lost)
+        let errno = await reactor.flush(number)
+        guard errno == 0 else {
+            throw SystemError("flush \(source.path), now or since the site was started (restart it)", errno: errno)
         }
-        do { try source.synchronize() } catch {
-            let errno = error.errno
-            await reactor.run { $0.hosted(number).volume.loseSource(errno: errno) }
-            throw error
+    }
+
+    /// Flushes the targets of all copies, for what reads through them. An error counts for the copy jobs that write there as well.
+    func flushTargets(isolation: isolated (any Actor)? = #isolation) async throws {
+        for (id, files) in copies {
+            do { try files.target.synchronize() } catch {
+                let (number, errno) = (number, error.errno)
+                await reactor.run { $0.hosted(number).volume.targetFlushFailed(id, errno: errno) }
+                throw error
+            }
         }
     }
 

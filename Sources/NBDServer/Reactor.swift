@@ -116,8 +116,8 @@ package final class Reactor {
     }
 
     private struct Quiesce {
-        var volume: VolumeNumber
-        var clients: Clients
+        /// Slots and generations of the connections that were there when it was asked for; who comes later is not waited for.
+        var connections: [(slot: Int32, generation: UInt32)]
         var done: @Sendable () -> Void
     }
 
@@ -362,8 +362,14 @@ package final class Reactor {
 
     /// Ends connections of a volume and calls `done` when none of their requests is in flight any more.
     package func disconnect(_ number: VolumeNumber, _ clients: Clients, done: @escaping @Sendable () -> Void) {
+        var present: [(slot: Int32, generation: UInt32)] = []
+        for slot in 0..<Limits.connectionsPerReactor {
+            if case .free = connections[slot].phase { continue }
+            guard connections[slot].volume == number, clients.include(connections[slot]) else { continue }
+            present.append((Int32(slot), connections[slot].generation))
+        }
         closeConnections { $0.volume == number && clients.include($0) }
-        quiesces.append(Quiesce(volume: number, clients: clients, done: done))
+        quiesces.append(Quiesce(connections: present, done: done))
     }
 
     /// A client that has the volume itself open.
@@ -400,10 +406,9 @@ package final class Reactor {
 
     private func checkQuiesces() {
         quiesces.removeAll { quiesce in
-            for slot in 0..<Limits.connectionsPerReactor {
-                if case .free = connections[slot].phase { continue }
-                let connection = connections[slot]
-                if connection.volume == quiesce.volume, quiesce.clients.include(connection) { return false }
+            for (slot, generation) in quiesce.connections {
+                if case .free = connections[Int(slot)].phase { continue }
+                if connections[Int(slot)].generation == generation { return false }
             }
             quiesce.done()
             return true

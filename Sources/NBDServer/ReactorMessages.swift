@@ -31,6 +31,19 @@ package struct ReactorHandle: Sendable {
         }
     }
 
+    /// Flushes a volume's own file, as for a host.
+    ///
+    /// - Returns: 0, or a positive errno: of this flush, or of the first since the volume was opened that failed.
+    package func flush(_ volume: VolumeNumber) async -> Int32 {
+        await withCheckedContinuation { continuation in
+            leave(
+                .range(
+                    RangeRead(volume: volume, view: .volume, offset: 0, length: 0, buffer: nil) {
+                        continuation.resume(returning: $0)
+                    }))
+        }
+    }
+
     /// Senders are few and bounded, so a full mailbox means a reactor that has stopped; a restart mends that.
     func leave(_ message: ReactorMessage) {
         invariant(mailbox.send(message), "a reactor empties its mailbox")
@@ -65,14 +78,14 @@ struct Handoff: Sendable {
     var unread: [UInt8]
 }
 
-/// A read for the control plane.
+/// A read, or a flush, for the control plane.
 struct RangeRead: Sendable {
     var volume: VolumeNumber
     var view: View
     var offset: UInt64
     var length: Int
-    /// Filled with the data; the reader's until the answer.
-    var buffer: PoolMemory
+    /// Filled with the data; the reader's until the answer. Nil: nothing is read, the volume is flushed.
+    var buffer: PoolMemory?
     var answer: @Sendable (Int32) -> Void
 }
 

@@ -321,7 +321,7 @@ extension Reactor {
     func startRange(_ range: RangeRead) {
         let volume = hosted(range.volume).volume
         guard range.offset <= volume.geometry.size, UInt64(range.length) <= volume.geometry.size - range.offset,
-            range.length <= range.buffer.byteCount
+            range.length <= range.buffer?.byteCount ?? 0
         else { return range.answer(EINVAL) }
         guard let slot = volume.takeRequest() else {
             deferredRanges.append(range)
@@ -332,11 +332,11 @@ extension Reactor {
             return range.answer(ENOENT)
         }
         let request = volume.request(slot)
-        request.pointee.operation = .read
+        request.pointee.operation = range.buffer == nil ? .flush : .read
         request.pointee.view = range.view
         request.pointee.offset = range.offset
         request.pointee.length = UInt64(range.length)
-        request.pointee.buffer = range.buffer.memory
+        request.pointee.buffer = range.buffer?.memory
         var index = 0
         while index < ranges.count, ranges[index] != nil { index += 1 }
         if index == ranges.count { ranges.append(range) } else { ranges[index] = range }

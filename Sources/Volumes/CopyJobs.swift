@@ -376,6 +376,22 @@ extension Volume {
         }
     }
 
+    /// A flush of a file has failed, for whomever: what jobs wrote there and have not flushed yet may be gone, and the next flush would
+    /// not tell.
+    func failJobs(writingTo file: StoreFile, _ errno: Int32) {
+        for index in 0..<activeJobCount {
+            let job = jobs + Int(activeJobs[index])
+            if job.pointee.targetCopy >= 0, job.pointee.copyFile == file { job.pointee.copyError = errno }
+        }
+    }
+
+    /// A flush by the control plane of a copy's target has failed.
+    package func targetFlushFailed(_ id: CopyID, errno: Int32) {
+        guard let index = chainIndex(id) else { return }
+        failJobs(writingTo: chain[index].targetFile, errno)
+        if policy == .hostFirst { failCopy(index, errno: errno) }
+    }
+
     /// The bits may not be on stable storage: a write that comes again must not go ahead because of them.
     private func unmarkMoved(_ slot: Int32) {
         let job = jobs[Int(slot)]

@@ -21,8 +21,13 @@ package struct StoreIO: BitwiseCopyable {
     package var token: IOToken
     /// Zeroing must fail with EOPNOTSUPP at once where it would be no faster than writing.
     package var fast = false
+    /// Its number in the source's flush gate.
+    var flushNumber: UInt64 = 0
     /// A read that may be answered with `hole` instead of data.
     package var seeksHole = false
+
+    /// Whether its success says that something of the volume's own file is on stable storage.
+    var makesSourceDurable: Bool { file == Volume.source && (operation == .flush || fua) }
 
     /// In place of an errno: the whole range is a hole, and the buffer was not filled.
     package static let hole: Int32 = -1

@@ -108,6 +108,7 @@ package final class Volume {
     var clock: UInt64 = 0
 
     let activity: ActivityLog
+    private var flushGate: FlushGate
     /// Empty, except where a test shows that it sees what they break.
     let faults: EngineFaults
 
@@ -145,6 +146,8 @@ package final class Volume {
         // The activity log writes once and flushes every bitmap file at a time; each copy may fail once.
         outbox = FixedQueue(
             capacity: 2 * requestCapacity + 2 * Limits.copyJobsPerVolume + 2 * Limits.copiesPerVolume + 8)
+        // Each request and each batch has at most one flush of the source, or write with FUA, and so has the activity log.
+        flushGate = FlushGate(capacity: 2 * requestCapacity + 64)
         fileInFlight = .allocate(capacity: Self.fileCapacity)
         fileInFlight.initialize(repeating: 0, count: Self.fileCapacity)
         chain = .allocate(capacity: Limits.copiesPerVolume)
@@ -249,7 +252,10 @@ package final class Volume {
     func emit(_ event: VolumeEvent) { events.append(event) }
 
     func issue(_ io: StoreIO) {
+        var io = io
         fileInFlight[Int(io.file)] += 1
+        // Once one has failed, all have.
+        if io.makesSourceDurable { io.flushNumber = flushError == 0 ? flushGate.begin() : .max }
         outbox.append(io)
     }
 
@@ -257,7 +263,21 @@ package final class Volume {
     package func complete(_ io: StoreIO, errno: Int32) {
         fileInFlight[Int(io.file)] -= 1
         invariant(fileInFlight[Int(io.file)] >= 0, "an I/O is answered once")
-        if errno > 0, io.file == Self.source { noteSourceError(io, errno) }
+        guard io.makesSourceDurable else {
+            if errno > 0, io.operation == .flush { failJobs(writingTo: io.file, errno) }
+            return deliver(io, errno)
+        }
+        if errno != 0 { loseSource(errno: errno) }
+        if flushError != 0 {
+            if io.flushNumber != .max { flushGate.failed(io) }
+            deliver(io, flushError)
+        } else {
+            flushGate.succeeded(io)
+        }
+        while let believed = flushGate.pop(all: flushError != 0) { deliver(believed, flushError) }
+    }
+
+    private func deliver(_ io: StoreIO, _ errno: Int32) {
         // A copy that leaves waits until nothing uses its files.
         if backgroundWork, io.file != Self.source { backgroundDue = true }
         switch io.token.owner {
@@ -309,15 +329,9 @@ package final class Volume {
 
     // MARK: Flush
 
-    /// The kernel tells a write-back error once, to the first who flushes, and may have dropped the pages: whoever flushed, nothing may
-    /// call what was written durable any more until the volume is opened anew. A write with FUA takes it as well, and its error
-    /// may be of pages that were written long before.
-    private func noteSourceError(_ io: StoreIO, _ errno: Int32) {
-        if io.operation == .flush || io.fua { loseSource(errno: errno) }
-    }
-
-    /// A flush of the source has failed, here or elsewhere in the process.
-    package func loseSource(errno: Int32) {
+    /// A flush of the source has failed. The kernel tells a write-back error once, and may have dropped the pages: whoever flushed, with
+    /// FUA or without, nothing may call what was written durable any more until the volume is opened anew.
+    private func loseSource(errno: Int32) {
         roles.pointee.sourceLost = 1
         guard flushError == 0 else { return }
         flushError = errno
@@ -357,7 +371,7 @@ package final class Volume {
             return
         }
         // Of the record of what was restored: its bits may have been dropped as well, so it counts like the source's.
-        if errno != 0 { loseSource(errno: errno) }
+        if errno != 0, flushError == 0 { loseSource(errno: errno) }
         if request.pointee.flushesLeft == 0 { finish(slot, error: flushError) }
     }
 

@@ -207,7 +207,9 @@ func recordThatIsNotSaved() {
     #expect(!cycle.isUnsaved)
 }
 
-@Test("a change of the site's that failed may stand in the file: the record is saved again, also while nothing else is to be done")
+@Test(
+    "a change of the site's that failed may stand in the file: the record is saved again, also while nothing else is to be done"
+)
 func changeThatMayStand() {
     var cycle = Cycle(
         record: primary {

@@ -2,7 +2,9 @@ import Base
 import Testing
 import Volumes
 
-@Test("a flush of the source that failed for the activity log counts for every later flush, and nothing leaves the log any more")
+@Test(
+    "a flush of the source that failed for the activity log counts for every later flush, and nothing leaves the log any more"
+)
 func flushThatFailedForAnother() {
     let bench = Bench(grains: 4096)
     bench.volume.recording = true
