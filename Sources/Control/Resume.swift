@@ -142,6 +142,11 @@ extension Site {
             if let path = record.target { try openOperatorTarget(path, volume, recorded: true).0 } else {
                 try volume.openTarget(record.targetOwner, create: missing && record.targetOwner == record.id)
             }
+        // If a flush of it has failed in the last run, only what is on storage counts.
+        if record.isDurable {
+            try target.synchronize()
+            target.dropCache()
+        }
         return CopyFiles(target: target, bitmap: bitmap)
     }
 

@@ -199,6 +199,7 @@ final class VolumeState {
     func confirm(bootID: String, servedAs: String?) throws {
         // A log that is broken, or a flush that failed: only what is flushed now is known to be there.
         if record.logIsBroken || recording.hasLostSource || !isTrusted { try source.synchronize() }
+        if recording.hasLostSource { source.dropCache() }
         let roles = (recording.mapping.memory + BitmapHeader.rolesOffset).assumingMemoryBound(to: RecordingRoles.self)
         roles.pointee.sourceLost = 0
         try recording.synchronize()

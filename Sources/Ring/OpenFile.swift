@@ -166,6 +166,9 @@ package final class OpenFile: Sendable {
         }
     }
 
+    /// Forgets what the page cache has of the file and storage may not have, although it is called clean: after a write-back that failed.
+    package func dropCache() { _ = posix_fadvise(descriptor, 0, 0, Int32(POSIX_FADV_DONTNEED)) }
+
     /// Reads all data of the file into the page cache.
     ///
     /// - Throws: what cannot be read.

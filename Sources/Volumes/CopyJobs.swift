@@ -318,6 +318,9 @@ extension Volume {
 
     private func moved(_ slot: Int32) {
         let job = jobs + Int(slot)
+        if let index = chainIndex(job.pointee.targetCopy), chain[index].targetError != 0 {
+            job.pointee.copyError = chain[index].targetError
+        }
         if job.pointee.durable, job.pointee.copyError == 0 {
             awaitFlush(slot)
         } else {
@@ -377,8 +380,10 @@ extension Volume {
     }
 
     /// A flush of a file has failed, for whomever: what jobs wrote there and have not flushed yet may be gone, and the next flush would
-    /// not tell.
+    /// not tell. Nor is what is written to the same place again sure to be there after a flush that succeeds: a file system may take
+    /// blocks for written whose first write has failed (seen on ext4). So the target takes nothing more.
     func failJobs(writingTo file: StoreFile, _ errno: Int32) {
+        for index in 0..<chainCount where chain[index].targetFile == file { chain[index].targetError = errno }
         for index in 0..<activeJobCount {
             let job = jobs + Int(activeJobs[index])
             if job.pointee.targetCopy >= 0, job.pointee.copyFile == file { job.pointee.copyError = errno }

@@ -54,6 +54,8 @@ package struct FlashCopy: BitwiseCopyable {
     package var readers: Int32 = 0
     /// Grains whose point-in-time data is in the target.
     package internal(set) var preservedCount: Int
+    /// A flush of the target has failed: nothing that is written there counts any more until it is opened anew.
+    var targetError: Int32 = 0
     var handoverCursor = 0
     var fillCursor = 0
     /// Bytes that the background copy may still move before the clock goes on.
@@ -151,6 +153,7 @@ extension Volume {
         }
         let old = chain[index]
         var renewed = renewed
+        renewed.targetError = old.targetError
         if old.isIncremental, renewed.recordsChanges {
             // C1: what changed since is noted here or in a newer copy.
             renewed.preserved.formDifference(old.preserved, old.changes)
