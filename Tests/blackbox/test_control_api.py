@@ -25,6 +25,7 @@ class ControlAPI(SiteTest):
     def solo(self, **options):
         site = self.site("solo", {"disk": "16MiB"}, start=False, **options)
         site.port = free_port()
+        site.edit(', "/dev"]', "]")
         site.edit('control.sock"]', f'control.sock", "127.0.0.1:{site.port}"]')
         return site
 

@@ -66,9 +66,10 @@ class Operations(SiteTest):
         self.assertIn('farcopy_verify_differences_total{group="shop"} 2', metrics)
         self.assertIn('farcopy_hold_seconds_bucket{group="shop",le="0.001"}', metrics)
         east.farcopy("verify", "shop", "--repair")
-        point = east.cycle()
+        east.cycle()
         self.assertEqual(json.loads(east.farcopy("verify", "shop", "--json").stdout)["differing_bytes"], 0)
-        self.assertEqual(west.read(f"orders@{point}"), east.read("orders"))
+        # Whichever point is the newest by now: nobody writes any more, and points are formed all the while.
+        self.assertEqual(west.read("orders"), east.read("orders"))
         for site in (east, west):
             self.assertEqual(json.loads(site.farcopy("flashcopy", "list", "--json").stdout), [], "nothing stays behind")
         self.assertIn("is secondary", west.farcopy("verify", "shop", check=False).stderr)
