@@ -72,16 +72,6 @@ int fallocate(int, int, off_t, off_t);
 static inline int farcopy_reserve(int fd, off_t offset, off_t length) {
     return fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length) < 0 ? -errno : 0;
 }
-// Files made below a directory of btrfs are overwritten in place, so that space that was reserved for them stays theirs.
-static inline void farcopy_overwrite_in_place(int directory) {
-    struct statfs system;
-    int flags = 0;
-    if (fstatfs(directory, &system) != 0 || system.f_type != BTRFS_SUPER_MAGIC) return;
-    if (ioctl(directory, FS_IOC_GETFLAGS, &flags) == 0 && !(flags & FS_NOCOW_FL)) {
-        flags |= FS_NOCOW_FL;
-        ioctl(directory, FS_IOC_SETFLAGS, &flags);
-    }
-}
 static inline long farcopy_file_system_type(int fd) {
     struct statfs system;
     return fstatfs(fd, &system) == 0 ? (long)system.f_type : 0;
