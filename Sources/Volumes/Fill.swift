@@ -6,7 +6,7 @@
 // through it. The driver calls `runBackground` once a turn; each call starts a few jobs only, so that hosts come between.
 //
 // Must be prevented:
-//   a copy leaves while its heir lacks something that only it has
+//   a copy leaves while its heir lacks something that only it has, or has it with a bit that power loss may take
 //   work begins on a chain that is only half taken up after a restart, and reads past copies that are still to come
 //   a background copy takes the volume's copy jobs or the driver's turn from hosts
 
@@ -154,11 +154,17 @@ extension Volume {
             guard backgroundMayStart, let job = startFill(heir, run, handsOver: true) else { return false }
             chain[index].handoverCursor = jobs[Int(job)].grains.upperBound
         }
-        for active in 0..<activeJobCount
-        where jobs[Int(activeJobs[active])].handsOver && jobs[Int(activeJobs[active])].targetCopy == chain[heir].id {
-            return false
+        // Whoever began the job: until it ends, the heir's bit may be set and not on stable storage, or be cleared again.
+        for active in 0..<activeJobCount {
+            let job = jobs[Int(activeJobs[active])]
+            if job.targetCopy == chain[heir].id, isHandedOver(chain[index], in: job.grains) { return false }
         }
         return true
+    }
+
+    private func isHandedOver(_ copy: FlashCopy, in grains: Range<Int>) -> Bool {
+        for grain in grains where copy.changes.contains(grain) && copy.preserved.contains(grain) { return true }
+        return false
     }
 
     /// The next run that the source has changed since `from` was taken, that `from` has, and that `to` lacks; at most

@@ -8,7 +8,7 @@ func seeds(seed: UInt64) throws {
     #expect(world.figures.commits > 0 || world.figures.crashes > 0)
 }
 
-@Test("seeds of copies that broke a rule break none any more", arguments: [UInt64(901_761), 903_732, 906_788])
+@Test("seeds of copies that broke a rule break none any more", arguments: [UInt64(901_761), 903_732, 906_788, 5873])
 func copySeeds(seed: UInt64) throws { try CopyWorld(seed: seed).run(steps: 8_000, skipping: []) }
 
 @Test("one seed replays exactly")

@@ -7,6 +7,8 @@ import Volumes
 final class Bench {
     let volume: Volume
     private let memory: UnsafeMutableRawPointer
+    /// What requests write, or read into.
+    var data: UnsafeMutableRawPointer { memory + (512 << 10) }
     private var copies = 0
 
     init(grains: Int = 512) {
@@ -25,17 +27,27 @@ final class Bench {
     /// - Returns: its failure mark.
     @discardableResult
     func addCopy(_ id: CopyID, filled: Bool = false, durable: Bool = false) -> UnsafeMutablePointer<UInt64> {
+        let (copy, mark) = makeCopy(id, filled: filled, durable: durable)
+        volume.addCopy(copy)
+        return mark
+    }
+
+    /// A FlashCopy that is not in the chain yet, with a bitmap of its own.
+    ///
+    /// - Parameter target: nil = a target of its own.
+    func makeCopy(
+        _ id: CopyID, filled: Bool, durable: Bool, target: StoreFile? = nil
+    ) -> (FlashCopy, mark: UnsafeMutablePointer<UInt64>) {
         copies += 1
         let bits = memory + 16384 * copies
         let count = volume.geometry.grainCount
         let mark = (bits + 8192).assumingMemoryBound(to: UInt64.self)
-        volume.addCopy(
-            FlashCopy(
-                id: id, targetFile: StoreFile(2 * copies), bitmapFile: StoreFile(2 * copies + 1),
-                preserved: Bitmap(memory: bits, count: count),
-                changes: filled ? Bitmap(memory: bits + 4096, count: count) : nil, failureMark: mark, durable: durable,
-                isFilled: filled))
-        return mark
+        let copy = FlashCopy(
+            id: id, targetFile: target ?? StoreFile(2 * copies), bitmapFile: StoreFile(2 * copies + 1),
+            preserved: Bitmap(memory: bits, count: count),
+            changes: filled ? Bitmap(memory: bits + 4096, count: count) : nil, failureMark: mark, durable: durable,
+            isFilled: filled)
+        return (copy, mark)
     }
 
     @discardableResult
@@ -49,7 +61,7 @@ final class Bench {
         request.pointee.offset = UInt64(grain) * 4096
         request.pointee.length = UInt64(count) * 4096
         request.pointee.owner = owner
-        if operation == .read || operation == .write { request.pointee.buffer = memory + (512 << 10) }
+        if operation == .read || operation == .write { request.pointee.buffer = data }
         volume.submit(slot)
         return slot
     }

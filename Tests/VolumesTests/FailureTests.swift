@@ -114,3 +114,34 @@ func readerOfACopyThatLeaves() {
     #expect(bench.volume.copy(2) == nil)
     #expect(bench.volume.location(.copy(1), offset: 7 * 4096, length: 4096)?.depth == 1)
 }
+
+@Test("a copy is in use until what its durable heir has of it, for whatever reason, is on stable storage")
+func heirThatIsStillFlushing() {
+    let bench = Bench()
+    bench.addCopy(1, durable: true)
+    bench.addCopy(2, filled: true, durable: true)
+    _ = bench.settle()
+    bench.volume.beginRefresh(2)
+    _ = bench.settle()
+    // Copy 1 preserves a grain, and copy 3 begins with the same one before that is flushed; so a second write does not wait.
+    bench.submit(.write, grain: 5)
+    for _ in 0..<2 { bench.volume.complete(bench.pending()[0], errno: 0) }  // read, written
+    let flush = bench.pending()
+    bench.volume.retakeCopy(2, as: bench.makeCopy(3, filled: true, durable: true, target: 4).0)
+    bench.volume.complete(bench.pending()[0], errno: 0)  // the bits that copy 3 begins with
+    let second = bench.submit(.write, grain: 5)
+    let write = bench.pending()
+    #expect(flush.map(\.file) == [2] && write.map(\.file) == [0])
+    bench.volume.complete(write[0], errno: 0)
+    #expect(bench.volume.popFinished() == second)
+    bench.volume.complete(flush[0], errno: 0)
+    let record = bench.pending()
+    #expect(record.map(\.file) == [3] && bench.volume.copy(1)!.preserved.contains(5))
+    while bench.volume.popEvent() != nil {}
+    bench.volume.beginRefresh(3)
+    bench.volume.runBackground()
+    #expect(bench.volume.popEvent() == nil && !bench.volume.mayRetake(3))
+    bench.volume.complete(record[0], errno: 0)
+    _ = bench.settle()
+    #expect(bench.volume.popEvent() == .copyReady(id: 3) && bench.volume.mayRetake(3))
+}
