@@ -437,7 +437,9 @@ final class VolumeState {
         return nextOrder - CopyRecord.orderStep
     }
 
-    func copyRecord(_ name: String) -> CopyRecord? { record.copies.first { $0.name == name && $0.state != .creating } }
+    func copyRecord(_ name: String) -> CopyRecord? {
+        record.copies.first { $0.name == name && $0.state != .creating && $0.isForgotten != true }
+    }
 
     /// Changes a copy's record and makes that durable.
     func update(_ id: CopyID, _ change: (inout CopyRecord) -> Void) throws {

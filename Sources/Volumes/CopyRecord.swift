@@ -43,6 +43,8 @@ package struct CopyRecord: Codable, Sendable, Equatable {
     package var wasWritable: Bool?
     /// Survives power loss: old content is made durable before it is overwritten.
     package var isDurable = false
+    /// Lost, and nobody is to be told of it: it was being established or withdrawn.
+    package var isForgotten: Bool?
 
     package init(id: CopyID, name: String, createdAt: Double, order: UInt64, state: State) {
         self.id = id
@@ -79,12 +81,13 @@ package struct CopyRecord: Codable, Sendable, Equatable {
             return .absent
         }
         guard trusted || isDurable || (isComplete && state == .active) else {
-            let isKnown = state != .creating && state != .withdrawing
+            // Kept in the record, since a start may end before what is `forgotten` is gone.
+            if state == .creating || state == .withdrawing { isForgotten = true }
             if state != .lost {
                 reason = "lost when the machine went down"
                 state = .lost
             }
-            return isKnown ? .absent : .forgotten
+            return isForgotten == true ? .forgotten : .absent
         }
         switch state {
         case .creating: return .leaves
@@ -95,7 +98,7 @@ package struct CopyRecord: Codable, Sendable, Equatable {
             return .leaves
         case .withdrawing: return .leaves
         case .failed: return .servesOlder
-        case .lost: return .absent
+        case .lost: return isForgotten == true ? .forgotten : .absent
         }
     }
 

@@ -137,3 +137,16 @@ func changesAfterPowerLoss() {
     untouched.allowWrites(false)
     #expect(lacking([record(1), untouched]).isEmpty)
 }
+
+@Test("what power loss took of a copy that nobody is to be told of is forgotten, also by a start after one that ended")
+func forgottenCopies() {
+    for state in [CopyRecord.State.creating, .withdrawing] {
+        var record = CopyRecord(id: 1, name: "c", createdAt: 0, order: 1, state: state)
+        #expect(record.resume(trusted: false, overtaken: false) == .forgotten)
+        #expect(record.resume(trusted: false, overtaken: false) == .forgotten)
+        #expect(record.resume(trusted: true, overtaken: false) == .forgotten)
+    }
+    var record = CopyRecord(id: 1, name: "c", createdAt: 0, order: 1, state: .active)
+    #expect(record.resume(trusted: false, overtaken: false) == .absent)
+    #expect(record.resume(trusted: true, overtaken: false) == .absent)
+}
