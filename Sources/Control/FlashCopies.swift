@@ -199,20 +199,28 @@ extension Site {
     }
 
     func establish(_ request: FlashCopyRequest, _ members: [VolumeState]) async throws {
-        var made: [NewCopy] = []
-        do {
-            for (index, volume) in members.enumerated() {
-                made.append(
-                    try await prepare(request, volume, target: request.targets?[index], order: volume.takeOrder()))
-            }
-        } catch {
-            for copy in made { try? discard(copy) }
-            throw error
+        let made = try await prepareAll(members) { index in
+            try await self.prepare(
+                request, members[index], target: request.targets?[index], order: members[index].takeOrder())
         }
         let intact = await together(members) { index in
             await self.enterChain(made[index].volume, made[index].record, made[index].files) { $0.addCopy($1) }
         }
         try await conclude(made, intact)
+    }
+
+    /// Prepares a copy on each volume, or on none.
+    func prepareAll(
+        _ members: [VolumeState], each: (Int) async throws -> NewCopy
+    ) async throws -> [NewCopy] {
+        var made: [NewCopy] = []
+        do {
+            for index in members.indices { made.append(try await each(index)) }
+        } catch {
+            for copy in made { try? discard(copy) }  // what cannot be written, a start does
+            throw error
+        }
+        return made
     }
 
     /// Writes a copy down and makes its files; it takes nothing yet.
@@ -410,9 +418,12 @@ extension Site {
         }
     }
 
+    /// Takes back what was prepared; a target that belongs to the copy before stays.
     func discard(_ copy: NewCopy) throws {
-        try copy.volume.amend { $0.copies.removeAll { $0.id == copy.record.id } }
-        copy.volume.removeCopyFiles(copy.record.id, targetOwner: copy.record.target == nil ? copy.record.id : nil)
+        let (record, volume) = (copy.record, copy.volume)
+        try volume.amend { $0.copies.removeAll { $0.id == record.id } }
+        volume.removeCopyFiles(
+            record.id, targetOwner: record.target == nil && record.targetOwner == record.id ? record.id : nil)
     }
 
     // MARK: Showing
@@ -421,7 +432,7 @@ extension Site {
         var all: [FlashCopyReport] = []
         for volume in volumes.values.sorted(by: { $0.name < $1.name }) {
             for record in volume.record.copies
-            where record.state != .creating && !record.name.hasPrefix(Self.verifyPrefix) {
+            where record.state != .creating && record.isForgotten != true && !record.name.hasPrefix(Self.verifyPrefix) {
                 all.append(await report(volume, record))
             }
         }

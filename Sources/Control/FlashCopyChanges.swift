@@ -77,13 +77,11 @@ extension Site {
     private func establishClone(
         _ request: FlashCopyRequest, _ members: [VolumeState], _ origins: [Origin]
     ) async throws {
-        var made: [NewCopy] = []
-        for (index, volume) in members.enumerated() {
-            made.append(
-                try await prepare(
-                    request, volume, target: request.targets?[index],
-                    order: try orderBelow(volume, origins[index].order),
-                    originIsDurable: origins[index].isDurable))
+        let made = try await prepareAll(members) { index in
+            try await self.prepare(
+                request, members[index], target: request.targets?[index],
+                order: try self.orderBelow(members[index], origins[index].order),
+                originIsDurable: origins[index].isDurable)
         }
         let vanished = Atomic(false)
         let parts = made.map { ($0.record, $0.files) }
@@ -153,8 +151,7 @@ extension Site {
     private func retake(_ name: String, _ members: [VolumeState]) async throws {
         for (volume, record) in try copies(name, members) { try await takeOutOfUse(volume, record) }
         let old = try copies(name, members)
-        var made: [NewCopy] = []
-        for (volume, record) in old { made.append(try await successor(volume, record)) }
+        let made = try await prepareAll(members) { index in try await self.successor(old[index].0, old[index].1) }
         let parts = made.map { ($0.record, $0.files) }
         let missed = Mutex<Set<Int>>([])
         let intact = await together(members) { index in
@@ -182,8 +179,10 @@ extension Site {
             let keepsTarget = new.record.targetOwner == record.targetOwner
             // The record comes before the files: it must never name what is not there.
             if inUse.contains(index) {
-                try volume.amend { $0.copies.removeAll { $0.id == new.record.id } }
-                release(volume, new.record, keepsTarget: keepsTarget)
+                do {
+                    try volume.amend { $0.copies.removeAll { $0.id == new.record.id } }
+                    release(volume, new.record, keepsTarget: keepsTarget)
+                } catch { problem = error }  // it stays `creating`, and a start takes it out
                 continue
             }
             var state = CopyRecord.State.active

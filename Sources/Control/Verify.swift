@@ -108,12 +108,12 @@ extension Site {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
         let members = members(group)
-        var made: [NewCopy] = []
-        for volume in members {
-            try checkNotRestoring(volume)
+        let made = try await prepareAll(members) { index in
+            let volume = members[index]
+            try self.checkNotRestoring(volume)
             let request = FlashCopyRequest(
                 name: "\(Self.verifyPrefix)\(volume.record.nextCopy)", volumes: [volume.name])
-            made.append(try await prepare(request, volume, target: nil, order: volume.takeOrder()))
+            return try await self.prepare(request, volume, target: nil, order: volume.takeOrder())
         }
         let entries = made.map { Self.chainEntry($0.volume.number, $0.record, $0.files) { $0.addCopy($1) } }
         let taken = Mutex(TakenCopies())
