@@ -611,18 +611,20 @@ extension Site {
         let shared = volume.record.copies.contains { $0.id != id && $0.targetOwner == owner && $0.state != .lost }
         do {
             try synchronizeChanges(volume)
-            try volume.amend { record in
-                guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
-                if !wasInChain || !record.copies[index].hasLeft() { record.copies.remove(at: index) }
-            }
         } catch {
-            // The record still names the files: they stay, and leave with the next start.
+            // Its record still says what older copies may lack: it stays, and leaves with the next start, or when asked again.
             note(
                 nil,
                 "volume \(volume.name): FlashCopy '\(record?.name ?? String(id))' has left, but that cannot be written down: \(error)"
             )
             return
         }
-        volume.removeCopyFiles(id, targetOwner: shared || record?.target != nil ? nil : owner)
+        volume.acknowledge { record in
+            guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
+            if !wasInChain || !record.copies[index].hasLeft() { record.copies.remove(at: index) }
+        }
+        let ownTarget = shared || record?.target != nil ? nil : owner
+        guard !volume.isUnsaved else { return volume.unnamedFiles.append((id, ownTarget)) }
+        volume.removeCopyFiles(id, targetOwner: ownTarget)
     }
 }

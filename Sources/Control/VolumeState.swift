@@ -36,6 +36,8 @@ final class VolumeState {
     var activityLogIsOn = false
     var pointTargetFile: StoreFile = -1
     var copies: [CopyID: CopyFiles] = [:]
+    /// Of copies that have left while the record's file may still name them: `settle` removes them, or the next start.
+    var unnamedFiles: [(id: CopyID, targetOwner: CopyID?)] = []
     var restoreBitmap: BitmapFile?
     var restoreFile: StoreFile = -1
     /// While a restore begins hosts can only read.
@@ -227,7 +229,12 @@ final class VolumeState {
 
     /// The record's file may hold another one; `settle` mends that.
     var isUnsaved: Bool { kept.isUnsaved }
-    func settle() throws { try kept.settle() }
+    func settle() throws {
+        try kept.settle()
+        let left = unnamedFiles
+        unnamedFiles = []
+        for (id, targetOwner) in left { removeCopyFiles(id, targetOwner: targetOwner) }
+    }
 
     /// Flushes the volume's own file, for whom the outcome matters, through its engine: the kernel tells an error once, and hosts must
     /// hear of it as well.
