@@ -1,9 +1,9 @@
 // Records, in order, what a site does to the files below a directory and what it answers, and makes calls fail; preloaded into the server by
-// test_order.py.
+// test_order.py and test_nth_call.py.
 //
 // FARCOPY_ORDER_UNDER    the directory: what happens elsewhere is not told
 // FARCOPY_ORDER_LOG      a file that gets a line for each event, as "fdatasync PATH"
-// FARCOPY_ORDER_FAULT    a file of 128 bytes, mapped: which call is to fail next (struct fault)
+// FARCOPY_ORDER_FAULT    a file of a page, mapped: which call is to fail next (struct fault)
 //
 // What goes through io_uring (the reactors' reads, writes and flushes of volumes, targets, bitmaps and the activity log) is not seen here.
 #define _GNU_SOURCE
@@ -24,12 +24,13 @@
 #include <unistd.h>
 
 struct fault {
-    char call[16];    // "pwrite", "fdatasync", "fsync", "msync"
+    char call[16];    // the call's name, as "fdatasync"; "*" = any that is told or can fail here
     char suffix[64];  // how the path ends
     int32_t error;    // errno; 0: the process is killed instead of the call
-    int32_t skip;     // so many calls are let through first
+    int32_t skip;     // so many calls are let through first; counts down
     int32_t left;     // so many are to fail; counts down
     int32_t half;     // a pwrite that fails has written half of it
+    char failed[256]; // which call of which file failed last
 };
 
 static const char *under;
@@ -71,17 +72,24 @@ static int fails(const char *call, const char *path) {
     int error = 0;
     pthread_mutex_lock(&lock);
     size_t length = strlen(path), end = strlen(fault->suffix);
-    if (fault->left > 0 && !strcmp(fault->call, call) && length >= end && !strcmp(path + length - end, fault->suffix)) {
+    int matches = !strcmp(fault->call, "*") || !strcmp(fault->call, call);
+    if (fault->left > 0 && matches && length >= end && !strcmp(path + length - end, fault->suffix)) {
         if (fault->skip > 0) {
             fault->skip--;
         } else {
             fault->left--;
+            snprintf(fault->failed, sizeof fault->failed, "%s %s", call, path);
             if (fault->error == 0) kill(getpid(), SIGKILL);
             error = fault->error;
         }
     }
     pthread_mutex_unlock(&lock);
     return error;
+}
+
+// For calls that name a file.
+static int fails_at(const char *call, const char *path) {
+    return under && !strncmp(path, under, strlen(under)) ? fails(call, path + strlen(under)) : 0;
 }
 
 #define SPACE char space[500]; const char *path = path_of(fd, space, sizeof space)
@@ -123,6 +131,11 @@ static struct { char *start; size_t length; char path[200]; } mappings[4096];
 static int mapping_count;
 
 static void *map(void *place, size_t length, int protection, int flags, int fd, off_t offset) {
+    if (fd >= 0 && (flags & MAP_TYPE) != MAP_PRIVATE) {
+        SPACE;
+        int error = fails("mmap", path);
+        if (error) return errno = error, MAP_FAILED;
+    }
     void *memory = (void *)syscall(SYS_mmap, place, length, protection, flags, fd, offset);
     if (memory == MAP_FAILED || fd < 0 || (flags & MAP_TYPE) == MAP_PRIVATE) return memory;
     SPACE;
@@ -157,6 +170,8 @@ int msync(void *start, size_t length, int flags) {
 }
 
 static int open_file(int directory, const char *name, int flags, mode_t mode) {
+    int error = fails_at("open", name);
+    if (error) return errno = error, -1;
     int is_new = (flags & O_CREAT) && faccessat(directory, name, F_OK, 0) != 0;
     int fd = syscall(SYS_openat, directory, name, flags, mode);
     if (fd >= 0 && is_new) {
@@ -171,19 +186,45 @@ int open64(const char *name, int flags, ...) { MODE return open_file(AT_FDCWD, n
 int openat(int at, const char *name, int flags, ...) { MODE return open_file(at, name, flags, mode); }
 int openat64(int at, const char *name, int flags, ...) { MODE return open_file(at, name, flags, mode); }
 
+int ftruncate(int fd, off_t length) {
+    SPACE;
+    int error = fails("ftruncate", path);
+    return error ? errno = error, -1 : syscall(SYS_ftruncate, fd, length);
+}
+int ftruncate64(int fd, off_t length) { return ftruncate(fd, length); }
+
+int fallocate(int fd, int mode, off_t offset, off_t length) {
+    SPACE;
+    int error = fails("fallocate", path);
+    return error ? errno = error, -1 : syscall(SYS_fallocate, fd, mode, offset, length);
+}
+int posix_fallocate(int fd, off_t offset, off_t length) {
+    SPACE;
+    int error = fails("fallocate", path);
+    return error ? error : syscall(SYS_fallocate, fd, 0, offset, length) ? errno : 0;
+}
+int posix_fallocate64(int fd, off_t offset, off_t length) { return posix_fallocate(fd, offset, length); }
+int fallocate64(int fd, int mode, off_t offset, off_t length) { return fallocate(fd, mode, offset, length); }
+
 int rename(const char *from, const char *to) {
+    int error = fails_at("rename", to);
+    if (error) return errno = error, -1;
     int result = syscall(SYS_rename, from, to);
     if (result == 0 && under && !strncmp(from, under, strlen(under))) tell("remove", from + strlen(under), 0, 0);
     if (result == 0 && under && !strncmp(to, under, strlen(under))) tell("rename", to + strlen(under), 0, 0);
     return result;
 }
 int unlink(const char *path) {
+    int error = fails_at("unlink", path);
+    if (error) return errno = error, -1;
     int result = syscall(SYS_unlink, path);
     if (result == 0 && under && !strncmp(path, under, strlen(under))) tell("remove", path + strlen(under), 0, 0);
     return result;
 }
 
 int mkdir(const char *path, mode_t mode) {
+    int error = fails_at("mkdir", path);
+    if (error) return errno = error, -1;
     int result = syscall(SYS_mkdir, path, mode);
     if (result == 0 && under && !strncmp(path, under, strlen(under))) tell("create", path + strlen(under), 0, 0);
     return result;

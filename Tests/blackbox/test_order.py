@@ -55,6 +55,16 @@ class Recorder:
         with open(self.control, "rb") as file:
             return struct.unpack("<i", file.read(96)[88:92])[0]
 
+    def skipped(self):
+        """How many more would have been let through."""
+        with open(self.control, "rb") as file:
+            return struct.unpack("<i", file.read(96)[84:88])[0]
+
+    def last_failed(self):
+        """The call and the path that failed last."""
+        with open(self.control, "rb") as file:
+            return file.read(352)[96:].split(b"\0")[0].decode()
+
 
 class OrderTest(SiteTest):
     def setUp(self):
