@@ -394,10 +394,25 @@ extension Site {
             for copy in made { try await settle(copy) }
             for copy in made { try copy.volume.update(copy.record.id) { $0.state = .active } }
         } catch {
-            for copy in made { await leave(copy.volume, copy.record.id) }
+            for copy in made { await giveUp(copy) }
             throw error
         }
         for copy in made { await publish(copy.volume, group(ofVolume: copy.volume.name)) }
+    }
+
+    /// Takes a copy out that may be recorded as active: one that leaves preserves nothing any more, and so must not be served by a
+    /// start that finds that record.
+    private func giveUp(_ copy: NewCopy) async {
+        let (volume, id) = (copy.volume, copy.record.id)
+        volume.acknowledge { record in
+            guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
+            record.copies[index].state = .withdrawing
+        }
+        guard volume.isUnsaved else { return await leave(volume, id) }
+        Task {
+            while volume.isUnsaved, !isStopping { try? await Task.sleep(for: .milliseconds(200)) }
+            if !isStopping { await leave(volume, id) }
+        }
     }
 
     /// Takes a copy out of the chain; `copyWithdrawn` follows.
