@@ -34,6 +34,13 @@ package final class CopyWorld: Scenario {
     private var roles = UnsafeMutablePointer<RecordingRoles>.allocate(capacity: 1)
     private var log = SimulatedFile(byteCount: ActivityLog.fileOffset + 4096)
     private var records: [CopyRecord] = []
+    /// What the file of `records` says; a save that fails may have reached it all the same (`KeptRecord`).
+    private var saved: [CopyRecord] = []
+    private var isUnsaved = false
+    /// One save in so many fails; 0 = none.
+    private let failingSaves: Int
+    /// The volume's record says that mapped files are as the last process left them (`VolumeState.confirm`).
+    private var isTrusted = true
     private var restoring: (id: CopyID, decided: Bool)?
     private var pending = SimulatedBitmap(bits: 64)
     private var targets: [CopyID: SimulatedFile] = [:]
@@ -60,6 +67,8 @@ package final class CopyWorld: Scenario {
     /// What the volume held before the newest restore.
     private var overwritten: Contents?
     private var images: [CopyID: Contents] = [:]
+    /// Of copies that were given up, and whose record may say that they are active all the same.
+    private var givenUp: [CopyID: Contents] = [:]
     /// What the volume held when its change recording was last cleared.
     private var mirrored: [UInt8]?
     private var nextValue: UInt32 = 1
@@ -90,6 +99,7 @@ package final class CopyWorld: Scenario {
     package init(seed: UInt64, fault: DeliberateFault? = nil) {
         var generator = SeededGenerator(seed: seed ^ 0xC0FFEE)
         weights = Happening.allCases.map { $0.weight * $0.varies[generator.below(3)] }
+        failingSaves = [0, 0, 40, 8][generator.below(4)]
         random = generator
         self.fault = fault
         engineFaults = fault?.engine ?? []
@@ -97,7 +107,7 @@ package final class CopyWorld: Scenario {
         // Seldom enough memory for every job at once.
         copyBytes = generator.chance(50) ? 1 << 20 : 1 << 16
         roles.initialize(to: RecordingRoles())
-        start(trusted: true)
+        start()
     }
 
     deinit {
@@ -116,7 +126,33 @@ package final class CopyWorld: Scenario {
 
     // MARK: Starting (Control/Resume.swift)
 
-    private func start(trusted: Bool) {
+    /// A start may end between any two of its steps, by a kill or by power loss; the next one finds what it has left.
+    ///
+    /// - Returns: whether power was lost.
+    @discardableResult
+    private func start() -> Bool {
+        var powerLoss = false
+        while !tryStart(endingAt: random.chance(20) ? random.below(8) : nil) {
+            note("the start ends in the middle")
+            process.crash(&random)
+            if random.chance(40) {
+                losePower()
+                powerLoss = true
+            }
+            records = saved
+        }
+        return powerLoss
+    }
+
+    /// - Returns: whether it came to its end.
+    private func tryStart(endingAt last: Int?) -> Bool {
+        let trusted = isTrusted
+        if fault == .confirmEarly { isTrusted = true }
+        var step = 0
+        func ends() -> Bool {
+            step += 1
+            return step == last
+        }
         targetFiles = [:]
         tasks = []
         readyTasks = [:]
@@ -141,38 +177,61 @@ package final class CopyWorld: Scenario {
         )
         readLog { _ = ActivityLog.decode($0, into: region) }
         if !trusted, fault != .trustBitmapsAfterPowerLoss { volume.recoverChanges(regions: region) }
-        resumeChain(trusted, region)
+        if ends() { return false }
+        guard resumeChain(trusted, region, ends) else { return false }
         let bitmapFile = process.addStore(.bitmap(recording))
         let logFile = process.addStore(.file(log))
         readLog { volume.startActivityLog(file: logFile, contents: $0, recordingFile: bitmapFile) }
         resumeRestore()
+        if ends() { return false }
+        if fault != .skipFlushes { flushAtStart() }
+        if ends() { return false }
+        isTrusted = true
+        if ends() { return false }
         volume.finishResuming()
         process.pump()
+        return true
+    }
+
+    /// `VolumeState.confirm`: what was taken up is on stable storage before the record says that it is this run's.
+    private func flushAtStart() {
+        for bitmap in [recording, pending] + bitmaps.values { bitmap.flush() }
     }
 
     private func readLog(_ body: (UnsafeRawBufferPointer) -> Void) {
         log.cached.withUnsafeBytes { body(UnsafeRawBufferPointer(rebasing: $0[ActivityLog.fileOffset...])) }
     }
 
-    private func resumeChain(_ trusted: Bool, _ regions: Bitmap) {
+    private func resumeChain(_ trusted: Bool, _ regions: Bitmap, _ ends: () -> Bool) -> Bool {
         var links: [(CopyRecord, CopyRecord.Resumption)] = []
-        for index in records.indices {
-            let record = records[index]
+        var resumed = records
+        for index in resumed.indices {
+            let record = resumed[index]
             let overtaken =
                 record.state == .refreshing
                 && records.contains {
                     $0.state == .creating && $0.targetOwner == record.targetOwner && hasTaken($0.id)
                 }
-            let resumption = records[index].resume(trusted: trusted, overtaken: overtaken)
-            links.append((records[index], resumption))
+            let resumption = resumed[index].resume(trusted: trusted, overtaken: overtaken)
+            links.append((resumed[index], resumption))
         }
+        (records, saved, isUnsaved) = (resumed, resumed, false)  // a start whose save fails ends, and the next one begins anew
+        if ends() { return false }
         for (record, resumption) in links where resumption == .forgotten || resumption == .absent {
             images[record.id] = nil
             bitmaps[record.id] = nil
         }
-        for (record, resumption) in links.sorted(by: { $0.0.order < $1.0.order })
+        for (record, var resumption) in links.sorted(by: { $0.0.order < $1.0.order })
         where resumption != .forgotten && resumption != .absent {
-            let bitmap = bitmaps[record.id]!
+            let bitmap = openFiles(record)
+            if resumption == .serves, bitmap.memory.load(fromByteOffset: Self.markOffset, as: UInt64.self) == 1 {
+                // `noteFailed`: nobody could write down yet that it has.
+                resumption = .servesOlder
+                acknowledge { records in
+                    if let index = records.firstIndex(where: { $0.id == record.id }) { records[index].state = .failed }
+                }
+                images[record.id] = nil
+            }
             if !trusted, record.isComplete { Bitmap(memory: bitmap.memory, count: Self.grains).setAll() }
             if record.isDurable, fault != .trustUnflushedBits { bitmap.flush() }
             enterChain(record) { $0.resumeCopy($1, failed: resumption == .servesOlder) }
@@ -182,19 +241,73 @@ package final class CopyWorld: Scenario {
                 every.setAll()
                 volume.recoverChanges(of: record.id, regions: record.mayLackChanges(in: records) ? every : regions)
             }
+            if resumption == .serves, let image = givenUp.removeValue(forKey: record.id) { images[record.id] = image }
             if resumption == .leaves {
                 images[record.id] = nil
                 volume.withdrawCopy(record.id)
             }
+            if ends() { return false }
         }
         let forgotten = Set(links.filter { $0.1 == .forgotten }.map(\.0.id))
-        guard !forgotten.isEmpty else { return }
+        guard !forgotten.isEmpty else { return true }
         flushChanges()
+        if ends() { return false }
         records.removeAll { forgotten.contains($0.id) }
+        saved = records
+        return true
+    }
+
+    /// Files come before the record that names them, except those of a copy of which nobody was told yet.
+    private func openFiles(_ record: CopyRecord) -> SimulatedBitmap {
+        if let bitmap = bitmaps[record.id] { return bitmap }
+        if record.state != .creating { fail("the bitmap of copy \(record.id), \(record.state), is missing") }
+        bitmaps[record.id] = SimulatedBitmap(bits: 256)
+        if targets[record.targetOwner] == nil { targets[record.targetOwner] = SimulatedFile(byteCount: Self.size) }
+        return bitmaps[record.id]!
+    }
+
+    private static let markOffset = 24
+
+    // MARK: The record
+
+    private func save(_ next: [CopyRecord]) -> Bool {
+        if failingSaves > 0, random.below(failingSaves) == 0 {
+            if random.chance(50) { saved = next }
+            isUnsaved = true
+            return false
+        }
+        saved = next
+        isUnsaved = false
+        // Files of copies that have left go when no record names them any more.
+        for id in bitmaps.keys where !next.contains(where: { $0.id == id }) && volume.copy(id) == nil {
+            bitmaps[id] = nil
+        }
+        return true
+    }
+
+    /// `KeptRecord.amend`: durably, or not at all.
+    private func amend(_ change: (inout [CopyRecord]) -> Void) -> Bool {
+        var next = records
+        change(&next)
+        guard save(next) else { return false }
+        records = next
+        return true
+    }
+
+    /// `KeptRecord.acknowledge`: what has happened already.
+    private func acknowledge(_ change: (inout [CopyRecord]) -> Void) {
+        change(&records)
+        _ = save(records)
+    }
+
+    private func update(_ id: CopyID, _ change: (inout CopyRecord) -> Void) -> Bool {
+        amend { records in
+            if let index = records.firstIndex(where: { $0.id == id }) { change(&records[index]) }
+        }
     }
 
     private func hasTaken(_ id: CopyID) -> Bool {
-        bitmaps[id]!.memory.load(fromByteOffset: 16, as: UInt8.self) == 1
+        bitmaps[id]?.memory.load(fromByteOffset: 16, as: UInt8.self) == 1
     }
 
     private func resumeRestore() {
@@ -218,6 +331,7 @@ package final class CopyWorld: Scenario {
                 id: record.id, targetFile: target, bitmapFile: process.addStore(.bitmap(bitmap)),
                 preserved: Bitmap(memory: bitmap.memory, count: Self.grains),
                 changes: record.isFilled ? Bitmap(memory: bitmap.memory + 8, count: Self.grains) : nil,
+                failureMark: (bitmap.memory + Self.markOffset).assumingMemoryBound(to: UInt64.self),
                 durable: record.isDurable, targetIsZero: record.targetIsZero, isFilled: record.isFilled,
                 rate: record.rate))
         process.pump()
@@ -232,26 +346,33 @@ package final class CopyWorld: Scenario {
         process.crash(&random)
         // What could not be read would leave open what the next checks must find.
         for file in [source] + targets.values { file.latent = [] }
-        if powerLoss {
-            for file in [source, log] { file.losePower(&random) }
-            for id in targets.keys.sorted() { targets[id]!.losePower(&random) }
-            for id in bitmaps.keys.sorted() { bitmaps[id]!.losePower(&random) }
-            for bitmap in [recording, pending] { bitmap.losePower(&random) }
-        }
+        if powerLoss { losePower() }
+        records = saved
         if let before = unrestored { contents = before }
         unrestored = nil
-        func lose(_ contents: inout Contents) {
-            if powerLoss { contents.powerLost(at: steps) } else { contents.processDied(at: steps) }
-        }
-        lose(&contents)
-        for id in images.keys.sorted() { lose(&images[id]!) }
-        start(trusted: !powerLoss)
-        readEverything()
-        if powerLoss {
-            contents.settleDurable()
-            for id in images.keys.sorted() { images[id]!.settleDurable() }
+        if !powerLoss { forEachImage { $0.processDied(at: steps) } }
+        if start() || powerLoss {
+            forEachImage { $0.powerLost(at: steps) }
+            readEverything()
+            forEachImage { $0.settleDurable() }
             checkRecording()
+        } else {
+            readEverything()
         }
+    }
+
+    private func forEachImage(_ change: (inout Contents) -> Void) {
+        change(&contents)
+        for id in images.keys.sorted() { change(&images[id]!) }
+        for id in givenUp.keys.sorted() { change(&givenUp[id]!) }
+    }
+
+    private func losePower() {
+        for file in [source, log] { file.losePower(&random) }
+        for id in targets.keys.sorted() { targets[id]!.losePower(&random) }
+        for id in bitmaps.keys.sorted() { bitmaps[id]!.losePower(&random) }
+        for bitmap in [recording, pending] { bitmap.losePower(&random) }
+        isTrusted = false
     }
 
     private func readEverything() {
@@ -313,6 +434,7 @@ package final class CopyWorld: Scenario {
             volume.sweepActivity()
             volume.advanceClock(to: UInt64(steps) * 1_000_000)
             process.pump()
+            if isUnsaved { _ = save(records) }
         case .mirror: mirror()
         case .writeBack: writeBack()
         }
@@ -334,7 +456,9 @@ package final class CopyWorld: Scenario {
             switch event {
             case .copyFailed(let id, _):
                 note("copy \(id) fails")
-                update(id) { $0.state = .failed }
+                acknowledge { records in
+                    if let index = records.firstIndex(where: { $0.id == id }) { records[index].state = .failed }
+                }
                 images[id] = nil
                 readyTasks.removeValue(forKey: id)?()
             case .copyWithdrawn(let id): withdrawn(id)
@@ -358,17 +482,14 @@ package final class CopyWorld: Scenario {
     /// Power is lost at this step, soon after a restart: what the last process left is hardly used yet.
     private var relapse: Int?
 
-    private func update(_ id: CopyID, _ change: (inout CopyRecord) -> Void) {
-        if let index = records.firstIndex(where: { $0.id == id }) { change(&records[index]) }
-    }
-
     private func withdrawn(_ id: CopyID) {
         note("copy \(id) has left")
         flushChanges()
-        if let index = records.firstIndex(where: { $0.id == id }), !records[index].hasLeft() {
-            records.remove(at: index)
+        acknowledge { records in
+            if let index = records.firstIndex(where: { $0.id == id }), !records[index].hasLeft() {
+                records.remove(at: index)
+            }
         }
-        bitmaps[id] = nil
         images[id] = nil
     }
 
@@ -385,7 +506,7 @@ package final class CopyWorld: Scenario {
             targets[record.targetOwner]?.flush()
             bitmaps[id]?.flush()
         }
-        update(id) { $0.isComplete = true }
+        guard update(id, { $0.isComplete = true }) else { return }
         images[id]?.flushed(issuedAt: steps)
         note("copy \(id) is complete")
     }
@@ -556,7 +677,7 @@ package final class CopyWorld: Scenario {
         case 4, 5: if let one, restoring == nil { refresh(one) }
         case 6: if let one, restoring == nil { restore(one) }
         case 7 where random.chance(30):
-            if let one { update(one.id) { $0.allowWrites(!$0.isWritable) } }
+            if let one { _ = update(one.id) { $0.allowWrites(!$0.isWritable) } }
         default:
             if let one = records.isEmpty ? nil : records[random.below(records.count)],
                 records.count > 2 || random.chance(30)
@@ -583,17 +704,23 @@ package final class CopyWorld: Scenario {
     }
 
     /// Control's `writeDown`: files, then the record.
-    private func writeDown(_ record: CopyRecord) {
+    private func writeDown(_ record: CopyRecord) -> Bool {
         if targets[record.targetOwner] == nil {
             let file = SimulatedFile(byteCount: Self.size)
             if !record.targetIsZero { Self.bytes(0xDEAD, Self.sectors).withUnsafeBytes { file.write(0, $0) } }
             file.flush()
             targets[record.targetOwner] = file
         }
-        bitmaps[record.id] = SimulatedBitmap(bits: 192)
+        bitmaps[record.id] = SimulatedBitmap(bits: 256)
         // A durable copy may begin with data that one which was not durable has left in the target.
         if record.isDurable, fault != .skipFlushes { targets[record.targetOwner]!.flush() }
-        records.append(record)
+        guard amend({ $0.append(record) }) else {
+            note("copy \(record.id) cannot be written down")
+            bitmaps[record.id] = nil
+            operating = false
+            return false
+        }
+        return true
     }
 
     private func then(_ body: @escaping () -> Void) { tasks.append(body) }
@@ -610,29 +737,50 @@ package final class CopyWorld: Scenario {
         if fault == .recordAfterChain {
             // What the record would have said is lost by a crash in between.
             targets[record.id] = SimulatedFile(byteCount: Self.size)
-            bitmaps[record.id] = SimulatedBitmap(bits: 192)
+            bitmaps[record.id] = SimulatedBitmap(bits: 256)
             place()
             then { [unowned self] in
                 records.append(record)
+                saved = records
                 activate(record.id)
             }
             return
         }
-        writeDown(record)
+        guard writeDown(record) else { return }
         then { [unowned self] in
             place()
             then { [unowned self] in activate(record.id) }
         }
     }
 
+    /// Control's `settle` and `conclude`.
     private func activate(_ id: CopyID) {
-        if records.contains(where: { $0.id == id && $0.isDurable }), fault != .skipFlushes {
-            source.flush()
-            for file in targets.values { file.flush() }
-            flushChanges()
-        }
-        update(id) { if $0.state == .creating { $0.state = .active } }
+        settleDurable(id)
+        if !update(id, { if $0.state == .creating { $0.state = .active } }) { giveUp(id) }
         operating = false
+    }
+
+    private func settleDurable(_ id: CopyID) {
+        guard records.contains(where: { $0.id == id && $0.isDurable }), fault != .skipFlushes else { return }
+        source.flush()
+        for file in targets.values { file.flush() }
+        flushChanges()
+    }
+
+    private func giveUp(_ id: CopyID) {
+        note("copy \(id) cannot be recorded as active, and is given up")
+        givenUp[id] = images.removeValue(forKey: id)
+        if fault == .leaveUnsaved { return volume.withdrawCopy(id) }
+        acknowledge { records in
+            if let index = records.firstIndex(where: { $0.id == id }) { records[index].state = .withdrawing }
+        }
+        leaveWhenSaved(id)
+    }
+
+    private func leaveWhenSaved(_ id: CopyID) {
+        if isUnsaved, !save(records) { return then { [unowned self] in leaveWhenSaved(id) } }
+        volume.withdrawCopy(id)
+        process.pump()
     }
 
     private func clone(_ origin: CopyRecord) {
@@ -643,7 +791,7 @@ package final class CopyWorld: Scenario {
         var record = newRecord(middle)
         record.isDurable = origin.isDurable
         note("copy \(record.id) is a clone of \(origin.id)")
-        writeDown(record)
+        guard writeDown(record) else { return }
         then { [unowned self, record] in
             guard volume.copy(origin.id)?.state == .active, let image = images[origin.id] else {
                 withdrawn(record.id)
@@ -659,12 +807,15 @@ package final class CopyWorld: Scenario {
     private func refresh(_ old: CopyRecord) {
         operating = true
         note("copy \(old.id) is refreshed")
-        images[old.id] = nil
         takeOutOfUse(old)
     }
 
     private func takeOutOfUse(_ old: CopyRecord) {
-        update(old.id) { $0.state = .refreshing }
+        guard update(old.id, { $0.state = .refreshing }) else {
+            operating = false
+            return
+        }
+        images[old.id] = nil
         readyTasks[old.id] = { [unowned self] in then { [unowned self] in retake(old) } }
         volume.beginRefresh(old.id)
         process.pump()
@@ -687,11 +838,10 @@ package final class CopyWorld: Scenario {
             record.targetOwner = record.id
             record.targetIsZero = true
         }
-        writeDown(record)
+        guard writeDown(record) else { return }
         then { [unowned self] in
             guard volume.mayRetake(old.id) else {
-                records.removeAll { $0.id == record.id }
-                bitmaps[record.id] = nil
+                _ = amend { $0.removeAll { $0.id == record.id } }
                 if volume.copy(old.id) != nil { takeOutOfUse(old) } else { operating = false }
                 return
             }
@@ -700,9 +850,15 @@ package final class CopyWorld: Scenario {
             enterChain(record) { $0.retakeCopy(old.id, as: $1) }
             note("copy \(old.id) is taken anew as \(record.id)")
             then { [unowned self] in
-                records.removeAll { $0.id == old.id }
-                bitmaps[old.id] = nil
-                activate(record.id)
+                settleDurable(record.id)
+                acknowledge { records in
+                    records.removeAll { $0.id == old.id }
+                    if let index = records.firstIndex(where: { $0.id == record.id }), records[index].state == .creating
+                    {
+                        records[index].state = .active
+                    }
+                }
+                operating = false
             }
         }
     }
@@ -753,11 +909,11 @@ package final class CopyWorld: Scenario {
         guard restoring?.id != record.id, record.state != .creating else { return }
         guard volume.copy(record.id) != nil else {
             flushChanges()
-            records.removeAll { $0.id == record.id }
+            acknowledge { $0.removeAll { $0.id == record.id } }
             return
         }
+        guard update(record.id, { $0.state = .withdrawing }) else { return }
         note("copy \(record.id) is withdrawn")
-        update(record.id) { $0.state = .withdrawing }
         images[record.id] = nil
         volume.withdrawCopy(record.id)
         process.pump()

@@ -42,6 +42,10 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case skipActivityLog
     case forgetHeir
     case forgetChanges
+    /// A start says that what it found is this run's before it has taken it up.
+    case confirmEarly
+    /// A copy leaves although its record may say that it is active.
+    case leaveUnsaved
 
     /// The rule of the engine that is left out.
     var engine: EngineFaults {
@@ -62,7 +66,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     /// The scenario that shows it.
     package var scenario: any Scenario.Type {
         switch self {
-        case .recordAfterChain, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges:
+        case .recordAfterChain, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges,
+            .confirmEarly, .leaveUnsaved:
             CopyWorld.self
         default: World.self
         }
