@@ -1,5 +1,6 @@
 """Sites for the black-box tests: real processes, in a directory of their own, gone when the test ends."""
 
+import contextlib
 import ctypes
 import faulthandler
 import json
@@ -20,11 +21,27 @@ FARCOPY = os.environ.get("FARCOPY", os.path.join(ROOT, ".build/release/farcopy")
 
 def run(*words, check=True, timeout=120, **options):
     """Runs a command and returns the finished process, output as text."""
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, **options)
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except BaseException:
+        end_group(process)
+        raise
+    done = subprocess.CompletedProcess(words, process.returncode, output, errors)
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done
+
+
+def end_group(process):
+    """Ends a process that leads a group, and those that it has started in it: fio has one for each job, which outlives it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream:
+            stream.close()
 
 
 def die_with_parent():
@@ -272,6 +289,12 @@ class SiteTest(unittest.TestCase):
         for site in self.sites:
             site.release()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def spawn(self, *words, stdin=subprocess.DEVNULL, **options):
+        """A process that runs beside the test and ends with it, whatever happens, with all that it has started."""
+        process = subprocess.Popen(words, stdin=stdin, start_new_session=True, preexec_fn=die_with_parent, **options)
+        self.addCleanup(end_group, process)
+        return process
 
     def make_site(self, name, volumes, **options):
         return Site(self.directory, name, volumes, **options)

@@ -2,7 +2,6 @@
 
 import os
 import struct
-import subprocess
 import time
 
 import nbd
@@ -33,19 +32,14 @@ class Allocations(SiteTest):
 
     def measured(self, uri, mode, *options):
         """What was allocated and freed between the second and the fourth second of a fio run."""
-        load = subprocess.Popen(
-            ["fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", f"--rw={mode}", "--size=60M", "--time_based",
-             "--runtime=6", "--output=/dev/null", *options], stdin=subprocess.DEVNULL)
-        try:
-            time.sleep(2)
-            before = self.count()
-            time.sleep(2)
-            after = self.count()
-            self.assertEqual(load.wait(30), 0)
-        finally:
-            if load.poll() is None:
-                load.kill()
-                load.wait()
+        load = self.spawn(
+            "fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", f"--rw={mode}", "--size=60M", "--time_based",
+            "--runtime=6", "--output=/dev/null", *options)
+        time.sleep(2)
+        before = self.count()
+        time.sleep(2)
+        after = self.count()
+        self.assertEqual(load.wait(30), 0)
         return tuple(b - a for a, b in zip(before, after))
 
     def test_the_counter_counts(self):

@@ -60,8 +60,7 @@ for bad in (lambda: h.pread(1, 512 << 20), lambda: h.pwrite(b"x", 512 << 20), la
         os.mkdir(mount)
         with open(image, "w"):
             pass
-        fuse = subprocess.Popen(
-            ["nbdfuse", image, self.server.uri("disk")], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        fuse = self.spawn("nbdfuse", image, self.server.uri("disk"), stderr=subprocess.DEVNULL)
         device = None
         try:
             wait_for(lambda: os.path.getsize(image) == 512 * MIB, what="nbdfuse")

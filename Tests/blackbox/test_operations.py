@@ -3,9 +3,10 @@
 import json
 import os
 import random
+import subprocess
 import time
 
-from sites import SiteTest, run, wait_for
+from sites import SiteTest, end_group, run, wait_for
 
 MIB = 1 << 20
 
@@ -54,8 +55,7 @@ class Operations(SiteTest):
                 file.write(os.urandom(4096))
         hosts = self.load(east)
         done = east.farcopy("verify", "shop", "--json", check=False)
-        hosts.kill()
-        hosts.wait()
+        end_group(hosts)
         self.assertEqual(done.returncode, 1)
         self.assertIn("--repair", done.stderr)
         report = json.loads(done.stdout)
@@ -89,19 +89,17 @@ class Operations(SiteTest):
 
     def load(self, site):
         """A host that writes to the volume's last quarter all the while."""
-        import subprocess
-        return subprocess.Popen(
-            ["fio", "--name=load", "--ioengine=nbd", f"--uri={site.uri('orders')}", "--rw=randwrite", "--bs=4k", "--iodepth=4",
-             "--offset=24m", "--size=8m", "--time_based", "--runtime=60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return self.spawn(
+            "fio", "--name=load", "--ioengine=nbd", f"--uri={site.uri('orders')}", "--rw=randwrite", "--bs=4k", "--iodepth=4",
+            "--offset=24m", "--size=8m", "--time_based", "--runtime=60", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def test_verify_is_bounded_aborted_and_cleans_up_after_a_kill(self):
         east, west = self.pair({"orders": "64MiB"}, interval="manual")
         east.connect("orders").pwrite(random.randbytes(8 * MIB), 0)
         east.cycle()
-        import subprocess
         for end in ("abort", "kill"):
-            running = subprocess.Popen(
-                [east.program, "verify", "shop", "--rate", "1MiB", "--control", east.control], stdout=subprocess.PIPE,
+            running = self.spawn(
+                east.program, "verify", "shop", "--rate", "1MiB", "--control", east.control, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, text=True)
             wait_for(lambda: "compared" in (east.group().get("operation") or {}).get("step", ""), what="its progress")
             self.assertEqual(east.group()["operation"]["name"], "verify:shop")

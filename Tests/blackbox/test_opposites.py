@@ -39,8 +39,8 @@ class Opposites(SiteTest):
             self.assertEqual(handle.pread(PAGE, at), data, f"{site.name} at {at}")
 
     def started(self, site, *words):
-        return subprocess.Popen(
-            [site.program, *words, "--control", site.control], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return self.spawn(
+            site.program, *words, "--control", site.control, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def alive(self, *sites):
         for site in sites:

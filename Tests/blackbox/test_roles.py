@@ -104,8 +104,8 @@ class Roles(SiteTest):
         west.farcopy("rate", "shop", "16KiB")
         pages.update(self.write(west, 60))
         east.start()
-        running = subprocess.Popen(
-            [west.program, "failback", "shop", "--yes", "--control", west.control], stdout=subprocess.DEVNULL,
+        running = self.spawn(
+            west.program, "failback", "shop", "--yes", "--control", west.control, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL)
         wait_for(lambda: (west.group().get("operation") or {}).get("name") == "failback:shop", what="the failback")
         wait_for(lambda: east.group()["role"] == "secondary", what="the other direction")
