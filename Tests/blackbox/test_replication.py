@@ -8,7 +8,7 @@ import time
 
 import nbd
 
-from sites import SiteTest, not_on_devices, read_handle, run, wait_for
+from sites import SiteTest, byte_count, not_on_devices, read_handle, run, wait_for
 
 SIZE = 32 << 20
 VOLUMES = {"orders": "32MiB", "wal": "4MiB"}
@@ -41,6 +41,51 @@ class Replication(SiteTest):
         point = east.cycle()
         self.assert_same(east, west, point)
         self.assertLess(os.stat(f"{west.path}/orders.img").st_blocks * 512, 8 << 20, "zeroes stay holes")
+
+    @not_on_devices
+    def test_grains_that_are_larger_than_holes(self):
+        """Data that begins and ends within a grain, holes of less than one: first copy, points, a FlashCopy, a suspension."""
+        for grain in ("64KiB", "1MiB"):
+            with self.subTest(grain):
+                try:
+                    self.copy_with_grain(grain)
+                finally:
+                    self.put_away(*self.sites)
+
+    def copy_with_grain(self, grain):
+        east, west = self.pair(VOLUMES, interval="manual", start=False)
+        for site in (east, west):
+            for size in VOLUMES.values():
+                site.edit(f'size = "{size}"\n', f'size = "{size}"\ngrain = "{grain}"\n')
+        with open(east.image("orders"), "wb") as file:
+            file.truncate(SIZE)
+            for at, length in ((3 * 4096, 4096), ((8 << 20) + 3 * 4096, 8192), ((9 << 20) + (60 << 10), 8192),
+                               ((20 << 20) - 4096, 4096), (SIZE - (20 << 10), 4096)):
+                file.seek(at)
+                file.write(random.randbytes(length))
+        west.start()
+        east.start()
+        wait_for(lambda: east.group().get("point"), what="the first copy")
+        # Of what the first copy brought: nothing was written since.
+        self.assert_same(east, west, west.points()[-1]["id"])
+        handle = east.connect("orders")
+        east.farcopy("flashcopy", "create", "orders", "kept")
+        kept = east.read("orders")
+        for _ in range(40):
+            handle.pwrite(random.randbytes(512), random.randrange(SIZE // 512) * 512)
+        self.assertEqual(east.read("orders@kept"), kept)
+        point = east.cycle()
+        self.assert_same(east, west, point)
+        image = east.read("orders")
+        east.farcopy("suspend", "shop")
+        handle.zero(4096, (8 << 20) + 4096)
+        handle.pwrite(b"x" * 100, (30 << 20) + 100)
+        self.assertEqual(east.group()["pending_bytes"], 2 * byte_count(grain))
+        east.farcopy("resume", "shop")
+        wait_for(lambda: east.group()["state"] in ("mirroring", "resyncing"), what="the link")
+        newer = east.cycle()
+        self.assert_same(east, west, newer)
+        self.assertEqual(west.read(f"orders@{point}"), image)
 
     def test_points_keep_and_read_side_by_side(self):
         east, west = self.pair(VOLUMES, interval="manual", keep=3)
