@@ -166,6 +166,39 @@ class PowerTest:
 
 
 @on_each_file_system
+class Answers(PowerTest):
+    """What a single answer promises, by what is there after power loss."""
+
+    def test_what_was_written_with_fua_is_there(self):
+        """Zeroes and trims change the file's layout only, which a file system writes down later by itself."""
+        site = self.site("solo", {"disk": "16MiB"})
+        handle = site.connect("disk")
+        before = random.randbytes(16 * MIB)
+        for at in range(0, len(before), MIB):
+            handle.pwrite(before[at:at + MIB], at)
+        handle.flush()
+        expected = bytearray(before)
+        # Each by itself: a flush for one would take the others along.
+        for part, (request, data) in enumerate((
+                (lambda at: handle.pwrite(b"w" * 3 * PAGE, at, nbd.CMD_FLAG_FUA), b"w" * 3 * PAGE),
+                # The page cache takes one that follows another at once.
+                (lambda at: [handle.pwrite(b"v" * PAGE, at, flags) for flags in (0, 0, nbd.CMD_FLAG_FUA)], b"v" * PAGE),
+                (lambda at: handle.zero(3 * PAGE, at, nbd.CMD_FLAG_FUA), bytes(3 * PAGE)),
+                (lambda at: handle.zero(3 * PAGE, at, nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_NO_HOLE), bytes(3 * PAGE)),
+                (lambda at: handle.trim(3 * PAGE, at, nbd.CMD_FLAG_FUA), bytes(3 * PAGE)),
+                (lambda at: handle.pwrite(b"n" * 3 * PAGE, at), None))):
+            at = part * 2 * MIB + PAGE
+            handle.pread(4 * PAGE, at)
+            request(at)
+            site.lose_power()
+            site.start()
+            handle = site.connect("disk")
+            if data:
+                expected[at:at + len(data)] = data
+            self.assert_equal_images(site.read("disk"), bytes(expected), f"request {part}")
+
+
+@on_each_file_system
 class Primary(PowerTest):
     def test_while_hosts_write_and_points_form(self):
         """Twice in a row: what was flushed is there, and both sites come to be equal."""
