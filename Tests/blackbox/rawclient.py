@@ -47,8 +47,12 @@ class Raw:
             if replies[-1][1] == 1 or replies[-1][1] >> 31:
                 return replies
 
-    def request(self, kind, offset=0, length=0, cookie=1, flags=0, payload=b"", magic=0x25609513):
-        self.socket.sendall(struct.pack(">IHHQQI", magic, flags, kind, cookie, offset, length) + payload)
+    @staticmethod
+    def packed(kind, offset=0, length=0, cookie=1, flags=0, payload=b"", magic=0x25609513):
+        return struct.pack(">IHHQQI", magic, flags, kind, cookie, offset, length) + payload
+
+    def request(self, *fields, **named):
+        self.socket.sendall(self.packed(*fields, **named))
 
     def answer(self, length=0):
         magic, error, cookie = struct.unpack(">IIQ", self.receive(16))

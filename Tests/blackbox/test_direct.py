@@ -9,6 +9,7 @@ import threading
 
 import nbd
 
+from rawclient import ACK, Raw
 from sites import SECTOR, SiteTest, device_at, run
 
 MIB = 1 << 20
@@ -40,29 +41,79 @@ class Direct(SiteTest):
         self.assertIn(info["block_size_minimum"], [SECTOR] if SECTOR else (512, 4096))
         self.assertGreaterEqual(info["block_size_preferred"], info["block_size_minimum"])
 
+    def pieces(self):
+        """Some ranges that do not overlap, in a random order, of any length and at any byte, aligned ones among them; neighbours mostly
+        share a block."""
+        at = random.randrange(SIZE - 8 * MIB)
+        if random.randrange(2):
+            at &= ~4095
+        found = []
+        for _ in range(random.randrange(1, 24)):
+            length = random.choice((1, 100, 511, 513, 4096, 5000, 8192, 70_000)) if random.randrange(40) else 3 * MIB
+            if random.randrange(3) == 0:
+                at, length = (at + 4095) & ~4095, (length + 4095) & ~4095
+            if at + length > SIZE:
+                break
+            found.append((at, length))
+            at += length + random.choice((0, 0, 0, 1, 300, 4096))
+        random.shuffle(found)
+        return found
+
     def test_unaligned_requests_against_a_model(self):
-        """Random writes, zeroes and reads at any byte, several in flight, disjoint but sharing blocks."""
+        """Random writes, zeroes and reads at any byte, several in flight, disjoint but sharing blocks, aligned ones among them."""
         model = bytearray(SIZE)
         handle = self.server.connect("disk")
         # libnbd itself would refuse what is below the advertised minimum.
         handle.set_strict_mode(0)
-        for _ in range(300):
-            at = random.randrange(0, SIZE - 1)
-            length = min(random.choice((1, 100, 511, 513, 4096, 5000, 70_000, 3 * MIB)), SIZE - at)
-            kind = random.randrange(3)
-            if kind == 0:
-                data = random.randbytes(length)
-                handle.pwrite(data, at, random.choice((0, 1)))
-                model[at:at + length] = data
-            elif kind == 1:
-                handle.zero(length, at)
-                model[at:at + length] = bytes(length)
-            else:
-                self.assertEqual(handle.pread(length, at), model[at:at + length])
-        self.assertEqual(self.server.read("disk"), model)
+        most = 0
+        for _ in range(150):
+            commands, reads = [], []
+            for at, length in self.pieces():
+                kind = random.randrange(4)
+                if kind < 2:
+                    data = random.randbytes(length)
+                    commands.append(handle.aio_pwrite(data, at, flags=random.choice((0, 1))))
+                    model[at:at + length] = data
+                elif kind == 2:
+                    commands.append(handle.aio_zero(length, at))
+                    model[at:at + length] = bytes(length)
+                else:
+                    buffer = nbd.Buffer(length)
+                    commands.append(handle.aio_pread(buffer, at))
+                    reads.append((buffer, at, length))
+            most = max(most, handle.aio_in_flight())
+            while handle.aio_in_flight():
+                handle.poll(-1)
+            for command in commands:
+                self.assertTrue(handle.aio_command_completed(command))
+            for buffer, at, length in reads:
+                self.assertTrue(buffer.to_bytearray() == model[at:at + length], f"{length} bytes at {at}")
+        self.assertGreater(most, 4, "several are in flight together")
+        self.assertTrue(self.server.read("disk") == model, "what is read is not what was written")
         self.server.stop()
         with open(self.path, "rb") as file:
-            self.assertEqual(file.read(), model)
+            self.assertTrue(file.read() == model, "the file is not what was written")
+
+    def test_an_aligned_write_waits_for_an_unaligned_one_on_its_block(self):
+        """Both are under way together, so the bytes that both write may be either's; the rest of the block is the aligned one's."""
+        raw = Raw(self.server)
+        self.assertEqual(raw.go(b"disk")[-1][1], ACK)
+        count = 200
+        for turn in range(1, 4):
+            old, new, part = (bytes([value + turn]) for value in (0x10, 0x20, 0x30))
+            raw.request(1, 0, count * 4096, payload=old * count * 4096)
+            self.assertEqual(raw.answer()[0], 0)
+            for block in range(count):
+                raw.socket.sendall(
+                    raw.packed(1, block * 4096 + 1000, 100, cookie=1, payload=part * 100)
+                    + raw.packed(1, block * 4096, 4096, cookie=2, payload=new * 4096))
+                for _ in range(2):
+                    self.assertEqual(raw.answer()[0], 0)
+            data = self.server.read("disk")
+            for block in range(count):
+                content = data[block * 4096:(block + 1) * 4096]
+                self.assertEqual(content[:1000] + content[1100:], new * 3996, f"block {block}: what was there before has come back")
+                self.assertIn(content[1000:1100], (part * 100, new * 100))
 
     def test_writers_that_share_blocks_lose_nothing(self):
         """Four clients, each with its own 100 bytes of every 400, in flight together."""
