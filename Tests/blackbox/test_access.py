@@ -33,6 +33,20 @@ class Access(SiteTest):
         log = open(site.log).read()
         self.assertIn("refused 127.0.0.1 export 'local': its address is not in allow_addresses", log)
 
+    def test_prefixes_count_by_the_bit(self):
+        """What is called is the same address of this machine in every case."""
+        port = free_port()
+        ranges = {"127.0.0.0/31": True, "127.0.0.0/32": False, "127.0.0.2/31": False, "127.128.0.0/9": False, "127.0.0.0/9": True,
+                  "64.0.0.0/3": False, "64.0.0.0/2": True, "0.0.0.0/1": True, "128.0.0.0/1": False, "0.0.0.0/2": False,
+                  "255.255.255.255/0": True}
+        site = self.site("solo", {"open": "1MiB"}, nbd_listen=[f"127.0.0.1:{port}"], extra="".join(
+            f'[volumes.v{number}]\npath = "{self.directory}/v{number}.img"\nsize = "1MiB"\nallow_addresses = ["{text}"]\n'
+            for number, text in enumerate(ranges)))
+        self.assertTrue(self.opens(f"nbd://127.0.0.1:{port}/open"))
+        found = {text: self.opens(f"nbd://127.0.0.1:{port}/v{number}") for number, text in enumerate(ranges)}
+        self.assertEqual(found, ranges)
+        self.assertFalse(self.opens(site.uri("v0")), "a unix socket has no address")
+
     def opens(self, uri):
         handle = nbd.NBD()
         try:
