@@ -145,7 +145,12 @@ class Hostile(SiteTest):
         self.assertEqual(self.server.read("disk@copy"), before)
 
     def test_noise(self):
-        """Random bytes at every phase."""
+        """Random bytes at every phase: the server goes on, gives everything back, and what others have written stays."""
+        data = random.randbytes(MIB)
+        self.good.pwrite(data, 5 * MIB)
+        sockets = self.server.sockets()
+        ended = []
+
         def attack(seed):
             generator = random.Random(seed)
             for _ in range(60):
@@ -159,8 +164,14 @@ class Hostile(SiteTest):
                     pass
                 finally:
                     raw.socket.close()
+            ended.append(seed)
         threads = [threading.Thread(target=attack, args=(seed,)) for seed in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        self.assertEqual(len(ended), len(threads), "every attack was carried out to its end")
+        self.serves()
+        self.assertTrue(self.good.pread(MIB, 5 * MIB) == data, "what another client had written has changed")
+        self.assertFalse(any(self.server.read("other")), "noise was taken for a request")
+        wait_for(lambda: self.server.sockets() <= sockets, what="the connections of clients that are gone to end")
