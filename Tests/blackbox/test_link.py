@@ -222,6 +222,7 @@ class LinkTest(SiteTest):
         shutil.rmtree(f"{west.path}/state")
         backup = bytearray(east.read("orders"))
         backup[MIB:MIB + 4096] = bytes(4096)
+        backup[2 * MIB + 4095] ^= 1
         with open(f"{west.path}/orders.img", "wb") as file:
             file.write(backup)
         west.start()
@@ -275,6 +276,28 @@ class LinkTest(SiteTest):
         self.assertLess(self.link.bytes - before, 40 * MIB, "what had arrived is not sent again")
         point = east.cycle()
         self.assertEqual(west.read(f"orders@{point}"), east.read("orders"))
+
+    def test_a_flush_counts_once_every_connection_has_answered_it(self):
+        """The peer has several connections, and each flush covers what was acknowledged on its own: one of them waits."""
+        held, go, committed = (os.path.join(self.directory, name) for name in ("held", "go", "committed"))
+        socket = os.path.join(self.directory, "plain.sock")
+        self.spawn(
+            "nbdkit", "-f", "-U", socket, "eval", "get_size=echo 8388608", "thread_model=echo parallel", "pread=head -c $3 /dev/zero",
+            "pwrite=cat >/dev/null", "can_zero=exit 0", "zero=exit 0", "can_multi_conn=exit 0",
+            # Of all flushes one waits, and which one it is does not matter.
+            f"flush=if mkdir {held} 2>/dev/null; then until test -e {go}; do sleep 0.02; done; fi")
+        wait_for(lambda: os.path.exists(socket), what="nbdkit")
+        site = self.site(
+            "east", {"orders": "8MiB"}, extra=f'[peers.array]\nnbd = "unix:{socket}"\ncommit_command = "touch {committed}"\n',
+            groups='[groups.shop]\nvolumes = ["orders"]\nrole = "primary"\npeer = "array"\ninterval = "manual"\n'
+                   'stall_timeout = "60s"\n')
+        wait_for(lambda: os.path.exists(held), what="the flushes")
+        # Nothing would happen at all, so there is nothing to wait for.
+        time.sleep(1)
+        self.assertFalse(os.path.exists(committed), "the point was committed while a flush was not answered")
+        self.assertGreater(site.group()["pending_bytes"], 0, "what one connection has not flushed is still to be sent")
+        open(go, "w").close()
+        wait_for(lambda: os.path.exists(committed), what="the commit")
 
     def test_a_plain_remote_gets_points_by_command(self):
         """The secondary is nbdkit; the command that commits takes a copy of its file."""
