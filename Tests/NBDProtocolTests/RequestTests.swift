@@ -38,6 +38,12 @@ func ranges() {
     #expect(error(header(1, UInt64.max, 1)) == .noSpace)
     #expect(error(header(0, 1 << 20, 0)) == nil)
     #expect(error(header(0, 0, 1 << 20)) == nil)
+    let large = ExportLimits(size: 1 << 30, readOnly: false, maximumPayload: 1 << 20)
+    for type: UInt16 in [0, 1] {
+        #expect(error(header(type, 0, 1 << 20), large) == nil)
+        #expect(error(header(type, 0, (1 << 20) + 1), large) == .invalid, "more than memory is taken for")
+    }
+    for type: UInt16 in [4, 6] { #expect(error(header(type, 0, 1 << 30), large) == nil, "no payload") }
 }
 
 @Test("G4 flags belong to commands; FUA to all")
