@@ -4,10 +4,11 @@ import json
 import os
 import random
 import shutil
+import struct
 import tempfile
 import time
 
-from sites import SiteTest, rewrite_record, run, wait_for, FARCOPY
+from sites import FARCOPY, SiteTest, crc32c, rewrite_record, run, wait_for
 
 
 class Metadata(SiteTest):
@@ -172,6 +173,16 @@ class Metadata(SiteTest):
         shutil.copytree(kept, self.volume(site))
         rewrite_record(f"{self.volume(site)}/volume.record", lambda record: record.update(format=99))
         self.refused(site, "written by a newer farcopy (format 99")
+        for name in ("recording.bitmap", "activity.log"):
+            shutil.rmtree(self.volume(site))
+            shutil.copytree(kept, self.volume(site))
+            with open(f"{self.volume(site)}/{name}", "r+b") as file:
+                head = bytearray(file.read(68))
+                head[8:12] = struct.pack("<I", 99)
+                head[64:68] = struct.pack("<I", crc32c(head[:64]))
+                file.seek(0)
+                file.write(head)
+            self.refused(site, f"{name} was written by a newer farcopy (format 99")
         shutil.rmtree(self.volume(site))
         shutil.copytree(kept, self.volume(site))
         site.start()
