@@ -14,7 +14,7 @@ import TLS
 import Volumes
 
 /// Buffers of one drain. Answers in flight keep them alive.
-final class DrainBuffers: @unchecked Sendable {
+package final class DrainBuffers: @unchecked Sendable {
     // Safe because: a slot's buffer is used by the reactor between read and answer, by libnbd between send and
     // completion, and by the replicator otherwise; the drain's state machine keeps these apart.
     let slotBytes: Int
@@ -24,6 +24,35 @@ final class DrainBuffers: @unchecked Sendable {
         memory = try PoolMemory(byteCount: window * slotBytes)
     }
     func slot(_ index: Int) -> UnsafeMutableRawPointer { memory.memory + index * slotBytes }
+}
+
+/// Which buffers a drain may have: those of the one before only once every read for that was answered, since the reactor writes into them
+/// until then.
+package struct DrainMemory {
+    private let window: Int
+    private let slotBytes: Int
+    package private(set) var buffers: DrainBuffers?
+    private var epoch: UInt64 = 0
+    private var readsInFlight = 0
+
+    package init(window: Int, slotBytes: Int) {
+        self.window = window
+        self.slotBytes = slotBytes
+    }
+
+    /// A read begins for the drain of this epoch; nil: there is no memory, and nothing has begun.
+    package mutating func beginRead(epoch: UInt64) -> DrainBuffers? {
+        if buffers == nil || self.epoch != epoch && readsInFlight > 0 {
+            buffers = try? DrainBuffers(window: window, slotBytes: slotBytes)
+        }
+        guard let buffers else { return nil }
+        self.epoch = epoch
+        readsInFlight += 1
+        return buffers
+    }
+
+    /// A read was answered, of this drain or an earlier one.
+    package mutating func endRead() { readsInFlight -= 1 }
 }
 
 /// Whether the peer's checksums are worth asking for.
@@ -87,9 +116,7 @@ package final class Sender {
     private var slots: [Slot]
     private var outgoing: [Part] = []
     private var outgoingStart = 0
-    private var buffers: DrainBuffers?
-    private var buffersEpoch: UInt64 = 0
-    private var readsInFlight = 0
+    private var memory: DrainMemory
     private var comparing = 0
     /// Of all slots.
     private var onTheWay = 0
@@ -108,6 +135,7 @@ package final class Sender {
         window = configuration.settings.window
         slotBytes = max(Limits.linkSlotBytes, configuration.volumes.map(\.geometry.grain).max() ?? 0)
         slots = Array(repeating: Slot(), count: window)
+        memory = DrainMemory(window: window, slotBytes: slotBytes)
         flow = Window(ceiling: window * slotBytes)
         bucket = TokenBucket(rate: configuration.rate)
         comparison = Comparison(policy: configuration.compare)
@@ -139,10 +167,11 @@ package final class Sender {
 
     /// - Returns: an event if there is no memory.
     func read(_ slot: Int, _ index: Int, point: UInt64, epoch: UInt64) -> Cycle.Event? {
-        guard let buffers = currentBuffers(epoch) else { return .pointLost("no memory for the drain's buffers") }
+        guard let buffers = memory.beginRead(epoch: epoch) else {
+            return .pointLost("no memory for the drain's buffers")
+        }
         let volume = configuration.volumes[index]
         let mailbox = mailbox
-        readsInFlight += 1
         slots[slot] = Slot(volume: index)
         volume.reactor.read(
             DrainRead(volume: volume.number, point: point, capacity: slotBytes, buffer: buffers.slot(slot)) { answer in
@@ -153,24 +182,16 @@ package final class Sender {
         return nil
     }
 
-    /// The buffers of the present drain; new ones when answers to an earlier one may still be written.
-    private func currentBuffers(_ epoch: UInt64) -> DrainBuffers? {
-        if let buffers, buffersEpoch == epoch || readsInFlight == 0 {
-            buffersEpoch = epoch
-            return buffers
-        }
-        buffers = try? DrainBuffers(window: window, slotBytes: slotBytes)
-        buffersEpoch = epoch
-        return buffers
-    }
-
     /// A read was answered, of this drain or an earlier one.
-    func readEnded() { readsInFlight -= 1 }
+    func readEnded() { memory.endRead() }
+
+    /// What a slot of the present drain holds.
+    private func contents(_ slot: Int) -> UnsafeMutableRawPointer { memory.buffers!.slot(slot) }
 
     func drained(_ slot: Int, _ answer: DrainRead.Answer) -> Cycle.Event? {
         switch answer {
         case .data(let grains, let offset, let length):
-            slots[slot].isZero = isZero(buffers!.slot(slot), length)
+            slots[slot].isZero = isZero(contents(slot), length)
             runLength = 0.98 * runLength + 0.02 * Double(length)
             return .read(slot: slot, grains: grains, offset: offset, length: length)
         case .zeroes(let grains, let offset, let length):
@@ -223,7 +244,7 @@ package final class Sender {
         lastProgress = monotonicNanoseconds()
         let length = slots[slot].length
         let ours = Digest.blocks(
-            UnsafeRawBufferPointer(start: buffers!.slot(slot), count: length), block: Comparison.block)
+            UnsafeRawBufferPointer(start: contents(slot), count: length), block: Comparison.block)
         guard theirs.count == ours.count else {
             comparison.isUnavailable = true
             slots[slot].parts = 1
@@ -300,7 +321,7 @@ package final class Sender {
         if slot.isZero { return connection.zero(part.range.count, at: offset, completion) }
         slots[part.slot].wire += part.range.count
         return connection.write(
-            buffers!.slot(part.slot) + part.range.lowerBound, part.range.count, at: offset, completion)
+            contents(part.slot) + part.range.lowerBound, part.range.count, at: offset, completion)
     }
 
     /// Nanoseconds until more may go, or nil when nothing waits for that.

@@ -66,6 +66,34 @@ func otherLineage() {
     #expect(cycle.record.lineage == "new" && cycle.record.lastCommitted == nil)
 }
 
+@Test("a volume of the secondary that the bitmaps say nothing about is copied in full, the others are not")
+func otherVolume() {
+    var cycle = primary {
+        $0.lastCommitted = PointRecord(number: 3, formedAt: 0)
+        $0.lastNumber = 3
+        $0.volumeLineages = ["a": "A", "b": "B"]
+    }
+    _ = cycle.start(now: 0)
+    let peer = PeerState(
+        session: 1, site: "west", lineage: "L", volumeLineages: ["a": "A", "b": "new"],
+        committed: PointRecord(number: 3, formedAt: 1))
+    #expect(cycle.handle(.sessionOpened(peer), now: 1) == [.markAllChanged(["b"])])
+    #expect(cycle.record.volumeLineages?["b"] == "B")
+    _ = cycle.handle(.allMarked, now: 2)
+    #expect(cycle.record.volumeLineages?["b"] == "new" && cycle.record.lastCommitted?.number == 3)
+}
+
+@Test("a failover goes to a point that is whole, and begins a generation that the old primary does not have")
+func failover() throws {
+    var record = GroupRecord(role: .secondary, generation: "one")
+    for number in UInt64(1)...3 { record.points.append(PointRecord(number: number, formedAt: 0)) }
+    record.points[1].isFailed = true
+    #expect(throws: TakeoverRefusal.self) { try record.failoverPoint(2) }
+    #expect(try record.failoverPoint(1).number == 1)
+    let after = record.afterFailover(to: 3, volumes: ["a"], generation: "two", now: 5, joins: false)
+    #expect(after.role == .primary && after.generations == ["two", "one"] && after.failedOver?.point == 3)
+}
+
 @Test("a point that the hold's deadline spoilt is formed again for whoever asked for it")
 func formedAgain() {
     var record = GroupRecord(role: .primary, generation: "one")
@@ -104,17 +132,28 @@ func seededUntilCommit() {
     #expect(cycle.record.lastCommitted?.number == 4 && cycle.record.fromImage == nil)
 }
 
-@Test("a peer whose points are not ours stops the group with a reason")
-func foreignPoints() {
+@Test("a peer whose points are not ours stops the group with a reason", arguments: [UInt64(2), 4, 9])
+func foreignPoints(theirs: UInt64) {
     var cycle = primary {
         $0.lastCommitted = PointRecord(number: 3, formedAt: 0)
         $0.lastNumber = 3
     }
     _ = cycle.start(now: 0)
-    #expect(cycle.handle(peer(2), now: 1).contains(.giveUp))
+    #expect(cycle.handle(peer(theirs), now: 1).contains(.giveUp))
     _ = cycle.handle(.gaveUp, now: 2)
-    #expect(cycle.stateName == "suspended")
-    #expect(cycle.suspension!.contains("newest point is 2 where 3 is expected"))
+    #expect(cycle.stateName == "suspended" && cycle.record.lastCommitted?.number == 3)
+    #expect(cycle.suspension?.contains("newest point is \(theirs) where 3 is expected") == true)
+}
+
+@Test("a point of ours that was given up here, and that the peer has committed all the same, is gone on from")
+func committedMeanwhile() {
+    var cycle = primary {
+        $0.lastCommitted = PointRecord(number: 3, formedAt: 0)
+        $0.lastNumber = 5
+    }
+    _ = cycle.start(now: 0)
+    #expect(cycle.handle(peer(5), now: 1).last == .prepare(number: 6))
+    #expect(cycle.record.lastCommitted?.number == 5)
 }
 
 @Test("bits are cleared only for data acknowledged before the flush began")
@@ -132,6 +171,16 @@ func drainClearsBehindTheFlush() {
     _ = drain.didRead(slot: 0, grains: nil, offset: 0, length: 0)
     _ = drain.didRead(slot: 1, grains: nil, offset: 0, length: 0)
     #expect(drain.didFlush() == [.clear([VolumeRun(volume: 0, grains: 1..<2)]), .finished])
+}
+
+@Test("a drain ends when a flush has ended that began after everything was acknowledged, however little that is")
+func lastFlushOfADrain() {
+    var drain = Drain(volumes: 1, window: 1, checkpointBytes: 1 << 20)
+    _ = drain.start()
+    _ = drain.didRead(slot: 0, grains: 0..<1, offset: 0, length: 100)
+    #expect(drain.didSend(slot: 0, wire: 100) == [.read(slot: 0, volume: 0)])
+    #expect(drain.didRead(slot: 0, grains: nil, offset: 0, length: 0) == [.flush])
+    #expect(drain.didFlush() == [.clear([VolumeRun(volume: 0, grains: 0..<1)]), .finished])
 }
 
 @Test("a point is given up at a start when one volume does not hold it any more")

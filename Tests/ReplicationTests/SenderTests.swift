@@ -48,6 +48,20 @@ func bucketBoundsTheRate() {
     #expect(bucket.mayPass(now: now) && bucket.wait == 0)
 }
 
+@Test("a drain has no buffers that a read of an earlier one may still be written into")
+func buffersOfEarlierDrains() {
+    var memory = DrainMemory(window: 2, slotBytes: 4096)
+    let first = memory.beginRead(epoch: 1)
+    #expect(first != nil && memory.beginRead(epoch: 1) === first)
+    memory.endRead()
+    // The link was lost; one read of the drain before is not answered yet.
+    let second = memory.beginRead(epoch: 2)
+    #expect(second != nil && second !== first)
+    #expect(memory.beginRead(epoch: 2) === second && memory.buffers === second)
+    for _ in 0..<3 { memory.endRead() }
+    #expect(memory.beginRead(epoch: 3) === second, "what nobody writes into any more is used again")
+}
+
 @Test("differing blocks become few runs, joined across the narrowest gaps")
 func differingBlocksBecomeRuns() {
     let (size, block) = (16, Comparison.block)
