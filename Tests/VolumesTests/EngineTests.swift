@@ -105,6 +105,23 @@ func unsettledLocation() {
     #expect(!bench.volume.location(.copy(1), offset: 4 * 4096, length: 4096)!.unsettled)
 }
 
+@Test("a copy that is being restored takes no writes, whoever let the client in")
+func writesToWhatIsRestored() {
+    let bench = Bench()
+    bench.addCopy(1)
+    bench.submit(.write, grain: 3)
+    _ = bench.settle()
+    let memory = UnsafeMutableRawPointer.allocate(byteCount: 64, alignment: 8)
+    defer { memory.deallocate() }
+    let pending = Bitmap(memory: memory, count: 512)
+    pending.clearAll()
+    pending.set(3..<4)
+    bench.volume.startRestore(from: 1, pending: pending, bitmapFile: 8, paused: true)
+    let slot = bench.submit(.write, view: .copy(1), grain: 3)
+    #expect(bench.pending().isEmpty)
+    #expect(bench.volume.popFinished() == slot && bench.volume.request(slot).pointee.error == 30)
+}
+
 @Test("a copy below a writable one hands over what clients wrote there, although power loss took the note of it")
 func handsOverAfterPowerLoss() {
     let bench = Bench()

@@ -25,6 +25,20 @@ func flushThatFailedForAnother() {
     #expect(bench.volume.request(flush).pointee.error == 5)
 }
 
+@Test(
+    "a flush that ended before an earlier one is believed once that has ended, and not if it failed",
+    arguments: [Int32(0), 5])
+func flushesThatOvertake(errno: Int32) {
+    let bench = Bench()
+    let slots = [bench.submit(.flush, grain: 0), bench.submit(.flush, grain: 0)]
+    let flushes = bench.pending()
+    bench.volume.complete(flushes[1], errno: 0)
+    #expect(bench.volume.popFinished() == nil, "the error may have been meant for it")
+    bench.volume.complete(flushes[0], errno: errno)
+    #expect(Set(bench.settle()) == Set(slots))
+    for slot in slots { #expect(bench.volume.request(slot).pointee.error == errno) }
+}
+
 @Test("a write with FUA that failed, for whatever reason, counts like a flush", arguments: [Int32(5), 28])
 func writeThroughThatFailed(errno: Int32) {
     let bench = Bench()
@@ -39,6 +53,22 @@ func writeThroughThatFailed(errno: Int32) {
     let flush = bench.submit(.flush, grain: 0)
     #expect(bench.settle() == [flush])
     #expect(bench.volume.request(flush).pointee.error == errno)
+}
+
+@Test("a flush during a restore has failed when either of its parts has", arguments: [Volume.source, 8])
+func flushDuringARestore(failing: StoreFile) {
+    let bench = Bench()
+    bench.addCopy(1)
+    let memory = UnsafeMutableRawPointer.allocate(byteCount: 64, alignment: 8)
+    defer { memory.deallocate() }
+    let pending = Bitmap(memory: memory, count: 512)
+    pending.clearAll()
+    bench.volume.startRestore(from: 1, pending: pending, bitmapFile: 8, paused: true)
+    let slot = bench.submit(.flush, grain: 0)
+    let flushes = bench.pending().sorted { one, _ in one.file == failing }
+    #expect(Set(flushes.map(\.file)) == [Volume.source, 8])
+    for io in flushes { bench.volume.complete(io, errno: io.file == failing ? 5 : 0) }
+    #expect(bench.settle() == [slot] && bench.volume.request(slot).pointee.error == 5)
 }
 
 @Test("bits of a recording bitmap that could not be flushed are all set")

@@ -28,6 +28,17 @@ func header() throws {
     }
 }
 
+@Test("a bitmap file of a newer format is not taken for one of this format")
+func newerHeader() {
+    var bytes = BitmapHeader(.recording, volume: (7, 8), geometry: largeGeometry, bitmaps: 2).encoded
+    bytes[8] += 1
+    let checksum = CRC32C.checksum(Array(bytes[..<64]))
+    for index in 0..<4 { bytes[64 + index] = UInt8(truncatingIfNeeded: checksum >> UInt32(8 * index)) }
+    #expect(throws: BitmapHeader.Fault.newer(format: 2)) {
+        try bytes.withUnsafeBytes { bytes throws(BitmapHeader.Fault) in try BitmapHeader(bytes) }
+    }
+}
+
 /// An activity log's bytes, and what is decoded from them.
 private func decode(_ bytes: [UInt8], count: Int) -> (set: [Int], damaged: Int) {
     let memory = UnsafeMutableRawPointer.allocate(byteCount: Bitmap.byteCount(bits: count), alignment: 8)
@@ -76,6 +87,37 @@ func activityLeaves() {
     #expect(bench.volume.activeBytes == 4 << 20)
     bench.volume.complete(flushes[1], errno: 0)
     #expect(bench.volume.activeBytes == 0)
+}
+
+@Test("a region to which a write is in flight stays in the log, however many sweeps come")
+func activityOfWritesInFlight() {
+    let bench = Bench(grains: 4096)
+    bench.volume.recording = true
+    bench.volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    bench.submit(.write, grain: 10)
+    bench.volume.complete(bench.pending()[0], errno: 0)  // the log's
+    let write = bench.pending()
+    #expect(write.map(\.file) == [0])
+    for _ in 0..<4 { bench.volume.sweepActivity() }
+    #expect(bench.pending().isEmpty && bench.volume.activeBytes == 4 << 20)
+    bench.volume.complete(write[0], errno: 0)
+    for _ in 0..<2 { bench.volume.sweepActivity() }
+    #expect(bench.pending().map(\.operation) == [.flush, .flush])
+}
+
+@Test("a region to which something is written while its bits are flushed stays in the log")
+func activityWhileFlushing() {
+    let bench = Bench(grains: 4096)
+    bench.volume.recording = true
+    bench.volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    bench.submit(.write, grain: 10)
+    _ = bench.settle()
+    for _ in 0..<2 { bench.volume.sweepActivity() }
+    let flushes = bench.pending()
+    bench.submit(.write, grain: 11)
+    #expect(bench.pending().map(\.file) == [0])
+    for io in flushes { bench.volume.complete(io, errno: 0) }
+    #expect(bench.volume.activeBytes == 4 << 20)
 }
 
 @Test("damaged sectors of the log count as all set, untouched ones as empty")
