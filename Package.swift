@@ -77,7 +77,9 @@ let package = Package(
         .testTarget(name: "NBDProtocolTests", dependencies: ["NBDProtocol"], swiftSettings: strict),
         .testTarget(name: "VolumesTests", dependencies: ["Volumes"], swiftSettings: strict),
         .testTarget(name: "RingTests", dependencies: ["Ring"], swiftSettings: strict),
-        .testTarget(name: "NBDServerTests", dependencies: ["NBDServer", "NBDProtocol"], swiftSettings: strict),
+        .testTarget(
+            name: "NBDServerTests", dependencies: ["Base", "NBDServer", "NBDProtocol", "Ring", "Volumes", "CLibURing"],
+            swiftSettings: strict),
         .testTarget(name: "ReplicationTests", dependencies: ["Replication"], swiftSettings: strict),
         .testTarget(name: "ControlTests", dependencies: ["Control"], swiftSettings: control),
         .testTarget(name: "SimulationTests", dependencies: ["Simulation"], swiftSettings: strict),
