@@ -9,6 +9,7 @@ import tempfile
 import time
 
 from sites import FARCOPY, SiteTest, crc32c, rewrite_record, run, wait_for
+from test_order import OrderTest
 
 
 class Metadata(SiteTest):
@@ -57,7 +58,7 @@ class Metadata(SiteTest):
         self.refused(site, "volume.record holds no valid record", "remove it to begin anew")
 
     def test_flipped_bits_and_short_files_end_the_copies_that_they_describe(self):
-        for damage in ("flip", "short", "missing", "header", "target"):
+        for damage in ("flip", "short", "missing", "killed", "header", "target"):
             with self.subTest(damage):
                 site = self.site(f"solo-{damage}", {"disk": "16MiB"})
                 handle = site.connect("disk")
@@ -66,14 +67,15 @@ class Metadata(SiteTest):
                     handle.pwrite(random.randbytes(64 << 10), random.randrange(16) << 20)
                 image = site.read("disk@c")
                 now = site.read("disk")
-                site.stop()
+                # Only a stop in order leaves checksums.
+                site.kill() if damage == "killed" else site.stop()
                 ids = sorted(name for name in os.listdir(f"{self.volume(site)}/copies") if name.endswith(".bitmap"))
                 path = f"{self.volume(site)}/copies/{ids[1]}"
                 if damage == "flip":
                     self.flip(path, 4096 + 17)
                 elif damage == "short":
                     os.truncate(path, 4096)
-                elif damage == "missing":
+                elif damage in ("missing", "killed"):
                     os.unlink(path)
                 elif damage == "target":
                     os.truncate(path.replace(".bitmap", ".target"), 1 << 20)
@@ -253,3 +255,13 @@ class Metadata(SiteTest):
         site.start()
         self.assertEqual(site.connect("disk@copy").pread(3000, (16 << 40) - 3000), b"far" * 1000)
         self.assertLess(site.resident(), 400 << 20)
+
+
+class Start(OrderTest):
+    def test_a_record_that_is_found_is_made_durable(self):
+        """What a killed process had written and not flushed counts from here on."""
+        site = self.site("solo", {"disk": "16MiB"})
+        site.kill()
+        site.recorder.events()
+        site.start()
+        self.assertIn("fdatasync", [kind for kind, path in site.recorder.events() if path.endswith("/site.record")])

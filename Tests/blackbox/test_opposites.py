@@ -159,23 +159,33 @@ class Opposites(SiteTest):
             done = run(
                 "curl", "-s", "-o", "/dev/stdout", "-w", " %{http_code}", "--unix-socket", socket, "-H",
                 "Content-Type: application/json", "-d", json.dumps(body), f"http://localhost/v1/peer/groups/shop/{path}")
-            return int(done.stdout.rsplit(" ", 1)[1])
+            answer, code = done.stdout.rsplit(" ", 1)
+            return int(code), json.loads(answer)
 
         with open(f"{east.path}/state/site.record", "rb") as file:
             text = file.read()[RECORD_SPACE:]  # the first copy that is written
         identity = json.loads(text[32:32 + int.from_bytes(text[16:20], "little")])["id"]
+        with open(f"{west.state}/groups/shop/group.record", "rb") as file:
+            text = file.read()[RECORD_SPACE:]
+        generations = json.loads(text[32:32 + int.from_bytes(text[16:20], "little")])["generations"]
         huge = (1 << 64) - 1
-        record = west.status()["groups"]["shop"]
-        for body in (
-                dict(siteID=identity, session=1, number=huge, previous=record["point"]["id"], formedAt=1.0),
-                dict(siteID=identity, session=1, number=huge, previous=record["point"]["id"], formedAt=1e300)):
-            self.assertEqual(post("commit", body), 403)
+        previous = west.status()["groups"]["shop"]["point"]["id"]
+        for number, formed in ((huge, 1.0), (previous + 1, 1e300), (previous + 1, -1.0)):
+            # In a session of its own: east, whose session that ends, opens the next.
+            code, opened = post("session", dict(
+                site="east", siteID=identity, generations=generations, volumes=[dict(name="orders", size=4 << 20)]))
+            self.assertEqual(code, 200)
+            code, answer = post("commit", dict(
+                siteID=identity, session=opened["state"]["session"], number=number, previous=previous, formedAt=formed))
+            self.assertEqual(code, 403)
+            self.assertIn("cannot be", answer["error"])
         for highest in (huge, huge - 1):
-            code = post("yield", dict(
+            code, _ = post("yield", dict(
                 site="east", siteID=identity, generations=[], highestPoint=highest,
                 volumes=[dict(name="orders", size=4 << 20)]))
             self.assertEqual(code, 403)
         self.alive(east, west)
+        wait_for(lambda: east.group()["state"] in ("mirroring", "resyncing"), what="the link")
         east.cycle()
 
 

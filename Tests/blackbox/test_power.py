@@ -427,6 +427,20 @@ class Copies(PowerTest):
         self.assertEqual(site.read("orders"), bytes(now))
 
 
+    def test_at_once_after_a_restore(self):
+        """No host has flushed anything since."""
+        site = self.site("solo", {"orders": "16MiB"})
+        self.write(site, 500)
+        self.write(site, 500, flush=False)
+        image = site.read("orders")
+        site.farcopy("flashcopy", "create", "orders", "good", "--durable")
+        self.write(site, 500)
+        site.farcopy("flashcopy", "restore", "orders", "good")
+        site.lose_power()
+        site.start()
+        self.assert_equal_images(site.read("orders"), image, "what was restored")
+
+
 @on_each_file_system
 class Secondary(PowerTest):
     CUTS = {"data": "8MiB", "log": "8MiB"}
@@ -537,6 +551,22 @@ class Secondary(PowerTest):
                 self.assertIn("stale", east.group()["reason"])
                 west.farcopy("resync", "shop", "--discard", "east", "--yes")
                 self.assert_alike(west, east)
+
+    def test_at_once_after_a_failover(self):
+        """No host has flushed anything yet."""
+        east, west = self.mirrored(interval="manual")
+        image = west.read("orders")
+        self.write(east, 1000, flush=False)
+        east.farcopy("rate", "shop", "2MiB")
+        east.farcopy("cycle", "shop")
+        time.sleep(1)
+        east.lose_power()
+        west.farcopy("rate", "shop", "1MiB")
+        west.farcopy("failover", "shop")
+        west.lose_power()
+        west.start()
+        self.assertEqual(west.group()["role"], "primary")
+        self.assert_equal_images(west.read("orders"), image, "the volume that was failed over to")
 
     def test_after_the_roles_were_exchanged(self):
         for loses in ("new primary", "new secondary", "both"):

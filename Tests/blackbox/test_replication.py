@@ -294,6 +294,35 @@ class Replication(SiteTest):
         self.assertEqual(commit(point + 1, point), first, "asked again, the same answer")
         self.assertEqual([p["id"] for p in west.points()][-2:], [point, point + 1])
 
+    def test_a_new_session_ends_what_the_one_before_could_write(self):
+        east, west = self.pair(VOLUMES, interval="manual")
+        point = east.cycle()
+        east.kill()
+        record = json.loads(self.record(f"{east.path}/state/site.record"))
+        group = json.loads(self.record(f"{east.path}/state/groups/shop/group.record"))
+
+        def session():
+            return self.api(west, "POST", "/v1/peer/groups/shop/session", {
+                "site": "east", "siteID": record["id"], "generations": group["generations"],
+                "volumes": [{"name": "orders", "size": SIZE}, {"name": "wal", "size": 4 << 20}]})
+
+        def commit(of):
+            return self.api(west, "POST", "/v1/peer/groups/shop/commit", {
+                "siteID": record["id"], "session": of["state"]["session"], "number": point + 1, "previous": point,
+                "formedAt": time.time()})
+        first = session()
+        stale = west.connect(first["exports"][0])
+        stale.pwrite(b"first" * 100, 0)
+        second = session()
+        with self.assertRaises(nbd.Error, msg="a connection of the session before writes after the next has begun"):
+            stale.pwrite(b"stale" * 100, 0)
+        with self.assertRaises(nbd.Error):
+            west.connect(first["exports"][0])
+        self.assertIn("session that has ended", commit(first)["error"])
+        west.connect(second["exports"][0]).pwrite(b"second" * 100, 0)
+        self.assertNotIn("error", commit(second))
+        self.assertEqual(west.connect(f"orders@{point + 1}").pread(600, 0), b"second" * 100)
+
     def record(self, path):
         """The newest payload of a record file."""
         import struct
