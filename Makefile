@@ -6,7 +6,7 @@ RELEASE := $(SWIFT) build -c release --quiet
 PYTHON := /usr/bin/python3
 .DEFAULT_GOAL := help
 
-.PHONY: help bootstrap build test test-long test-unit test-simulation test-simulation-long test-blackbox test-asan test-kernel test-fuzz fuzz demo demo-postgres bench simulate format lint install clean
+.PHONY: help bootstrap build test test-long test-unit test-simulation test-simulation-long test-blackbox test-asan test-kernel test-fuzz fuzz mutants demo demo-postgres bench simulate format lint install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ test-blackbox: ## The built program through other people's clients
 	@scripts/bootstrap build test
 	$(RELEASE) --product farcopy
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 $(PYTHON) run.py
+
+mutants: ## Change one line of a rule at a time; some test must notice: make mutants [MUTANT=name] [FOLDER=Volumes] [CHECK=1]
+	@scripts/bootstrap build test
+	@SWIFT="$(SWIFT)" MUTANT="$(MUTANT)" FOLDER="$(FOLDER)" CHECK="$(CHECK)" PYTHONDONTWRITEBYTECODE=1 $(PYTHON) Tests/mutants/mutants.py
 
 test-fuzz: ## Both fuzz targets over their corpus and 20,000 inputs more, with the address sanitizer
 	@scripts/bootstrap build
