@@ -35,7 +35,8 @@ def run(*words, check=True, timeout=120, **options):
 
 
 def end_group(process):
-    """Ends a process that leads a group, and those that it has started in it: fio has one for each job, which outlives it."""
+    """Ends a process that leads a group, and those that it has started in it. (fio takes its jobs' processes out of it; with
+    `--thread` it has none.)"""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

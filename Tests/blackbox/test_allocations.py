@@ -33,7 +33,7 @@ class Allocations(SiteTest):
     def measured(self, uri, mode, *options):
         """What was allocated and freed between the second and the fourth second of a fio run."""
         load = self.spawn(
-            "fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", f"--rw={mode}", "--size=60M", "--time_based",
+            "fio", "--thread", "--name=load", "--ioengine=nbd", f"--uri={uri}", f"--rw={mode}", "--size=60M", "--time_based",
             "--runtime=6", "--output=/dev/null", *options)
         time.sleep(2)
         before = self.count()

@@ -41,7 +41,7 @@ for bad in (lambda: h.pread(1, 512 << 20), lambda: h.pwrite(b"x", 512 << 20), la
     def test_fio_verifies_over_one_four_and_sixteen_connections(self):
         for jobs in (1, 4, 16):
             share = 480 // jobs
-            run("fio", "--name=verify", "--ioengine=nbd", f"--uri={self.server.uri('disk')}", "--rw=randrw",
+            run("fio", "--thread", "--name=verify", "--ioengine=nbd", f"--uri={self.server.uri('disk')}", "--rw=randrw",
                 f"--size={min(share, 48)}M", f"--offset_increment={share}M", f"--numjobs={jobs}", "--bsrange=512-128k",
                 "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--output=/dev/null",
                 timeout=110)
@@ -69,7 +69,7 @@ for bad in (lambda: h.pread(1, 512 << 20), lambda: h.pwrite(b"x", 512 << 20), la
                 run(*make, device)
                 run("mount", device, mount)
                 try:
-                    run("fio", "--name=verify", f"--directory={mount}", "--rw=randwrite", "--bsrange=4k-64k", "--size=48M",
+                    run("fio", "--thread", "--name=verify", f"--directory={mount}", "--rw=randwrite", "--bsrange=4k-64k", "--size=48M",
                         "--ioengine=psync", "--fsync=64", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
                         "--output=/dev/null")
                     run("fstrim", mount, check=False)
@@ -79,5 +79,5 @@ for bad in (lambda: h.pread(1, 512 << 20), lambda: h.pwrite(b"x", 512 << 20), la
         finally:
             if device:
                 run("losetup", "-d", device)
-            run("fusermount3", "-u", image, check=False)
+            run("fusermount3", "-uz", image, check=False)
             fuse.wait(30)

@@ -162,7 +162,7 @@ class Direct(SiteTest):
         self.assertEqual(handle.pread(1, 0), b"t")
 
     def test_fio_verifies_and_flashcopies_hold(self):
-        run("fio", "--name=verify", "--ioengine=nbd", f"--uri={self.server.uri('disk')}", "--rw=randrw", "--size=12M",
+        run("fio", "--thread", "--name=verify", "--ioengine=nbd", f"--uri={self.server.uri('disk')}", "--rw=randrw", "--size=12M",
             "--bsrange=512-64k", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
             "--output=/dev/null")
         before = self.server.read("disk")

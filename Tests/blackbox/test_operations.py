@@ -90,7 +90,7 @@ class Operations(SiteTest):
     def load(self, site):
         """A host that writes to the volume's last quarter all the while."""
         return self.spawn(
-            "fio", "--name=load", "--ioengine=nbd", f"--uri={site.uri('orders')}", "--rw=randwrite", "--bs=4k", "--iodepth=4",
+            "fio", "--thread", "--name=load", "--ioengine=nbd", f"--uri={site.uri('orders')}", "--rw=randwrite", "--bs=4k", "--iodepth=4",
             "--offset=24m", "--size=8m", "--time_based", "--runtime=60", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def test_verify_is_bounded_aborted_and_cleans_up_after_a_kill(self):

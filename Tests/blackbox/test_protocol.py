@@ -64,7 +64,7 @@ class Protocol(SiteTest):
         self.assertNotIn("failed", done.stdout + done.stderr)
 
     def test_fio_verifies_random_writes(self):
-        run("fio", "--name=verify", "--ioengine=nbd", f"--uri={self.server.uri('disk')}", "--rw=randrw", "--size=60M",
+        run("fio", "--thread", "--name=verify", "--ioengine=nbd", f"--uri={self.server.uri('disk')}", "--rw=randrw", "--size=60M",
             "--bsrange=512-256k", "--iodepth=64", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
             "--output=/dev/null")
 
