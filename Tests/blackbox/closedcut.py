@@ -11,6 +11,8 @@ belongs there up to the chain's last step.
 import struct
 import threading
 
+import nbd
+
 SLOTS = 96
 SECTOR = 512
 MAGIC = b"farcopy-cut!"
@@ -37,11 +39,12 @@ class Writers:
         self.chains = chains
         self.steps = [0] * chains  # acknowledged
         self.stopping = False
+        self.server_ends = False
         self.errors = []
         self.threads = []
 
     def start(self):
-        self.stopping = False
+        self.stopping = self.server_ends = False
         for chain in range(self.chains):
             handles = self.connect()
             thread = threading.Thread(target=self._run, args=(chain, handles), daemon=True)
@@ -56,8 +59,13 @@ class Writers:
                 target = handles[(step + 1) % 2]
                 target.pwrite(sector(chain, step), offset(chain, self.chains, step, self.size))
                 self.steps[chain] = step
-        except Exception as error:  # the server was killed
-            self.errors.append(error)
+        except Exception as error:
+            if not (self.server_ends and isinstance(error, nbd.Error)):
+                self.errors.append(error)
+
+    def expect_the_end(self):
+        """The server is about to be killed: until the next start it is no error that it is gone. Before this every error is one."""
+        self.server_ends = True
 
     def stop(self):
         self.stopping = True
@@ -68,6 +76,7 @@ class Writers:
             thread.join(timeout=60)
             assert not thread.is_alive(), "a writer hangs"
         self.threads = []
+        assert self.errors == [], f"writers failed while the server was there: {self.errors}"
 
 
 def check(first, second, chains, size):

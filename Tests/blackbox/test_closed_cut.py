@@ -80,6 +80,7 @@ class ClosedCut(SiteTest):
         writers.start()
         time.sleep(2)
         killed = time.time()
+        writers.expect_the_end()
         east.kill()
         writers.join()
         west.farcopy("failover", "shop")
@@ -106,6 +107,7 @@ class ClosedCut(SiteTest):
         for _ in range(10):
             writers.start()
             time.sleep(random.uniform(0.05, 1.2))
+            writers.expect_the_end()
             east.kill()
             writers.join()
             self.check_any_point(west)
