@@ -1,36 +1,71 @@
-"""FlashCopies through fifty random kills: each still is exactly the image of its moment."""
+"""FlashCopies through fifty random kills: each still is exactly the image of its moment. Until the kill begins every command succeeds, and
+in the end enough of each kind have."""
 
+import collections
 import faulthandler
 import json
 import random
 import threading
+import time
 
 import nbd
 
 from sites import SiteTest, wait_for
 
 SIZE = 8 << 20
+# What has succeeded at least after fifty rounds: about a third of what is usual.
+LEAST = {"create": 10, "clone": 6, "write": 6, "refresh": 6, "withdraw": 5, "compare": 60}
+
+
+class Killer(threading.Thread):
+    """Kills a site after a while. Only after `begun` may anything of it be gone."""
+
+    def __init__(self, site, seconds):
+        super().__init__(daemon=True)
+        self.site, self.seconds = site, seconds
+        self.begun, self.problem = threading.Event(), None
+
+    def run(self):
+        time.sleep(self.seconds)
+        self.begun.set()
+        try:
+            self.site.kill()
+        except BaseException as error:  # it had ended by itself
+            self.problem = error
+
+    def end(self):
+        self.join(timeout=60)
+        if self.problem:
+            raise self.problem
 
 
 class Writer(threading.Thread):
     """Writes at random places until the server is gone."""
 
-    def __init__(self, site, seed):
+    def __init__(self, site, seed, killer):
         super().__init__(daemon=True)
         self.handle, self.random = site.connect("disk"), random.Random(seed)
+        self.killer, self.problem = killer, None
         self.paused, self.idle = threading.Event(), threading.Event()
+
+    def pause(self):
+        """On return nothing of it is under way, or it has ended with the server."""
+        self.paused.set()
+        self.idle.clear()
+        while not self.idle.wait(timeout=0.05) and self.is_alive():
+            pass
 
     def run(self):
         try:
             while True:
                 while self.paused.is_set():
                     self.idle.set()
-                    if self.handle.pread(512, 0) is None:
-                        return
+                    self.handle.pread(512, 0)  # fails when the server is gone
                 self.idle.clear()
                 at = self.random.randrange(SIZE // 512 - 128) * 512
                 self.handle.pwrite(self.random.randbytes(self.random.choice([512, 4096, 12288, 65536])), at)
-        except nbd.Error:
+        except nbd.Error as error:
+            self.problem = None if self.killer.begun.is_set() else error
             self.idle.set()
 
 
@@ -41,17 +76,21 @@ class RandomKills(SiteTest):
         self.random = random.Random(seed)
         site = self.site("solo", {"disk": "8MiB"})
         images = {}
+        self.succeeded = collections.Counter()
         try:
             for number in range(50):
                 self.round(site, images, number)
         except BaseException:
             print(f"seed {seed}")
             raise
+        print(f"  {dict(self.succeeded)}")
+        for kind, least in LEAST.items():
+            self.assertGreaterEqual(self.succeeded[kind], least, f"too few of {kind} have succeeded for this to test anything")
 
     def round(self, site, images, number):
-        writer = Writer(site, self.random.randrange(1 << 32))
+        killer = Killer(site, self.random.uniform(0.1, 0.9))
+        writer = Writer(site, self.random.randrange(1 << 32), killer)
         writer.start()
-        killer = threading.Timer(self.random.uniform(0.1, 0.9), site.kill)
         killer.start()
         # Commands whose answer did not come may have been carried out, or not.
         unsure = None
@@ -59,11 +98,15 @@ class RandomKills(SiteTest):
             for step in range(20):
                 unsure = self.command(site, images, writer, f"n{number}-{step}")
         except (AssertionError, nbd.Error):
+            if not killer.begun.is_set():
+                raise
             unsure = self.tried
-        killer.join()
+        killer.end()
         writer.paused.clear()
         writer.join(timeout=30)
         self.assertFalse(writer.is_alive())
+        if writer.problem:
+            raise writer.problem
         site.start()
         found = json.loads(site.farcopy("flashcopy", "list", "--json").stdout)
         states = {c["name"]: c["state"] for c in found}
@@ -74,6 +117,7 @@ class RandomKills(SiteTest):
         for name, image in images.items():
             self.assertEqual(states.get(name), "active", (name, found, site.farcopy("events").stdout, site.tail()))
             self.assertEqual(site.read(f"disk@{name}"), image, f"{name} in round {number}")
+            self.succeeded["compare"] += 1
 
     def command(self, site, images, writer, fresh):
         self.tried = None
@@ -84,8 +128,7 @@ class RandomKills(SiteTest):
         options = [word for option in options for word in option]
         if kind == "create" and len(names) < 10:
             self.tried = fresh
-            writer.paused.set()
-            writer.idle.wait(timeout=30)
+            writer.pause()
             image = site.read("disk")
             site.farcopy("flashcopy", "create", "disk", fresh, *options)
             writer.paused.clear()
@@ -107,8 +150,7 @@ class RandomKills(SiteTest):
             images[name] = bytes(image)
         elif kind == "refresh" and name:
             self.tried = name
-            writer.paused.set()
-            writer.idle.wait(timeout=30)
+            writer.pause()
             image = site.read("disk")
             site.farcopy("flashcopy", "refresh", "disk", name)
             writer.paused.clear()
@@ -118,5 +160,7 @@ class RandomKills(SiteTest):
             del images[name]
             site.farcopy("flashcopy", "withdraw", "disk", name)
             wait_for(lambda: f"disk@{name}\t" not in site.farcopy("flashcopy", "list").stdout, what="the withdrawal")
+        if self.tried:
+            self.succeeded[kind] += 1
         self.tried = None
         return None
