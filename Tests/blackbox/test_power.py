@@ -232,6 +232,25 @@ class Primary(PowerTest):
         west.start()
         self.assert_alike(east, west)
 
+    def test_without_an_activity_log(self):
+        """Nobody knows which bits were lost: everything is compared, also if the start that found it missing ended early."""
+        for again in (False, True):
+            with self.part(again):
+                east, west = self.mirrored()
+                west.stop()
+                self.write(east, 200)
+                east.lose_power()
+                for volume in VOLUMES:
+                    os.unlink(f"{east.state}/volumes/{volume}/activity.log")
+                if again:
+                    self.waits_for_its_peer(east)
+                    self.begin_start(east)
+                    east.kill()
+                west.start()
+                east.start()
+                self.assertIn("activity.log is missing", open(east.log).read())
+                self.assert_alike(east, west)
+
     def test_during_the_start_that_follows(self):
         """The process is ended before its volumes are served: what the next finds is no more to be trusted than what this one found."""
         for how in (signal.SIGKILL, signal.SIGTERM, "power"):
