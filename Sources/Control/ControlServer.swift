@@ -60,6 +60,8 @@ package struct ControlServer: Sendable {
             return try await body()
         } catch let error as SiteError {
             return errorResponse(error)
+        } catch let refusal as PeerRefusal {
+            return errorResponse(SiteError("the peer refuses: \(refusal)"))
         } catch {
             return errorResponse(SiteError("\(error)", status: 500))
         }

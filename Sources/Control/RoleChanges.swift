@@ -169,7 +169,13 @@ extension Site {
             try await promotePeer(group, point.number)
             return point
         } catch let refusal as PeerRefusal {
-            try await takeBack(group)
+            do { try await takeBack(group) } catch {
+                // It may have failed over meanwhile. Hosts stay shut out until it is known who is primary.
+                Task { await finishHandover(group) }
+                throw SiteError(
+                    "'\(group.entry.peer)' does not take over: \(refusal); nor can the switchover be taken back: \(error)"
+                )
+            }
             throw SiteError("'\(group.entry.peer)' does not take over: \(refusal)")
         } catch {
             if group.record.handingOver == nil {

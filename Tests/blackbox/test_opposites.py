@@ -149,6 +149,32 @@ class Opposites(SiteTest):
                 self.alike(west, east)
                 self.put_away(east, west)
 
+    def test_a_failover_overtakes_a_switchover(self):
+        """Between the last point and the promotion the other site fails over: the switchover says that it is neither done nor taken back, and
+        the way out is the usual one."""
+        east, west = self.linked()
+        pages = self.write(east)
+        east.cycle()
+        self.link.delay = 0.4
+        switchover = self.started(east, "switchover", "shop")
+        wait_for(lambda: "shut out" in (east.group().get("operation") or {}).get("step", ""), what="the last point")
+        before = west.points()[-1]["id"]
+        wait_for(lambda: west.points()[-1]["id"] > before, what="its commit")
+        west.farcopy("failover", "shop")
+        self.link.delay = 0
+        words = switchover.communicate(timeout=60)[1]
+        self.assertEqual(switchover.returncode, 1)
+        self.assertIn("'west' does not take over", words)
+        self.assertIn("nor can the switchover be taken back", words)
+        self.alive(east, west)
+        self.assertEqual([site.group()["role"] for site in (east, west)], ["primary", "primary"])
+        self.assertTrue(east.connect("orders").is_read_only(), "hosts are let in at a site that is stale")
+        self.assertIn("cannot be taken back", east.farcopy("abort", "switchover:shop", check=False).stderr)
+        wait_for(lambda: all(v["restoring_bytes"] == 0 for v in west.status()["volumes"].values()), what="restore")
+        west.farcopy("resync", "shop", "--discard", "east", "--yes")
+        self.alike(west, east)
+        self.holds(west, pages)
+
     def test_huge_numbers_of_a_peer_are_refused(self):
         """From a peer that lies or is broken: words, not an end of the process."""
         east, west = self.pair({"orders": "4MiB"}, interval="manual")
