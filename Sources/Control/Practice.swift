@@ -16,15 +16,17 @@ extension Site {
             throw SiteError(
                 "group '\(name)' is being practised with already; `farcopy practice \(name) --end` ends that")
         }
-        guard let newest = group.record.points.last else {
+        guard let newest = group.record.newestReadable else {
             throw SiteError(
                 group.record.role == .primary
                     ? "group '\(name)' is primary at '\(configuration.site)'; practise at '\(group.entry.peer)', which has its points"
-                    : "group '\(name)' has no recovery point yet: its first copy is not complete")
+                    : "group '\(name)' has no recovery point that can be read: its first copy is not complete, or they have failed"
+            )
         }
         let point = wanted ?? String(newest.number)
-        guard group.record.points.contains(where: { String($0.number) == point }) else {
-            let known = group.record.points.map { String($0.number) }.joined(separator: ", ")
+        let readable = group.record.points.filter { $0.isFailed != true }
+        guard readable.contains(where: { String($0.number) == point }) else {
+            let known = readable.map { String($0.number) }.joined(separator: ", ")
             throw SiteError("group '\(name)' has no point \(point); it has \(known)", status: 404)
         }
         var request = FlashCopyRequest(name: Self.practiceName, volumes: group.entry.volumes)

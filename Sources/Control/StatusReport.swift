@@ -289,7 +289,8 @@ extension Site {
     func points(_ name: String) throws -> [StatusReport.PointReport] {
         let group = try group(name)
         let record = group.record
-        return (record.points + (record.role == .primary ? record.lastCommitted.map { [$0] } ?? [] : [])).map(\.report)
+        let readable = record.points.filter { $0.isFailed != true }
+        return (readable + (record.role == .primary ? record.lastCommitted.map { [$0] } ?? [] : [])).map(\.report)
     }
 
     // MARK: Commands on a primary

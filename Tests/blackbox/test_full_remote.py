@@ -4,6 +4,8 @@ import json
 import os
 import random
 
+import nbd
+
 from sites import ROOT, SiteTest, run, wait_for
 
 MIB = 1 << 20
@@ -261,6 +263,59 @@ class FullRemote(SiteTest):
                     west.start()
                 wait_for(lambda: west.status()["volumes"]["orders"]["restoring_bytes"] == 0, what="the data to be back")
                 self.assertEqual(west.read("orders"), image)
+                self.put_away_mounted(east, west, state)
+
+    def test_points_that_failed_stay_so(self):
+        """A site that was failed over to has no room for what its hosts overwrite: it goes on, and its points fail. None of them is listed or
+        served again, not after a kill either, and what the replicator has recorded meanwhile stays."""
+        for mirrors in (False, True):
+            with self.subTest(mirrors=mirrors):
+                east, west = self.pair({"orders": "16MiB"}, interval="manual", keep=8, start=False)
+                state = self.mounted(west)
+                west.start()
+                east.start()
+                images = self.series(east, west, east.connect("orders"), 3)
+                east.kill()
+                west.farcopy("failover", "shop")
+                wait_for(lambda: west.status()["volumes"]["orders"]["restoring_bytes"] == 0, what="the restore")
+                if mirrors:
+                    east.start()
+                    west.farcopy("resync", "shop", "--discard", "east", "--yes")
+                    self.link(west)
+                    west.cycle()
+                filler = fill_up(state)
+                host = west.connect("orders")
+                image = random.randbytes(SIZE)
+                host.pwrite(image, 0)
+                host.flush()
+                wait_for(lambda: max(images) not in self.points(west), what="the end of the points" + west.farcopy("events").stdout[-1500:])
+                os.unlink(filler)
+                newest = None
+                if mirrors:
+                    self.link(west)
+                    newest = west.cycle()
+                for ended in (west.kill, west.kill, west.stop):
+                    self.assertNotIn(max(images), self.points(west))
+                    self.assertEqual(west.read("orders"), image)
+                    for number in images:
+                        if number in self.points(west):
+                            self.assertEqual(west.read(f"orders@{number}"), images[number])
+                        else:
+                            with self.assertRaises(nbd.Error, msg=f"point {number} has failed and is served"):
+                                west.connect(f"orders@{number}")
+                    self.assertNotIn(f"orders@{max(images)}", west.status()["volumes"]["orders"]["exports"])
+                    self.assertEqual(west.group()["role"], "primary")
+                    if mirrors:
+                        self.assertEqual(west.group()["point"]["id"], newest, "the replicator's record was overwritten")
+                        self.assertEqual(west.group()["pending_bytes"], 0)
+                    ended()
+                    west.start()
+                if not mirrors:
+                    east.start()
+                    west.farcopy("resync", "shop", "--discard", "east", "--yes")
+                self.link(west)
+                point = west.cycle()
+                self.assertEqual(east.read(f"orders@{point}"), image)
                 self.put_away_mounted(east, west, state)
 
     def put_away_mounted(self, east, west, state):
