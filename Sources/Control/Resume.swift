@@ -136,8 +136,8 @@ extension Site {
             path: volume.bitmapPath(link.id), header: volume.header(ofCopy: link.id, recordsChanges: record.isFilled),
             create: missing)
         try volume.verify(bitmap, "copies/\(link.id).bitmap")
-        // A bit that only the last process's mapping had must be durable before a write relies on it.
-        if record.isDurable { try bitmap.file.synchronize() }
+        // A bit that only the last process's mapping had must be durable before a write relies on it: `VolumeState.confirm` flushes it
+        // before anything is written.
         let target =
             if let path = record.target { try openOperatorTarget(path, volume, recorded: true).0 } else {
                 try volume.openTarget(record.targetOwner, create: missing && record.targetOwner == record.id)

@@ -234,9 +234,7 @@ extension Site {
         guard let peer = peer(group) else { throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site") }
         let opened = try await peer.openSession(
             volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
-        guard opened.state.committed?.number == point else {
-            throw PeerRefusal("its newest point is \(opened.state.committed.map { String($0.number) } ?? "none")")
-        }
+        // Whether the point is the newest there, the peer looks itself: nothing is committed in this session.
         try await peer.promote(session: opened.state.session, point: point)
     }
 
