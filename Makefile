@@ -20,12 +20,13 @@ build: ## Build .build/release/farcopy
 
 test: lint test-unit test-simulation test-fuzz test-blackbox test-asan test-kernel ## Run everything: lint, unit tests, simulation, real clients
 
-test-long: test-simulation-long ## What takes longer: every suite on block devices, long repetitions of power loss and random sequences
+test-long: test-simulation-long ## What takes longer: every suite on block devices, long repetitions of power loss, random sequences, contradictions
 	@scripts/bootstrap build test
 	$(RELEASE) --product farcopy
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 $(PYTHON) run.py devices
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 REPEAT=10 $(PYTHON) run.py test_power test_full test_order
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 SEQUENCES=100 $(PYTHON) run.py test_sequences
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 LASTS=60 REPEAT=5 $(PYTHON) run.py test_contradiction
 
 test-unit: ## Unit tests of every target
 	@scripts/bootstrap build
