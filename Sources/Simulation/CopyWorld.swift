@@ -99,7 +99,7 @@ package final class CopyWorld: Scenario {
     package init(seed: UInt64, fault: DeliberateFault? = nil) {
         var generator = SeededGenerator(seed: seed ^ 0xC0FFEE)
         weights = Happening.allCases.map { $0.weight * $0.varies[generator.below(3)] }
-        failingSaves = [0, 0, 40, 8][generator.below(4)]
+        failingSaves = [0, 20, 6, 3][generator.below(4)]
         random = generator
         self.fault = fault
         engineFaults = fault?.engine ?? []
@@ -215,7 +215,8 @@ package final class CopyWorld: Scenario {
             let resumption = resumed[index].resume(trusted: trusted, overtaken: overtaken)
             links.append((resumed[index], resumption))
         }
-        (records, saved, isUnsaved) = (resumed, resumed, false)  // a start whose save fails ends, and the next one begins anew
+        // A start whose save fails ends, and the next one begins anew.
+        (records, saved, isUnsaved) = (resumed, resumed, false)
         if ends() { return false }
         for (record, resumption) in links where resumption == .forgotten || resumption == .absent {
             images[record.id] = nil
