@@ -102,9 +102,9 @@ extension Site {
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         if group.isMirroring, group.record.conflict == nil, group.replicator != nil,
-            group.record.lastCommitted?.isBase == true
+            try await peerStanding(group).role == .secondary
         {
-            return  // done by an earlier try
+            return  // done by an earlier try, or by the peer's promotion meanwhile
         }
         try await join(group)
     }

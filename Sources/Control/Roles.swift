@@ -491,6 +491,16 @@ extension Site {
         defer { group.isJoining = false }
         let theirs = try await peerStanding(group)
         await stopReplication(group)
+        do { try await takeUp(group, theirs) } catch {
+            // Whatever direction the record says goes on: nobody else would start it again.
+            if group.isMirroring, group.replicator == nil { try? await startReplication(group) }
+            throw error
+        }
+        note(name, "mirroring to '\(group.entry.peer)' begins; what either site has changed is sent")
+    }
+
+    private func takeUp(_ group: GroupState, _ theirs: Standing) async throws {
+        let name = group.entry.name
         // A point that was held is not the new direction's.
         try await settleChanges(group)
         if theirs.role == .primary, let head = group.record.generations.first, theirs.generations.contains(head) {
@@ -518,7 +528,6 @@ extension Site {
         }
         await admitHosts(group)
         try await startReplication(group)
-        note(name, "mirroring to '\(group.entry.peer)' begins; what either site has changed is sent")
     }
 
     func sessionVolumes(_ group: GroupState) -> [SessionRequest.Volume] {
