@@ -17,7 +17,7 @@ import struct
 import time
 import uuid
 
-from sites import Site, SiteTest, run
+from sites import REPEAT, Site, SiteTest, run
 
 MIB = 1 << 20
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -290,9 +290,17 @@ class LaboratoryTest(SiteTest):
         return PoweredSite(self.directory, name, volumes, self.kind, **options)
 
 
-def on_each_file_system(test):
+def on_each_file_system(test, kinds=(("ext4", "Ext4"), ("xfs", "XFS"))):
     """Makes `NameExt4` and `NameXFS` of a class of tests; nothing is left of the class itself."""
     module = __import__(test.__module__, fromlist=["*"])
-    for kind, name in (("ext4", "Ext4"), ("xfs", "XFS")):
+    for kind, name in kinds:
         case = type(test.__name__ + name, (test, LaboratoryTest), {"kind": kind, "__module__": test.__module__})
         setattr(module, case.__name__, case)
+
+
+def on_ext4_and_at_length_on_xfs(test):
+    """The same; on XFS only with `REPEAT` (`make test-long`), where the file system makes no difference that other classes do not see."""
+    if REPEAT > 1:
+        on_each_file_system(test)
+    else:
+        on_each_file_system(test, kinds=(("ext4", "Ext4"),))

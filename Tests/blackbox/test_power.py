@@ -18,7 +18,7 @@ import nbd
 
 import closedcut
 import test_sequences
-from laboratory import on_each_file_system
+from laboratory import on_each_file_system, on_ext4_and_at_length_on_xfs
 from sites import REPEAT, byte_count, read_handle, wait_for
 
 MIB = 1 << 20
@@ -368,7 +368,7 @@ class Primary(PowerTest):
         self.assert_alike(east, west)
 
 
-@on_each_file_system
+@on_ext4_and_at_length_on_xfs
 class Copies(PowerTest):
     def states(self, site):
         return {c["name"]: c["state"] for c in json.loads(site.farcopy("flashcopy", "list", "--json").stdout)}
@@ -460,7 +460,7 @@ class Copies(PowerTest):
         self.assert_equal_images(site.read("orders"), image, "what was restored")
 
 
-@on_each_file_system
+@on_ext4_and_at_length_on_xfs
 class Secondary(PowerTest):
     CUTS = {"data": "8MiB", "log": "8MiB"}
     SIZE = 8 * MIB
@@ -605,7 +605,7 @@ class Secondary(PowerTest):
                 self.assert_alike(west, east)
 
 
-@on_each_file_system
+@on_ext4_and_at_length_on_xfs
 class PowerSequences(test_sequences.Sequences):
     """Power loss among the random steps. Hosts' writes are FUA, so what was acknowledged is there after it."""
     write_flags = nbd.CMD_FLAG_FUA
