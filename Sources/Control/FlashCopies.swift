@@ -265,8 +265,7 @@ extension Site {
                 if let path = record.target { written.storage?[path] = storage }
             }  // from here on a crash finds it
         } catch {
-            volume.removeCopyFiles(
-                record.id, targetOwner: record.target == nil && record.targetOwner == record.id ? record.id : nil)
+            volume.removeCopyFiles(record.id, targetOwner: record.ownTarget)
             throw error
         }
         return NewCopy(volume: volume, record: record, files: files)
@@ -404,10 +403,7 @@ extension Site {
     /// start that finds that record.
     private func giveUp(_ copy: NewCopy) async {
         let (volume, id) = (copy.volume, copy.record.id)
-        volume.acknowledge { record in
-            guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
-            record.copies[index].state = .withdrawing
-        }
+        volume.acknowledge(id) { $0.state = .withdrawing }
         guard volume.isUnsaved else { return await leave(volume, id) }
         Task {
             while volume.isUnsaved, !isStopping { try? await Task.sleep(for: .milliseconds(200)) }
@@ -437,8 +433,7 @@ extension Site {
     func discard(_ copy: NewCopy) throws {
         let (record, volume) = (copy.record, copy.volume)
         try volume.amend { $0.copies.removeAll { $0.id == record.id } }
-        volume.removeCopyFiles(
-            record.id, targetOwner: record.target == nil && record.targetOwner == record.id ? record.id : nil)
+        volume.removeCopyFiles(record.id, targetOwner: record.ownTarget)
     }
 
     // MARK: Showing
@@ -447,7 +442,7 @@ extension Site {
         var all: [FlashCopyReport] = []
         for volume in volumes.values.sorted(by: { $0.name < $1.name }) {
             for record in volume.record.copies
-            where record.state != .creating && record.isForgotten != true && !record.name.hasPrefix(Self.verifyPrefix) {
+            where record.isListed && !record.name.hasPrefix(Self.verifyPrefix) {
                 all.append(await report(volume, record))
             }
         }
@@ -551,10 +546,9 @@ extension Site {
         let target = volume.copies[id].map { " in \($0.target.path)" } ?? ""
         let reason = "old content could not be preserved\(target): \(String(cString: strerror(errno)))"
         let name = volume.record.copies.first { $0.id == id }?.name ?? String(id)
-        volume.acknowledge { record in
-            guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
-            record.copies[index].state = .failed
-            record.copies[index].reason = reason
+        volume.acknowledge(id) { copy in
+            copy.state = .failed
+            copy.reason = reason
         }
         if let group = group(ofVolume: volume.name) { await failPoint(group, UInt64(id)) }
         // What was leaving already, and only had readers left.
@@ -638,8 +632,6 @@ extension Site {
             guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
             if !wasInChain || !record.copies[index].hasLeft() { record.copies.remove(at: index) }
         }
-        let ownTarget = shared || record?.target != nil ? nil : owner
-        guard !volume.isUnsaved else { return volume.unnamedFiles.append((id, ownTarget)) }
-        volume.removeCopyFiles(id, targetOwner: ownTarget)
+        volume.removeUnnamedFiles(id, targetOwner: shared || record?.target != nil ? nil : owner)
     }
 }

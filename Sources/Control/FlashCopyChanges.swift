@@ -215,10 +215,8 @@ extension Site {
             reactor.hosted(number).removeFile(files.bitmapFile)
             if !keepsTarget { reactor.hosted(number).removeFile(files.targetFile) }
         }
-        let ownTarget = keepsTarget || record.target != nil ? nil : record.targetOwner
-        // A record that still names the copy, without its files, would take the older ones with it.
-        guard !volume.isUnsaved else { return volume.unnamedFiles.append((record.id, ownTarget)) }
-        volume.removeCopyFiles(record.id, targetOwner: ownTarget)
+        volume.removeUnnamedFiles(
+            record.id, targetOwner: keepsTarget || record.target != nil ? nil : record.targetOwner)
     }
 
     /// What takes the place of a copy: the same, over the same target.

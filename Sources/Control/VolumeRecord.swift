@@ -65,4 +65,10 @@ struct VolumeRecord: VersionedRecord {
     var restoredAt: Double?
     /// The activity log could not be written: after power loss it says nothing.
     var logIsBroken = false
+
+    /// Changes the record of a copy, if there is one.
+    mutating func change(_ id: CopyID, _ change: (inout CopyRecord) -> Void) {
+        guard let index = copies.firstIndex(where: { $0.id == id }) else { return }
+        change(&copies[index])
+    }
 }

@@ -37,7 +37,7 @@ final class VolumeState {
     var pointTargetFile: StoreFile = -1
     var copies: [CopyID: CopyFiles] = [:]
     /// Of copies that have left while the record's file may still name them: `settle` removes them, or the next start.
-    var unnamedFiles: [(id: CopyID, targetOwner: CopyID?)] = []
+    private var unnamedFiles: [(id: CopyID, targetOwner: CopyID?)] = []
     var restoreBitmap: BitmapFile?
     var restoreFile: StoreFile = -1
     /// While a restore begins hosts can only read.
@@ -434,6 +434,12 @@ final class VolumeState {
         if let targetOwner { unlink(targetPath(targetOwner)) }
     }
 
+    /// The same, once no record's file may name the copy any more: without its files it would take the older ones with it.
+    func removeUnnamedFiles(_ id: CopyID, targetOwner: CopyID?) {
+        guard !isUnsaved else { return unnamedFiles.append((id, targetOwner)) }
+        removeCopyFiles(id, targetOwner: targetOwner)
+    }
+
     /// Whether a copy is neither written down as one of the volume's nor a recovery point of its group.
     func copyIsRetired(_ id: CopyID, _ group: GroupState?) -> Bool {
         !record.copies.contains { $0.id == id } && group?.record.points.contains { CopyID($0.number) == id } != true
@@ -445,16 +451,14 @@ final class VolumeState {
     }
 
     func copyRecord(_ name: String) -> CopyRecord? {
-        record.copies.first { $0.name == name && $0.state != .creating && $0.isForgotten != true }
+        record.copies.first { $0.name == name && $0.isListed }
     }
 
     /// Changes a copy's record and makes that durable.
-    func update(_ id: CopyID, _ change: (inout CopyRecord) -> Void) throws {
-        try amend { record in
-            guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
-            change(&record.copies[index])
-        }
-    }
+    func update(_ id: CopyID, _ change: (inout CopyRecord) -> Void) throws { try amend { $0.change(id, change) } }
+
+    /// Takes over what has happened to a copy already.
+    func acknowledge(_ id: CopyID, _ change: (inout CopyRecord) -> Void) { acknowledge { $0.change(id, change) } }
 
     // MARK: Stopping
 

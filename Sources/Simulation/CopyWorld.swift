@@ -228,9 +228,7 @@ package final class CopyWorld: Scenario {
             if resumption == .serves, bitmap.memory.load(fromByteOffset: Self.markOffset, as: UInt64.self) == 1 {
                 // `noteFailed`: nobody could write down yet that it has.
                 resumption = .servesOlder
-                acknowledge { records in
-                    if let index = records.firstIndex(where: { $0.id == record.id }) { records[index].state = .failed }
-                }
+                acknowledge(record.id) { $0.state = .failed }
                 images[record.id] = nil
             }
             if !trusted, record.isComplete { Bitmap(memory: bitmap.memory, count: Self.grains).setAll() }
@@ -299,6 +297,12 @@ package final class CopyWorld: Scenario {
     private func acknowledge(_ change: (inout [CopyRecord]) -> Void) {
         change(&records)
         _ = save(records)
+    }
+
+    private func acknowledge(_ id: CopyID, _ change: (inout CopyRecord) -> Void) {
+        acknowledge { records in
+            if let index = records.firstIndex(where: { $0.id == id }) { change(&records[index]) }
+        }
     }
 
     private func update(_ id: CopyID, _ change: (inout CopyRecord) -> Void) -> Bool {
@@ -457,9 +461,7 @@ package final class CopyWorld: Scenario {
             switch event {
             case .copyFailed(let id, _):
                 note("copy \(id) fails")
-                acknowledge { records in
-                    if let index = records.firstIndex(where: { $0.id == id }) { records[index].state = .failed }
-                }
+                acknowledge(id) { $0.state = .failed }
                 images[id] = nil
                 readyTasks.removeValue(forKey: id)?()
             case .copyWithdrawn(let id): withdrawn(id)
@@ -772,9 +774,7 @@ package final class CopyWorld: Scenario {
         note("copy \(id) cannot be recorded as active, and is given up")
         givenUp[id] = images.removeValue(forKey: id)
         if fault == .leaveUnsaved { return volume.withdrawCopy(id) }
-        acknowledge { records in
-            if let index = records.firstIndex(where: { $0.id == id }) { records[index].state = .withdrawing }
-        }
+        acknowledge(id) { $0.state = .withdrawing }
         leaveWhenSaved(id)
     }
 

@@ -102,6 +102,12 @@ package struct CopyRecord: Codable, Sendable, Equatable {
         }
     }
 
+    /// Somebody was told of it, and may ask for it.
+    package var isListed: Bool { state != .creating && isForgotten != true }
+
+    /// Whose target file in the state directory goes with this copy; nil = the operator's, or another copy's before it.
+    package var ownTarget: CopyID? { target == nil && targetOwner == id ? id : nil }
+
     /// Lets clients write to the copy, or no longer.
     package mutating func allowWrites(_ allowed: Bool) {
         if isWritable { wasWritable = true }

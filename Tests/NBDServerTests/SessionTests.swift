@@ -43,14 +43,24 @@ private struct Server {
         return file
     }
 
-    /// From now on writes to the volume wait until their region is in the log.
-    func log(_ number: VolumeNumber, to pipe: Pipe) async {
+    /// Hosts a volume in a file, and exports it.
+    func serve(_ name: String) async throws -> VolumeNumber {
+        let number = try await host(try file(name), named: name)
+        export(name, number)
+        return number
+    }
+
+    /// From now on writes to the volume wait until their region is in the log, a pipe that takes nothing until it is emptied.
+    func fullLog(_ number: VolumeNumber) async -> Pipe {
+        let pipe = Pipe()
+        pipe.fill()
         await reactor.run { reactor in
             let hosted = reactor.hosted(number)
             hosted.volume.startActivityLog(
                 file: hosted.addFile(pipe.input), contents: UnsafeRawBufferPointer(start: nil, count: 0),
                 recordingFile: hosted.recordingFile)
         }
+        return pipe
     }
 
     func export(_ name: String, _ volume: VolumeNumber, _ kind: ExportEntry.Kind = .volume) {
@@ -158,12 +168,9 @@ private struct Pipe {
     arguments: [false, true])
 func writesOfAClientThatIsGone(isSentAway: Bool) async throws {
     let server = try Server(number: isSentAway ? 91 : 92)
-    let number = try await server.host(try server.file("disk"), named: "disk")
-    server.export("disk", number)
+    let number = try await server.serve("disk")
     // The volume's writes wait until their region is in the activity log, and that cannot be written.
-    let log = Pipe()
-    log.fill()
-    await server.log(number, to: log)
+    let log = await server.fullLog(number)
     var stale = await server.connect("disk")
     stale?.send(Client.write(1, at: 4096, UInt8(ascii: "a"), count: 4096))
     #expect(await server.comes { $0.hosted(number).volume.modifyingInFlight == 1 })
@@ -197,8 +204,7 @@ func intakeOfAnEarlierSession() async throws {
 @Test("a volume that hosts must not write to any more takes no connection that was chosen before")
 func hostOfAVolumeThatIsClosed() async throws {
     let server = try Server(number: 94)
-    let number = try await server.host(try server.file("disk"), named: "disk")
-    server.export("disk", number)
+    let number = try await server.serve("disk")
     #expect(await server.connect("disk") != nil)
     await server.reactor.run { $0.hosted(number).writable = false }
     #expect(await server.connect("disk") == nil)
@@ -258,11 +264,8 @@ func clientsThatAreSentAway() async throws {
         func set() { value.store(true, ordering: .relaxed) }
     }
     let server = try Server(number: 96)
-    let number = try await server.host(try server.file("disk"), named: "disk")
-    server.export("disk", number)
-    let log = Pipe()
-    log.fill()
-    await server.log(number, to: log)
+    let number = try await server.serve("disk")
+    let log = await server.fullLog(number)
     let client = await server.connect("disk")
     client?.send(Client.write(1, at: 4096, UInt8(ascii: "a"), count: 4096))
     #expect(await server.comes { $0.hosted(number).volume.modifyingInFlight == 1 })
@@ -298,11 +301,8 @@ func holds() async throws {
 @Test("requests of a client that does not read its replies are bounded")
 func requestsOfAClientThatDoesNotRead() async throws {
     let server = try Server(number: 98)
-    let number = try await server.host(try server.file("disk"), named: "disk")
-    server.export("disk", number)
-    let log = Pipe()
-    log.fill()
-    await server.log(number, to: log)
+    let number = try await server.serve("disk")
+    let log = await server.fullLog(number)
     let client = await server.connect("disk")
     let count = Limits.requestsPerConnection + 50
     client?.send((0..<count).flatMap { Client.write(1, at: UInt32($0), 1, count: 1) })

@@ -66,6 +66,12 @@ final class Bench {
         return slot
     }
 
+    /// The volume records changes, and its activity log, which is empty, is file 1; the bitmaps' file is 2.
+    func startActivityLog() {
+        volume.recording = true
+        volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    }
+
     func pending() -> [StoreIO] {
         var found: [StoreIO] = []
         while let io = volume.popIO() { found.append(io) }

@@ -7,8 +7,7 @@ import Volumes
 )
 func flushThatFailedForAnother() {
     let bench = Bench(grains: 4096)
-    bench.volume.recording = true
-    bench.volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    bench.startActivityLog()
     bench.submit(.write, grain: 1500)
     _ = bench.settle()
     bench.volume.sweepActivity()
@@ -74,8 +73,7 @@ func flushDuringARestore(failing: StoreFile) {
 @Test("bits of a recording bitmap that could not be flushed are all set")
 func bitsThatWereNotFlushed() {
     let bench = Bench(grains: 4096)
-    bench.volume.recording = true
-    bench.volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    bench.startActivityLog()
     bench.submit(.write, grain: 1500)
     _ = bench.settle()
     bench.volume.sweepActivity()

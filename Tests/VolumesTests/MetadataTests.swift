@@ -52,8 +52,7 @@ private func decode(_ bytes: [UInt8], count: Int) -> (set: [Int], damaged: Int) 
 @Test("a write waits until its region is in the activity log, and later ones to it do not")
 func activityLog() {
     let bench = Bench(grains: 4096)
-    bench.volume.recording = true
-    bench.volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    bench.startActivityLog()
     let slot = bench.submit(.write, grain: 1500)
     let log = bench.pending()
     #expect(log.count == 1 && log[0].file == 1 && log[0].fua && log[0].offset == 4096)
@@ -73,8 +72,7 @@ func activityLog() {
 @Test("a region leaves the log after two sweeps without a write, once data and bitmaps are flushed")
 func activityLeaves() {
     let bench = Bench(grains: 4096)
-    bench.volume.recording = true
-    bench.volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    bench.startActivityLog()
     bench.submit(.write, grain: 10)
     _ = bench.settle()
     #expect(bench.volume.activeBytes == 4 << 20)
@@ -92,8 +90,7 @@ func activityLeaves() {
 @Test("a region to which a write is in flight stays in the log, however many sweeps come")
 func activityOfWritesInFlight() {
     let bench = Bench(grains: 4096)
-    bench.volume.recording = true
-    bench.volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    bench.startActivityLog()
     bench.submit(.write, grain: 10)
     bench.volume.complete(bench.pending()[0], errno: 0)  // the log's
     let write = bench.pending()
@@ -108,8 +105,7 @@ func activityOfWritesInFlight() {
 @Test("a region to which something is written while its bits are flushed stays in the log")
 func activityWhileFlushing() {
     let bench = Bench(grains: 4096)
-    bench.volume.recording = true
-    bench.volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    bench.startActivityLog()
     bench.submit(.write, grain: 10)
     _ = bench.settle()
     for _ in 0..<2 { bench.volume.sweepActivity() }

@@ -90,8 +90,7 @@ func preservedForThePoint() {
 )
 func givenUp() {
     let bench = Bench(grains: 4096)
-    bench.volume.recording = true
-    bench.volume.startActivityLog(file: 1, contents: UnsafeRawBufferPointer(start: nil, count: 0), recordingFile: 2)
+    bench.startActivityLog()
     bench.submit(.write, grain: 3, count: 2)
     _ = bench.settle()
     bench.formPoint(1)

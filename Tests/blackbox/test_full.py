@@ -389,16 +389,21 @@ class FailedFlushes(FullTest):
         self.assertIn(device.path, done.stderr)
         self.assert_never_flushed_again(site, device, handle)
 
-    def test_the_sweep_of_the_activity_log(self):
-        """It flushes what was idle for 10 to 20 s."""
-        if REPEAT == 1 and type(self) is FailedFlushes:
-            self.skipTest("it waits long; the same for files is run always")
+    def mirrored_device(self):
+        """East mirrors a device to west; the first copy is complete."""
         device = self.device("east-device")
         group = '[groups.shop]\nvolumes = ["disk"]\nrole = "{}"\npeer = "{}"\ninterval = "manual"\nkeep = 4\nisolation_timeout = "300ms"\n'
         west = self.site("west", {"disk": "16MiB"}, peers=["east"], groups=group.format("secondary", "east"))
         east = self.site(
             "east", {}, peers=["west"], extra=f'[volumes.disk]\npath = "{device.path}"\n' + group.format("primary", "west"))
         wait_for(west.points, what="the first copy")
+        return east, west, device
+
+    def test_the_sweep_of_the_activity_log(self):
+        """It flushes what was idle for 10 to 20 s."""
+        if REPEAT == 1 and type(self) is FailedFlushes:
+            self.skipTest("it waits long; the same for files is run always")
+        east, west, device = self.mirrored_device()
         handle = east.connect("disk")
         device.fill()
         handle.pwrite(b"b" * 4 * MIB, 2 * MIB)
@@ -409,12 +414,7 @@ class FailedFlushes(FullTest):
 
     def test_a_primary_that_lost_what_its_peer_has(self):
         """After a flush that failed the bitmaps say too little, also for the next process of the same boot."""
-        device = self.device("east-device")
-        group = '[groups.shop]\nvolumes = ["disk"]\nrole = "{}"\npeer = "{}"\ninterval = "manual"\nkeep = 4\nisolation_timeout = "300ms"\n'
-        west = self.site("west", {"disk": "16MiB"}, peers=["east"], groups=group.format("secondary", "east"))
-        east = self.site(
-            "east", {}, peers=["west"], extra=f'[volumes.disk]\npath = "{device.path}"\n' + group.format("primary", "west"))
-        wait_for(west.points, what="the first copy")
+        east, west, device = self.mirrored_device()
         handle = east.connect("disk")
         device.fill()
         sent = random.randbytes(4 * MIB)
