@@ -185,16 +185,17 @@ extension Site {
                 } catch { problem = error }  // it stays `creating`, and a start takes it out
                 continue
             }
-            var state = CopyRecord.State.active
+            var reason: String?
             do { try await settle(new) } catch {
                 problem = error
-                state = .failed
+                reason = "it could not be made durable: \(error)"
             }
             volume.acknowledge { written in
                 written.copies.removeAll { $0.id == record.id }
-                guard let place = written.copies.firstIndex(where: { $0.id == new.record.id }) else { return }
-                written.copies[place].state = state
-                written.copies[place].reason = problem.map { "it could not be made durable: \($0)" }
+                written.change(new.record.id) { copy in
+                    copy.state = reason == nil ? .active : .failed
+                    copy.reason = reason
+                }
             }
             release(volume, record, keepsTarget: keepsTarget)
             await publish(volume, group(ofVolume: volume.name))
