@@ -11,6 +11,7 @@
 #include <liburing.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
@@ -66,6 +67,21 @@ static inline long long farcopy_birth_time(int fd) {
     if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, 0x800 /* STATX_BTIME */, facts) != 0 || !(facts[0] & 0x800))
         return 0;
     return ((long long)facts[21] << 32 | facts[20]) * 1000000000LL + facts[22];
+}
+// Of a file on ext2, ext3 or ext4.
+static inline int farcopy_is_ext(int fd) {
+    struct stat facts;
+    struct statfs system;
+    return fstat(fd, &facts) == 0 && S_ISREG(facts.st_mode) && fstatfs(fd, &system) == 0 && system.f_type == EXT4_SUPER_MAGIC;
+}
+// EIO or EROFS when the file system of an open file takes no writes any more, which opening the file again tells on every kernel; else 0.
+static inline int farcopy_file_system_error(int fd) {
+    char name[32];
+    snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+    int again = open(name, O_RDWR | O_CLOEXEC);
+    if (again < 0) return errno == EIO || errno == EROFS ? errno : 0;
+    close(again);
+    return 0;
 }
 int fallocate(int, int, off_t, off_t);
 // Storage for a range, without a change of the file's size.

@@ -40,8 +40,8 @@ package final class DurableRecord<Value: VersionedRecord> {
                     + "(what it described must then be copied in full)")
         }
         // What a killed process had written and not flushed counts from here on, and must not go back by power loss.
-        try file.synchronize()
         try synchronizeDirectory(directory)
+        try file.synchronize()
         sequence = best.sequence
         try checkFormat(Data(payload))
         do {
@@ -83,11 +83,9 @@ package final class DurableRecord<Value: VersionedRecord> {
         for index in 0..<4 { bytes.append(UInt8(truncatingIfNeeded: checksum >> UInt32(8 * index))) }
         bytes += reserved + payload
         try file.write(bytes, at: next % 2 == 0 ? 0 : RecordCopy.spaceBytes)
+        if isNew { try synchronizeDirectory(directory) }
         try file.synchronize()
-        if isNew {
-            try synchronizeDirectory(directory)
-            isNew = false
-        }
+        isNew = false
         sequence = next
     }
 }

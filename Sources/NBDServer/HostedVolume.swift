@@ -28,6 +28,8 @@ package final class HostedVolume {
         var descriptor: Int32 = -1
         /// Memory-backed: calls cannot block, flushes have nothing to do.
         var immediate = false
+        /// A flush counts only after another look (`OpenFile.flushProofError`).
+        var flushNeedsProof = false
         /// What transfers must be aligned to when the file is opened with O_DIRECT; 0 = it is not.
         var alignment: UInt32 = 0
         var isDirect: Bool { alignment > 0 }
@@ -62,7 +64,7 @@ package final class HostedVolume {
         files[slot] = file
         let immediate = file.isOnTmpfs
         slots[slot] = FileSlot(
-            descriptor: file.descriptor, immediate: immediate, alignment: file.directAlignment,
+            descriptor: file.descriptor, immediate: immediate, flushNeedsProof: file.flushNeedsProof, alignment: file.directAlignment,
             noWaitReads: !immediate && file.directAlignment == 0,
             noWaitWrites: !immediate && file.directAlignment == 0)
         mappings[StoreFile(slot)] = mapping

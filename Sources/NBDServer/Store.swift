@@ -187,12 +187,19 @@ extension Reactor {
         case .again:
             stores.slots[Int(slot)] = operation
             submitStore(slot)
-        case .ended(let errno):
+        case .ended(var errno):
+            if errno == 0, operation.io.operation == .flush || operation.io.fua { errno = flushProofError(operation) }
             stores.give(slot)
             endBounce(operation)
             if !deferredStores.isEmpty { deferredStoresReady = true }
             volumes[operation.volume]?.volume.complete(operation.io, errno: errno)
         }
+    }
+
+    private func flushProofError(_ operation: StoreOperation) -> Int32 {
+        guard let slots = volumes[operation.volume]?.slots else { return 0 }
+        let file = slots[Int(operation.io.file)]
+        return file.flushNeedsProof ? OpenFile.flushProofError(file.descriptor) : 0
     }
 
     private func next(_ operation: inout StoreOperation, _ result: Int32) -> StoreNext {

@@ -10,6 +10,8 @@ package final class OpenFile: Sendable {
     package let path: String
     /// What offsets, lengths and memory must be aligned to, in bytes, when the page cache is passed by; else 0.
     package let directAlignment: UInt32
+    /// A flush that succeeds counts only once `flushProofError` says so.
+    package let flushNeedsProof: Bool
     private static let count = Atomic(0)
     /// How many there are in the process.
     package static var openCount: Int { count.load(ordering: .relaxed) }
@@ -20,6 +22,7 @@ package final class OpenFile: Sendable {
         self.path = path
         // On tmpfs the page cache is the storage.
         directAlignment = farcopy_is_tmpfs(descriptor) != 0 ? 0 : farcopy_direct_alignment(descriptor)
+        flushNeedsProof = farcopy_is_ext(descriptor) != 0
     }
 
     /// Opens with `flags | O_CLOEXEC`; new files get mode 0600.
@@ -122,7 +125,22 @@ package final class OpenFile: Sendable {
 
     package func synchronize() throws(SystemError) {
         guard fdatasync(descriptor) == 0 else { throw SystemError("flush \(path)") }
+        try proveFlush()
     }
+
+    fileprivate func proveFlush() throws(SystemError) {
+        guard flushNeedsProof else { return }
+        let error = Self.flushProofError(descriptor)
+        guard error == 0 else { throw SystemError("flush \(path)", errno: error) }
+    }
+
+    /// Why a flush of a file on ext4 that has just succeeded does not count all the same; 0 = it does.
+    ///
+    /// While its journal is aborted (the disk has failed, or the file system was shut down), ext4 lets a flush that is under way succeed
+    /// although blocks that were written for the first time are not the file's: `ext4_end_io_end` drops the error of
+    /// `ext4_convert_unwritten_extents` (fs/ext4/page-io.c), and `jbd2_complete_transaction` takes a transaction that is gone for a
+    /// committed one (fs/jbd2/journal.c). From then on the file system takes no writes, which this asks.
+    package static func flushProofError(_ descriptor: Int32) -> Int32 { farcopy_file_system_error(descriptor) }
 
     /// Reserves storage for a range, so that writing there does not fail for want of space (fallocate(2)); the size stays. File systems
     /// that cannot are left as they are.
@@ -225,6 +243,7 @@ package final class MappedFile: @unchecked Sendable {
 
     package func synchronize() throws(SystemError) {
         guard msync(memory, byteCount, MS_SYNC) == 0 else { throw SystemError("flush \(file.path)") }
+        try file.proveFlush()
     }
 }
 
@@ -254,7 +273,8 @@ package func parentDirectory(_ path: String) -> String {
     return directory.isEmpty ? "/" : directory
 }
 
-/// Makes the entries of a directory durable.
+/// Makes the entries of a directory durable. On ext4 that counts once a file there was flushed afterwards (`flushProofError`): the record
+/// that relies on the names.
 package func synchronizeDirectory(_ path: String) throws(SystemError) {
     let directory = try OpenFile(path: path, flags: O_RDONLY | O_DIRECTORY)
     guard fsync(directory.descriptor) == 0 else { throw SystemError("flush \(path)") }

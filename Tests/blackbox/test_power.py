@@ -5,6 +5,7 @@ other data than its own; at the primary, at the secondary, at both, during the s
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -196,6 +197,46 @@ class Answers(PowerTest):
             if data:
                 expected[at:at + len(data)] = data
             self.assert_equal_images(site.read("disk"), bytes(expected), f"request {part}")
+
+
+@on_ext4_and_at_length_on_xfs
+class Failing(PowerTest):
+    """A file system that fails in the middle of flushes: ext4 lets one that is under way succeed although what it was for is lost."""
+    ROUNDS = 10
+
+    def test_a_flush_that_was_answered_counts(self):
+        site = self.site("solo", {"orders": "256MiB"})
+        pages, flushed = itertools.count(), {}
+
+        def host(handle, durable):
+            with contextlib.suppress(nbd.Error):
+                while True:
+                    page = next(pages)  # of a hole
+                    content = random.randbytes(PAGE)
+                    handle.pwrite(content, page * PAGE, nbd.CMD_FLAG_FUA if durable else 0)
+                    if not durable:
+                        handle.flush()
+                    flushed[page] = content
+
+        for _ in range(self.ROUNDS):
+            hosts = [threading.Thread(target=host, args=(site.connect("orders"), durable), daemon=True) for durable in (True, False)]
+            for thread in hosts:
+                thread.start()
+            before = len(flushed)
+            wait_for(lambda: len(flushed) > before + 10, what="flushes")
+            time.sleep(random.uniform(0, 0.05))
+            site.data_disk.shut_down()
+            for thread in hosts:  # until they are told
+                thread.join(30)
+                self.assertFalse(thread.is_alive(), "a host hangs")
+            site.end()
+            site.data_disk.come_back()
+            site.boot()
+            with open(site.image("orders"), "rb") as file:
+                for page, content in flushed.items():
+                    file.seek(page * PAGE)
+                    self.assertEqual(file.read(PAGE), content, f"page {page} was flushed")
+            site.start()
 
 
 @on_each_file_system
