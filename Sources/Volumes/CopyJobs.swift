@@ -293,9 +293,11 @@ extension Volume {
         if job.pointee.writesLeft == 0 { moved(slot) }
     }
 
-    /// What was read is not to be relied on: it is done again.
+    /// What was read is not to be relied on for the copy: it is done again. A job that goes on for the point has no part in a flush of the
+    /// copy's target, whose bits the others' writes wait for.
     private func drop(_ job: UnsafeMutablePointer<CopyJob>) {
         job.pointee.targetCopy = -1
+        job.pointee.durable = false
         if job.pointee.handsOver { rewindHandovers(from: 0) }
     }
 
@@ -530,6 +532,7 @@ extension Volume {
         var slot = flushBatch.runningHead
         invariant(slot >= 0 && flushBatch.stage != .idle, "a flush of copy jobs has jobs")
         let first = jobs[Int(slot)]
+        invariant(first.purpose == .restore || first.targetCopy >= 0, "who waits for a copy's flush serves the copy")
         while slot >= 0 {
             if errno != 0 { jobs[Int(slot)].copyError = errno }
             if flushBatch.stage == .data { markMoved(slot) }

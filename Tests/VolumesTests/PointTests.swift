@@ -106,3 +106,41 @@ func givenUp() {
     #expect(
         !bench.volume.outOfSync.contains(4) && bench.volume.changeRecording.contains(4) && bench.volume.mayFormPoint)
 }
+
+@Test("a durable copy's bits are flushed before a host's write relies on them, also when a job for the point alone came in between")
+func jobForThePointAlone() {
+    let bench = Bench()
+    bench.addCopy(1, durable: true)
+    bench.addCopy(2, filled: true, durable: true)
+    _ = bench.settle()
+    bench.volume.beginRefresh(2)
+    _ = bench.settle()
+    bench.volume.recording = true
+    bench.volume.markChanged([5 * 4096..<8 * 4096])
+    bench.formPoint(1)
+    bench.volume.releaseHold()
+    // Point and copy 1 need all three grains. One is being flushed, one has been written, one is being read when copy 3 has it as well.
+    bench.submit(.write, grain: 5)
+    bench.volume.complete(bench.pending()[0], errno: 0)
+    for write in bench.pending() { bench.volume.complete(write, errno: 0) }
+    let flush = bench.pending()
+    bench.submit(.write, grain: 6)
+    bench.volume.complete(bench.pending()[0], errno: 0)
+    for write in bench.pending() { bench.volume.complete(write, errno: 0) }
+    bench.submit(.write, grain: 7)
+    let read = bench.pending()
+    bench.volume.retakeCopy(2, as: bench.makeCopy(3, filled: true, durable: true, target: 4).0)
+    bench.volume.complete(bench.pending()[0], errno: 0)  // the bits that copy 3 begins with
+    bench.volume.complete(read[0], errno: 0)
+    let write = bench.pending()
+    #expect(flush.map(\.file) == [2] && read.map(\.operation) == [.read] && write.map(\.file) == [9])
+    bench.volume.complete(write[0], errno: 0)
+    _ = bench.pending()
+    bench.volume.complete(flush[0], errno: 0)
+    bench.volume.complete(bench.pending()[0], errno: 0)  // bits of the first grain
+    let second = bench.pending().filter { $0.operation == .flush }
+    #expect(second.map(\.file) == [2])
+    bench.volume.complete(second[0], errno: 0)
+    let next = bench.pending()
+    #expect(next.map(\.operation) == [.flush] && next.map(\.file) == [3], "the bit of the second, before its host's write")
+}
