@@ -1,5 +1,6 @@
 """Clients that mean harm, or do not know what they do: the others keep their service, and memory stays bounded."""
 
+import contextlib
 import os
 import random
 import socket
@@ -64,13 +65,25 @@ class Hostile(SiteTest):
         wait_for(lambda: self.server.sockets() <= before, what="closed sockets")
 
     def test_descriptors_do_not_leak(self):
-        count = len(os.listdir(f"/proc/{self.server.process.pid}/fd"))
+        def descriptors():
+            found = []
+            for number in os.listdir(directory):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(os.readlink(f"{directory}/{number}"))
+            return found
+
+        directory = f"/proc/{self.server.process.pid}/fd"
+        self.serves()
+        before = descriptors()
         for round in range(300):
             raw = Raw(self.server) if round % 3 == 0 else self.started()
             if round % 3 == 1:
                 raw.request(1, 0, MIB, payload=b"part")
             raw.socket.close()
-        wait_for(lambda: len(os.listdir(f"/proc/{self.server.process.pid}/fd")) <= count, what="closed descriptors")
+        try:
+            wait_for(lambda: len(descriptors()) <= len(before), what="closed descriptors")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {sorted(before)} before, {sorted(descriptors())} now") from error
 
     def test_a_cookie_that_is_used_again(self):
         raw = self.started()
