@@ -66,8 +66,9 @@ fuzz: ## Fuzz for longer: make fuzz [FUZZ_SECONDS=3600] each target
 
 test-asan: ## The suites about clients again, with the address sanitizer in the server
 	@scripts/bootstrap build test
-	$(RELEASE) --sanitize address --scratch-path .build-asan --product farcopy
-	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 ASAN_OPTIONS=detect_leaks=0 FARCOPY=$(CURDIR)/.build-asan/release/farcopy $(PYTHON) run.py \
+	FARCOPY_SANITIZE=address $(RELEASE) --product farcopy
+	mv .build/release/farcopy .build/farcopy-asan
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 ASAN_OPTIONS=detect_leaks=0 FARCOPY=$(CURDIR)/.build/farcopy-asan $(PYTHON) run.py \
 		test_protocol test_structured test_hostile test_tls test_access test_direct test_flashcopy
 
 test-kernel: ## File systems on the kernel's /dev/nbdX, in a small machine under qemu

@@ -98,3 +98,11 @@ if Context.environment["FARCOPY_FUZZ"] != nil {
             path: "Fuzz/session", swiftSettings: strict + [.unsafeFlags(["-parse-as-library"])]),
     ]
 }
+
+// `make test-asan`: the sanitizer in our own modules; the dependencies stay as they were built for everything else.
+if let sanitizer = Context.environment["FARCOPY_SANITIZE"] {
+    for target in package.targets where target.type == .regular || target.type == .executable {
+        target.swiftSettings = (target.swiftSettings ?? []) + [.unsafeFlags(["-sanitize=\(sanitizer)"])]
+        target.linkerSettings = [.unsafeFlags(["-sanitize=\(sanitizer)"])]
+    }
+}
