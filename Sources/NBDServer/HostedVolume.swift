@@ -64,7 +64,8 @@ package final class HostedVolume {
         files[slot] = file
         let immediate = file.isOnTmpfs
         slots[slot] = FileSlot(
-            descriptor: file.descriptor, immediate: immediate, flushNeedsProof: file.flushNeedsProof, alignment: file.directAlignment,
+            descriptor: file.descriptor, immediate: immediate, flushNeedsProof: file.flushNeedsProof,
+            alignment: file.directAlignment,
             noWaitReads: !immediate && file.directAlignment == 0,
             noWaitWrites: !immediate && file.directAlignment == 0)
         mappings[StoreFile(slot)] = mapping

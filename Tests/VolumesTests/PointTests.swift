@@ -107,7 +107,9 @@ func givenUp() {
         !bench.volume.outOfSync.contains(4) && bench.volume.changeRecording.contains(4) && bench.volume.mayFormPoint)
 }
 
-@Test("a durable copy's bits are flushed before a host's write relies on them, also when a job for the point alone came in between")
+@Test(
+    "a durable copy's bits are flushed before a host's write relies on them, also when a job for the point alone came in between"
+)
 func jobForThePointAlone() {
     let bench = Bench()
     bench.addCopy(1, durable: true)
@@ -142,5 +144,6 @@ func jobForThePointAlone() {
     #expect(second.map(\.file) == [2])
     bench.volume.complete(second[0], errno: 0)
     let next = bench.pending()
-    #expect(next.map(\.operation) == [.flush] && next.map(\.file) == [3], "the bit of the second, before its host's write")
+    #expect(
+        next.map(\.operation) == [.flush] && next.map(\.file) == [3], "the bit of the second, before its host's write")
 }
