@@ -82,8 +82,8 @@ package final class DurableRecord<Value: VersionedRecord> {
         var bytes = head
         for index in 0..<4 { bytes.append(UInt8(truncatingIfNeeded: checksum >> UInt32(8 * index))) }
         bytes += reserved + payload
+        if isNew { try synchronizeDirectory(directory) }  // while it is empty, which a start takes for new
         try file.write(bytes, at: next % 2 == 0 ? 0 : RecordCopy.spaceBytes)
-        if isNew { try synchronizeDirectory(directory) }
         try file.synchronize()
         isNew = false
         sequence = next
