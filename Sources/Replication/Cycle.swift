@@ -108,6 +108,7 @@ package struct Cycle {
     package enum Next {
         case stop(String)
         case retry(String)
+        case connect
         case carryOn
         /// The peer had already committed the point.
         case tookOver
@@ -183,7 +184,7 @@ package struct Cycle {
         if record.suspendedByOperator {
             return giveUp(.stop("suspended by the operator"))
         }
-        if record.forming != nil { return giveUp(.retry("the process ended while a point was formed")) }
+        if record.forming != nil { return giveUp(.connect) }  // nobody knows which volumes have formed it
         state = .connecting
         return [.openSession]
     }
@@ -404,7 +405,7 @@ package struct Cycle {
         }
         record.suspendedByOperator = false
         if case .givingUp = state {
-            state = .givingUp(.retry("resuming"))
+            state = .givingUp(.connect)
             return [.save(record)]
         }
         state = .connecting
@@ -514,6 +515,9 @@ package struct Cycle {
         case .retry(let reason):
             let save = Action.save(record)
             return [save] + failed(reason, retry: true, now)
+        case .connect:
+            state = .connecting
+            return [.save(record), .openSession]
         case .carryOn, .tookOver:
             let save = Action.save(record)
             return [save] + becomeIdle(now)

@@ -33,6 +33,9 @@ func orderOfRecords() {
 func restart() {
     var forming = primary { $0.forming = 4 }
     #expect(forming.start(now: 0) == [.giveUp])
+    #expect(forming.suspension == nil, "whoever asks for a point now waits for it")
+    let after = forming.handle(.gaveUp, now: 1)
+    #expect(after.count == 2 && after.last == .openSession && forming.record.forming == nil)
     var held = primary {
         $0.held = PointRecord(number: 4, formedAt: 1)
         $0.lastNumber = 4
