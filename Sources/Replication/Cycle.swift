@@ -7,6 +7,7 @@
 //   a point counts as committed before the remote says so, or is sent again after it was
 //   a point stays half formed after a crash: the intent is recorded before the first volume forms
 //   the bitmaps are trusted against a secondary that they do not describe
+//   an answer is waited for that belongs to a link which was closed since: closing one voids whatever is under way
 //   something is done that relies on a record which could not be saved: the actions after a save that fails are dropped, and
 //     `saveFailed` says so
 
@@ -379,8 +380,10 @@ package struct Cycle {
         mayDiffer(now: now)
         let words = "the group's record cannot be written (\(reason)); mirroring goes on once it can"
         switch state {
-        case .stopped, .offline, .givingUp: return [.closeLink]
-        case .preparing, .forming, .draining, .committing: return [.closeLink] + giveUp(.retry(words))
+        case .stopped, .offline: return [.closeLink]
+        // What was asked for before the link is closed is not answered any more, so it is asked for again.
+        case .givingUp(.stop(let reason)): return [.closeLink] + giveUp(.stop(reason))
+        case .preparing, .forming, .draining, .committing, .givingUp: return [.closeLink] + giveUp(.retry(words))
         case .connecting, .marking, .idle: return failed(words, retry: true, now)
         }
     }

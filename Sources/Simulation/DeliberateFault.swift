@@ -33,6 +33,10 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case forgetFirstCopy
     /// The secondary is written down as known before the marks of all that it lacks are on stable storage.
     case relyOnUnflushedMarks
+    /// A session begins although the record's file may hold a point whose commit was refused.
+    case openUnsaved
+    /// A start of the primary says that what it found is this run's before it has taken it up.
+    case confirmPrimaryEarly
 
     // One site with FlashCopies (CopyWorld).
     /// A copy takes old content before it is written down.

@@ -1,7 +1,7 @@
 // FailbackPhase.swift: the old primary comes back with what it never sent; it becomes the secondary of the new one, which
 // takes its changed grains into its own bitmaps; then everything goes on in the other direction, with faults.
 //
-// The decisions are those of Replication/Roles.swift, the steps those of Control/Roles.swift. Must hold: in the end the sites
+// The decisions are those of Replication/Standing.swift, the steps those of Control/Roles.swift. Must hold: in the end the sites
 // are alike, although only grains that one of them has changed were sent.
 
 import Base
@@ -33,10 +33,7 @@ extension World {
         tasks = []
         westTasks = []
         let powerLoss = random.chance(30)
-        if powerLoss {
-            for file in eastFiles + eastLogs { file.losePower(&random) }
-            for bitmap in eastRecording.flatMap(\.parts) { bitmap.losePower(&random) }
-        }
+        if powerLoss { loseEast(powerLoss: true) }
         startEast(trusted: !powerLoss)
         var changed: [[UInt64]] = []
         for volume in east {
@@ -61,7 +58,7 @@ extension World {
         (eastFiles, westFiles) = (westFiles, eastFiles)
         (eastRecording, westRecording) = (westRecording, eastRecording)
         (eastLogs, westLogs) = (westLogs, eastLogs)
-        (eastRecord, westRecord) = (primary, secondary)
+        setRecords(east: primary, west: secondary)
         for index in 0..<Self.volumes {
             eastTargets[index] = SimulatedFile(byteCount: Self.size)
             eastPreserved[index] = SimulatedBitmap(bits: Self.grains)

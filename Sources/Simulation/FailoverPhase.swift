@@ -19,6 +19,7 @@ extension World {
     /// Fails over to a random point, works there for a while, and checks.
     func failOver() throws(SimulationFailure) {
         for volume in east { volume.crash(&random) }
+        east = []
         for volume in west { while !volume.pending.isEmpty { volume.step(&random) } }
         for copies in westCopies { for (file, _) in copies.values { file.spaceLeft = nil } }
         // A commit that was under way is decided by the record.
@@ -27,6 +28,7 @@ extension World {
         }
         guard let point = westPoints.randomElement(using: &random) else { return }
         note("west fails over to point \(point)")
+        setRecords(east: eastRecord, west: westRecord)
         let before = try westPoints.map { number throws(SimulationFailure) in try readNow(number) }
         let chosen = before[westPoints.firstIndex(of: point)!]
         var models = chosen.map { Model(now: $0) }

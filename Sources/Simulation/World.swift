@@ -68,6 +68,10 @@ package final class World: Scenario {
     /// Each seed has its own mix: some disks are slow, some links bad, some hosts busy.
     private let weights: [Int]
     private let quietWeights: [Int]
+    /// One of so many saves of a record fails; 0 = none.
+    private let failingSaves: Int
+    /// Faults are over.
+    private var isQuiet = false
     let fault: DeliberateFault?
     var now: UInt64 = 0
     package private(set) var trace: [String] = []
@@ -80,7 +84,10 @@ package final class World: Scenario {
     var eastTargets: [SimulatedFile] = []
     var eastPreserved: [SimulatedBitmap] = []
     var eastLogs: [SimulatedFile] = []
+    /// In its file; the cycle has what the process believes.
     var eastRecord = GroupRecord(role: .primary, generation: "east")
+    /// What the bitmaps and logs say is this run's: a start came to its end since power was lost.
+    private var eastIsConfirmed = true
     var east: [SimulatedVolume] = []
     private var cycle: Cycle!
     private var mailboxes: [[() -> Void]] = []
@@ -92,7 +99,10 @@ package final class World: Scenario {
     /// Used once west is primary.
     var westLogs: [SimulatedFile] = []
     var westCopies: [[CopyID: (SimulatedFile, SimulatedBitmap)]] = []
-    var westRecord = GroupRecord(role: .secondary, generation: "east")
+    /// As the process believes, and in its file.
+    private(set) var westRecord = GroupRecord(role: .secondary, generation: "east")
+    private var westSaved = GroupRecord(role: .secondary, generation: "east")
+    private var westIsUnsaved = false
     var westPoints: [UInt64] { westRecord.points.map(\.number) }
     var westOrder = CopyRecord.orderStep
     var west: [SimulatedVolume] = []
@@ -127,6 +137,7 @@ package final class World: Scenario {
             return happening.usualWeight * factors[generator.below(4)]
         }
         quietWeights = Happening.allCases.map { $0.isFault ? 0 : $0.usualWeight }
+        failingSaves = [0, 40, 12, 5][generator.below(4)]
         random = generator
         self.fault = fault
         copyMemory = .allocate(byteCount: 16 << 20, alignment: 4096)
@@ -178,18 +189,38 @@ package final class World: Scenario {
         return volume
     }
 
+    /// Starts the primary, as often as it takes: a start may end between any two of its steps.
     func startEast(trusted: Bool) {
+        if !trusted { eastIsConfirmed = false }
+        while !tryStartEast(endingAt: !isQuiet && random.chance(15) ? random.below(Self.volumes + 2) : nil) {
+            loseEast(powerLoss: random.chance(50))
+        }
+        events = []
+        cycle = Cycle(
+            record: eastRecord,
+            settings: Cycle.Settings(
+                interval: .continuous, volumes: Self.volumes, window: 4, checkpointBytes: 4))
+        cycle.windowLimit = 1 + random.below(4)
+        perform(cycle.start(now: now))
+    }
+
+    /// - Parameter last: the step before which it ends; nil = it goes through.
+    private func tryStartEast(endingAt last: Int?) -> Bool {
+        east = []
+        let trusted = eastIsConfirmed
+        if fault == .confirmPrimaryEarly { eastIsConfirmed = true }
+        if last == 0 { return false }
         if !trusted {
             eastRecord.held = nil
             eastRecord.forming = nil
         }
         _ = eastRecord.giveUpPoint(unlessHeldBy: eastRecording.map { $0.roles.pointee.heldPoint })
-        east = []
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
         targetFiles = []
         mailboxes = Array(repeating: [], count: Self.volumes)
         epoch += 1
         for index in 0..<Self.volumes {
+            if last == index + 1 { return false }
             let simulated = makeVolume(eastFiles[index], eastRecording[index])
             let target = simulated.addStore(.file(eastTargets[index]))
             targetFiles.append(target)
@@ -204,12 +235,10 @@ package final class World: Scenario {
             }
             east.append(simulated)
         }
-        cycle = Cycle(
-            record: eastRecord,
-            settings: Cycle.Settings(
-                interval: .continuous, volumes: Self.volumes, window: 4, checkpointBytes: 4))
-        cycle.windowLimit = 1 + random.below(4)
-        perform(cycle.start(now: now))
+        if last == Self.volumes + 1 { return false }
+        for recording in eastRecording { recording.flush() }
+        eastIsConfirmed = true
+        return true
     }
 
     func startLog(
@@ -232,6 +261,7 @@ package final class World: Scenario {
     func startWest() {
         westLife += 1
         committing = false
+        (westRecord, westIsUnsaved) = (westSaved, false)
         // What was made for a point that no record names.
         for index in 0..<Self.volumes {
             let known = westPoints + (westRecord.retired ?? []).map(\.number)
@@ -272,17 +302,22 @@ package final class World: Scenario {
     }
 
     private func crashEast(powerLoss: Bool) {
+        loseEast(powerLoss: powerLoss)
+        tasks = []
+        startEast(trusted: !powerLoss)
+    }
+
+    func loseEast(powerLoss: Bool) {
         note("east \(powerLoss ? "loses power" : "is killed")")
         figures.crashes += 1
         for volume in east { volume.crash(&random) }
         east = []
         if powerLoss {
+            eastIsConfirmed = false
             for file in eastFiles + eastTargets + eastLogs { file.losePower(&random) }
             for bitmap in eastPreserved + eastRecording.flatMap(\.parts) { bitmap.losePower(&random) }
         }
-        tasks = []
         hosts.lostServer(eastFiles.map(\.cached), powerLoss: powerLoss)
-        startEast(trusted: !powerLoss)
     }
 
     private func crashWest(powerLoss: Bool) {
@@ -330,8 +365,42 @@ package final class World: Scenario {
         performing = false
     }
 
+    /// Those behind a record that cannot be saved are dropped.
     private func perform(_ actions: [Cycle.Action]) {
-        for action in actions { perform(action) }
+        for action in actions {
+            guard case .save(let record) = action else {
+                perform(action)
+                continue
+            }
+            guard save(record, to: &eastRecord) else {
+                note("east cannot save its record")
+                events.insert(.saveFailed("no space"), at: 0)
+                return
+            }
+            cycle.wasSaved()
+        }
+    }
+
+    /// A save that fails may have reached the file all the same.
+    private func save(_ next: GroupRecord, to file: inout GroupRecord) -> Bool {
+        guard failingSaves > 0, !isQuiet, random.below(failingSaves) == 0 else {
+            file = next
+            return true
+        }
+        if random.chance(50) { file = next }
+        return false
+    }
+
+    /// Both sites' records, in memory and on disk.
+    func setRecords(east: GroupRecord, west: GroupRecord) {
+        (eastRecord, westRecord, westSaved, westIsUnsaved) = (east, west, west, false)
+    }
+
+    /// `KeptRecord`: durably, or not at all.
+    private func saveWest(_ next: GroupRecord) -> Bool {
+        westIsUnsaved = !save(next, to: &westSaved)
+        if !westIsUnsaved { westRecord = next }
+        return !westIsUnsaved
     }
 
     private func perform(_ action: Cycle.Action) {
@@ -340,7 +409,7 @@ package final class World: Scenario {
             epoch += 1
             openSession(epoch)
         case .closeLink: epoch += 1
-        case .save(let record): eastRecord = record
+        case .save: break  // above
         case .prepare: prepare()
         case .form(let number): form(number)
         case .rewind:
@@ -497,6 +566,11 @@ package final class World: Scenario {
             guard fault == .skipFencing || west.allSatisfy({ $0.volume.modifyingInFlight == 0 }) else {
                 return answerSession(sender, opened)
             }
+            // What the file holds beside the record must be gone before anything is let in that it knows nothing of.
+            guard !westIsUnsaved || fault == .openUnsaved || saveWest(westRecord) else {
+                session = 0
+                return loseSession(sender)
+            }
             if sender == epoch { linkSession = opened }
             event(
                 .sessionOpened(
@@ -566,7 +640,9 @@ package final class World: Scenario {
                     number, after: previous, formedAt: 0, now: 0, order: westOrder, keep: Retention(last: 4),
                     left: retiredAndGone,
                     writesUnderWay: writes)
-                carryOut(plan, CommitStep.allCases[...]) { [unowned self] in answerCommit(sender) }
+                carryOut(plan, CommitStep.allCases[...]) { [unowned self] isDone in
+                    isDone ? answerCommit(sender) : event(.linkLost("the commit failed"), sender)
+                }
             } catch {
                 failure = SimulationFailure("a commit is refused: \(error)")
             }
@@ -587,11 +663,11 @@ package final class World: Scenario {
     }
 
     /// One step after the other; west may be killed between any two, and its tasks with it.
-    private func carryOut(_ plan: CommitPlan, _ steps: ArraySlice<CommitStep>, done: @escaping () -> Void) {
+    private func carryOut(_ plan: CommitPlan, _ steps: ArraySlice<CommitStep>, done: @escaping (Bool) -> Void) {
         committing = true
         guard let step = steps.first else {
             committing = false
-            return done()
+            return done(true)
         }
         let life = westLife
         switch step {
@@ -602,10 +678,14 @@ package final class World: Scenario {
                 )
             }
         case .record:
+            westOrder += CopyRecord.orderStep
+            guard saveWest(plan.record) else {
+                note("west cannot record point \(plan.point.number)")
+                (committing, session) = (false, 0)
+                return done(false)
+            }
             note("point \(plan.point.number) is committed")
             figures.commits += 1
-            westRecord = plan.record
-            westOrder += CopyRecord.orderStep
             for point in plan.dropped { remembered[point.number] = nil }
         case .chains:
             for index in 0..<Self.volumes {
@@ -642,6 +722,7 @@ package final class World: Scenario {
     func step(faults: Bool) throws(SimulationFailure) {
         steps += 1
         figures.steps += 1
+        isQuiet = !faults
         now += UInt64(random.below(20_000_000))
         handle(.tick)
         if faults, let next = relapse, steps >= next.step {

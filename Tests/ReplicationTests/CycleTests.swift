@@ -275,3 +275,20 @@ func changeThatMayStand() {
     guard let wake = cycle.wakeAt else { return #expect(Bool(false), "it is saved again") }
     #expect(cycle.handle(.tick, now: wake) == [.save(cycle.record)])
 }
+
+@Test(
+    "a save that fails while a point is given up closes the link, and the point is given up again, since the first answer is void"
+)
+func saveFailsWhileGivingUp() {
+    for stops in [true, false] {
+        var cycle = primary { $0.forming = 4 }
+        _ = stops ? cycle.handle(.suspend, now: 0) : cycle.start(now: 0)
+        #expect(cycle.handle(.saveFailed("no space"), now: 1) == [.closeLink, .giveUp])
+        _ = cycle.handle(.gaveUp, now: 2)
+        switch cycle.state {
+        case .stopped: #expect(stops)
+        case .offline: #expect(!stops)
+        default: Issue.record("it waits for ever")
+        }
+    }
+}
