@@ -27,7 +27,7 @@ test-long: test-simulation-long ## What takes longer: every suite on block devic
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 REPEAT=10 $(PYTHON) run.py test_power test_full test_order
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 SEQUENCES=100 $(PYTHON) run.py test_sequences
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 LASTS=60 REPEAT=5 $(PYTHON) run.py test_contradiction
-	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 SWEEP=all $(PYTHON) run.py test_nth_call
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 SWEEP=all $(PYTHON) run.py split test_nth_call
 
 test-unit: ## Unit tests of every target
 	@scripts/bootstrap build

@@ -1,7 +1,7 @@
 """Runs every black-box test, or those named on the command line, and closes with a count.
 
 Each file is a process of its own; two run at a time (JOBS), the longest first, since most of them wait for something most of the time.
-What a file printed is shown when it has ended. `kernel` names the tests in a small machine; `devices` runs the suites that use
+What a file printed is shown when it has ended. `split test_x` runs each test of a file by itself instead; `kernel` names the tests in a small machine; `devices` runs the suites that use
 volumes with block devices in the place of files, once with sectors of 512 and once of 4,096 bytes.
 """
 
@@ -21,6 +21,7 @@ ALONE = ("test_allocations",)  # counts what happens in so many seconds
 here = os.path.dirname(os.path.abspath(__file__))
 kernel = os.path.join(os.path.dirname(here), "kernel")
 sys.path.insert(0, here)
+from sites import die_with_parent  # noqa: E402
 
 
 def here_and_now(names):
@@ -43,7 +44,8 @@ class File:
         self.began = time.monotonic()
         self.output = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, __file__, name], env={**os.environ, "JOBS": "0"}, stdout=self.output, stderr=subprocess.STDOUT)
+            [sys.executable, __file__, name], env={**os.environ, "JOBS": "0"}, stdout=self.output, stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent)
 
     def ended(self):
         return self.process.poll() is not None
@@ -88,6 +90,8 @@ def main():
             ended.append(subprocess.run(
                 [sys.executable, __file__, *(names[1:] or ON_DEVICES)], env={**os.environ, "FARCOPY_DEVICES": sector}).returncode)
         return max(ended)
+    if names[:1] == ["split"]:
+        names = [test.id() for suite in unittest.TestLoader().loadTestsFromNames(names[1:]) for case in suite for test in case]
     if not names:
         names = sorted(name[:-3] for name in os.listdir(here) if name.startswith("test_") and name.endswith(".py"))
     passed, failed, skipped = here_and_now(names) if jobs == 0 or len(names) == 1 else side_by_side(names, jobs)
