@@ -5,7 +5,7 @@ import Testing
 private func temporaryFile() throws -> OpenFile {
     var template = Array("/tmp/farcopy-ring-XXXXXX".utf8CString)
     let descriptor = mkstemp(&template)
-    unlink(String(cString: template))
+    unlink(template)
     return OpenFile(descriptor: descriptor, path: "temporary file")
 }
 
