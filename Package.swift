@@ -62,7 +62,7 @@ let package = Package(
         .executableTarget(
             name: "farcopy",
             dependencies: [
-                "Control", "KernelDevice", "Ring",
+                "Control", "KernelDevice", "NBDProtocol", "Ring",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),

@@ -13,7 +13,7 @@ package enum Adoption {
     /// - Returns: what was given up, in words.
     package static func adopt(_ name: String, _ configuration: Configuration) throws -> String {
         guard configuration.volumes.contains(where: { $0.name == name }) else {
-            throw SiteError("there is no [volumes.\(name)] in \(configuration.path)")
+            throw Refusal("there is no [volumes.\(name)] in \(configuration.path)")
         }
         let state = try StateDirectory(path: configuration.state)
         let path = "\(state.volume(name))/volume.record"
@@ -21,7 +21,7 @@ package enum Adoption {
         var found: VolumeRecord?
         let file = try DurableRecord(path: path, value: &found)
         guard var record = found else {
-            throw SiteError("\(path) is empty; remove \(state.volume(name)) to begin anew")
+            throw Refusal("\(path) is empty; remove \(state.volume(name)) to begin anew")
         }
         var lost: [String] = []
         for index in record.copies.indices where record.copies[index].state != .lost {

@@ -21,7 +21,7 @@ final class BitmapFile: Sendable {
     /// finds no room ends the process (SIGBUS).
     ///
     /// - Parameter filled: a new one has every bit of its first bitmap set.
-    /// - Throws: `DamagedMetadata` when it is missing, cut short or has no valid header; `SiteError` when it belongs to
+    /// - Throws: `DamagedMetadata` when it is missing, cut short or has no valid header; `Refusal` when it belongs to
     ///   something else or is of a newer version, since then nothing may be touched.
     init(path: String, header: BitmapHeader, create: Bool = false, filled: Bool = false) throws {
         self.header = header
@@ -56,7 +56,7 @@ final class BitmapFile: Sendable {
         let file = try OpenFile(path: path, flags: O_RDONLY)
         let found = try readHeader(file)
         guard found == expected else {
-            throw SiteError(
+            throw Refusal(
                 "\(path) belongs to something else: \(difference(found, expected)); bring this volume's own file back, or "
                     + "move the file away to have it made anew")
         }
@@ -84,7 +84,7 @@ final class BitmapFile: Sendable {
         do {
             return try bytes.withUnsafeBytes { bytes throws(BitmapHeader.Fault) in try BitmapHeader(bytes) }
         } catch BitmapHeader.Fault.newer(let format) {
-            throw SiteError(
+            throw Refusal(
                 "\(file.path) was written by a newer farcopy (format \(format); this one reads \(BitmapHeader.currentFormat)); "
                     + "run that version")
         } catch {

@@ -27,27 +27,27 @@ extension Site {
     func checksums(_ name: String, _ request: ChecksumRequest) async throws -> ChecksumAnswer {
         let group = try group(name)
         guard group.record.peerSite == request.siteID else {
-            throw SiteError("group '\(name)' at '\(configuration.site)' has another peer", status: 403)
+            throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)
         }
         guard let volume = members(group).first(where: { $0.name == request.volume }) else {
-            throw SiteError("group '\(name)' has no volume '\(request.volume)'", status: 404)
+            throw Refusal("group '\(name)' has no volume '\(request.volume)'", .unknown)
         }
         guard (512...Limits.maximumGrain).contains(request.block), (1...Limits.checksumBytes).contains(request.length)
         else {
-            throw SiteError(
-                "checksums of \(request.length) bytes in blocks of \(request.block) are too much", status: 400)
+            throw Refusal(
+                "checksums of \(request.length) bytes in blocks of \(request.block) are too much", .misuse)
         }
         let view: View
         if let copy = request.copy {
             view = .copy(try chainPlace(volume, copy).id)
         } else {
             guard let session = request.session, session == group.session else {
-                throw SiteError("the session has ended", status: 403)
+                throw Refusal("the session has ended", .refused)
             }
             view = .volume
         }
         guard checksumTurnstile.waitingCount < Limits.checksumsWaiting else {
-            throw SiteError("\(Limits.checksumsWaiting) calls wait for checksums already; try again", status: 503)
+            throw Refusal("\(Limits.checksumsWaiting) calls wait for checksums already; try again", .passing)
         }
         await checksumTurnstile.enter()
         defer { checksumTurnstile.leave() }

@@ -8,6 +8,7 @@
 import Base
 import HTTPTypes
 import Logging
+import NBDProtocol
 import NIOCore
 import NIOHTTPTypes
 import Synchronization

@@ -5,6 +5,7 @@ import FoundationEssentials
 import HTTPTypes
 import Hummingbird
 import Logging
+import NBDProtocol
 import NIOCore
 import Replication
 
@@ -56,14 +57,14 @@ package struct ControlServer: Sendable {
     /// Refusals in words, with their status; anything else is ours and says so.
     private func guarded(early: Bool = false, _ body: () async throws -> Response) async -> Response {
         do {
-            if !early, await !site.isStarted { throw SiteError("the site is starting; try again", status: 503) }
+            if !early, await !site.isStarted { throw Refusal("the site is starting; try again", .passing) }
             return try await body()
-        } catch let error as SiteError {
+        } catch let error as Refusal {
             return errorResponse(error)
         } catch let refusal as PeerRefusal {
-            return errorResponse(SiteError("the peer refuses: \(refusal)"))
+            return errorResponse(Refusal("the peer refuses: \(refusal)"))
         } catch {
-            return errorResponse(SiteError("\(error)", status: 500))
+            return errorResponse(Refusal("\(error)", .failed))
         }
     }
 
@@ -72,7 +73,7 @@ package struct ControlServer: Sendable {
         do {
             return try JSONDecoder().decode(type, from: Data([UInt8](buffer: buffer)))
         } catch {
-            throw SiteError("the request's body is not what this call takes: \(error)", status: 400)
+            throw Refusal("the request's body is not what this call takes: \(error)", .misuse)
         }
     }
 
@@ -151,7 +152,7 @@ package struct ControlServer: Sendable {
             await guarded {
                 var point: UInt64?
                 if let text = request.uri.queryParameters["point"] {
-                    guard let number = UInt64(text) else { throw SiteError("'\(text)' is no point", status: 400) }
+                    guard let number = UInt64(text) else { throw Refusal("'\(text)' is no point", .misuse) }
                     point = number
                 }
                 return try answer(
@@ -163,7 +164,7 @@ package struct ControlServer: Sendable {
     private func addRoles(_ router: Router<BasicRequestContext>) {
         @Sendable func loser(_ request: Request) throws -> String {
             guard let text = request.uri.queryParameters["discard"] else {
-                throw SiteError("say whose changes are discarded: discard=SITE", status: 400)
+                throw Refusal("say whose changes are discarded: discard=SITE", .misuse)
             }
             return String(text)
         }
@@ -203,8 +204,8 @@ package struct ControlServer: Sendable {
             await guarded {
                 let text = request.uri.queryParameters["bytes"].map(String.init) ?? ""
                 guard let rate: UInt64? = text == "default" ? .some(nil) : UInt64(text) else {
-                    throw SiteError(
-                        "'\(text)' is no rate: give bytes a second, 0 for unbounded, or default", status: 400)
+                    throw Refusal(
+                        "'\(text)' is no rate: give bytes a second, 0 for unbounded, or default", .misuse)
                 }
                 try await site.setRate(try context.parameters.require("group"), rate)
                 return try answer(Done(done: "the rate is set"))

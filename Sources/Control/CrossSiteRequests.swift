@@ -12,6 +12,7 @@ import FoundationEssentials
 import Glibc
 import HTTPTypes
 import Hummingbird
+import NBDProtocol
 import NIOCore
 
 struct CrossSiteRequests: RouterMiddleware {
@@ -39,27 +40,29 @@ struct CrossSiteRequests: RouterMiddleware {
         _ request: Request, context: Context, next: (Request, Context) async throws -> Response
     ) async throws -> Response {
         if request.method == .get || request.method == .head { return try await next(request, context) }
-        if let refusal = refusal(request) { return errorResponse(refusal) }
+        if let refusal = refusal(request) { return refusal }
         return try await next(request, context)
     }
 
-    private func refusal(_ request: Request) -> SiteError? {
+    private func refusal(_ request: Request) -> Response? {
         let authority = (request.head.authority ?? "").lowercased()
         if let names, !isOwn(host(of: authority), names) {
-            return SiteError(
-                "the name '\(authority)' in the request's Host header is none of this site's; use an address, or add it to "
-                    + "site.control_names", status: 403)
+            return errorResponse(
+                Refusal(
+                    "the name '\(authority)' in the request's Host header is none of this site's; use an address, or add it to "
+                        + "site.control_names", .refused))
         }
         if let origin = request.headers[.origin], origin.lowercased() != "http://\(authority)",
             origin.lowercased() != "https://\(authority)"
         {
-            return SiteError("a page of '\(origin)' asks for this, which is another site", status: 403)
+            return errorResponse(Refusal("a page of '\(origin)' asks for this, which is another site", .refused))
         }
         let type = (request.headers[.contentType] ?? "").prefix { $0 != ";" }.filter { $0 != " " }
         guard type.lowercased() == "application/json" else {
-            return SiteError(
-                "a request that changes something must have the header Content-Type: application/json, also without a body",
-                status: 415)
+            return errorResponse(
+                Refusal(
+                    "a request that changes something must have the header Content-Type: application/json, also without a body",
+                    .misuse), .unsupportedMediaType)
         }
         return nil
     }
@@ -75,12 +78,4 @@ struct CrossSiteRequests: RouterMiddleware {
         return names.contains(host) || host == "localhost" || host.hasSuffix(".localhost")
             || inet_pton(AF_INET, host, &bytes) == 1 || inet_pton(AF_INET6, host, &bytes) == 1
     }
-}
-
-/// A refusal in words, as every call answers it.
-func errorResponse(_ error: SiteError) -> Response {
-    let bytes = (try? JSONEncoder().encode(ErrorAnswer(error: error.description))) ?? Data()
-    return Response(
-        status: .init(code: error.status), headers: [.contentType: "application/json"],
-        body: ResponseBody(byteBuffer: ByteBuffer(bytes: bytes)))
 }

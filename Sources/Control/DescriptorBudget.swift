@@ -25,12 +25,12 @@ package struct DescriptorBudget: Sendable {
     static let remedy = "raise it (`ulimit -n`, or LimitNOFILE= in the systemd unit)"
 
     /// - Parameter limit: for tests; otherwise what the process has.
-    /// - Throws: `SiteError` with the figures when what is configured cannot fit.
+    /// - Throws: `Refusal` with the figures when what is configured cannot fit.
     init(_ configuration: Configuration, limit: Int = processLimit()) throws {
         let need = Need(configuration)
         let least = need.now + Limits.fewestClients + need.intake + Limits.fewestControlConnections
         guard limit >= least else {
-            throw SiteError(
+            throw Refusal(
                 "this site needs \(least) descriptors and may have \(limit): \(need.words); \(Self.remedy), or keep fewer "
                     + "recovery points ('keep')")
         }
@@ -66,9 +66,9 @@ package struct DescriptorBudget: Sendable {
     func require(_ count: Int) throws {
         let open = OpenFile.openCount
         guard open + count > files else { return }
-        throw SiteError(
+        throw Refusal(
             "\(open) files are open, and at most \(files) of the \(limit) descriptors of this process are for files; withdraw "
-                + "FlashCopies, keep fewer recovery points, or stop the site and \(Self.remedy)", status: 503)
+                + "FlashCopies, keep fewer recovery points, or stop the site and \(Self.remedy)", .passing)
     }
 
     static func processLimit() -> Int {

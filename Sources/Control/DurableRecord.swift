@@ -35,7 +35,7 @@ package final class DurableRecord<Value: VersionedRecord> {
         guard !bytes.isEmpty else { return }
         let valid = RecordCopy.all(in: bytes).filter { $0.payload != nil }
         guard let best = valid.max(by: { $0.sequence < $1.sequence }), let payload = best.payload else {
-            throw SiteError(
+            throw Refusal(
                 "\(path) holds no valid record; restore it from a backup, or remove it to begin anew "
                     + "(what it described must then be copied in full)")
         }
@@ -47,7 +47,7 @@ package final class DurableRecord<Value: VersionedRecord> {
         do {
             value = try JSONDecoder().decode(Value.self, from: Data(payload))
         } catch {
-            throw SiteError(
+            throw Refusal(
                 "\(path) was written by another version of farcopy and cannot be read: \(error)")
         }
     }
@@ -57,7 +57,7 @@ package final class DurableRecord<Value: VersionedRecord> {
     private func checkFormat(_ payload: Data) throws {
         guard let found = (try? JSONDecoder().decode(Format.self, from: payload))?.format, found != Value.currentFormat
         else { return }
-        throw SiteError(
+        throw Refusal(
             found > Value.currentFormat
                 ? "\(file.path) was written by a newer farcopy (format \(found); this one reads \(Value.currentFormat)); run that version"
                 : "\(file.path) was written by an older farcopy (format \(found)), which was never released; remove the state directory"
@@ -70,7 +70,7 @@ package final class DurableRecord<Value: VersionedRecord> {
         encoder.outputFormatting = [.sortedKeys]
         let payload = [UInt8](try encoder.encode(value))
         guard payload.count <= RecordCopy.spaceBytes - RecordCopy.headerBytes else {
-            throw SiteError("\(file.path): a record of \(payload.count) bytes is too large")
+            throw Refusal("\(file.path): a record of \(payload.count) bytes is too large")
         }
         let next = sequence + 1
         var head = RecordCopy.magic
@@ -123,16 +123,5 @@ struct RecordCopy {
         let covered = Array(bytes[start..<start + 20]) + bytes[start + 24..<start + 32] + payload
         if CRC32C.checksum(covered) == UInt32(integer(20, 4)) { copy.payload = payload }
         return copy
-    }
-}
-
-/// An error of a site's operation, in words for the operator.
-package struct SiteError: Error, CustomStringConvertible {
-    package var description: String
-    /// HTTP status of the answer that carries it.
-    package var status: Int
-    package init(_ description: String, status: Int = 409) {
-        self.description = description
-        self.status = status
     }
 }

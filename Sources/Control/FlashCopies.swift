@@ -95,12 +95,12 @@ extension Site {
 
     func members(_ names: [String]) throws -> [VolumeState] {
         guard !names.isEmpty, Set(names).count == names.count else {
-            throw SiteError("name each volume once, and at least one", status: 400)
+            throw Refusal("name each volume once, and at least one", .misuse)
         }
         return try names.map { name in
             guard let volume = volumes[name] else {
                 let known = volumes.keys.sorted().joined(separator: ", ")
-                throw SiteError("there is no volume '\(name)'; known: \(known)", status: 404)
+                throw Refusal("there is no volume '\(name)'; known: \(known)", .unknown)
             }
             return volume
         }
@@ -130,11 +130,11 @@ extension Site {
 
     func checkFree(_ name: String, _ volume: VolumeState) throws {
         if volume.copyRecord(name) != nil {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(volume.name)' has a FlashCopy '\(name)' already; withdraw it or choose another name")
         }
         guard volume.copies.count < Limits.copiesPerVolume - 8 else {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit; withdraw some")
         }
         try checkNotRestoring(volume)
@@ -143,24 +143,24 @@ extension Site {
     func checkNotRestoring(_ volume: VolumeState) throws {
         let failingBack = group(ofVolume: volume.name)?.record.failedOver?.restoring.contains(volume.name) ?? false
         if let group = group(ofVolume: volume.name), group.record.handingOver != nil || group.isJoining {
-            throw SiteError("group '\(group.entry.name)' is changing roles; try again when it has")
+            throw Refusal("group '\(group.entry.name)' is changing roles; try again when it has")
         }
         guard volume.record.restoring == nil, !failingBack else {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(volume.name)' is being restored; wait until `farcopy status` shows no more bytes to restore")
         }
     }
 
     func checkNotSecondary(_ volume: VolumeState, _ advice: String) throws {
         guard group(ofVolume: volume.name)?.record.role == .secondary else { return }
-        throw SiteError("volume '\(volume.name)' is a secondary\(advice)")
+        throw Refusal("volume '\(volume.name)' is a secondary\(advice)")
     }
 
     /// The hold's deadline let acknowledgements go before every volume was ready; `patiently` tries again.
-    func heldApart(_ done: String) -> SiteError {
-        SiteError(
+    func heldApart(_ done: String) -> Refusal {
+        Refusal(
             "the volumes could not be held together within \(Limits.holdMilliseconds) ms; nothing was \(done), try again",
-            status: 503)
+            .passing)
     }
 
     func checkCopyName(_ name: String) throws {
@@ -168,18 +168,18 @@ extension Site {
             !name.isEmpty && name.utf8.count <= 64 && !name.allSatisfy(\.isNumber) && name != "secondary"
             && name.utf8.allSatisfy { $0 > 0x20 && $0 < 0x7F && $0 != 0x40 && $0 != 0x2F && $0 != 0x3A }
         guard valid else {
-            throw SiteError(
+            throw Refusal(
                 "'\(name)' is no name for a FlashCopy: use 1 to 64 printable characters without '@', '/', ':' and "
-                    + "space, not only digits (those are recovery points), and not 'secondary'", status: 400)
+                    + "space, not only digits (those are recovery points), and not 'secondary'", .misuse)
         }
     }
 
     func checkTargets(_ request: FlashCopyRequest) throws {
         guard let targets = request.targets else { return }
         guard targets.count == request.volumes.count else {
-            throw SiteError(
+            throw Refusal(
                 "\(targets.count) targets for \(request.volumes.count) volumes: give one for each, in the same order",
-                status: 400)
+                .misuse)
         }
         let paths = TargetPaths(allowed: configuration.targets, state: configuration.state)
         for target in targets { try paths.check(target) }
@@ -192,7 +192,7 @@ extension Site {
             triesLeft -= 1
             do {
                 return try await body()
-            } catch let error as SiteError where error.status == 503 && triesLeft > 0 {
+            } catch let error as Refusal where error.kind == .passing && triesLeft > 0 {
                 logger.info("FlashCopy '\(name)': \(error); trying again")
             }
         }
@@ -282,13 +282,13 @@ extension Site {
         do {
             target = try OpenFile.storage(path: path, waitMilliseconds: recorded ? 2000 : 0)
         } catch {
-            throw SiteError(
+            throw Refusal(
                 error.errno == EBUSY
                     ? "the target \(path) is mounted, or in use by another program (`fuser -vm \(path)`); give a device that nobody uses"
                     : "target: \(error)")
         }
         guard target.tryLock() else {
-            throw SiteError("the target \(path) is in use: it is a volume, or the target of another FlashCopy")
+            throw Refusal("the target \(path) is in use: it is a volume, or the target of another FlashCopy")
         }
         let present = try target.size()
         if try target.isRegularFile() {
@@ -297,7 +297,7 @@ extension Site {
                     description: "the target \(path) has \(present) bytes instead of \(size): it was cut short")
             }
             guard present == 0 || present == size else {
-                throw SiteError(
+                throw Refusal(
                     "the target \(path) has \(present) bytes, volume '\(volume.name)' has \(size); give a file of that size, "
                         + "or a new one")
             }
@@ -305,7 +305,7 @@ extension Site {
             return (target, present == 0)
         }
         guard present >= size else {
-            throw SiteError("the target \(path) has \(present) bytes, volume '\(volume.name)' needs \(size)")
+            throw Refusal("the target \(path) has \(present) bytes, volume '\(volume.name)' needs \(size)")
         }
         return (target, false)
     }
@@ -464,9 +464,9 @@ extension Site {
         try members.map { volume in
             guard let record = volume.copyRecord(name) else {
                 let known = volume.record.copies.map(\.name).joined(separator: ", ")
-                throw SiteError(
+                throw Refusal(
                     "volume '\(volume.name)' has no FlashCopy '\(name)'; it has \(known.isEmpty ? "none" : known)",
-                    status: 404)
+                    .unknown)
             }
             return (volume, record)
         }
@@ -525,7 +525,7 @@ extension Site {
         defer { copyTurnstile.leave() }
         let found = try copies(request.name, members(request.volumes))
         for (volume, record) in found where volume.record.restoring?.copy == record.id {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(volume.name)' is being restored from '\(request.name)'; wait until it holds all of it")
         }
         for (volume, record) in found {

@@ -22,7 +22,7 @@ extension Site {
     func cloneFlashCopy(_ request: FlashCopyRequest, own: Bool = false) async throws -> [FlashCopyReport] {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
-        guard let origin = request.of else { throw SiteError("a clone needs 'of', a FlashCopy's name", status: 400) }
+        guard let origin = request.of else { throw Refusal("a clone needs 'of', a FlashCopy's name", .misuse) }
         let members = try members(request.volumes)
         if !own { try checkCopyName(request.name) }
         try checkTargets(request)
@@ -31,7 +31,7 @@ extension Site {
         for (volume, found) in zip(members, origins) {
             try checkFree(request.name, volume)
             guard request.durable != true || found.isDurable else {
-                throw SiteError(
+                throw Refusal(
                     "a clone of '\(origin)' cannot be durable, since it reads through '\(origin)', which is not")
             }
         }
@@ -57,7 +57,7 @@ extension Site {
         }
         let record = try copies(name, [volume])[0].1
         guard record.state == .active else {
-            throw SiteError(
+            throw Refusal(
                 "FlashCopy '\(name)' of volume '\(volume.name)' is \(record.state.rawValue) and cannot be cloned")
         }
         return Origin(id: record.id, order: record.order, isDurable: record.isDurable)
@@ -69,7 +69,7 @@ extension Site {
         let below = (volume.record.copies.map(\.order) + points).filter { $0 < order }.max() ?? 0
         let middle = below + (order - below) / 2
         guard middle > below else {
-            throw SiteError("volume '\(volume.name)' has too many clones of clones; withdraw some")
+            throw Refusal("volume '\(volume.name)' has too many clones of clones; withdraw some")
         }
         return middle
     }
@@ -97,7 +97,7 @@ extension Site {
         }
         guard !vanished.load(ordering: .relaxed) else {
             for copy in made { await leave(copy.volume, copy.record.id) }
-            throw SiteError("'\(request.of ?? "")' went away or failed meanwhile; nothing was created")
+            throw Refusal("'\(request.of ?? "")' went away or failed meanwhile; nothing was created")
         }
         try await conclude(made, intact)
     }
@@ -112,7 +112,7 @@ extension Site {
         for (volume, record) in try copies(request.name, members) {
             try checkNotRestoring(volume)
             guard record.state != .withdrawing else {
-                throw SiteError("FlashCopy '\(request.name)' of volume '\(volume.name)' is being withdrawn")
+                throw Refusal("FlashCopy '\(request.name)' of volume '\(volume.name)' is being withdrawn")
             }
             try checkNotSecondary(volume, "; clone one of its recovery points instead")
         }
@@ -131,7 +131,7 @@ extension Site {
         let (number, id) = (volume.number, record.id)
         guard let state = await volume.reactor.run({ $0.hosted(number).volume.copy(id)?.state }) else { return }
         guard state != .withdrawing else {
-            throw SiteError(
+            throw Refusal(
                 "FlashCopy '\(record.name)' of volume '\(volume.name)' still hands over what older ones need; try again soon"
             )
         }
@@ -202,9 +202,9 @@ extension Site {
         }
         if let problem { throw problem }
         guard intact, inUse.isEmpty else {
-            throw SiteError(
+            throw Refusal(
                 "FlashCopy '\(name)' could not be taken anew on all volumes at one instant; refresh it again",
-                status: 503)
+                .passing)
         }
     }
 

@@ -61,7 +61,7 @@ extension Site {
         for group in groups {
             let name = group.entry.name
             if let operation = group.operation, operation.kind != .verify {
-                throw SiteError(
+                throw Refusal(
                     "group '\(name)' is in a \(operation.kind.rawValue): \(operation.step); restore when it is over, or end it "
                         + "with `farcopy abort \(operation.kind.rawValue):\(name)`")
             }
@@ -72,18 +72,18 @@ extension Site {
     private func checkRestorable(_ volume: VolumeState, _ record: CopyRecord) throws {
         try checkNotRestoring(volume)
         guard record.state == .active else {
-            throw SiteError(
+            throw Refusal(
                 "FlashCopy '\(record.name)' of volume '\(volume.name)' is \(record.state.rawValue): \(record.reason ?? "it cannot be restored")"
             )
         }
         try checkNotSecondary(volume, "; fail over to a recovery point instead")
         guard volume.copies.count < Limits.copiesPerVolume - 8 else {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit, and the restore adds one with "
                     + "what it discards; withdraw some")
         }
         if let group = group(ofVolume: volume.name), group.record.handingOver != nil {
-            throw SiteError("group '\(group.entry.name)' is being handed over to '\(group.entry.peer)'")
+            throw Refusal("group '\(group.entry.name)' is being handed over to '\(group.entry.peer)'")
         }
     }
 
@@ -110,11 +110,11 @@ extension Site {
                 "volume '\(volume)' is open for writing over \(writers.count) connections (\(origins.joined(separator: ", ")))"
         }
         guard !words.isEmpty else { return }
-        throw SiteError(
+        throw Refusal(
             words.joined(separator: "; ")
                 + ": hosts would write what they have cached over what is restored. Unmount and detach them first, or have the "
                 + "restore disconnect them with --yes (\"disconnect\": true); what they have not written yet is then lost",
-            status: 412)
+            .unconfirmed)
     }
 
     /// Ends the hosts' connections, readers' as well, since what they have cached is void; what they asked for is carried out

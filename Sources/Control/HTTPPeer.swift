@@ -3,6 +3,7 @@
 import AsyncHTTPClient
 import Base
 import FoundationEssentials
+import NBDProtocol
 import NIOCore
 import Replication
 
@@ -36,7 +37,7 @@ package struct ControlClient: Sendable {
         }
     }
 
-    /// - Throws: `SiteError` with the peer's words when it refuses; other errors when it cannot be reached.
+    /// - Throws: `Refusal` with the peer's words when it refuses; other errors when it cannot be reached.
     package func call(
         _ method: String, _ path: String, body: [UInt8]? = nil, seconds: Int64 = 30
     ) async throws -> [UInt8] {
@@ -50,9 +51,8 @@ package struct ControlClient: Sendable {
         let answer = [UInt8](buffer: bytes)
         guard (200..<300).contains(Int(response.status.code)) else {
             let words = try? JSONDecoder().decode(ErrorAnswer.self, from: Data(answer))
-            throw SiteError(
-                words?.error ?? "the control API answered \(response.status)",
-                status: Int(response.status.code))
+            throw Refusal(
+                words?.error ?? "the control API answered \(response.status)", .init(status: Int(response.status.code)))
         }
         return answer
     }
@@ -68,8 +68,6 @@ package struct ControlClient: Sendable {
 
 /// The body of a call that has none.
 struct Nothing: Codable, Sendable {}
-
-struct ErrorAnswer: Codable, Sendable { var error: String }
 
 struct HTTPPeer: PeerClient {
     let client: ControlClient
@@ -90,12 +88,12 @@ struct HTTPPeer: PeerClient {
     ) async throws -> Answer {
         do {
             return try await client.call("POST", path, body)
-        } catch let error as SiteError where error.status == 403 || error.status == 404 {
+        } catch let error as Refusal where error.kind == .refused || error.kind == .unknown {
             throw PeerRefusal(error.description)
-        } catch let error as SiteError {
+        } catch let error as Refusal {
             throw error
         } catch {
-            throw SiteError("the peer's control API at \(client.address) cannot be reached (\(error))")
+            throw Refusal("the peer's control API at \(client.address) cannot be reached (\(error))")
         }
     }
 
@@ -108,7 +106,7 @@ struct HTTPPeer: PeerClient {
                 site: site, siteID: siteID,
                 volumes: volumes.map { SessionRequest.Volume(name: $0.name, size: $0.size) },
                 generations: record.generations, lastCommitted: record.lastCommitted?.number))
-        guard answer.state.committed?.isPlausible != false else { throw SiteError("the peer's answer makes no sense") }
+        guard answer.state.committed?.isPlausible != false else { throw Refusal("the peer's answer makes no sense") }
         return (answer.state, answer.exports)
     }
 
@@ -118,7 +116,7 @@ struct HTTPPeer: PeerClient {
             CommitRequest(
                 siteID: siteID, session: session, number: number, previous: previous, formedAt: formedAt))
         guard (0...PointRecord.latestTime).contains(answer.committedAt) else {
-            throw SiteError("the peer's answer makes no sense")
+            throw Refusal("the peer's answer makes no sense")
         }
         return answer.committedAt
     }
@@ -140,7 +138,7 @@ struct HTTPPeer: PeerClient {
     private func checksums(_ request: ChecksumRequest) async throws -> [UInt8] {
         let answer: ChecksumAnswer = try await ask("/v1/peer/groups/\(group)/checksums", request)
         guard let data = Data(base64Encoded: answer.digests) else {
-            throw SiteError("the peer's checksums make no sense")
+            throw Refusal("the peer's checksums make no sense")
         }
         return [UInt8](data)
     }

@@ -33,7 +33,7 @@ extension Site {
             frozen.append(hook)  // thawed even if it failed half-way
             guard let command = hook.commands.onFreeze else { continue }
             if let failure = await Self.run(command, environment + ["FARCOPY_EVENT=freeze"], hook.commands.timeout) {
-                problem = SiteError("on_freeze of \(hook.section) \(failure); no FlashCopy was taken")
+                problem = Refusal("on_freeze of \(hook.section) \(failure); no FlashCopy was taken")
                 break
             }
         }

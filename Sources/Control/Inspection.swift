@@ -9,10 +9,10 @@ import Volumes
 package enum Inspection {
     /// Lines about a record, a bitmap file, an activity log, or every such file below a directory.
     ///
-    /// - Throws: `SiteError` when there is nothing that can be read.
+    /// - Throws: `Refusal` when there is nothing that can be read.
     package static func describe(_ path: String) throws -> [String] {
         var facts = stat()
-        guard stat(path, &facts) == 0 else { throw SiteError("\(path): \(String(cString: strerror(errno)))") }
+        guard stat(path, &facts) == 0 else { throw Refusal("\(path): \(String(cString: strerror(errno)))") }
         guard facts.st_mode & S_IFMT == S_IFDIR else { return try describeFile(path) }
         var lines: [String] = []
         for name in try FileManager.default.contentsOfDirectory(atPath: path).sorted() {
@@ -33,7 +33,7 @@ package enum Inspection {
         if start == Array("FARCOPYB".utf8) { return try describeBitmaps(file) }
         let copies = try RecordCopy.all(in: file.readAll())
         guard copies.contains(where: { $0.payload != nil }) || path.hasSuffix(".record") else {
-            throw SiteError("\(path) is neither a record nor a bitmap file of farcopy")
+            throw Refusal("\(path) is neither a record nor a bitmap file of farcopy")
         }
         return describeRecord(path, copies)
     }

@@ -2,6 +2,7 @@
 
 import CLibURing
 import Glibc
+import NBDProtocol
 import Ring
 
 package enum ListeningSocket {
@@ -14,11 +15,11 @@ package enum ListeningSocket {
         guard lstat(path, &facts) == 0 else {
             let directory = parentDirectory(path)
             guard stat(directory, &facts) == 0, facts.st_mode & S_IFMT == S_IFDIR
-            else { throw SiteError("socket \(path): the directory \(directory) does not exist") }
+            else { throw Refusal("socket \(path): the directory \(directory) does not exist") }
             return
         }
         guard facts.st_mode & S_IFMT == S_IFSOCK else {
-            throw SiteError("socket \(path): there is a file of that name that is no socket; move it away")
+            throw Refusal("socket \(path): there is a file of that name that is no socket; move it away")
         }
         // The kernel lets go of what the ring of a killed process had, such as this socket, a little after the process has ended.
         var tries = 100
@@ -27,7 +28,7 @@ package enum ListeningSocket {
             tries -= 1
         }
         if tries == 0 {
-            throw SiteError(
+            throw Refusal(
                 "socket \(path) is in use by another process; stop it or choose another path")
         }
     }
@@ -91,7 +92,7 @@ package enum ListeningSocket {
         var list: UnsafeMutablePointer<addrinfo>?
         let result = getaddrinfo(host, String(port), &hints, &list)
         guard result == 0, let first = list else {
-            throw SiteError("listen on \(address): \(String(cString: gai_strerror(result)))")
+            throw Refusal("listen on \(address): \(String(cString: gai_strerror(result)))")
         }
         defer { freeaddrinfo(first) }
         var files: [OpenFile] = []

@@ -29,7 +29,7 @@ struct PlainPeer: PeerClient {
             "FARCOPY_FORMED_AT=\(timestamp(formedAt))",
             "FARCOPY_VOLUMES=\(volumes.joined(separator: " "))",
         ]
-        if let failure = await Site.run(command, variables, timeout) { throw SiteError("commit_command \(failure)") }
+        if let failure = await Site.run(command, variables, timeout) { throw Refusal("commit_command \(failure)") }
         return realSeconds()
     }
 

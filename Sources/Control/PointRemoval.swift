@@ -101,10 +101,10 @@ extension Site {
         let name = group.entry.name
         var (wanted, kept) = try await choosePoints(group, request)
         if request.olderThan == nil, !kept.isEmpty {
-            throw SiteError("group '\(name)': " + kept.map { "point \($0.id): \($0.reason)" }.joined(separator: "; "))
+            throw Refusal("group '\(name)': " + kept.map { "point \($0.id): \($0.reason)" }.joined(separator: "; "))
         }
         if let reason = await shortage(group, wanted) {
-            guard request.olderThan != nil else { throw SiteError("group '\(name)': \(reason)") }
+            guard request.olderThan != nil else { throw Refusal("group '\(name)': \(reason)") }
             kept += wanted.map { PointDropReport.Kept(id: $0.number, reason: reason) }
             wanted = []
         }
@@ -139,19 +139,19 @@ extension Site {
             let unknown = numbers.filter { number in !points.contains { $0.number == number } }
             guard unknown.isEmpty else {
                 let known = points.map { String($0.number) }.joined(separator: ", ")
-                throw SiteError(
+                throw Refusal(
                     "group '\(group.entry.name)' has no point \(unknown.map(String.init).joined(separator: ", ")) at "
-                        + "'\(configuration.site)'; it has \(known.isEmpty ? "none" : known)", status: 404)
+                        + "'\(configuration.site)'; it has \(known.isEmpty ? "none" : known)", .unknown)
             }
             meant = points.filter { numbers.contains($0.number) }
         case (nil, let text?):
             guard let time = pointInTime(text, now: realSeconds()) else {
-                throw SiteError(
+                throw Refusal(
                     "'\(text)' is neither a time such as 2026-11-21T17:00:00Z nor an age such as 90min, 36h or 7d",
-                    status: 400)
+                    .misuse)
             }
             meant = points.filter { $0.formedAt < time }
-        default: throw SiteError("say which points: give 'points' or 'older_than'", status: 400)
+        default: throw Refusal("say which points: give 'points' or 'older_than'", .misuse)
         }
         var (dropped, kept): ([PointRecord], [PointDropReport.Kept]) = ([], [])
         for point in meant {

@@ -13,11 +13,11 @@ extension Site {
         let group = try group(name)
         let volumes = members(group)
         if volumes.contains(where: { $0.copyRecord(Self.practiceName) != nil }) {
-            throw SiteError(
+            throw Refusal(
                 "group '\(name)' is being practised with already; `farcopy practice \(name) --end` ends that")
         }
         guard let newest = group.record.newestReadable else {
-            throw SiteError(
+            throw Refusal(
                 group.record.role == .primary
                     ? "group '\(name)' is primary at '\(configuration.site)'; practise at '\(group.entry.peer)', which has its points"
                     : "group '\(name)' has no recovery point that can be read: its first copy is not complete, or they have failed"
@@ -27,7 +27,7 @@ extension Site {
         let readable = group.record.points.filter { $0.isFailed != true }
         guard readable.contains(where: { String($0.number) == point }) else {
             let known = readable.map { String($0.number) }.joined(separator: ", ")
-            throw SiteError("group '\(name)' has no point \(point); it has \(known)", status: 404)
+            throw Refusal("group '\(name)' has no point \(point); it has \(known)", .unknown)
         }
         var request = FlashCopyRequest(name: Self.practiceName, volumes: group.entry.volumes)
         request.of = point
@@ -40,7 +40,7 @@ extension Site {
     func endPractice(_ name: String) async throws {
         let group = try group(name)
         guard members(group).contains(where: { $0.copyRecord(Self.practiceName) != nil }) else {
-            throw SiteError("group '\(name)' is not being practised with", status: 404)
+            throw Refusal("group '\(name)' is not being practised with", .unknown)
         }
         try await withdrawFlashCopy(FlashCopyRequest(name: Self.practiceName, volumes: group.entry.volumes))
         note(name, "practice ends")

@@ -281,7 +281,7 @@ extension Site {
             try volume.verify(file, "restore.bitmap")
             volume.restoreBitmap = file
         } catch let damage as DamagedMetadata {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(volume.name)': \(damage), and it says what is still to be restored; bring it back from a backup, or "
                     + "give the restore up with `farcopy adopt \(volume.name) --config FILE`")
         }

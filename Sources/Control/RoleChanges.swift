@@ -70,16 +70,16 @@ extension Site {
             return try await callPeer(group, "GET", "/v1/groups/\(name)/resync?discard=\(loser)", Nothing?.none)
         }
         guard loser == group.entry.peer else {
-            throw SiteError(
+            throw Refusal(
                 "group '\(name)' is at '\(configuration.site)' and '\(group.entry.peer)'; there is no site '\(loser)'",
-                status: 400)
+                .misuse)
         }
         let mine = try await requirePrimary(group)
         let theirs = try await peerStanding(group)
         if group.isMirroring, group.record.conflict == nil, theirs.role == .secondary {
-            throw SiteError(
-                "group '\(name)': '\(loser)' is the secondary of '\(configuration.site)' already; there is nothing to discard",
-                status: 409)
+            throw Refusal(
+                "group '\(name)': '\(loser)' is the secondary of '\(configuration.site)' already; there is nothing to discard"
+            )
         }
         let (differing, grains) = try await differences(group)
         return ResyncReport(
@@ -91,9 +91,8 @@ extension Site {
     private func requirePrimary(_ group: GroupState) async throws -> Standing {
         let mine = await standing(group)
         guard mine.role == .primary else {
-            throw SiteError(
-                "group '\(group.entry.name)' is secondary at '\(configuration.site)'; only a failover makes it primary",
-                status: 409)
+            throw Refusal(
+                "group '\(group.entry.name)' is secondary at '\(configuration.site)'; only a failover makes it primary")
         }
         return mine
     }
@@ -139,16 +138,16 @@ extension Site {
     private func handOver(_ group: GroupState, _ operation: Operation) async throws -> PointRecord {
         let name = group.entry.name
         guard group.record.handingOver == nil else {
-            throw SiteError("group '\(name)' is handing over already; `farcopy abort switchover:\(name)` takes it back")
+            throw Refusal("group '\(name)' is handing over already; `farcopy abort switchover:\(name)` takes it back")
         }
-        guard let replicator = group.replicator, group.isMirroring else { throw SiteError(notMirroring(group)) }
-        if let reason = replicator.status.reason { throw SiteError("group '\(name)' is suspended: \(reason)") }
+        guard let replicator = group.replicator, group.isMirroring else { throw Refusal(notMirroring(group)) }
+        if let reason = replicator.status.reason { throw Refusal("group '\(name)' is suspended: \(reason)") }
         for volume in members(group) where volume.restoreBitmap != nil {
-            throw SiteError(
-                "volume '\(volume.name)' is still being restored; wait until it holds all of its data", status: 503)
+            throw Refusal(
+                "volume '\(volume.name)' is still being restored; wait until it holds all of its data", .passing)
         }
         guard peerClient(group) != nil else {
-            throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site and cannot take over")
+            throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site and cannot take over")
         }
         operation.step = "sends what has changed while hosts go on"
         _ = try await pointOf(replicator, operation, seconds: 7 * 86400)
@@ -156,13 +155,13 @@ extension Site {
         await copyTurnstile.enter()  // no restore begins in between
         defer { copyTurnstile.leave() }
         for volume in members(group) where volume.restoreBitmap != nil {
-            throw SiteError("volume '\(volume.name)' is being restored since; try again", status: 503)
+            throw Refusal("volume '\(volume.name)' is being restored since; try again", .passing)
         }
         await shutOutHosts(group)
         do {
             let point = try await pointOf(replicator, operation, seconds: Double(Limits.handOverSeconds))
             guard await standing(group).changedBytes == 0 else {
-                throw SiteError("group '\(name)': something was still written; nothing has changed, try again")
+                throw Refusal("group '\(name)': something was still written; nothing has changed, try again")
             }
             await stopReplication(group)
             try await group.amend { $0.handingOver = point.number }
@@ -172,11 +171,11 @@ extension Site {
             do { try await takeBack(group) } catch {
                 // It may have failed over meanwhile. Hosts stay shut out until it is known who is primary.
                 Task { await finishHandover(group) }
-                throw SiteError(
+                throw Refusal(
                     "'\(group.entry.peer)' does not take over: \(refusal); nor can the switchover be taken back: \(error)"
                 )
             }
-            throw SiteError("'\(group.entry.peer)' does not take over: \(refusal)")
+            throw Refusal("'\(group.entry.peer)' does not take over: \(refusal)")
         } catch {
             if group.record.handingOver == nil {
                 if group.replicator == nil { try await startReplication(group) }
@@ -184,7 +183,7 @@ extension Site {
                 throw error
             }
             Task { await finishHandover(group) }
-            throw SiteError(
+            throw Refusal(
                 "'\(group.entry.peer)' may or may not have taken over (\(error)); hosts stay shut out until it answers, or until "
                     + "`farcopy abort switchover:\(name)` takes the switchover back")
         }
@@ -205,7 +204,7 @@ extension Site {
                 let point = try await replicator.cycle()
                 await site.settle(outcome, .success(point))
             } catch {
-                await site.settle(outcome, .failure(SiteError("\(error)")))
+                await site.settle(outcome, .failure(Refusal("\(error)")))
             }
         }
         try await waitUntil(operation, seconds: seconds) { outcome.result != nil }
@@ -215,23 +214,23 @@ extension Site {
     /// Confined to the site's actor.
     private final class Outcome: @unchecked Sendable {
         // Safe because: only the site's actor touches it.
-        var result: Result<PointRecord, SiteError>?
+        var result: Result<PointRecord, Refusal>?
     }
 
-    private func settle(_ outcome: Outcome, _ result: Result<PointRecord, SiteError>) { outcome.result = result }
+    private func settle(_ outcome: Outcome, _ result: Result<PointRecord, Refusal>) { outcome.result = result }
 
     private func waitUntil(_ operation: Operation, seconds: Double, _ condition: () -> Bool) async throws {
         let deadline = monotonicNanoseconds() + UInt64(seconds * 1e9)
         while !condition() {
-            guard !operation.isAborted else { throw SiteError("aborted by the operator") }
-            guard monotonicNanoseconds() < deadline else { throw SiteError("it took longer than \(Int(seconds)) s") }
+            guard !operation.isAborted else { throw Refusal("aborted by the operator") }
+            guard monotonicNanoseconds() < deadline else { throw Refusal("it took longer than \(Int(seconds)) s") }
             try await Task.sleep(for: .milliseconds(5))
         }
     }
 
     /// Asks the peer to become primary at the point, in a session that ends every earlier request of this kind.
     private func promotePeer(_ group: GroupState, _ point: UInt64) async throws {
-        guard let peer = peer(group) else { throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site") }
+        guard let peer = peer(group) else { throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site") }
         let opened = try await peer.openSession(
             volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
         // Whether the point is the newest there, the peer looks itself: nothing is committed in this session.
@@ -275,11 +274,11 @@ extension Site {
         defer { group.turnstile.leave() }
         if let done = group.record.failedOver, done.joins == true, done.point == request.point { return }
         guard group.record.peerSite == request.siteID, group.session == request.session else {
-            throw SiteError("the switchover comes from a session that has ended", status: 403)
+            throw Refusal("the switchover comes from a session that has ended", .refused)
         }
         guard let newest = group.record.points.last, newest.number == request.point, group.record.role == .secondary
         else {
-            throw SiteError("point \(request.point) is not the newest at '\(configuration.site)'", status: 403)
+            throw Refusal("point \(request.point) is not the newest at '\(configuration.site)'", .refused)
         }
         try await takeOver(group, newest, joins: true)
         note(name, "'\(group.entry.peer)' has handed over at point \(newest.number)")
@@ -337,9 +336,9 @@ extension Site {
         let name = group.entry.name
         _ = try await requirePrimary(group)
         guard group.entry.role == .secondary else {
-            throw SiteError(
-                "group '\(name)' is primary at '\(configuration.site)', as the configuration says; there is nothing to fail back",
-                status: 409)
+            throw Refusal(
+                "group '\(name)' is primary at '\(configuration.site)', as the configuration says; there is nothing to fail back"
+            )
         }
     }
 
@@ -355,7 +354,7 @@ extension Site {
             }
             do {
                 return try await exchangeRoles(group, operation)
-            } catch let error as SiteError {
+            } catch let error as Refusal {
                 // A link that is lost comes back.
                 guard group.isMirroring, !operation.isAborted else { throw error }
                 operation.step = error.description
@@ -378,9 +377,9 @@ extension Site {
     /// Runs an operation; a group has one at a time.
     func operate(_ group: GroupState, _ kind: Operation.Kind, _ body: () async throws -> Void) async throws {
         if let running = group.operation {
-            throw SiteError(
+            throw Refusal(
                 "group '\(group.entry.name)' is in a \(running.kind.rawValue): \(running.step); `farcopy abort "
-                    + "\(running.kind.rawValue):\(group.entry.name)` ends it", status: 409)
+                    + "\(running.kind.rawValue):\(group.entry.name)` ends it")
         }
         group.operation = Operation(kind)
         defer { group.operation = nil }
@@ -392,10 +391,10 @@ extension Site {
         while true {
             do {
                 return try await body()
-            } catch let error as SiteError where error.status == 503 {
+            } catch let error as Refusal where error.kind == .passing {
                 operation.step = error.description
             }
-            guard !operation.isAborted else { throw SiteError("aborted by the operator") }
+            guard !operation.isAborted else { throw Refusal("aborted by the operator") }
             try await Task.sleep(for: .milliseconds(200))
         }
     }
@@ -404,9 +403,9 @@ extension Site {
     func abort(_ text: String) async throws -> String {
         let parts = text.split(separator: ":", maxSplits: 1).map(String.init)
         guard parts.count == 2 else {
-            throw SiteError(
+            throw Refusal(
                 "'\(text)' names no operation; write KIND:GROUP, such as switchover:shop, or restore:VOLUME",
-                status: 400)
+                .misuse)
         }
         let (kind, name) = (parts[0], parts[1])
         if kind == "restore" { return try await abandonRestore(name) }
@@ -419,11 +418,11 @@ extension Site {
         case "switchover" where group.record.handingOver != nil:
             await group.turnstile.enter()
             defer { group.turnstile.leave() }
-            guard group.record.handingOver != nil else { throw SiteError("the switchover is over") }
+            guard group.record.handingOver != nil else { throw Refusal("the switchover is over") }
             do {
                 try await takeBack(group)
             } catch {
-                throw SiteError("the switchover cannot be taken back: \(error)")
+                throw Refusal("the switchover cannot be taken back: \(error)")
             }
             return "\(text) is taken back; hosts may write again"
         case "copy" where group.replicator?.status.state == "copying",
@@ -431,22 +430,22 @@ extension Site {
             group.replicator?.suspend()
             return "\(text) is suspended; `farcopy resume \(name)` goes on where it was"
         case "cycle":
-            guard let replicator = group.replicator else { throw SiteError(notMirroring(group)) }
+            guard let replicator = group.replicator else { throw Refusal(notMirroring(group)) }
             replicator.pointLost("the point was given up by the operator")
             return "the point is given up; its changes go with the next one"
-        default: throw SiteError("there is no \(kind) of '\(name)' under way", status: 404)
+        default: throw Refusal("there is no \(kind) of '\(name)' under way", .unknown)
         }
     }
 
     /// Gives up the rest of a restore that has stalled.
     private func abandonRestore(_ name: String) async throws -> String {
-        guard let volume = volumes[name] else { throw SiteError("there is no volume '\(name)'", status: 404) }
+        guard let volume = volumes[name] else { throw Refusal("there is no volume '\(name)'", .unknown) }
         guard volume.restoreBitmap != nil else {
-            throw SiteError("volume '\(name)' is not being restored", status: 404)
+            throw Refusal("volume '\(name)' is not being restored", .unknown)
         }
         let (number, grain) = (volume.number, UInt64(volume.geometry.grain))
         guard let grains = await volume.reactor.run({ $0.hosted(number).volume.abandonRestore() }) else {
-            throw SiteError(
+            throw Refusal(
                 "the restore of volume '\(name)' goes on and ends by itself; only one that has stalled is given up")
         }
         let text = "\(UInt64(grains) * grain) bytes of volume '\(name)' could not be restored and stay as they were"

@@ -82,19 +82,19 @@ extension Site {
 
     /// Calls the peer about a group.
     ///
-    /// - Throws: `SiteError` in its words when it refuses, or with status 503 when it cannot be reached.
+    /// - Throws: `Refusal` in its words when it refuses, or with status 503 when it cannot be reached.
     func callPeer<Answer: Decodable>(
         _ group: GroupState, _ method: String, _ path: String, _ body: (some Encodable & Sendable)?, seconds: Int64 = 30
     ) async throws -> Answer {
         guard let client = peerClient(group) else {
-            throw SiteError("the peer '\(group.entry.peer)' is no Farcopy site")
+            throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site")
         }
         do {
             return try await client.call(method, path, body, seconds: seconds)
-        } catch let error as SiteError {
+        } catch let error as Refusal {
             throw error
         } catch {
-            throw SiteError("'\(group.entry.peer)' cannot be reached at \(client.address): \(error)", status: 503)
+            throw Refusal("'\(group.entry.peer)' cannot be reached at \(client.address): \(error)", .passing)
         }
     }
 
@@ -108,8 +108,8 @@ extension Site {
     func answerStanding(_ name: String, _ theirs: Standing) async throws -> Standing {
         let group = try group(name)
         guard theirs.site == group.entry.peer else {
-            throw SiteError(
-                "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)'", status: 403)
+            throw Refusal(
+                "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)'", .refused)
         }
         let mine = await standing(group)
         if isStarted, judge(mine, theirs) == .splitBrain { try await declare(.splitBrain, group) }
@@ -205,7 +205,7 @@ extension Site {
     func resumeIsolated(_ name: String) async throws {
         let group = try group(name)
         guard group.isolation != nil else {
-            throw SiteError("group '\(name)' does not wait for its peer", status: 409)
+            throw Refusal("group '\(name)' does not wait for its peer")
         }
         try await group.amend { $0.alone = true }
         group.isolation = nil
@@ -301,13 +301,13 @@ extension Site {
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         guard monotonicNanoseconds() - askedAt < UInt64(Limits.yieldWaitSeconds) * 1_000_000_000 else {
-            throw SiteError("group '\(name)' was busy at '\(configuration.site)'; try again", status: 503)
+            throw Refusal("group '\(name)' was busy at '\(configuration.site)'; try again", .passing)
         }
         try refuseIfOpposite(group, request)
         if group.record.role == .secondary {
             guard let number = group.record.yielded,
                 let point = group.record.points.first(where: { $0.number == number })
-            else { throw SiteError("group '\(name)' is secondary at '\(configuration.site)' already", status: 409) }
+            else { throw Refusal("group '\(name)' is secondary at '\(configuration.site)' already") }
             try await group.amend { record in  // asked again
                 record.generations = request.generations
                 record.peerSite = request.siteID
@@ -350,11 +350,11 @@ extension Site {
         guard group.isJoining else { return }
         let name = group.entry.name
         if siteRecord.id < request.siteID {
-            throw SiteError(
+            throw Refusal(
                 "'\(configuration.site)' is resyncing group '\(name)' the other way round just now, and goes on; nothing of this "
                     + "command was done")
         }
-        throw SiteError("group '\(name)' at '\(configuration.site)' is changing roles; try again", status: 503)
+        throw Refusal("group '\(name)' at '\(configuration.site)' is changing roles; try again", .passing)
     }
 
     /// A request that was delayed must not take the role when nobody waits for that any more.
@@ -363,30 +363,30 @@ extension Site {
         guard theirs.siteID == request.siteID, theirs.role == .primary, theirs.generations == request.generations,
             theirs.joining != false
         else {
-            throw SiteError(
+            throw Refusal(
                 "'\(request.site)' does not ask any more for group '\(group.entry.name)' to give up its role at "
-                    + "'\(configuration.site)'", status: 503)
+                    + "'\(configuration.site)'", .passing)
         }
     }
 
     private func checkYield(_ group: GroupState, _ request: YieldRequest) throws {
         let name = group.entry.name
         guard request.highestPoint <= PointRecord.highestNumber else {
-            throw SiteError("point \(request.highestPoint) cannot be", status: 403)
+            throw Refusal("point \(request.highestPoint) cannot be", .refused)
         }
         guard request.site == group.entry.peer else {
-            throw SiteError(
-                "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)'", status: 403)
+            throw Refusal(
+                "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)'", .refused)
         }
         if let known = group.record.peerSite, known != request.siteID {
-            throw SiteError(
-                "group '\(name)' at '\(configuration.site)' belongs to another '\(request.site)'", status: 403)
+            throw Refusal(
+                "group '\(name)' at '\(configuration.site)' belongs to another '\(request.site)'", .refused)
         }
         try checkVolumes(group, request.site, request.volumes)
         for volume in members(group) where volume.restoreBitmap != nil {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
-                status: 503)
+                .passing)
         }
     }
 
@@ -404,7 +404,7 @@ extension Site {
             await volume.reactor.run { $0.hosted(number).volume.giveUpPoint() }
             while await !volume.reactor.run({ $0.hosted(number).volume.mayFormPoint }) {
                 guard monotonicNanoseconds() < deadline else {
-                    throw SiteError("volume '\(volume.name)' is busy with a restore or a flush; try again", status: 503)
+                    throw Refusal("volume '\(volume.name)' is busy with a restore or a flush; try again", .passing)
                 }
                 try await Task.sleep(for: .milliseconds(2))
             }
@@ -463,7 +463,7 @@ extension Site {
     func changes(_ name: String, volume: String, from first: Int) async throws -> ChangesAnswer {
         let group = try group(name)
         guard let volume = members(group).first(where: { $0.name == volume }) else {
-            throw SiteError("group '\(name)' has no volume '\(volume)'", status: 404)
+            throw Refusal("group '\(name)' has no volume '\(volume)'", .unknown)
         }
         let number = volume.number
         let words = await volume.reactor.run {
@@ -478,14 +478,14 @@ extension Site {
     func join(_ group: GroupState) async throws {
         let name = group.entry.name
         guard group.record.role == .primary else {
-            throw SiteError(
+            throw Refusal(
                 "group '\(name)' at '\(configuration.site)' has given up its role to '\(group.entry.peer)' meanwhile; nothing of this "
                     + "command was done")
         }
         for volume in members(group) where volume.restoreBitmap != nil {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
-                status: 503)
+                .passing)
         }
         group.isJoining = true
         defer { group.isJoining = false }
@@ -513,7 +513,7 @@ extension Site {
             YieldRequest(
                 site: configuration.site, siteID: siteRecord.id, generations: group.record.generations,
                 highestPoint: group.record.highestPoint, volumes: sessionVolumes(group)), seconds: 300)
-        guard answer.point.isPlausible else { throw SiteError("the peer's answer makes no sense") }
+        guard answer.point.isPlausible else { throw Refusal("the peer's answer makes no sense") }
         for volume in members(group) {
             let number = volume.number
             try await eachPeerChange(group, volume) { words, first, geometry in
@@ -548,7 +548,7 @@ extension Site {
             guard let geometry = Geometry(size: answer.size, grain: answer.grain), answer.size == volume.geometry.size,
                 answer.words.count <= Limits.changedWordsPerAnswer,
                 first + answer.words.count <= Bitmap.byteCount(bits: geometry.grainCount) / 8
-            else { throw SiteError("the peer's answer about volume '\(volume.name)' makes no sense") }
+            else { throw Refusal("the peer's answer about volume '\(volume.name)' makes no sense") }
             await each(answer.words, first, geometry)
             first += answer.words.count
         }

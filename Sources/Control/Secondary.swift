@@ -45,9 +45,9 @@ extension Site {
     func group(_ name: String) throws -> GroupState {
         guard let group = groups[name] else {
             let known = groups.keys.sorted().joined(separator: ", ")
-            throw SiteError(
+            throw Refusal(
                 "there is no group '\(name)' at site '\(configuration.site)'; known: \(known.isEmpty ? "none" : known)",
-                status: 404)
+                .unknown)
         }
         return group
     }
@@ -86,28 +86,28 @@ extension Site {
     private func checkPeer(_ group: GroupState, _ request: SessionRequest) throws {
         let name = group.entry.name
         guard group.entry.peer == request.site else {
-            throw SiteError(
+            throw Refusal(
                 "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)', not '\(request.site)'",
-                status: 403)
+                .refused)
         }
         if let known = group.record.peerSite, known != request.siteID {
-            throw SiteError(
+            throw Refusal(
                 "group '\(name)' at '\(configuration.site)' belongs to another '\(request.site)' (its site identity "
                     + "differs: was its state directory exchanged?); to pair anew, stop '\(configuration.site)' and remove "
-                    + state.group(name), status: 403)
+                    + state.group(name), .refused)
         }
         if let failover = group.record.failedOver {
-            throw SiteError(
+            throw Refusal(
                 "group '\(name)' has failed over to '\(configuration.site)' at point \(failover.point); "
-                    + "'\(request.site)' is stale and must not be written to", status: 403)
+                    + "'\(request.site)' is stale and must not be written to", .refused)
         }
         guard group.record.role == .secondary else {
-            throw SiteError("group '\(name)' is primary at both sites; correct 'role' in one of them", status: 403)
+            throw Refusal("group '\(name)' is primary at both sites; correct 'role' in one of them", .refused)
         }
         if let newest = group.record.generations.first, !request.generations.contains(newest) {
-            throw SiteError(
+            throw Refusal(
                 "group '\(name)': '\(request.site)' has an older generation than '\(configuration.site)' knows; it is stale",
-                status: 403)
+                .refused)
         }
         try checkVolumes(group, request.site, request.volumes)
     }
@@ -116,15 +116,15 @@ extension Site {
         let name = group.entry.name
         let ours = members(group).map { ($0.name, $0.geometry.size) }
         guard ours.map(\.0) == theirs.map(\.name) else {
-            throw SiteError(
+            throw Refusal(
                 "group '\(name)' has the volumes \(ours.map(\.0)) at '\(configuration.site)' and "
                     + "\(theirs.map(\.name)) at '\(site)'; make them alike, in the same order",
-                status: 403)
+                .refused)
         }
         for (mine, theirs) in zip(ours, theirs) where mine.1 != theirs.size {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(mine.0)' of group '\(name)' has \(mine.1) bytes at '\(configuration.site)' and \(theirs.size) at "
-                    + "'\(site)'; make them the same size", status: 403)
+                    + "'\(site)'; make them the same size", .refused)
         }
     }
 
@@ -156,14 +156,14 @@ extension Site {
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         guard group.record.peerSite == request.siteID, group.session == request.session else {
-            throw SiteError("point \(request.number) comes from a session that has ended", status: 403)
+            throw Refusal("point \(request.number) comes from a session that has ended", .refused)
         }
         if let done = group.record.hasCommitted(request.number) {
             return CommitAnswer(committedAt: done.committedAt ?? done.formedAt)  // asked again
         }
         guard request.number <= PointRecord.highestNumber, (0...PointRecord.latestTime).contains(request.formedAt)
         else {
-            throw SiteError("point \(request.number) of \(request.formedAt) cannot be", status: 403)
+            throw Refusal("point \(request.number) of \(request.formedAt) cannot be", .refused)
         }
         var writes = 0
         for volume in members(group) {
@@ -177,7 +177,7 @@ extension Site {
                 order: members(group).map(\.nextOrder).max() ?? CopyRecord.orderStep, keep: group.entry.keep,
                 left: retiredAndGone(group), writesUnderWay: writes)
         } catch {
-            throw SiteError("group '\(name)': \(error)", status: 403)
+            throw Refusal("group '\(name)': \(error)", .refused)
         }
         try await carryOut(plan, group)
         return CommitAnswer(committedAt: plan.point.committedAt ?? plan.point.formedAt)
@@ -258,7 +258,7 @@ extension Site {
             }
         }
         guard volume.copies.count < Limits.copiesPerVolume - 2 else {
-            throw SiteError("volume '\(volume.name)' has \(volume.copies.count) copies; withdraw some", status: 503)
+            throw Refusal("volume '\(volume.name)' has \(volume.copies.count) copies; withdraw some", .passing)
         }
     }
 
@@ -275,13 +275,13 @@ extension Site {
             {
                 return FailoverReport(point, discarded: 0, unsent: nil)
             }
-            throw SiteError("group '\(name)' has failed over to point \(done.point) already")
+            throw Refusal("group '\(name)' has failed over to point \(done.point) already")
         }
         let point: PointRecord
         do {
             point = try group.record.failoverPoint(wanted)
         } catch {
-            throw SiteError("group '\(name)' at '\(configuration.site)': \(error)")
+            throw Refusal("group '\(name)' at '\(configuration.site)': \(error)")
         }
         // The old primary may still say what it has not sent. It is not waited for.
         let unsent = try? await peerStanding(group, seconds: 1)
@@ -301,7 +301,7 @@ extension Site {
                     + "take it out of the group's configuration at both sites")
         }
         let members = members(group).filter { !left.contains($0.name) }
-        guard !members.isEmpty else { throw SiteError("point \(point.number) has no part of any volume of the group") }
+        guard !members.isEmpty else { throw Refusal("point \(point.number) has no part of any volume of the group") }
         let id = CopyID(point.number)
         var discarded: UInt64 = 0
         await runCommand(group, .beforeFailover, ["FARCOPY_POINT=\(point.number)"])

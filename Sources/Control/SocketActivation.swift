@@ -37,7 +37,7 @@ package enum SocketActivation {
                 getsockopt(descriptor, SOL_SOCKET, SO_TYPE, &type, &length) == 0,
                 type == Int32(SOCK_STREAM.rawValue)
             else {
-                throw SiteError(
+                throw Refusal(
                     "descriptor \(descriptor) of LISTEN_FDS is no listening stream socket; use ListenStream= in the unit"
                 )
             }

@@ -53,7 +53,7 @@ final class SpaceReserve {
         }
         if let releasedAt, monotonicNanoseconds() - releasedAt < Self.restSeconds * 1_000_000_000 { return }
         guard let space = FileSystem(holding: path), space.availableBytes >= 2 * bytes else {
-            throw SiteError(
+            throw Refusal(
                 "\(bytes) bytes for a failover on a full disk cannot be set aside in \(path): fewer than twice as many are free"
             )
         }

@@ -33,7 +33,7 @@ struct StateDirectory: Sendable {
         try Self.makeDirectory(path)
         lock = try OpenFile(path: "\(path)/lock", flags: O_RDWR | O_CREAT)
         guard lock.tryLock() else {
-            throw SiteError(
+            throw Refusal(
                 "state directory \(path) is in use by another farcopy process; stop it first, "
                     + "or give this site a directory of its own")
         }
@@ -63,7 +63,7 @@ struct StateDirectory: Sendable {
 
     static func bootID() throws -> String {
         guard let text = try? String(contentsOfFile: "/proc/sys/kernel/random/boot_id", encoding: .utf8)
-        else { throw SiteError("cannot read /proc/sys/kernel/random/boot_id") }
+        else { throw Refusal("cannot read /proc/sys/kernel/random/boot_id") }
         return text.trimmingWhitespace()
     }
 }

@@ -298,7 +298,7 @@ extension Site {
     private func replicator(_ name: String) throws -> Replicator {
         let group = try group(name)
         guard let replicator = group.replicator else {
-            throw SiteError(notMirroring(group))
+            throw Refusal(notMirroring(group))
         }
         return replicator
     }
@@ -317,7 +317,7 @@ extension Site {
         do {
             return try await replicator.cycle().report
         } catch {
-            throw SiteError("group '\(name)': \(error)")
+            throw Refusal("group '\(name)': \(error)")
         }
     }
 

@@ -14,18 +14,18 @@ struct TargetPaths: Sendable {
     /// Checks a path with its links and `..` resolved. A link in /dev counts where it lies, since udev makes
     /// /dev/mapper/NAME a link to a device of another name.
     ///
-    /// - Throws: `SiteError` naming the target and the key.
+    /// - Throws: `Refusal` naming the target and the key.
     func check(_ target: String) throws {
         guard target.hasPrefix("/") else {
-            throw SiteError("the target '\(target)' must be an absolute path", status: 400)
+            throw Refusal("the target '\(target)' must be an absolute path", .misuse)
         }
         let parts = target.split(separator: "/")
         guard let last = parts.last, last != ".", last != ".." else {
-            throw SiteError("the target '\(target)' is a directory; name a file or device", status: 400)
+            throw Refusal("the target '\(target)' is a directory; name a file or device", .misuse)
         }
         let parent = "/" + parts.dropLast().joined(separator: "/")
         guard let directory = resolved(parent) else {
-            throw SiteError("the target \(target): the directory \(parent) does not exist", status: 400)
+            throw Refusal("the target \(target): the directory \(parent) does not exist", .misuse)
         }
         let place = directory == "/" ? "/\(last)" : "\(directory)/\(last)"
         var facts = stat()
@@ -33,9 +33,9 @@ struct TargetPaths: Sendable {
         let real = resolved(place) ?? (lstat(place, &facts) == 0 ? nil : place)
         let isDevice = stat(place, &facts) == 0 && facts.st_mode & S_IFMT == S_IFBLK
         if let real, isAllowed(real) || isDevice && place.hasPrefix("/dev/") && isAllowed(place) { return }
-        throw SiteError(
+        throw Refusal(
             "the target \(target) does not lie where targets may be: add its directory, or for a device its path, to "
-                + "site.targets, which has \(allowed.joined(separator: ", "))", status: 403)
+                + "site.targets, which has \(allowed.joined(separator: ", "))", .refused)
     }
 
     private func resolved(_ path: String) -> String? {

@@ -75,9 +75,9 @@ extension Site {
     private func compareSites(
         _ group: GroupState, _ operation: Operation, _ repair: Bool, _ rate: UInt64
     ) async throws -> VerifyReport {
-        guard let replicator = group.replicator else { throw SiteError(notMirroring(group)) }
+        guard let replicator = group.replicator else { throw Refusal(notMirroring(group)) }
         guard let peer = peer(group) else {
-            throw SiteError("the peer of group '\(group.entry.name)' gives no checksums; it is no Farcopy site")
+            throw Refusal("the peer of group '\(group.entry.name)' gives no checksums; it is no Farcopy site")
         }
         let started = realSeconds()
         operation.step = "a point is formed"
@@ -122,7 +122,7 @@ extension Site {
                 taken.withLock { if !$0.isOver { $0.files[index] = entries[index](reactor) } }
             }
             guard enterTaken(made, taken.withLock { $0.files }).isEmpty else {
-                throw SiteError("the point was formed without its FlashCopies; try again", status: 503)
+                throw Refusal("the point was formed without its FlashCopies; try again", .passing)
             }
             return (point, made)
         } catch {
@@ -135,7 +135,7 @@ extension Site {
             for (index, copy) in made.enumerated() {
                 if missing.contains(index) { try? discard(copy) } else { await leave(copy.volume, copy.record.id) }
             }
-            throw error as? SiteError ?? SiteError("group '\(group.entry.name)': \(error)")
+            throw error as? Refusal ?? Refusal("group '\(group.entry.name)': \(error)")
         }
     }
 
@@ -166,11 +166,11 @@ extension Site {
             let size = copy.volume.geometry.size
             var offset: UInt64 = 0
             while offset < size {
-                guard !operation.isAborted else { throw SiteError("aborted by the operator") }
+                guard !operation.isAborted else { throw Refusal("aborted by the operator") }
                 let parts = Self.parts(from: offset, size)
                 let pairs = try await digestPairs(copy, peer, pinned, parts)
                 for ((start, length), (ours, theirs)) in zip(parts, pairs) {
-                    guard ours.count == theirs.count else { throw SiteError("the peer's checksums make no sense") }
+                    guard ours.count == theirs.count else { throw Refusal("the peer's checksums make no sense") }
                     let found = Sender.differing(ours, theirs, length, runs: .max).map {
                         start + UInt64($0.lowerBound)..<start + UInt64($0.upperBound)
                     }
@@ -237,7 +237,7 @@ extension Site {
     func pin(_ name: String, _ request: PinRequest) async throws {
         let group = try group(name)
         guard group.record.peerSite == request.siteID, request.name.hasPrefix(Self.verifyPrefix) else {
-            throw SiteError("group '\(name)' at '\(configuration.site)' has another peer", status: 403)
+            throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)
         }
         for volume in members(group) where volume.copyRecord(request.name) != nil { return }
         var copy = FlashCopyRequest(name: request.name, volumes: group.entry.volumes)
@@ -248,7 +248,7 @@ extension Site {
     func unpin(_ name: String, _ request: PinRequest) async throws {
         let group = try group(name)
         guard group.record.peerSite == request.siteID, request.name.hasPrefix(Self.verifyPrefix) else {
-            throw SiteError("group '\(name)' at '\(configuration.site)' has another peer", status: 403)
+            throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)
         }
         try await withdrawFlashCopy(FlashCopyRequest(name: request.name, volumes: group.entry.volumes))
     }

@@ -87,11 +87,11 @@ final class VolumeState {
         let recordFile = try DurableRecord<VolumeRecord>(path: "\(directory)/volume.record", value: &found)
         let grain = found?.grain ?? entry.grain ?? Geometry.defaultGrain(size: size)
         guard let geometry = Geometry(size: size, grain: grain) else {
-            throw SiteError("volume '\(entry.name)': \(entry.path) has \(size) bytes, which is no volume")
+            throw Refusal("volume '\(entry.name)': \(entry.path) has \(size) bytes, which is no volume")
         }
         self.geometry = geometry
         guard size % UInt64(max(1, source.directAlignment)) == 0 else {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(entry.name)': its size \(size) is no multiple of \(source.directAlignment) bytes, which "
                     + "direct I/O needs; remove cache = \"none\"")
         }
@@ -273,17 +273,17 @@ final class VolumeState {
             source = try OpenFile.storage(path: entry.path, flags: direct, claim: !force, waitMilliseconds: 2000)
         } catch {
             if error.errno == EBUSY {
-                throw SiteError(
+                throw Refusal(
                     "volume '\(entry.name)': the device \(entry.path) is mounted, or in use by another program; unmount it "
                         + "(`lsblk \(entry.path)`, `fuser -vm \(entry.path)`), or start with --force if that is meant to be"
                 )
             }
             guard error.errno == EINVAL, direct != 0 else { throw error }
-            throw SiteError(
+            throw Refusal(
                 "volume '\(entry.name)': the storage of \(entry.path) has no direct I/O; remove cache = \"none\"")
         }
         guard source.tryLock() else {
-            throw SiteError("volume '\(entry.name)': \(entry.path) is served by another farcopy process")
+            throw Refusal("volume '\(entry.name)': \(entry.path) is served by another farcopy process")
         }
         if try source.isRegularFile(), try source.size() == 0, let size = entry.size {
             try source.truncate(to: size)
@@ -312,7 +312,7 @@ final class VolumeState {
         let names = record.copies.filter { $0.state == .active }.map { "'\($0.name)'" }
         guard !names.isEmpty || hasPoints else { return }
         let lost = names.isEmpty ? "its recovery points" : "the FlashCopies \(names.joined(separator: ", "))"
-        throw SiteError(
+        throw Refusal(
             "volume '\(entry.name)': \(change), and \(lost) would be lost; bring the file back as it was, or accept it "
                 + "with `farcopy adopt \(entry.name) --config FILE`")
     }
@@ -326,33 +326,33 @@ final class VolumeState {
         if stat(entry.path, &facts) == 0 {
             let kind = facts.st_mode & S_IFMT
             guard kind == S_IFREG || kind == S_IFBLK else {
-                throw SiteError("\(what): \(entry.path) is neither a file nor a block device")
+                throw Refusal("\(what): \(entry.path) is neither a file nor a block device")
             }
             guard access(entry.path, R_OK | W_OK) == 0 else {
-                throw SiteError("\(what): \(entry.path) cannot be read and written by this user")
+                throw Refusal("\(what): \(entry.path) cannot be read and written by this user")
             }
             let size = try OpenFile(path: entry.path, flags: O_RDONLY).size()
             let grows = kind == S_IFREG && access("\(state)/volumes/\(entry.name)/volume.record", F_OK) == 0
             if let wanted = entry.size, wanted != size, size != 0 || kind == S_IFBLK, wanted < size || !grows {
-                throw SiteError(
+                throw Refusal(
                     "\(what): \(entry.path) has \(size) bytes, the configuration says \(wanted); correct 'size'")
             }
             if size == 0, entry.size == nil {
-                throw SiteError("\(what): \(entry.path) is empty; give 'size'")
+                throw Refusal("\(what): \(entry.path) is empty; give 'size'")
             }
             try checkRecorded(entry, size: max(size, entry.size ?? 0), state: state)
         } else {
             guard entry.size != nil else {
-                throw SiteError("\(what): \(entry.path) does not exist; give 'size' to have it created")
+                throw Refusal("\(what): \(entry.path) does not exist; give 'size' to have it created")
             }
             if access("\(state)/volumes/\(entry.name)/volume.record", F_OK) == 0 {
-                throw SiteError(
+                throw Refusal(
                     "\(what): \(entry.path) is missing, but this site has served it before; bring the file back, "
                         + "or remove \(state)/volumes/\(entry.name) to begin with an empty volume")
             }
             let directory = parentDirectory(entry.path)
             guard access(directory, W_OK) == 0 else {
-                throw SiteError("\(what): the directory \(directory) does not exist or cannot be written")
+                throw Refusal("\(what): the directory \(directory) does not exist or cannot be written")
             }
         }
     }
@@ -364,17 +364,17 @@ final class VolumeState {
         _ = try DurableRecord(path: path, value: &found)
         guard let found else { return }
         guard found.name == entry.name else {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(entry.name)': \(path) is of volume '\(found.name)'; bring this volume's own directory back, or "
                     + "remove it to begin anew (what it described must then be copied in full)")
         }
         if found.size > size {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(entry.name)': \(entry.path) has \(size) bytes, but had \(found.size) when it was served last; "
                     + "a volume can grow and not shrink; is it another file?")
         }
         if let grain = entry.grain, grain != found.grain {
-            throw SiteError(
+            throw Refusal(
                 "volume '\(entry.name)': the grain is \(found.grain) and cannot be changed to \(grain) without a new "
                     + "first copy; remove 'grain', or the directory \(state)/volumes/\(entry.name)")
         }

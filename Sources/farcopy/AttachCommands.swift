@@ -5,6 +5,7 @@ import Control
 import FoundationEssentials
 import Glibc
 import KernelDevice
+import NBDProtocol
 import Ring
 
 struct Attach: AsyncParsableCommand {
@@ -42,7 +43,7 @@ struct Attach: AsyncParsableCommand {
                 log: { Output.line($0) })
             keeper.run()
         } catch {
-            throw SiteError(error.description)
+            throw Refusal(error.description)
         }
     }
 
@@ -53,7 +54,7 @@ struct Attach: AsyncParsableCommand {
             StatusReport.self, from: Data(try await options.call("GET", "/v1/status")))
         guard report.volumes.values.contains(where: { $0.exports.contains(export) }) else {
             let known = report.volumes.values.flatMap(\.exports).sorted().joined(separator: ", ")
-            throw SiteError("site '\(report.site)' has no export '\(export)'; it has \(known)")
+            throw Refusal("site '\(report.site)' has no export '\(export)'; it has \(known)")
         }
         for text in report.nbd {
             switch Address(text) {
@@ -64,13 +65,13 @@ struct Attach: AsyncParsableCommand {
             case nil: continue
             }
         }
-        throw SiteError("site '\(report.site)' does not say where it listens; give an NBD URI instead of '\(export)'")
+        throw Refusal("site '\(report.site)' does not say where it listens; give an NBD URI instead of '\(export)'")
     }
 
     /// Starts this program again as the keeper, in a session of its own, and waits for what it says first.
     private static func startKeeper(_ uri: String, _ command: Attach) throws {
         var pipeEnds: [Int32] = [0, 0]
-        guard pipe(&pipeEnds) == 0 else { throw SiteError("attach: no pipe: \(String(cString: strerror(errno)))") }
+        guard pipe(&pipeEnds) == 0 else { throw Refusal("attach: no pipe: \(String(cString: strerror(errno)))") }
         let words = [
             "farcopy", "attach", uri, command.device, "--foreground", "--connections", "\(command.connections)",
             "--timeout", "\(command.timeout)", "--dead-timeout", "\(command.deadTimeout)",
@@ -88,7 +89,7 @@ struct Attach: AsyncParsableCommand {
         let result = posix_spawn(&child, "/proc/self/exe", &actions, &attributes, &arguments, environ)
         for argument in arguments { free(argument) }
         close(pipeEnds[1])
-        guard result == 0 else { throw SiteError("attach: start the keeper: \(String(cString: strerror(result)))") }
+        guard result == 0 else { throw Refusal("attach: start the keeper: \(String(cString: strerror(result)))") }
         var bytes = [UInt8](repeating: 0, count: 4096)
         let count = read(pipeEnds[0], &bytes, bytes.count)
         if count > 0 { return Output.write(Array(bytes[..<count])) }
@@ -108,7 +109,7 @@ struct Detach: ParsableCommand {
         do {
             try DeviceKeeper.detach(device: device, force: force)
         } catch {
-            throw SiteError(error.description)
+            throw Refusal(error.description)
         }
     }
 }

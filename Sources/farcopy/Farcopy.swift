@@ -3,6 +3,7 @@
 import ArgumentParser
 import Control
 import Glibc
+import NBDProtocol
 
 @main
 struct Farcopy: AsyncParsableCommand {
@@ -26,7 +27,7 @@ struct Farcopy: AsyncParsableCommand {
             } else {
                 try command.run()
             }
-        } catch let error as SiteError {
+        } catch let error as Refusal {
             Output.fail(error.description)
         } catch let error as ConfigurationError {
             Output.fail(error.description)
@@ -66,11 +67,11 @@ struct ControlOptions: ParsableArguments {
         let client = try client()
         do {
             return try await client.call(method, path, body: body, seconds: seconds)
-        } catch let error as SiteError {
+        } catch let error as Refusal {
             throw error
         } catch {
             let address = control ?? String(cString: getenv("FARCOPY_CONTROL"))
-            throw SiteError("no answer from \(address) (\(error)); is `farcopy serve` running there?")
+            throw Refusal("no answer from \(address) (\(error)); is `farcopy serve` running there?")
         }
     }
 }

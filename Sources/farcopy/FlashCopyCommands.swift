@@ -128,11 +128,11 @@ struct FlashCopyCommand: AsyncParsableCommand {
             let answer: [UInt8]
             do {
                 answer = try await post(options, "/restore", request)
-            } catch let refusal as SiteError where refusal.status == 412 && isatty(0) == 1 {
+            } catch let refusal as Refusal where refusal.kind == .unconfirmed && isatty(0) == 1 {
                 Output.line(refusal.description)
                 Output.write(Array("disconnect them? [y/N] ".utf8))
                 guard let words = readLine(), ["y", "yes"].contains(words.lowercased()) else {
-                    throw SiteError("nothing was done")
+                    throw Refusal("nothing was done")
                 }
                 request.disconnect = true
                 answer = try await post(options, "/restore", request)

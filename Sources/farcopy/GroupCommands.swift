@@ -119,7 +119,7 @@ struct Points: AsyncParsableCommand {
             Output.line(words)
             Output.write(Array("drop them? [y/N] ".utf8))
             guard let answer = readLine(), ["y", "yes"].contains(answer.lowercased()) else {
-                throw SiteError("nothing was done")
+                throw Refusal("nothing was done")
             }
         }
         request.preview = nil

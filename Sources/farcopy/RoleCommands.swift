@@ -132,7 +132,7 @@ enum ResyncText {
         Output.line(render(report))
         Output.write(Array("discard it? [y/N] ".utf8))
         guard let answer = readLine(), ["y", "yes"].contains(answer.lowercased()) else {
-            throw SiteError("nothing was done")
+            throw Refusal("nothing was done")
         }
     }
 }

@@ -31,10 +31,10 @@ struct Serve: AsyncParsableCommand {
         let configuration = try Self.configuration(at: config)
         do {
             try await serve(configuration, logger)
-        } catch let error as SiteError {
+        } catch let error as Refusal {
             throw error
         } catch {
-            throw SiteError("\(error)")
+            throw Refusal("\(error)")
         }
     }
 
@@ -82,7 +82,7 @@ struct Serve: AsyncParsableCommand {
 
     private static func read(_ path: String) throws -> String {
         guard let file = fopen(path, "r") else {
-            throw SiteError("open \(path): \(String(cString: strerror(errno)))")
+            throw Refusal("open \(path): \(String(cString: strerror(errno)))")
         }
         defer { fclose(file) }
         var bytes: [UInt8] = []
@@ -91,9 +91,9 @@ struct Serve: AsyncParsableCommand {
             let count = fread(&chunk, 1, chunk.count, file)
             if count == 0 { break }
             bytes += chunk[..<count]
-            guard bytes.count < 16 << 20 else { throw SiteError("\(path) is too large for a configuration") }
+            guard bytes.count < 16 << 20 else { throw Refusal("\(path) is too large for a configuration") }
         }
-        guard let text = String(validating: bytes, as: UTF8.self) else { throw SiteError("\(path) is not UTF-8") }
+        guard let text = String(validating: bytes, as: UTF8.self) else { throw Refusal("\(path) is not UTF-8") }
         return text
     }
 

@@ -109,7 +109,7 @@ func durableRecord() throws {
     }
     #expect(try broken([]) == ["value", "4"])
     #expect(try broken([36]) == ["value", "3"], "the newest copy is torn, the one before counts")
-    #expect(throws: SiteError.self) { _ = try broken([(256 << 10) + 36]) }
+    #expect(throws: Refusal.self) { _ = try broken([(256 << 10) + 36]) }
 }
 
 private struct DiskFull: Error {}
