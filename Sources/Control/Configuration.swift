@@ -7,35 +7,6 @@ import Replication
 import TLS
 import TOMLKit
 
-/// Where something listens.
-package enum Address: Sendable, Hashable, CustomStringConvertible {
-    case unix(path: String)
-    case tcp(host: String, port: UInt16)
-
-    /// "unix:/path" or "host:port" (IPv6 hosts in brackets); nil when it is neither.
-    package init?(_ text: String) {
-        if text.hasPrefix("unix:") {
-            let path = String(text.dropFirst(5))
-            guard path.hasPrefix("/"), path.utf8.count < 108 else { return nil }
-            self = .unix(path: path)
-            return
-        }
-        guard let colon = text.lastIndex(of: ":"), let port = UInt16(text[text.index(after: colon)...])
-        else { return nil }
-        var host = String(text[..<colon])
-        if host.hasPrefix("["), host.hasSuffix("]") { host = String(host.dropFirst().dropLast()) }
-        guard !host.isEmpty else { return nil }
-        self = .tcp(host: host, port: port)
-    }
-
-    package var description: String {
-        switch self {
-        case .unix(let path): "unix:\(path)"
-        case .tcp(let host, let port): host.contains(":") ? "[\(host)]:\(port)" : "\(host):\(port)"
-        }
-    }
-}
-
 package struct ConfigurationError: Error, CustomStringConvertible {
     package var description: String
     init(_ description: String) { self.description = description }
@@ -67,15 +38,13 @@ package struct Configuration: Sendable {
 
     package enum Mode: String, Sendable { case flashcopy }
 
-    package enum Role: String, Sendable { case primary, secondary }
-
     package struct GroupEntry: Sendable {
         package var name: String
         package var volumes: [String]
         package var role: Role
         package var peer: String
         package var mode: Mode
-        package var interval: IntervalSetting
+        package var interval: Interval
         package var keep: Retention
         package var access: AccessList
         package var hooks: HookCommands
@@ -121,12 +90,6 @@ package struct Configuration: Sendable {
         package var from: Int
         package var to: Int
         package var rate: UInt64
-    }
-
-    package enum IntervalSetting: Sendable, Equatable {
-        case continuous
-        case seconds(Double)
-        case manual
     }
 
     package struct PeerEntry: Sendable {

@@ -236,7 +236,7 @@ struct ConfigurationReader {
                 section, "volumes", "must name each volume once, and at most \(Limits.volumesPerGroup)")
         }
         let roleText = try string(entry, section, "role")
-        guard let role = Configuration.Role(rawValue: roleText) else {
+        guard let role = Role(rawValue: roleText) else {
             throw fail(section, "role", "is '\(roleText)'; it must be 'primary' or 'secondary'")
         }
         let modeText = entry["mode"] == nil ? "flashcopy" : try string(entry, section, "mode")
@@ -355,13 +355,13 @@ struct ConfigurationReader {
         return seconds
     }
 
-    private func interval(_ entry: TOMLTable, _ section: String) throws
-        -> Configuration.IntervalSetting
-    {
-        guard entry["interval"] != nil else { return .seconds(5) }
+    private func interval(_ entry: TOMLTable, _ section: String) throws -> Interval {
+        guard entry["interval"] != nil else { return .every(5_000_000_000) }
         let text = try string(entry, section, "interval")
         if text == "manual" { return .manual }
-        if let seconds = seconds(text), seconds <= 31 * 86400 { return seconds == 0 ? .continuous : .seconds(seconds) }
+        if let seconds = seconds(text), seconds <= 31 * 86400 {
+            return seconds == 0 ? .continuous : .every(UInt64(seconds * 1e9))
+        }
         throw fail(
             section, "interval",
             "is '\(text)'; write a time such as \"500ms\", \"5s\", \"10min\" or \"1h\", \"0s\" for continuously, or \"manual\""

@@ -112,14 +112,6 @@ final class GroupState {
     var nextScrub: Double?
     /// Alerts that are on, with what they say.
     var alerts: [AlertKind: String] = [:]
-
-    var interval: Interval {
-        switch entry.interval {
-        case .continuous: .continuous
-        case .manual: .manual
-        case .seconds(let seconds): .every(UInt64(seconds * 1e9))
-        }
-    }
 }
 
 /// What happened, for `farcopy events`; the newest thousand.

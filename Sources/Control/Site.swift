@@ -168,7 +168,7 @@ package actor Site {
         var record =
             found
             ?? GroupRecord(
-                role: entry.role == .primary ? .primary : .secondary,
+                role: entry.role,
                 generation: entry.role == .primary ? randomIdentity() : "")
         if found == nil {
             if record.role == .secondary {
@@ -324,18 +324,13 @@ package actor Site {
         let logger = logger
         let events = events
         let file = group.file
-        var address: NBDAddress
-        switch peer.nbd {
-        case .unix(let path): address = .unix(path: path)
-        case .tcp(let host, let port): address = .tcp(host: host, port: port)
-        }
         let slotBytes = max(Limits.linkSlotBytes, members.map(\.geometry.grain).max() ?? 0)
         let link = group.entry.link
         replicator.start(
             Replicator.Configuration(
                 group: name,
                 settings: Cycle.Settings(
-                    interval: group.interval, volumes: members.count, window: Limits.linkWindowBytes / slotBytes),
+                    interval: group.entry.interval, volumes: members.count, window: Limits.linkWindowBytes / slotBytes),
                 volumes: members.map { volume in
                     ReplicatedVolume(
                         name: volume.name, reactor: volume.reactor, number: volume.number,
@@ -343,7 +338,7 @@ package actor Site {
                         target: volume.pointTarget, preserved: volume.pointBitmap.mapping,
                         recording: volume.recording.mapping)
                 },
-                address: address,
+                address: peer.nbd,
                 tls: LinkTLS(
                     policy: peer.tls, files: configuration.nbd.files, user: peer.tlsUser),
                 peer: replicationPeer(group, peer),

@@ -9,12 +9,6 @@ import NBDProtocol
 import Ring
 import TLS
 
-/// Where a peer's NBD server listens.
-package enum NBDAddress: Sendable, Equatable {
-    case unix(path: String)
-    case tcp(host: String, port: UInt16)
-}
-
 /// How a link proves who it is, and asks the peer to.
 package struct LinkTLS: Sendable {
     package var policy: TLSPolicy
@@ -90,7 +84,7 @@ final class LinkConnection {
 
     /// Begins to connect; `isReady` tells when it is.
     init(
-        address: NBDAddress, tls: LinkTLS, export: String, slab: CompletionSlab
+        address: Address, tls: LinkTLS, export: String, slab: CompletionSlab
     ) throws(SystemError) {
         guard let handle = nbd_create() else { throw Self.failure("create a connection") }
         self.handle = handle
@@ -188,7 +182,7 @@ final class Link {
     private var failed = false
 
     init(
-        address: NBDAddress, tls: LinkTLS, exports: [String], connectionsPerVolume: Int, window: Int
+        address: Address, tls: LinkTLS, exports: [String], connectionsPerVolume: Int, window: Int
     ) throws(SystemError) {
         completions = CompletionSlab(count: window * Self.partsPerSlot + exports.count * connectionsPerVolume)
         var connections: [[LinkConnection]] = []

@@ -8,6 +8,7 @@
 
 import Base
 import Glibc
+import NBDProtocol
 import NBDServer
 import Ring
 import Synchronization
@@ -204,7 +205,7 @@ package final class Replicator: Sendable {
         package var group: String
         package var settings: Cycle.Settings
         package var volumes: [ReplicatedVolume]
-        package var address: NBDAddress
+        package var address: Address
         package var tls: LinkTLS
         package var peer: any PeerClient
         package var connectionsPerVolume: Int
@@ -221,7 +222,7 @@ package final class Replicator: Sendable {
 
         package init(
             group: String, settings: Cycle.Settings, volumes: [ReplicatedVolume],
-            address: NBDAddress, tls: LinkTLS, peer: any PeerClient, connectionsPerVolume: Int,
+            address: Address, tls: LinkTLS, peer: any PeerClient, connectionsPerVolume: Int,
             compare: ComparePolicy, stallTimeout: Double, rate: UInt64,
             save: @escaping @Sendable (GroupRecord) throws -> Void,
             log: @escaping @Sendable (String) -> Void, refused: @escaping @Sendable () -> Void

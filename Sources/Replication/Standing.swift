@@ -1,4 +1,4 @@
-// Roles.swift: who is the current primary of a group, and how a site that is not becomes its secondary.
+// Standing.swift: who is the current primary of a group, and how a site that is not becomes its secondary.
 //
 // Only decisions, without I/O, so that a site and the simulator do the same.
 //
