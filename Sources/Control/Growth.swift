@@ -38,6 +38,8 @@ enum Growth {
         try synchronizeDirectory("\(directory)/copies")
         try synchronizeDirectory(directory)
         for index in record.copies.indices {
+            // Before the record is looked at after power loss, what was complete is so up to here.
+            if record.copies[index].isComplete { record.copies[index].completeBytes = record.size }
             record.copies[index].isComplete = false
             if let path = record.copies[index].target { try growTarget(path, from: record.size, to: geometry.size) }
         }

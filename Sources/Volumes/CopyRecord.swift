@@ -38,6 +38,8 @@ package struct CopyRecord: Codable, Sendable, Equatable {
     package var rate: UInt64 = 0
     /// The background copy is finished, and its data on stable storage.
     package var isComplete = false
+    /// The volume has grown since the background copy was finished, and no start has come to its end: up to here it was.
+    package var completeBytes: UInt64?
     package var isWritable = false
     /// Clients could write to it once; nil = never, unless they may now.
     package var wasWritable: Bool?
@@ -80,7 +82,7 @@ package struct CopyRecord: Codable, Sendable, Equatable {
             reason = "its refresh was interrupted; refresh it again, or withdraw it"
             return .absent
         }
-        guard trusted || isDurable || (isComplete && state == .active) else {
+        guard trusted || isDurable || ((isComplete || completeBytes != nil) && state == .active) else {
             // Kept in the record, since a start may end before what is `forgotten` is gone.
             if state == .creating || state == .withdrawing { isForgotten = true }
             if state != .lost {

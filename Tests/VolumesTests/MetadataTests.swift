@@ -152,6 +152,9 @@ func resumption() {
     #expect(resume(record(.active, durable: true), trusted: false) == (.serves, .active))
     #expect(resume(record(.active, complete: true), trusted: false) == (.serves, .active))
     #expect(resume(record(.refreshing, complete: true), trusted: false) == (.absent, .lost))
+    var grown = record(.active)
+    grown.completeBytes = 4096
+    #expect(resume(grown, trusted: false) == (.serves, .active))
 }
 
 @Test("after power loss a copy may lack changes where clients could write to it, or to a newer one, or that is lost")

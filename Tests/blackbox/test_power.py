@@ -466,6 +466,21 @@ class Copies(PowerTest):
                 self.check_copies(east, image)
                 self.assert_alike(east, west)
 
+    def test_a_complete_copy_of_a_volume_that_has_grown(self):
+        """Power loss took bits of the finished background copy; its data is there."""
+        site = self.site("solo", {"orders": "16MiB"})
+        self.write(site, 2000)
+        image = site.read("orders")
+        site.farcopy("flashcopy", "create", "orders", "full", "--copy", "--rate", "0")
+        listed = lambda: json.loads(site.farcopy("flashcopy", "list", "--json").stdout)  # noqa: E731
+        wait_for(lambda: listed()[0]["background_copy"]["complete"], what="the background copy")
+        self.write(site, 200)
+        site.lose_power()
+        site.edit('size = "16MiB"', 'size = "17MiB"')
+        site.start()
+        self.assertEqual([copy["state"] for copy in listed()], ["active"])
+        self.assert_equal_images(site.read("orders@full")[:SIZE], image, "the copy")
+
     def test_a_restore_goes_on(self):
         """The command had succeeded, so the volume is as it was at the copy's moment; what hosts wrote and flushed since is there too."""
         site = self.site("solo", {"orders": "16MiB"})
