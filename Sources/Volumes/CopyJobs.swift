@@ -536,7 +536,7 @@ extension Volume {
         while slot >= 0 {
             if errno != 0 { jobs[Int(slot)].copyError = errno }
             if flushBatch.stage == .data { markMoved(slot) }
-            if flushBatch.stage == .record, errno != 0 { unmarkMoved(slot) }
+            if flushBatch.stage == .record, jobs[Int(slot)].copyError != 0 { unmarkMoved(slot) }
             slot = jobs[Int(slot)].next
         }
         if errno == 0, flushBatch.stage == .data, first.purpose != .restore,

@@ -29,6 +29,10 @@ package struct StoreIO: BitwiseCopyable {
     /// Whether its success says that something of the volume's own file is on stable storage.
     var makesSourceDurable: Bool { file == Volume.source && (operation == .flush || fua) }
 
+    /// Whether an error of a write with FUA says that it was not begun, and nothing about what was written before: too large (EFBIG), not known
+    /// here (EINVAL, EOPNOTSUPP). No room (ENOSPC, EDQUOT) may be that of a device under a file system, which took what it cannot keep.
+    static func wasRefused(_ errno: Int32) -> Bool { [22, 27, 95].contains(errno) }
+
     /// In place of an errno: the whole range is a hole, and the buffer was not filled.
     package static let hole: Int32 = -1
 }

@@ -264,13 +264,13 @@ package final class Volume {
         fileInFlight[Int(io.file)] -= 1
         invariant(fileInFlight[Int(io.file)] >= 0, "an I/O is answered once")
         guard io.makesSourceDurable else {
-            if errno > 0, io.operation == .flush { failJobs(writingTo: io.file, errno) }
+            if errno > 0, io.operation == .flush || io.fua { failJobs(writingTo: io.file, errno) }
             return deliver(io, errno)
         }
-        if errno != 0 { loseSource(errno: errno) }
-        if flushError != 0 {
+        if errno != 0, io.operation == .flush || !StoreIO.wasRefused(errno) { loseSource(errno: errno) }
+        if flushError != 0 || errno != 0 {
             if io.flushNumber != .max { flushGate.failed(io) }
-            deliver(io, flushError)
+            deliver(io, flushError != 0 ? flushError : errno)
         } else {
             flushGate.succeeded(io)
         }
