@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/socket.h>
@@ -74,14 +75,30 @@ static inline int farcopy_is_ext(int fd) {
     struct statfs system;
     return fstat(fd, &facts) == 0 && S_ISREG(facts.st_mode) && fstatfs(fd, &system) == 0 && system.f_type == EXT4_SUPER_MAGIC;
 }
-// EIO or EROFS when the file system of an open file takes no writes any more, which opening the file again tells on every kernel; else 0.
+// EIO or EROFS when the file system of an open file takes no writes any more, which opening the file again tells on every kernel, and mapping
+// it, when there is no descriptor, on newer ones; else 0.
 static inline int farcopy_file_system_error(int fd) {
     char name[32];
     snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
     int again = open(name, O_RDWR | O_CLOEXEC);
-    if (again < 0) return errno == EIO || errno == EROFS ? errno : 0;
-    close(again);
+    if (again >= 0) {
+        close(again);
+        return 0;
+    }
+    if (errno == EIO || errno == EROFS) return errno;
+    void *memory = mmap(NULL, 1, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (memory == MAP_FAILED) return errno == EIO || errno == EROFS ? errno : 0;
+    munmap(memory, 1);
     return 0;
+}
+// Makes every page of a shared mapping dirty without changing it, whoever else stores to it meanwhile: each is written to with what it holds,
+// in one indivisible step.
+static inline void farcopy_make_dirty(void *memory, size_t length) {
+    for (size_t offset = 0; offset < length; offset += 4096) {
+        unsigned long *word = (unsigned long *)((char *)memory + offset);
+        unsigned long held = __atomic_load_n(word, __ATOMIC_RELAXED);
+        while (!__atomic_compare_exchange_n(word, &held, held, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    }
 }
 int fallocate(int, int, off_t, off_t);
 // Storage for a range, without a change of the file's size.

@@ -30,7 +30,8 @@ final class BitmapFile: Sendable {
         } else {
             try Self.check(path, header)
         }
-        mapping = try MappedFile(path: path, byteCount: header.fileBytes, create: false)
+        mapping = try MappedFile(
+            path: path, byteCount: header.fileBytes, create: false, markOffset: BitmapHeader.flushFailedOffset)
     }
 
     private static func make(_ path: String, _ header: BitmapHeader, _ filled: Bool) throws {
@@ -52,7 +53,7 @@ final class BitmapFile: Sendable {
     }
 
     private static func check(_ path: String, _ expected: BitmapHeader) throws {
-        guard access(path, F_OK) == 0 else { throw DamagedMetadata(description: "\(path) is missing") }
+        guard try exists(path) else { throw DamagedMetadata(description: "\(path) is missing") }
         let file = try OpenFile(path: path, flags: O_RDONLY)
         let found = try readHeader(file)
         guard found == expected else {

@@ -17,10 +17,13 @@ import Glibc
 import Ring
 
 package final class DurableRecord<Value: VersionedRecord> {
-    private let file: OpenFile
+    private var file: OpenFile
     private var sequence: UInt64 = 0
     private let directory: String
     private var isNew: Bool
+    /// A flush has failed: where it wrote, a later one may succeed without having written (`OpenFile.flushProofError` for ext4; the kernel
+    /// calls the pages clean). A whole new file takes the place of this one.
+    private var mustReplace = false
 
     /// Opens or creates the file.
     ///
@@ -82,11 +85,39 @@ package final class DurableRecord<Value: VersionedRecord> {
         var bytes = head
         for index in 0..<4 { bytes.append(UInt8(truncatingIfNeeded: checksum >> UInt32(8 * index))) }
         bytes += reserved + payload
-        if isNew { try synchronizeDirectory(directory) }  // while it is empty, which a start takes for new
-        try file.write(bytes, at: next % 2 == 0 ? 0 : RecordCopy.spaceBytes)
-        try file.synchronize()
+        let start = next % 2 == 0 ? 0 : RecordCopy.spaceBytes
+        if mustReplace {
+            try replaceFile(bytes, at: start)
+        } else {
+            if isNew { try synchronizeDirectory(directory) }  // while it is empty, which a start takes for new
+            try file.write(bytes, at: start)
+            do {
+                try file.synchronize()
+            } catch {
+                mustReplace = true
+                throw error
+            }
+        }
         isNew = false
         sequence = next
+    }
+
+    private func replaceFile(_ bytes: [UInt8], at start: Int) throws {
+        let path = file.path
+        let new = "\(path).new"
+        unlink(new)
+        let made = try OpenFile(path: new, flags: O_RDWR | O_CREAT)
+        for start in [0, RecordCopy.spaceBytes] { try? made.reserve(start..<start + RecordCopy.reservedBytes) }
+        try made.write(bytes, at: start)
+        try made.synchronize()
+        let descriptor = fcntl(made.descriptor, F_DUPFD_CLOEXEC, 0)
+        guard descriptor >= 0 else { throw SystemError("open \(new)") }
+        let renamed = OpenFile(descriptor: descriptor, path: path)
+        guard rename(new, path) == 0 else { throw SystemError("rename \(new)") }
+        file = renamed
+        try synchronizeDirectory(directory)
+        try file.synchronize()
+        mustReplace = false
     }
 }
 

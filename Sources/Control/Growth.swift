@@ -23,7 +23,7 @@ enum Growth {
         var paths = ["recording.bitmap", "point.bitmap", "restore.bitmap"]
         let copies = try FileManager.default.contentsOfDirectory(atPath: "\(directory)/copies")
         paths += copies.filter { $0.hasSuffix(".bitmap") }.map { "copies/\($0)" }
-        for name in paths where access("\(directory)/\(name)", F_OK) == 0 {
+        for name in paths where try exists("\(directory)/\(name)") {
             try growBitmaps("\(directory)/\(name)", identity, record, name, to: geometry)
         }
         for name in copies where name.hasSuffix(".target") {
@@ -49,7 +49,7 @@ enum Growth {
 
     /// A sparse file under a FlashCopy; a device of the operator's must have grown already.
     private static func growTarget(_ path: String, from old: UInt64, to size: UInt64) throws {
-        guard access(path, F_OK) == 0 else { return }
+        guard try exists(path) else { return }
         let target = try OpenFile(path: path, flags: O_RDWR)
         if try target.isRegularFile(), try target.size() == old { try target.truncate(to: size) }
     }

@@ -49,8 +49,7 @@ extension Site {
         var links = (group?.record.points ?? []).filter { group?.record.holds($0, volume.name) == true }.map {
             Link(record: CopyRecord($0), resumption: $0.isFailed == true ? .servesOlder : .serves, isPoint: true)
         }
-        for point in group?.record.retired ?? []
-        where access(volume.bitmapPath(CopyID(point.number)), F_OK) == 0 {
+        for point in group?.record.retired ?? [] where try exists(volume.bitmapPath(CopyID(point.number))) {
             links.append(Link(record: CopyRecord(point), resumption: .leaves, isPoint: true))
         }
         var copies = volume.record.copies
@@ -81,7 +80,7 @@ extension Site {
         guard record.state == .refreshing else { return false }
         for other in volume.record.copies
         where other.state == .creating && other.targetOwner == record.targetOwner && other.id != record.id {
-            guard access(volume.bitmapPath(other.id), F_OK) == 0 else { continue }
+            guard try exists(volume.bitmapPath(other.id)) else { continue }
             let file = try OpenFile(path: volume.bitmapPath(other.id), flags: O_RDONLY)
             return try file.read(at: BitmapHeader.takenOffset, count: 1).first == 1
         }
@@ -128,7 +127,7 @@ extension Site {
     private func openLink(_ volume: VolumeState, _ link: Link) throws -> CopyFiles {
         let record = link.record
         // Files come before the record that names them, except those of a copy of which nobody was told yet.
-        let missing = access(volume.bitmapPath(link.id), F_OK) != 0
+        let missing = try !exists(volume.bitmapPath(link.id))
         if missing, record.state != .creating {
             throw DamagedMetadata(description: "\(volume.bitmapPath(link.id)) is missing")
         }

@@ -206,6 +206,12 @@ final class VolumeState {
         roles.pointee.sourceLost = 0
         try recording.synchronize()
         for files in copies.values { try files.bitmap.synchronize() }
+        // What the log says is in memory, and may not be on disk.
+        var logIsWhole = true
+        if record.logIsBroken {
+            activityLog.mapping.flushFailed()
+            logIsWhole = (try? activityLog.synchronize()) != nil
+        }
         let storage = Self.storage(record, directory, source)
         let file = try source.identity()
         try kept.amend { record in
@@ -214,7 +220,8 @@ final class VolumeState {
             record.storage = storage
             record.file = file
             record.servedAs = servedAs
-            record.logIsBroken = false
+            record.logIsBroken = !logIsWhole
+            for index in record.copies.indices { record.copies[index].completeBytes = nil }
         }
         isConfirmed = true
     }
@@ -359,7 +366,7 @@ final class VolumeState {
 
     private static func checkRecorded(_ entry: Configuration.VolumeEntry, size: UInt64, state: String) throws {
         let path = "\(state)/volumes/\(entry.name)/volume.record"
-        guard access(path, F_OK) == 0 else { return }
+        guard try exists(path) else { return }
         var found: VolumeRecord?
         _ = try DurableRecord(path: path, value: &found)
         guard let found else { return }
@@ -405,7 +412,7 @@ final class VolumeState {
     /// Opens, or makes, the sparse target of a copy in the state directory.
     func openTarget(_ owner: CopyID, create: Bool) throws -> OpenFile {
         if create { unlink(targetPath(owner)) }  // left over from an attempt that was not recorded
-        if !create, access(targetPath(owner), F_OK) != 0 {
+        if !create, try !exists(targetPath(owner)) {
             throw DamagedMetadata(description: "\(targetPath(owner)) is missing")
         }
         let target = try OpenFile(path: targetPath(owner), flags: create ? O_RDWR | O_CREAT : O_RDWR)

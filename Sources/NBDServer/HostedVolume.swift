@@ -72,6 +72,9 @@ package final class HostedVolume {
         return StoreFile(slot)
     }
 
+    /// A flush of a file has failed: what a mapping has of it is written again by the next.
+    func flushFailed(_ slot: StoreFile) { mappings[slot]?.flushFailed() }
+
     package func removeFile(_ slot: StoreFile) {
         files[Int(slot)] = nil
         slots[Int(slot)] = FileSlot()

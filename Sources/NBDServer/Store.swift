@@ -192,6 +192,9 @@ extension Reactor {
             stores.give(slot)
             endBounce(operation)
             if !deferredStores.isEmpty { deferredStoresReady = true }
+            if errno != 0, operation.io.operation == .flush {
+                volumes[operation.volume]?.flushFailed(operation.io.file)
+            }
             volumes[operation.volume]?.volume.complete(operation.io, errno: errno)
         }
     }

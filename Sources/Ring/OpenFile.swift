@@ -218,16 +218,18 @@ package final class MappedFile: @unchecked Sendable {
     package let file: OpenFile
     package let memory: UnsafeMutableRawPointer
     package let byteCount: Int
+    private let markOffset: Int
 
     /// Opens or creates the file with exactly `byteCount` bytes; where new, zeros, with storage for all of them.
     ///
     /// - Throws: when an existing file has another size: it belongs to a volume of another size or grain.
-    package init(path: String, byteCount: Int, create: Bool) throws(SystemError) {
+    /// - Parameter markOffset: where a word of the file, of no other use, says that a flush of it has failed (`flushFailed`); 0 = nowhere.
+    package init(path: String, byteCount: Int, create: Bool, markOffset: Int = 0) throws(SystemError) {
         let file = try OpenFile(path: path, flags: create ? O_RDWR | O_CREAT : O_RDWR)
         let present = try file.size()
         if present == 0, create {
             try file.truncate(to: UInt64(byteCount))
-            try file.reserve(0..<byteCount)
+            try Self.allocate(file, byteCount)
         } else if present != UInt64(byteCount) {
             throw SystemError(
                 "map \(path): it has \(present) bytes instead of \(byteCount)", errno: EINVAL)
@@ -237,13 +239,48 @@ package final class MappedFile: @unchecked Sendable {
         self.file = file
         self.memory = memory
         self.byteCount = byteCount
+        self.markOffset = markOffset
+        // A process before this one may have ended before it could flush again.
+        if markOffset > 0, present > 0, (memory + markOffset).load(as: UInt64.self) != 0 { flushFailed() }
     }
 
     deinit { munmap(memory, byteCount) }
 
+    /// Files up to here are written with zeroes when they are made; in larger ones space is only reserved.
+    private static let writtenBytes = 16 << 20
+
+    /// Storage for all of a new file. Blocks that were only reserved become the file's when they are written first, and ext4 forgets to
+    /// do that when the first write fails and a second succeeds; so they are written now.
+    private static func allocate(_ file: OpenFile, _ byteCount: Int) throws(SystemError) {
+        guard byteCount <= writtenBytes else { return try file.reserve(0..<byteCount) }
+        let zeroes = [UInt8](repeating: 0, count: min(byteCount, 1 << 20))
+        var offset = 0
+        while offset < byteCount {
+            let count = min(zeroes.count, byteCount - offset)
+            try file.write(count == zeroes.count ? zeroes : Array(zeroes[..<count]), at: offset)
+            offset += count
+        }
+    }
+
     package func synchronize() throws(SystemError) {
-        guard msync(memory, byteCount, MS_SYNC) == 0 else { throw SystemError("flush \(file.path)") }
-        try file.proveFlush()
+        do throws(SystemError) {
+            guard msync(memory, byteCount, MS_SYNC) == 0 else { throw SystemError("flush \(file.path)") }
+            try file.proveFlush()
+        } catch {
+            flushFailed()
+            throw error
+        }
+        if markOffset > 0, (memory + markOffset).load(as: UInt64.self) != 0 {
+            (memory + markOffset).storeBytes(of: 0, as: UInt64.self)
+        }
+    }
+
+    /// A flush of the file has failed. The kernel tells that once and calls the pages clean, so the next flush would succeed and write
+    /// nothing: all are made dirty again. Should this process end before that flush, the next one finds the mark.
+    package func flushFailed() {
+        guard OpenFile.flushProofError(file.descriptor) == 0 else { return }  // nothing can be written, nor stored to
+        if markOffset > 0 { (memory + markOffset).storeBytes(of: 1, as: UInt64.self) }
+        farcopy_make_dirty(memory, byteCount)
     }
 }
 
@@ -265,6 +302,15 @@ package final class PoolMemory: @unchecked Sendable {
     }
 
     deinit { munmap(memory, byteCount) }
+}
+
+/// Whether there is something at a path.
+///
+/// - Throws: when that cannot be told: what cannot be looked at is not missing.
+package func exists(_ path: String) throws(SystemError) -> Bool {
+    if access(path, F_OK) == 0 { return true }
+    guard errno == ENOENT || errno == ENOTDIR else { throw SystemError("look for \(path)") }
+    return false
 }
 
 /// The directory that an absolute path lies in.

@@ -9,6 +9,7 @@
 //   128 recording bitmaps: which of the two records changes (64); 136 the point that the other one is of (64), 0 = none.
 //       Both change while the file is in use.
 //       144: 1 once a flush of the volume's own file has failed (64)
+//   152 all: 1 once a flush of this file has failed, until one succeeds (64)
 //   128 copies: 1 once the copy has taken over the target of the one that it refreshes (64); 136: 1 once it has failed (64)
 // The bitmaps begin at 4096.
 //
@@ -24,6 +25,7 @@ package struct BitmapHeader: Sendable, Equatable {
     package static let takenOffset = 128
     package static let failedOffset = 136
     package static let sourceLostOffset = 144
+    package static let flushFailedOffset = 152
     package static let currentFormat: UInt32 = 1
     private static let magic: UInt64 = 0x4259_504F_4352_4146  // "FARCOPYB"
 

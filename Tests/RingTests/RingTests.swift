@@ -73,3 +73,28 @@ func mapping() throws {
     #expect(try mapping.file.readAll().last == 0xAB)
     #expect(throws: SystemError.self) { try MappedFile(path: path, byteCount: 4096, create: false) }
 }
+
+@Test("a flush that failed is known to the next process that maps the file, until one succeeds")
+func failedFlush() throws {
+    let path = "/tmp/farcopy-flush-\(getpid())"
+    defer { unlink(path) }
+    func mark() throws -> UInt8 { try OpenFile(path: path, flags: O_RDONLY).read(at: 152, count: 1)[0] }
+    let mapping = try MappedFile(path: path, byteCount: 8192, create: true, markOffset: 152)
+    mapping.memory.storeBytes(of: 7, toByteOffset: 5000, as: UInt8.self)
+    mapping.flushFailed()
+    #expect(try mark() == 1)
+    let next = try MappedFile(path: path, byteCount: 8192, create: false, markOffset: 152)
+    try next.synchronize()
+    #expect(try mark() == 0)
+    #expect(next.memory.load(fromByteOffset: 5000, as: UInt8.self) == 7)
+}
+
+@Test("what cannot be looked at is not missing")
+func existence() throws {
+    let path = "/tmp/farcopy-exists-\(getpid())"
+    defer { unlink(path) }
+    #expect(try !exists(path))
+    #expect(symlink(path, path) == 0)
+    #expect(throws: SystemError.self) { try exists(path) }
+    #expect(try exists("/tmp") && !exists("/etc/passwd/below"))
+}

@@ -195,6 +195,55 @@ class PoweredFileSystem:
         self.device.detach()
 
 
+class ThinFileSystem(PoweredFileSystem):
+    """ext4 on a device of which single blocks can be made to fail when they are written: the file under it has no room for them."""
+
+    def __init__(self, path, size=96 * MIB):
+        own_mounts()
+        self.path, self.kind = path, "ext4"
+        os.makedirs(path, exist_ok=True)
+        self.pool = path + ".pool"
+        os.makedirs(self.pool)
+        run("mount", "-t", "tmpfs", "-o", f"size={size + 8 * MIB}", "farcopy-test", self.pool)
+        with open(os.path.join(self.pool, "under"), "wb") as file:
+            for _ in range(size // MIB):
+                file.write(bytes(MIB))
+        self.filler = os.open(os.path.join(self.pool, "filler"), os.O_RDWR | os.O_CREAT, 0o600)
+        self.device = LoopDevice(os.path.join(self.pool, "under"))
+        run("mkfs.ext4", "-q", "-m", "0", "-b", "4096", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0", self.device.path)
+        self.mount()
+
+    def extents(self, path):
+        """(offset, place on the device, bytes) of each."""
+        for line in run("filefrag", "-e", "-b4096", path).stdout.splitlines():
+            fields = line.replace("..", " ").replace(":", " ").split()
+            if fields and fields[0].isdigit():
+                yield int(fields[1]) * 4096, int(fields[3]) * 4096, int(fields[5]) * 4096
+
+    def break_at(self, path, offset, length):
+        """Writes to this part of a file fail from now on. It begins with the file, or behind what is written with it in one go: the loop
+        driver calls a write whose first page has room a success."""
+        os.sync()
+        for at, place, count in self.extents(path):
+            first, last = max(at, offset), min(at + count, offset + length)
+            if first < last:
+                run("fallocate", "--punch-hole", "--offset", str(place + first - at), "--length", str(last - first), self.device.backing)
+        end = os.fstat(self.filler).st_size
+        for step in (MIB, 64 << 10, 4096):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.posix_fallocate(self.filler, end, step)
+                    end += step
+
+    def mend(self):
+        os.ftruncate(self.filler, 0)
+
+    def end(self):
+        super().end()
+        os.close(self.filler)
+        run("umount", "--lazy", self.pool, check=False)
+
+
 class SmallFileSystem:
     """tmpfs or ext4 at `path` that can be filled to the last block."""
 
@@ -240,7 +289,8 @@ class PoweredSite(Site):
     def __init__(self, directory, name, volumes, kind, apart=False, **options):
         path = os.path.join(directory, name)
         os.makedirs(path, exist_ok=True)
-        self.data_disk = PoweredFileSystem(os.path.join(path, "data"), kind)
+        data = os.path.join(path, "data")
+        self.data_disk = ThinFileSystem(data) if kind == "thin" else PoweredFileSystem(data, kind)
         self.state_disk = PoweredFileSystem(os.path.join(path, "state-disk"), kind) if apart else self.data_disk
         super().__init__(
             directory, name, volumes, state=os.path.join(self.state_disk.path, "state"), data=self.data_disk.path, **options)
