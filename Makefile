@@ -100,10 +100,11 @@ format: ## Format the Swift sources
 	@scripts/bootstrap swift
 	$(SWIFT) format format --in-place --parallel --recursive Package.swift Sources Tests
 
-lint: ## Check the format and the rules of the house
-	@scripts/bootstrap swift
+lint: ## Check the format, the rules of the house, and that every mutant finds its line
+	@scripts/bootstrap swift test
 	$(SWIFT) format lint --strict --parallel --recursive Package.swift Sources Tests
 	@scripts/tidy
+	@CHECK=1 PYTHONDONTWRITEBYTECODE=1 $(PYTHON) Tests/mutants/mutants.py
 
 install: build ## Install farcopy to $(PREFIX)/bin
 	install -D -m 0755 .build/release/farcopy $(DESTDIR)$(PREFIX)/bin/farcopy
