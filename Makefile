@@ -101,7 +101,7 @@ format: ## Format the Swift sources
 	$(SWIFT) format format --in-place --parallel --recursive Package.swift Sources Tests
 
 lint: ## Check the format, the rules of the house, and that every mutant finds its line
-	@scripts/bootstrap swift test
+	@scripts/bootstrap swift
 	$(SWIFT) format lint --strict --parallel --recursive Package.swift Sources Tests
 	@scripts/tidy
 	@CHECK=1 PYTHONDONTWRITEBYTECODE=1 $(PYTHON) Tests/mutants/mutants.py
