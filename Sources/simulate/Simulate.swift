@@ -11,7 +11,7 @@ import Simulation
 @main
 struct Simulate {
     /// A deliberate fault counts as caught when one of this many seeds fails.
-    static let seedsToCatch: UInt64 = 400
+    static let seedsToCatch: UInt64 = 2000
 
     static func main() {
         var first: UInt64 = 1
