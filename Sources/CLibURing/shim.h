@@ -41,12 +41,12 @@ static inline long farcopy_pwrite(int fd, const void *buffer, size_t length, off
 static inline int farcopy_block_device_size(int fd, unsigned long long *size) {
     return ioctl(fd, BLKGETSIZE64, size) < 0 ? -errno : 0;
 }
-// A file whose storage is memory. Asked of a device node, statfs tells of the file system of the node (devtmpfs, whose magic is that of
-// tmpfs), and nothing of the device.
-static inline int farcopy_is_tmpfs(int fd) {
+// The type of the file system that a regular file lies on; 0 for what is none. Asked of a device node, statfs tells of the file system of the
+// node (devtmpfs, whose magic is that of tmpfs), and nothing of the device.
+static inline long farcopy_storage_type(int fd) {
     struct stat facts;
     struct statfs system;
-    return fstat(fd, &facts) == 0 && S_ISREG(facts.st_mode) && fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC;
+    return fstat(fd, &facts) == 0 && S_ISREG(facts.st_mode) && fstatfs(fd, &system) == 0 ? (long)system.f_type : 0;
 }
 // The field's type differs between versions of the kernel's header.
 static inline void farcopy_make_durable(struct io_uring_sqe *entry) { entry->rw_flags = RWF_DSYNC; }
@@ -68,12 +68,6 @@ static inline long long farcopy_birth_time(int fd) {
     if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, 0x800 /* STATX_BTIME */, facts) != 0 || !(facts[0] & 0x800))
         return 0;
     return ((long long)facts[21] << 32 | facts[20]) * 1000000000LL + facts[22];
-}
-// Of a file on ext2, ext3 or ext4.
-static inline int farcopy_is_ext(int fd) {
-    struct stat facts;
-    struct statfs system;
-    return fstat(fd, &facts) == 0 && S_ISREG(facts.st_mode) && fstatfs(fd, &system) == 0 && system.f_type == EXT4_SUPER_MAGIC;
 }
 // EIO or EROFS when the file system of an open file takes no writes any more, which opening the file again tells on every kernel, and mapping
 // it, when there is no descriptor, on newer ones; else 0.

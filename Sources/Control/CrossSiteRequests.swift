@@ -40,29 +40,27 @@ struct CrossSiteRequests: RouterMiddleware {
         _ request: Request, context: Context, next: (Request, Context) async throws -> Response
     ) async throws -> Response {
         if request.method == .get || request.method == .head { return try await next(request, context) }
-        if let refusal = refusal(request) { return refusal }
+        if let refusal = refusal(request) { return errorResponse(refusal) }
+        let type = (request.headers[.contentType] ?? "").prefix { $0 != ";" }.filter { $0 != " " }
+        guard type.lowercased() == "application/json" else {
+            let words =
+                "a request that changes something must have the header Content-Type: application/json, also without a body"
+            return errorResponse(Refusal(words, .misuse), .unsupportedMediaType)
+        }
         return try await next(request, context)
     }
 
-    private func refusal(_ request: Request) -> Response? {
+    private func refusal(_ request: Request) -> Refusal? {
         let authority = (request.head.authority ?? "").lowercased()
         if let names, !isOwn(host(of: authority), names) {
-            return errorResponse(
-                Refusal(
-                    "the name '\(authority)' in the request's Host header is none of this site's; use an address, or add it to "
-                        + "site.control_names", .refused))
+            return Refusal(
+                "the name '\(authority)' in the request's Host header is none of this site's; use an address, or add it to "
+                    + "site.control_names", .refused)
         }
         if let origin = request.headers[.origin], origin.lowercased() != "http://\(authority)",
             origin.lowercased() != "https://\(authority)"
         {
-            return errorResponse(Refusal("a page of '\(origin)' asks for this, which is another site", .refused))
-        }
-        let type = (request.headers[.contentType] ?? "").prefix { $0 != ";" }.filter { $0 != " " }
-        guard type.lowercased() == "application/json" else {
-            return errorResponse(
-                Refusal(
-                    "a request that changes something must have the header Content-Type: application/json, also without a body",
-                    .misuse), .unsupportedMediaType)
+            return Refusal("a page of '\(origin)' asks for this, which is another site", .refused)
         }
         return nil
     }

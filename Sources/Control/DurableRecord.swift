@@ -34,7 +34,7 @@ package final class DurableRecord<Value: VersionedRecord> {
         directory = parentDirectory(path)
         let bytes = try file.readAll()
         isNew = bytes.isEmpty
-        for start in [0, RecordCopy.spaceBytes] { try? file.reserve(start..<start + RecordCopy.reservedBytes) }
+        RecordCopy.reserveSpace(in: file)
         guard !bytes.isEmpty else { return }
         let valid = RecordCopy.all(in: bytes).filter { $0.payload != nil }
         guard let best = valid.max(by: { $0.sequence < $1.sequence }), let payload = best.payload else {
@@ -107,7 +107,7 @@ package final class DurableRecord<Value: VersionedRecord> {
         let new = "\(path).new"
         unlink(new)
         let made = try OpenFile(path: new, flags: O_RDWR | O_CREAT)
-        for start in [0, RecordCopy.spaceBytes] { try? made.reserve(start..<start + RecordCopy.reservedBytes) }
+        RecordCopy.reserveSpace(in: made)
         try made.write(bytes, at: start)
         try made.synchronize()
         let descriptor = fcntl(made.descriptor, F_DUPFD_CLOEXEC, 0)
@@ -135,6 +135,11 @@ struct RecordCopy {
     var sequence: UInt64 = 0
     /// Nil unless the copy is whole.
     var payload: ArraySlice<UInt8>?
+
+    /// Gives both copies their storage, if there is any left.
+    static func reserveSpace(in file: OpenFile) {
+        for start in [0, spaceBytes] { try? file.reserve(start..<start + reservedBytes) }
+    }
 
     static func all(in bytes: [UInt8]) -> [RecordCopy] { [0, spaceBytes].map { parse(bytes, $0) } }
 

@@ -2,7 +2,7 @@
 
 /// An error of a site's operation. Its words name the object and the remedy.
 package struct Refusal: Error, CustomStringConvertible {
-    package enum Kind: Sendable {
+    package enum Kind: CaseIterable, Sendable {
         /// Busy, starting, without room: asked again, it may be done.
         case passing
         /// What is there does not allow it.

@@ -19,18 +19,7 @@ extension Refusal.Kind {
     }
 
     /// What an answer's status says; whatever is none of ours says that something broke.
-    init(status: Int) {
-        self =
-            switch status {
-            case 503: .passing
-            case 409: .conflict
-            case 403: .refused
-            case 404: .unknown
-            case 400: .misuse
-            case 412: .unconfirmed
-            default: .failed
-            }
-    }
+    init(status: Int) { self = Self.allCases.first { $0.status.code == status } ?? .failed }
 }
 
 /// The body of an answer that refuses.

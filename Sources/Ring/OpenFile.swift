@@ -10,7 +10,9 @@ package final class OpenFile: Sendable {
     package let path: String
     /// What offsets, lengths and memory must be aligned to, in bytes, when the page cache is passed by; else 0.
     package let directAlignment: UInt32
-    /// A flush that succeeds counts only once `flushProofError` says so.
+    /// Its storage is memory: calls do not block, and there is nothing to flush. False for devices.
+    package let isOnTmpfs: Bool
+    /// A flush that succeeds counts only once `flushProofError` says so: ext2, ext3, ext4.
     package let flushNeedsProof: Bool
     private static let count = Atomic(0)
     /// How many there are in the process.
@@ -20,9 +22,11 @@ package final class OpenFile: Sendable {
         Self.count.add(1, ordering: .relaxed)
         self.descriptor = descriptor
         self.path = path
+        let type = farcopy_storage_type(descriptor)
+        isOnTmpfs = type == farcopy_type_tmpfs
+        flushNeedsProof = type == farcopy_type_ext
         // On tmpfs the page cache is the storage.
-        directAlignment = farcopy_is_tmpfs(descriptor) != 0 ? 0 : farcopy_direct_alignment(descriptor)
-        flushNeedsProof = farcopy_is_ext(descriptor) != 0
+        directAlignment = isOnTmpfs ? 0 : farcopy_direct_alignment(descriptor)
     }
 
     /// Opens with `flags | O_CLOEXEC`; new files get mode 0600.
@@ -113,9 +117,6 @@ package final class OpenFile: Sendable {
         guard facts.st_mode & S_IFMT == S_IFREG else { return nil }
         return Int64(facts.st_mtim.tv_sec) * 1_000_000_000 + Int64(facts.st_mtim.tv_nsec)
     }
-
-    /// Its storage is memory: calls do not block, and there is nothing to flush. False for devices.
-    package var isOnTmpfs: Bool { farcopy_is_tmpfs(descriptor) != 0 }
 
     package func truncate(to size: UInt64) throws(SystemError) {
         guard ftruncate(descriptor, off_t(size)) == 0 else {
@@ -241,10 +242,16 @@ package final class MappedFile: @unchecked Sendable {
         self.byteCount = byteCount
         self.markOffset = markOffset
         // A process before this one may have ended before it could flush again.
-        if markOffset > 0, present > 0, (memory + markOffset).load(as: UInt64.self) != 0 { flushFailed() }
+        if isMarked { flushFailed() }
     }
 
     deinit { munmap(memory, byteCount) }
+
+    /// What the file itself says: a flush of it has failed.
+    private var isMarked: Bool {
+        get { markOffset > 0 && (memory + markOffset).load(as: UInt64.self) != 0 }
+        set { if markOffset > 0 { (memory + markOffset).storeBytes(of: newValue ? 1 : 0, as: UInt64.self) } }
+    }
 
     /// Files up to here are written with zeroes when they are made; in larger ones space is only reserved.
     private static let writtenBytes = 16 << 20
@@ -270,16 +277,14 @@ package final class MappedFile: @unchecked Sendable {
             flushFailed()
             throw error
         }
-        if markOffset > 0, (memory + markOffset).load(as: UInt64.self) != 0 {
-            (memory + markOffset).storeBytes(of: 0, as: UInt64.self)
-        }
+        if isMarked { isMarked = false }
     }
 
     /// A flush of the file has failed. The kernel tells that once and calls the pages clean, so the next flush would succeed and write
     /// nothing: all are made dirty again. Should this process end before that flush, the next one finds the mark.
     package func flushFailed() {
         guard OpenFile.flushProofError(file.descriptor) == 0 else { return }  // nothing can be written, nor stored to
-        if markOffset > 0 { (memory + markOffset).storeBytes(of: 1, as: UInt64.self) }
+        isMarked = true
         farcopy_make_dirty(memory, byteCount)
     }
 }

@@ -32,9 +32,8 @@ extension World {
     private func yield() -> [[UInt64]] {
         tasks = []
         westTasks = []
-        let powerLoss = random.chance(30)
-        if powerLoss { loseEast(powerLoss: true) }
-        startEast(trusted: !powerLoss)
+        if random.chance(30) { loseEast(powerLoss: true) }
+        startEast()
         var changed: [[UInt64]] = []
         for volume in east {
             volume.volume.giveUpPoint()
@@ -73,6 +72,6 @@ extension World {
         hosts = Hosts(chains: Self.chains, era: hosts.era + 1)
         east = []
         startWest()
-        startEast(trusted: true)
+        startEast()
     }
 }

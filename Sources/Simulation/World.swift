@@ -159,7 +159,7 @@ package final class World: Scenario {
             still.append(eastFiles[index].cached.suffix(Hosts.stillGrains * Self.grain))
         }
         startWest()
-        startEast(trusted: true)
+        startEast()
     }
 
     deinit {
@@ -190,8 +190,7 @@ package final class World: Scenario {
     }
 
     /// Starts the primary, as often as it takes: a start may end between any two of its steps.
-    func startEast(trusted: Bool) {
-        if !trusted { eastIsConfirmed = false }
+    func startEast() {
         while !tryStartEast(endingAt: !isQuiet && random.chance(15) ? random.below(Self.volumes + 2) : nil) {
             loseEast(powerLoss: random.chance(50))
         }
@@ -304,7 +303,7 @@ package final class World: Scenario {
     private func crashEast(powerLoss: Bool) {
         loseEast(powerLoss: powerLoss)
         tasks = []
-        startEast(trusted: !powerLoss)
+        startEast()
     }
 
     func loseEast(powerLoss: Bool) {

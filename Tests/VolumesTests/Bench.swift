@@ -50,6 +50,15 @@ final class Bench {
         return (copy, mark)
     }
 
+    /// A durable copy, 1, and above it a background copy, 2, of files 4 and 5, that may be taken anew.
+    func addCopyToTakeAnew() {
+        addCopy(1, durable: true)
+        addCopy(2, filled: true, durable: true)
+        _ = settle()
+        volume.beginRefresh(2)
+        _ = settle()
+    }
+
     @discardableResult
     func submit(
         _ operation: Request.Operation, view: View = .volume, grain: Int, count: Int = 1, owner: UInt64 = 1

@@ -149,11 +149,7 @@ func readerOfACopyThatLeaves() {
 @Test("a copy is in use until what its durable heir has of it, for whatever reason, is on stable storage")
 func heirThatIsStillFlushing() {
     let bench = Bench()
-    bench.addCopy(1, durable: true)
-    bench.addCopy(2, filled: true, durable: true)
-    _ = bench.settle()
-    bench.volume.beginRefresh(2)
-    _ = bench.settle()
+    bench.addCopyToTakeAnew()
     // Copy 1 preserves a grain, and copy 3 begins with the same one before that is flushed; so a second write does not wait.
     bench.submit(.write, grain: 5)
     for _ in 0..<2 { bench.volume.complete(bench.pending()[0], errno: 0) }  // read, written

@@ -112,11 +112,7 @@ func givenUp() {
 )
 func jobForThePointAlone() {
     let bench = Bench()
-    bench.addCopy(1, durable: true)
-    bench.addCopy(2, filled: true, durable: true)
-    _ = bench.settle()
-    bench.volume.beginRefresh(2)
-    _ = bench.settle()
+    bench.addCopyToTakeAnew()
     bench.volume.recording = true
     bench.volume.markChanged([5 * 4096..<8 * 4096])
     bench.formPoint(1)

@@ -195,6 +195,17 @@ class PoweredFileSystem:
         self.device.detach()
 
 
+def take_all_space(descriptor):
+    """Extends a file until its file system has no block left; its size then."""
+    end = os.fstat(descriptor).st_size
+    for step in (MIB, 64 << 10, 4096):
+        with contextlib.suppress(OSError):
+            while True:
+                os.posix_fallocate(descriptor, end, step)
+                end += step
+    return end
+
+
 class ThinFileSystem(PoweredFileSystem):
     """ext4 on a device of which single blocks can be made to fail when they are written: the file under it has no room for them."""
 
@@ -228,12 +239,7 @@ class ThinFileSystem(PoweredFileSystem):
             first, last = max(at, offset), min(at + count, offset + length)
             if first < last:
                 run("fallocate", "--punch-hole", "--offset", str(place + first - at), "--length", str(last - first), self.device.backing)
-        end = os.fstat(self.filler).st_size
-        for step in (MIB, 64 << 10, 4096):
-            with contextlib.suppress(OSError):
-                while True:
-                    os.posix_fallocate(self.filler, end, step)
-                    end += step
+        take_all_space(self.filler)
 
     def mend(self):
         os.ftruncate(self.filler, 0)
@@ -262,12 +268,7 @@ class SmallFileSystem:
     def fill(self, leave=0):
         """Takes all space but `leave` bytes."""
         os.sync()  # what is to be allocated later is allocated now
-        end = os.fstat(self.filler).st_size
-        for step in (MIB, 64 << 10, 4096):
-            with contextlib.suppress(OSError):
-                while True:
-                    os.posix_fallocate(self.filler, end, step)
-                    end += step
+        end = take_all_space(self.filler)
         os.ftruncate(self.filler, max(0, end - leave))
         os.fsync(self.filler)
 

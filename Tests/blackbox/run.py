@@ -1,8 +1,9 @@
 """Runs every black-box test, or those named on the command line, and closes with a count.
 
 Each file is a process of its own; two run at a time (JOBS), the longest first, since most of them wait for something most of the time.
-What a file printed is shown when it has ended. `split test_x` runs each test of a file by itself instead; `kernel` names the tests in a small machine; `devices` runs the suites that use
-volumes with block devices in the place of files, once with sectors of 512 and once of 4,096 bytes.
+What a file printed is shown when it has ended. `split test_x` runs each test of a file by itself instead; `kernel` names the tests
+in a small machine; `devices` runs the suites that use volumes with block devices in the place of files, once with sectors of 512 and
+once of 4,096 bytes.
 """
 
 import os
