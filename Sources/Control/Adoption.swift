@@ -17,7 +17,7 @@ package enum Adoption {
         }
         let state = try StateDirectory(path: configuration.state)
         let path = "\(state.volume(name))/volume.record"
-        guard access(path, F_OK) == 0 else { return "volume '\(name)' was never served here; there is nothing to do" }
+        guard try exists(path) else { return "volume '\(name)' was never served here; there is nothing to do" }
         var found: VolumeRecord?
         let file = try DurableRecord(path: path, value: &found)
         guard var record = found else {

@@ -144,7 +144,7 @@ private struct Need {
     private static func isSecondary(_ group: Configuration.GroupEntry, _ state: String) -> Bool {
         let path = "\(state)/groups/\(group.name)/group.record"
         var record: GroupRecord?
-        if access(path, F_OK) == 0 { _ = try? DurableRecord(path: path, value: &record) }
+        if (try? exists(path)) == true { _ = try? DurableRecord(path: path, value: &record) }
         return record.map { $0.role == .secondary } ?? (group.role == .secondary)
     }
 }

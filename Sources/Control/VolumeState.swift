@@ -339,7 +339,7 @@ final class VolumeState {
                 throw Refusal("\(what): \(entry.path) cannot be read and written by this user")
             }
             let size = try OpenFile(path: entry.path, flags: O_RDONLY).size()
-            let grows = kind == S_IFREG && access("\(state)/volumes/\(entry.name)/volume.record", F_OK) == 0
+            let grows = try kind == S_IFREG && exists("\(state)/volumes/\(entry.name)/volume.record")
             if let wanted = entry.size, wanted != size, size != 0 || kind == S_IFBLK, wanted < size || !grows {
                 throw Refusal(
                     "\(what): \(entry.path) has \(size) bytes, the configuration says \(wanted); correct 'size'")
@@ -352,7 +352,7 @@ final class VolumeState {
             guard entry.size != nil else {
                 throw Refusal("\(what): \(entry.path) does not exist; give 'size' to have it created")
             }
-            if access("\(state)/volumes/\(entry.name)/volume.record", F_OK) == 0 {
+            if try exists("\(state)/volumes/\(entry.name)/volume.record") {
                 throw Refusal(
                     "\(what): \(entry.path) is missing, but this site has served it before; bring the file back, "
                         + "or remove \(state)/volumes/\(entry.name) to begin with an empty volume")
