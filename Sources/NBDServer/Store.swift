@@ -19,6 +19,8 @@ struct StoreOperation {
         case zeroFill
         /// The flush that makes zeroes durable.
         case flush
+        /// What a flush that has succeeded is worth (`OpenFile.flushProofError`).
+        case proof
         /// Whole blocks around an unaligned piece (DirectIO.swift).
         case bounceRead
         case bounceWrite
@@ -174,6 +176,8 @@ extension Reactor {
                 at: offset, durable: io.fua, userData)
         case .flush:
             ring.dataSync(descriptor, userData)
+        case .proof:
+            ring.proveFlush(descriptor, userData)
         case .bounceRead, .bounceWrite:
             submitBounce(operation, descriptor, userData)
         }
@@ -187,8 +191,11 @@ extension Reactor {
         case .again:
             stores.slots[Int(slot)] = operation
             submitStore(slot)
-        case .ended(var errno):
-            if errno == 0, operation.io.operation == .flush || operation.io.fua { errno = flushProofError(operation) }
+        case .ended(0) where mustBeProved(operation):
+            operation.step = .proof
+            stores.slots[Int(slot)] = operation
+            submitStore(slot)
+        case .ended(let errno):
             stores.give(slot)
             endBounce(operation)
             if !deferredStores.isEmpty { deferredStoresReady = true }
@@ -199,10 +206,13 @@ extension Reactor {
         }
     }
 
-    private func flushProofError(_ operation: StoreOperation) -> Int32 {
-        guard let slots = volumes[operation.volume]?.slots else { return 0 }
-        let file = slots[Int(operation.io.file)]
-        return file.flushNeedsProof ? OpenFile.flushProofError(file.descriptor) : 0
+    private func fileSlot(_ operation: StoreOperation) -> UnsafeMutablePointer<HostedVolume.FileSlot>? {
+        volumes[operation.volume].map { $0.slots + Int(operation.io.file) }
+    }
+
+    private func mustBeProved(_ operation: StoreOperation) -> Bool {
+        guard operation.step != .proof, operation.io.operation == .flush || operation.io.fua else { return false }
+        return fileSlot(operation)?.pointee.flushNeedsProof == true
     }
 
     private func next(_ operation: inout StoreOperation, _ result: Int32) -> StoreNext {
@@ -229,6 +239,10 @@ extension Reactor {
             return .ended(errno: -result)
         case .flush:
             return .ended(errno: -result)
+        case .proof:
+            return .ended(
+                errno: fileSlot(operation).map { OpenFile.flushProofError($0.pointee.descriptor, outcome: result) } ?? 0
+            )
         case .bounceRead, .bounceWrite:
             return bounced(&operation, result)
         }

@@ -137,11 +137,23 @@ package final class OpenFile: Sendable {
 
     /// Why a flush of a file on ext4 that has just succeeded does not count all the same; 0 = it does.
     ///
-    /// While its journal is aborted (the disk has failed, or the file system was shut down), ext4 lets a flush that is under way succeed
-    /// although blocks that were written for the first time are not the file's: `ext4_end_io_end` drops the error of
+    /// While its journal is aborted (the disk has failed, or the file system was shut down), ext4 lets a flush succeed although blocks
+    /// that were written for the first time are not the file's: `ext4_end_io_end` drops the error of
     /// `ext4_convert_unwritten_extents` (fs/ext4/page-io.c), and `jbd2_complete_transaction` takes a transaction that is gone for a
-    /// committed one (fs/jbd2/journal.c). From then on the file system takes no writes, which this asks.
-    package static func flushProofError(_ descriptor: Int32) -> Int32 { farcopy_file_system_error(descriptor) }
+    /// committed one (fs/jbd2/journal.c). The next transaction that anybody begins finds that out, so one is begun.
+    package static func flushProofError(_ descriptor: Int32) -> Int32 {
+        flushProofError(descriptor, outcome: farcopy_prove(descriptor))
+    }
+
+    /// - Parameter outcome: a negative errno, what `Ring.proveFlush` has brought.
+    package static func flushProofError(_ descriptor: Int32, outcome: Int32) -> Int32 {
+        switch -outcome {
+        case ENODATA: 0
+        case EIO, EROFS: -outcome
+        // Attributes are switched off, or the kernel's ring has no call for them.
+        default: farcopy_file_system_error(descriptor)
+        }
+    }
 
     /// Reserves storage for a range, so that writing there does not fail for want of space (fallocate(2)); the size stays. File systems
     /// that cannot are left as they are.
@@ -324,9 +336,9 @@ package func parentDirectory(_ path: String) -> String {
     return directory.isEmpty ? "/" : directory
 }
 
-/// Makes the entries of a directory durable. On ext4 that counts once a file there was flushed afterwards (`flushProofError`): the record
-/// that relies on the names.
+/// Makes the entries of a directory durable.
 package func synchronizeDirectory(_ path: String) throws(SystemError) {
     let directory = try OpenFile(path: path, flags: O_RDONLY | O_DIRECTORY)
     guard fsync(directory.descriptor) == 0 else { throw SystemError("flush \(path)") }
+    try directory.proveFlush()
 }

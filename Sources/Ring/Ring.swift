@@ -97,6 +97,13 @@ package struct Ring: ~Copyable {
         entry.pointee.user_data = userData.rawValue
     }
 
+    /// Asks ext4 whether a flush that has succeeded counts; `OpenFile.flushProofError(_:outcome:)` knows what the answer says.
+    package mutating func proveFlush(_ descriptor: Int32, _ userData: UserData) {
+        let entry = entry()
+        farcopy_prepare_proof(entry, descriptor)
+        entry.pointee.user_data = userData.rawValue
+    }
+
     package mutating func allocate(
         _ descriptor: Int32, mode: Int32, offset: UInt64, length: UInt64, _ userData: UserData
     ) {

@@ -12,6 +12,8 @@ import errno
 import fcntl
 import mmap
 import os
+import re
+import shutil
 import stat
 import struct
 import time
@@ -119,6 +121,16 @@ class LoopDevice:
     def under(self, offset=0, length=None):
         """What lies in the file under the device: what was written to the device and is in its page cache alone is not there."""
         return read_direct(self.backing, offset, os.stat(self.backing).st_size - offset if length is None else length)
+
+
+def write_back(path, length):
+    """What the kernel does with dirty pages by and by: no flush."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if LIBC.sync_file_range(descriptor, ctypes.c_long(0), ctypes.c_long(length), 7) != 0:
+            raise OSError(ctypes.get_errno(), "sync_file_range")
+    finally:
+        os.close(descriptor)
 
 
 def read_direct(path, offset, length):
@@ -238,11 +250,39 @@ class ThinFileSystem(PoweredFileSystem):
         for at, place, count in self.extents(path):
             first, last = max(at, offset), min(at + count, offset + length)
             if first < last:
-                run("fallocate", "--punch-hole", "--offset", str(place + first - at), "--length", str(last - first), self.device.backing)
+                self.punch(place + first - at, last - first)
         take_all_space(self.filler)
+
+    def break_journal(self):
+        """No transaction is committed from now on. What the journal of a file system that is well holds is of no use."""
+        os.sync()
+        for first, last in re.findall(r"\(\d+-\d+\):(\d+)-(\d+)", run("debugfs", "-R", "stat <8>", self.device.path).stdout):
+            self.punch(int(first) * 4096, (int(last) + 1 - int(first)) * 4096)
+        take_all_space(self.filler)
+
+    def punch(self, offset, length):
+        run("fallocate", "--punch-hole", "--offset", str(offset), "--length", str(length), self.device.backing)
 
     def mend(self):
         os.ftruncate(self.filler, 0)
+
+    def die(self):
+        """Every write fails from now on. When it comes back it is as it was."""
+        os.sync()
+        shutil.copyfile(self.device.backing, self.saved)
+        self.punch(0, os.path.getsize(self.device.backing))
+        take_all_space(self.filler)
+
+    def come_back(self):
+        self.unmount()
+        self.device.detach()
+        self.mend()
+        if os.path.exists(self.saved):
+            with open(self.saved, "rb") as saved, open(self.device.backing, "r+b") as under:
+                shutil.copyfileobj(saved, under)
+            os.unlink(self.saved)
+        self.device.attach()
+        self.mount()
 
     def end(self):
         super().end()
@@ -291,8 +331,11 @@ class PoweredSite(Site):
         path = os.path.join(directory, name)
         os.makedirs(path, exist_ok=True)
         data = os.path.join(path, "data")
-        self.data_disk = ThinFileSystem(data) if kind == "thin" else PoweredFileSystem(data, kind)
-        self.state_disk = PoweredFileSystem(os.path.join(path, "state-disk"), kind) if apart else self.data_disk
+        def disk(at):
+            return ThinFileSystem(at) if kind == "thin" else PoweredFileSystem(at, kind)
+
+        self.data_disk = disk(data)
+        self.state_disk = disk(os.path.join(path, "state-disk")) if apart else self.data_disk
         super().__init__(
             directory, name, volumes, state=os.path.join(self.state_disk.path, "state"), data=self.data_disk.path, **options)
         # A process that traps when its disks are gone must not stay to print how.

@@ -10,7 +10,9 @@ import random
 import struct
 import time
 
-from laboratory import LaboratoryTest
+import nbd
+
+from laboratory import LaboratoryTest, write_back
 from sites import wait_for
 
 MIB = 1 << 20
@@ -73,6 +75,22 @@ class BrokenBlocks(LaboratoryTest):
         west.farcopy("rate", "shop", "default")
         point = west.cycle()
         self.assertTrue(east.read(f"disk@{point}") == west.read("disk"), "the new secondary differs")
+
+    def test_a_journal_that_cannot_be_written(self):
+        """ext4 tells whoever waits for the transaction; whose flush comes later, although it is of the same one, it tells that all is well."""
+        site = self.site("solo", {"one": "8MiB", "two": "8MiB"}, apart=True)  # the site itself changes nothing there
+        handles = [site.connect(volume) for volume in ("one", "two")]
+        site.data_disk.break_journal()
+        for handle in handles:
+            handle.pwrite(random.randbytes(PAGE), MIB)  # of a hole
+        for volume in ("one", "two"):
+            write_back(site.image(volume), 8 * MIB)
+        for _ in range(2):
+            for handle in handles:
+                with self.assertRaises(nbd.Error):
+                    handle.flush()
+        with self.assertRaises(nbd.Error):
+            handles[1].pwrite(random.randbytes(PAGE), MIB, nbd.CMD_FLAG_FUA)
 
     def test_a_record(self):
         site = self.site("solo", {"disk": "1MiB"})
