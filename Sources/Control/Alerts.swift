@@ -65,6 +65,7 @@ extension Site {
     func watch() async {
         while !isStopping {
             settleRecords()
+            retryDistrust()
             for group in groups.values {
                 review(group)
                 keepTime(group)

@@ -316,6 +316,13 @@ package struct ControlServer: Sendable {
                 return try answer(Done(done: "promoted"))
             }
         }
+        router.post("/v1/peer/groups/{group}/untracked") { request, context in
+            await guarded {
+                let body = try await decode(UntrackedRequest.self, request)
+                try await site.noteUntracked(try context.parameters.require("group"), body)
+                return try answer(Done(done: "noted"))
+            }
+        }
         router.post("/v1/peer/groups/{group}/session") { request, context in
             await guarded {
                 let body = try await decode(SessionRequest.self, request)

@@ -543,19 +543,26 @@ extension Site {
     // MARK: Events
 
     func copyFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async {
-        let target = volume.copies[id].map { " in \($0.target.path)" } ?? ""
-        let reason = "old content could not be preserved\(target): \(String(cString: strerror(errno)))"
         let name = volume.record.copies.first { $0.id == id }?.name ?? String(id)
-        volume.acknowledge(id) { copy in
-            copy.state = .failed
-            copy.reason = reason
-        }
-        if let group = group(ofVolume: volume.name) { await failPoint(group, UInt64(id)) }
+        let reason = await markFailed(volume, id, errno)
         // What was leaving already, and only had readers left.
         if volume.copyIsRetired(id, group(ofVolume: volume.name)) { await leave(volume, id) }
         note(nil, "volume \(volume.name): FlashCopy '\(name)' has failed: \(reason)")
         copyReady(id)  // a refresh that waits for it begins again
         Task { await publish(volume, group(ofVolume: volume.name)) }
+    }
+
+    /// - Returns: why, in words.
+    @discardableResult
+    func markFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async -> String {
+        let target = volume.copies[id].map { " in \($0.target.path)" } ?? ""
+        let reason = "old content could not be preserved\(target): \(String(cString: strerror(errno)))"
+        volume.acknowledge(id) { copy in
+            copy.state = .failed
+            copy.reason = reason
+        }
+        if let group = group(ofVolume: volume.name) { await failPoint(group, UInt64(id)) }
+        return reason
     }
 
     /// A recovery point that has failed is none any more (`GroupRecord.failPoint`).

@@ -102,6 +102,8 @@ final class GroupState {
     var operation: Operation?
     var isRetiring = false
     var lastVerify: VerifyReport?
+    /// The session during which the peer said last that it does not track a volume any more; nil after a restart.
+    var untrackedIn: UInt64?
     /// Since the start.
     var verifiedBytes: UInt64 = 0
     var differencesFound: UInt64 = 0

@@ -103,7 +103,8 @@ extension Site {
     private func noteFailed(
         _ volume: VolumeState, _ group: GroupState?, _ links: inout [Link], _ opened: [CopyFiles?]
     ) throws {
-        for index in links.indices where opened[index]?.bitmap.hasFailed == true {
+        for index in links.indices
+        where opened[index]?.bitmap.hasFailed == true || volume.failedBefore.contains(links[index].id) {
             guard links[index].resumption == .serves else { continue }
             links[index].resumption = .servesOlder
             let id = links[index].id

@@ -549,7 +549,11 @@ extension Site {
                 answer.words.count <= Limits.changedWordsPerAnswer,
                 first + answer.words.count <= Bitmap.byteCount(bits: geometry.grainCount) / 8
             else { throw Refusal("the peer's answer about volume '\(volume.name)' makes no sense") }
-            await each(answer.words, first, geometry)
+            var words = answer.words
+            if group.record.untracked?.contains(volume.name) == true {
+                for index in words.indices { words[index] = geometry.wordOfAll(first + index) }
+            }
+            await each(words, first, geometry)
             first += answer.words.count
         }
     }

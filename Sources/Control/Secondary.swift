@@ -180,6 +180,9 @@ extension Site {
             throw Refusal("group '\(name)': \(error)", .refused)
         }
         try await carryOut(plan, group)
+        if group.record.untracked != nil, group.untrackedIn != request.session {
+            try? await group.amend { $0.untracked = nil }  // this session has begun with all of them
+        }
         return CommitAnswer(committedAt: plan.point.committedAt ?? plan.point.formedAt)
     }
 

@@ -395,12 +395,8 @@ package actor Site {
         case .copyWithdrawn(let id): copyWithdrawn(volume, id)
         case .copyCompleted(let id): copyCompleted(volume, id)
         case .copyReady(let id): copyReady(id)
-        case .activityLogFailed(let errno):
-            volume.acknowledge { $0.logIsBroken = true }
-            note(
-                group?.entry.name,
-                "volume \(name): its activity log cannot be written (\(String(cString: strerror(errno)))); after power loss "
-                    + "everything will be compared")
+        case .failureUnwritten(let id, let errno): await failureUnwritten(volume, id, errno)
+        case .activityLogFailed(let errno): await activityLogFailed(volume, errno)
         case .sourceLost(let errno):
             note(
                 group?.entry.name,

@@ -40,6 +40,11 @@ final class VolumeState {
     private var unnamedFiles: [(id: CopyID, targetOwner: CopyID?)] = []
     var restoreBitmap: BitmapFile?
     var restoreFile: StoreFile = -1
+    /// Durable copies that have failed since the record could not be saved any more.
+    var failedUnwritten: Set<CopyID> = []
+    /// What the next start must not rely on is on no stable storage, and is tried to be brought there again at this monotonic time, in
+    /// nanoseconds.
+    var distrustDueAt: UInt64?
     /// While a restore begins hosts can only read.
     var shutsHostsOut = false
     /// Larger than the order of every copy and point in the chain.
@@ -53,6 +58,10 @@ final class VolumeState {
     private(set) var isConfirmed = false
     /// The mark of a clean stop.
     let cleanMark: VolumeRecord.CleanMark?
+    /// The last process has left a `SourceMark`.
+    private let isMarked: Bool
+    /// Copies that had failed when the last process ended, and could not be marked.
+    let failedBefore: Set<CopyID>
     /// The recording bitmaps say what changed.
     private(set) var recordingIsWhole = true
     /// So does the bitmap of the point that was held.
@@ -95,14 +104,21 @@ final class VolumeState {
                 "volume '\(entry.name)': its size \(size) is no multiple of \(source.directAlignment) bytes, which "
                     + "direct I/O needs; remove cache = \"none\"")
         }
+        let mark = if let found { try SourceMark.read(source, volume: found.id) } else { SourceMark?.none }
+        isMarked = mark != nil
+        failedBefore = Set(mark?.failed ?? [])
         var record =
             found
             ?? VolumeRecord(id: randomIdentity(), name: entry.name, size: size, grain: grain, bootID: bootID)
         isTrusted =
             record.clean != nil
-            || record.bootID == bootID && Self.storageStayed(record, directory, source)
+            || mark == nil && record.bootID == bootID && Self.storageStayed(record, directory, source)
                 && !Self.lostSource("\(directory)/recording.bitmap")
         var findings: [String] = []
+        if let mark {
+            findings.append("its metadata could not be written any more when the last process ended (see \(directory))")
+            record.logIsBroken = record.logIsBroken || mark.logIsBroken
+        }
         if found != nil, let change = try Self.changeBehindOurBack(source, record) {
             try Self.refuseIfCopiesAreLost(entry, change, record, hasPoints)
             findings.append("\(change); every grain counts as changed")
@@ -224,9 +240,19 @@ final class VolumeState {
             for index in record.copies.indices { record.copies[index].completeBytes = nil }
         }
         isConfirmed = true
+        if isMarked { try SourceMark.remove(source) }
     }
 
     // MARK: What is written down
+
+    /// Notes at the volume's own file what the next start must not rely on.
+    ///
+    /// - Throws: for a block device, which has no attributes that last.
+    func markSource() throws {
+        guard try source.isRegularFile() else { throw SystemError("mark \(source.path)", errno: EOPNOTSUPP) }
+        let mark = SourceMark(volume: record.id, logIsBroken: record.logIsBroken, failed: failedUnwritten.sorted())
+        try mark.write(source)
+    }
 
     /// Changes the record, durably or not at all.
     func amend(_ change: (inout VolumeRecord) throws -> Void) throws { try kept.amend(change) }

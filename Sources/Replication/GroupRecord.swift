@@ -94,6 +94,15 @@ package struct GroupRecord: Codable, Sendable, Equatable {
 
     /// Points past their retention that may still have to hand over what an older FlashCopy, a clone, reads through them.
     package var retired: [PointRecord]?
+    /// Volumes of which the peer, as primary, could not write down any more what its hosts change: until it has sent all of them, what
+    /// it says it has changed may be too little.
+    package var untracked: [String]?
+
+    /// - Parameter lineage: a new identity: the primary, when it opens a session, marks all of the volume.
+    package mutating func noteUntracked(_ volume: String, lineage: String) {
+        if !(untracked ?? []).contains(volume) { untracked = (untracked ?? []) + [volume] }
+        if role == .secondary { volumeLineages = (volumeLineages ?? [:]).merging([volume: lineage]) { _, new in new } }
+    }
 
     // After a failover.
     package var failedOver: Failover?

@@ -129,6 +129,7 @@ extension GroupRecord {
         record.lineage = lineage
         record.lastCommitted = point
         record.lastNumber = max(record.highestPoint, point.number)
+        record.untracked = nil
         record.held = nil
         record.forming = nil
         record.conflict = nil

@@ -197,6 +197,46 @@ package final class OpenFile: Sendable {
         }
     }
 
+    /// An extended attribute (xattr(7)); nil = there is none.
+    package func attribute(_ name: String) throws(SystemError) -> [UInt8]? {
+        var bytes = [UInt8](repeating: 0, count: Self.attributeBytes)
+        let count = fgetxattr(descriptor, name, &bytes, bytes.count)
+        if count < 0 {
+            guard errno == ENODATA || errno == EOPNOTSUPP else {
+                throw SystemError("read the attribute \(name) of \(path)")
+            }
+            return nil
+        }
+        return Array(bytes[..<count])
+    }
+
+    /// Sets an attribute, durably.
+    package func setAttribute(_ name: String, _ bytes: [UInt8]) throws(SystemError) {
+        guard fsetxattr(descriptor, name, bytes, bytes.count, 0) == 0 else {
+            throw SystemError("set the attribute \(name) of \(path)")
+        }
+        try synchronizeAttributes()
+    }
+
+    /// Removes an attribute, durably; one that is not there is removed.
+    package func removeAttribute(_ name: String) throws(SystemError) {
+        guard fremovexattr(descriptor, name) == 0 else {
+            guard errno == ENODATA || errno == EOPNOTSUPP else {
+                throw SystemError("remove the attribute \(name) of \(path)")
+            }
+            return
+        }
+        try synchronizeAttributes()
+    }
+
+    private func synchronizeAttributes() throws(SystemError) {
+        guard fsync(descriptor) == 0 else { throw SystemError("flush \(path)") }
+        try proveFlush()
+    }
+
+    /// What a file system has room for in any case.
+    private static let attributeBytes = 4096
+
     /// Forgets what the page cache has of the file and storage may not have, although it is called clean: after a write-back that failed.
     package func dropCache() { _ = posix_fadvise(descriptor, 0, 0, Int32(POSIX_FADV_DONTNEED)) }
 

@@ -41,6 +41,11 @@ package final class CopyWorld: Scenario {
     private let failingSaves: Int
     /// The volume's record says that mapped files are as the last process left them (`VolumeState.confirm`).
     private var isTrusted = true
+    /// The disk under all of these but the source takes nothing any more.
+    private var stateFails = false
+    /// The source's own file says so (`SourceMark`): the log is not to be relied on, and these copies have failed.
+    private var isDistrusted = false
+    private var failedUnwritten: Set<CopyID> = []
     private var restoring: (id: CopyID, decided: Bool)?
     private var pending = SimulatedBitmap(bits: 64)
     private var targets: [CopyID: SimulatedFile] = [:]
@@ -157,6 +162,7 @@ package final class CopyWorld: Scenario {
         tasks = []
         readyTasks = [:]
         operating = false
+        roles.pointee.sourceLost = 0
         process = SimulatedVolume(
             volume: Volume(
                 geometry: Geometry(size: UInt64(Self.size), grain: Self.grain)!,
@@ -177,6 +183,7 @@ package final class CopyWorld: Scenario {
         )
         readLog { _ = ActivityLog.decode($0, into: region) }
         if !trusted, fault != .trustBitmapsAfterPowerLoss { volume.recoverChanges(regions: region) }
+        if isDistrusted { volume.markAllChanged() }
         if ends() { return false }
         guard resumeChain(trusted, region, ends) else { return false }
         let bitmapFile = process.addStore(.bitmap(recording))
@@ -187,6 +194,7 @@ package final class CopyWorld: Scenario {
         if fault != .skipFlushes { flushAtStart() }
         if ends() { return false }
         isTrusted = true
+        (isDistrusted, failedUnwritten) = (false, [])
         if ends() { return false }
         volume.finishResuming()
         process.pump()
@@ -225,7 +233,8 @@ package final class CopyWorld: Scenario {
         for (record, var resumption) in links.sorted(by: { $0.0.order < $1.0.order })
         where resumption != .forgotten && resumption != .absent {
             let bitmap = openFiles(record)
-            if resumption == .serves, bitmap.memory.load(fromByteOffset: Self.markOffset, as: UInt64.self) == 1 {
+            let isMarked = bitmap.memory.load(fromByteOffset: Self.markOffset, as: UInt64.self) == 1
+            if resumption == .serves, isMarked || failedUnwritten.contains(record.id) {
                 // `noteFailed`: nobody could write down yet that it has.
                 resumption = .servesOlder
                 acknowledge(record.id) { $0.state = .failed }
@@ -238,7 +247,8 @@ package final class CopyWorld: Scenario {
                 let all = SimulatedBitmap(bits: 64)
                 let every = Bitmap(memory: all.memory, count: regions.count)
                 every.setAll()
-                volume.recoverChanges(of: record.id, regions: record.mayLackChanges(in: records) ? every : regions)
+                volume.recoverChanges(
+                    of: record.id, regions: isDistrusted || record.mayLackChanges(in: records) ? every : regions)
             }
             if resumption == .serves, let image = givenUp.removeValue(forKey: record.id) { images[record.id] = image }
             if resumption == .leaves {
@@ -270,6 +280,10 @@ package final class CopyWorld: Scenario {
     // MARK: The record
 
     private func save(_ next: [CopyRecord]) -> Bool {
+        if stateFails {
+            isUnsaved = true
+            return false
+        }
         if failingSaves > 0, random.below(failingSaves) == 0 {
             if random.chance(50) { saved = next }
             isUnsaved = true
@@ -378,6 +392,13 @@ package final class CopyWorld: Scenario {
         for id in bitmaps.keys.sorted() { bitmaps[id]!.losePower(&random) }
         for bitmap in [recording, pending] { bitmap.losePower(&random) }
         isTrusted = false
+        setState(fails: false)  // it comes back
+    }
+
+    private func setState(fails: Bool) {
+        stateFails = fails
+        for file in [log] + targets.values { file.isDead = fails }
+        for bitmap in [recording, pending] + bitmaps.values { bitmap.isDead = fails }
     }
 
     private func readEverything() {
@@ -430,9 +451,9 @@ package final class CopyWorld: Scenario {
         case .read: readSomething()
         case .io: process.step(&random)
         case .task: if !tasks.isEmpty { tasks.removeFirst()() }
-        case .operate: operate()
+        case .operate: if !stateFails { operate() }
         case .kill, .powerLoss:
-            crash(powerLoss: happening == .powerLoss)
+            crash(powerLoss: happening == .powerLoss || stateFails)
             if random.chance(25) { relapse = steps + random.below(random.chance(50) ? 20 : 400) }
         case .trouble: makeTrouble()
         case .sweep:
@@ -472,6 +493,18 @@ package final class CopyWorld: Scenario {
                 note("the restore is finished")
                 restoring = nil
             case .restoreFailed: stallRestore()
+            case .activityLogFailed:
+                tasks.append { [unowned self] in
+                    if fault != .goOnUnwritten { isDistrusted = true }
+                    volume.distrustActivityLog()
+                    process.pump()
+                }
+            case .failureUnwritten(let id, _):
+                tasks.append { [unowned self] in
+                    if fault != .goOnUnwritten { failedUnwritten.insert(id) }
+                    volume.failureIsWritten()
+                    process.pump()
+                }
             default: break
             }
         }
@@ -550,8 +583,9 @@ package final class CopyWorld: Scenario {
             guard process === self.process else { return }
             if request.error == 0 {
                 change(id) { $0.acknowledge(sectors, durable: fua, at: steps) }
-            } else if id == nil, !(troubled && volume.isRestoring) {
-                // Only where the rest of a grain must come back from a copy that cannot be read.
+            } else if id == nil, !(troubled && volume.isRestoring), roles.pointee.sourceLost == 0 {
+                // Only where the rest of a grain must come back from a copy that cannot be read, or, with FUA, once the record of what
+                // has come back could not be flushed.
                 fail("a host write fails with \(request.error)")
             } else {
                 change(id) { $0.fail(sectors, at: steps) }
@@ -924,7 +958,7 @@ package final class CopyWorld: Scenario {
 
     private func makeTrouble() {
         troubled = true
-        switch random.below(4) {
+        switch random.below(5) {
         case 0: source.latent.insert(random.below(Self.sectors))
         case 1:
             guard let id = targets.keys.sorted().randomElement(using: &random) else { return }
@@ -932,6 +966,11 @@ package final class CopyWorld: Scenario {
         case 2:
             guard let id = targets.keys.sorted().randomElement(using: &random) else { return }
             targets[id]!.refusesWrites = random.chance(50)
+        case 3:
+            guard !operating, restoring == nil else { return }
+            note("the state disk fails")
+            setState(fails: true)
+            relapse = steps + random.below([100, 600, 3000][random.below(3)])
         default:
             guard let id = targets.keys.sorted().randomElement(using: &random) else { return }
             targets[id]!.latent.insert(random.below(Self.sectors))
@@ -948,7 +987,7 @@ package final class CopyWorld: Scenario {
 
     /// A mirror has everything: nothing has changed since.
     private func mirror() {
-        guard volume.modifyingInFlight == 0, !volume.isRestoring else { return }
+        guard volume.modifyingInFlight == 0, !volume.isRestoring, !stateFails else { return }
         volume.changeRecording.clearAll()
         volume.mergeOutOfSync()
         volume.recountChanges()
@@ -962,6 +1001,7 @@ package final class CopyWorld: Scenario {
     /// No more faults: everything under way ends, and every copy is compared with what it must hold.
     private func settle() throws(SimulationFailure) {
         source.latent = []
+        setState(fails: false)
         for file in targets.values {
             file.latent = []
             file.spaceLeft = nil

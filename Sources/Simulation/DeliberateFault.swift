@@ -37,6 +37,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case openUnsaved
     /// A start of the primary says that what it found is this run's before it has taken it up.
     case confirmPrimaryEarly
+    /// Writes go on although their regions could not be logged and nothing else says that the log is not to be relied on.
+    case goOnUnlogged
 
     // One site with FlashCopies (CopyWorld).
     /// A copy takes old content before it is written down.
@@ -48,6 +50,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case forgetChanges
     /// A start says that what it found is this run's before it has taken it up.
     case confirmEarly
+    /// The same as `goOnUnlogged`, and of copies that have failed.
+    case goOnUnwritten
     /// A copy leaves although its record may say that it is active.
     case leaveUnsaved
 
@@ -71,7 +75,7 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     package var scenario: any Scenario.Type {
         switch self {
         case .recordAfterChain, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges,
-            .confirmEarly, .leaveUnsaved:
+            .confirmEarly, .goOnUnwritten, .leaveUnsaved:
             CopyWorld.self
         default: World.self
         }

@@ -34,6 +34,8 @@ final class SimulatedFile {
     private var allocated: Set<Int> = []
     /// Every write fails.
     var refusesWrites = false
+    /// The disk under it is dead: every write and flush fails, and it comes back as it was.
+    var isDead = false
 
     init(byteCount: Int) {
         cached = Array(repeating: 0, count: byteCount)
@@ -59,7 +61,7 @@ final class SimulatedFile {
 
     /// Takes space for a write; the errno when there is none.
     func claim(_ offset: Int, _ count: Int) -> Int32 {
-        if refusesWrites { return 5 }  // EIO
+        if refusesWrites || isDead { return 5 }  // EIO
         guard let left = spaceLeft else { return 0 }
         let new = sectors(offset, count).filter { !allocated.contains($0) }
         guard new.count <= left else { return 28 }  // ENOSPC
@@ -89,9 +91,13 @@ final class SimulatedFile {
         }
     }
 
-    func flush() {
+    /// - Returns: an errno.
+    @discardableResult
+    func flush() -> Int32 {
+        if isDead { return 5 }
         for sector in unsynced { copySector(sector, from: cached, to: &durable) }
         unsynced = []
+        return 0
     }
 
     /// What a write with FUA makes durable: itself.
@@ -109,12 +115,13 @@ final class SimulatedFile {
 
     /// The kernel writes some of what is dirty back by itself.
     func writeBack(_ random: inout SeededGenerator) {
+        guard !isDead else { return }
         for sector in unsynced.sorted() where random.chance(30) { copySector(sector, from: cached, to: &durable) }
     }
 
     func losePower(_ random: inout SeededGenerator) {
         var survivor = durable
-        for sector in unsynced.sorted() where random.chance(50) {
+        for sector in unsynced.sorted() where !isDead && random.chance(50) {
             copySector(sector, from: cached, to: &survivor)
         }
         durable = survivor
@@ -130,6 +137,8 @@ final class SimulatedBitmap {
     /// Bytes that reach the disk together.
     private let unit: Int
     private var durable: [UInt8]
+    /// As for a file.
+    var isDead = false
 
     /// - Parameter unit: 1 for bits, any of which may be old; 8 for words that are stored at once.
     init(bits: Int, unit: Int = 1) {
@@ -142,17 +151,24 @@ final class SimulatedBitmap {
 
     deinit { memory.deallocate() }
 
-    func flush() { durable = Array(UnsafeRawBufferPointer(start: memory, count: byteCount)) }
+    /// - Returns: an errno.
+    @discardableResult
+    func flush() -> Int32 {
+        if isDead { return 5 }
+        durable = Array(UnsafeRawBufferPointer(start: memory, count: byteCount))
+        return 0
+    }
 
     /// The kernel writes some of it back by itself.
     func writeBack(_ random: inout SeededGenerator) {
+        guard !isDead else { return }
         for start in changedUnits where random.chance(50) { keep(start) }
     }
 
     /// Each unit is as it was when the kernel wrote it back, just now or earlier, or at the last flush. Often nothing of a
     /// file was written back: it stays old as a whole.
     func losePower(_ random: inout SeededGenerator) {
-        let fresh = [0, 0, 50, 90][random.below(4)]
+        let fresh = isDead ? 0 : [0, 0, 50, 90][random.below(4)]
         for start in changedUnits where random.chance(fresh) { keep(start) }
         memory.copyMemory(from: durable, byteCount: byteCount)
     }
@@ -277,9 +293,9 @@ final class SimulatedVolume {
         let offset = Int(io.offset)
         switch store {
         case .bitmap(let bitmap):
-            if !skipFlushes { bitmap.flush() }
+            return skipFlushes ? 0 : bitmap.flush()
         case .bitmaps(let bitmaps):
-            if !skipFlushes { for bitmap in bitmaps { bitmap.flush() } }
+            return skipFlushes ? 0 : bitmaps.map { $0.flush() }.max() ?? 0
         case .file(let file):
             switch io.operation {
             case .read:
@@ -293,7 +309,7 @@ final class SimulatedVolume {
                 if errno != 0 { return errno }
                 file.write(offset, UnsafeRawBufferPointer(start: io.buffer, count: bytes))
             case .zero, .trim: file.zero(offset, bytes)
-            case .flush: if !skipFlushes { file.flush() }
+            case .flush: return skipFlushes ? 0 : file.flush()
             }
             if io.fua, !skipFlushes { file.flushRange(offset, bytes) }
         }

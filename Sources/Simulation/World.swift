@@ -53,7 +53,9 @@ final class RecordingFile {
     }
 
     var parts: [SimulatedBitmap] { [first, second, header] }
-    func flush() { for part in parts { part.flush() } }
+    /// - Returns: an errno.
+    @discardableResult
+    func flush() -> Int32 { parts.map { $0.flush() }.max() ?? 0 }
 }
 
 package final class World: Scenario {
@@ -88,6 +90,10 @@ package final class World: Scenario {
     var eastRecord = GroupRecord(role: .primary, generation: "east")
     /// What the bitmaps and logs say is this run's: a start came to its end since power was lost.
     private var eastIsConfirmed = true
+    /// The disk under all of these but the volumes takes nothing any more.
+    private var eastStateFails = false
+    /// Volumes whose own file says that their bitmaps and log are not to be relied on.
+    private var eastDistrusted: Set<Int> = []
     var east: [SimulatedVolume] = []
     private var cycle: Cycle!
     private var mailboxes: [[() -> Void]] = []
@@ -206,7 +212,7 @@ package final class World: Scenario {
     /// - Parameter last: the step before which it ends; nil = it goes through.
     private func tryStartEast(endingAt last: Int?) -> Bool {
         east = []
-        let trusted = eastIsConfirmed
+        let trusted = eastIsConfirmed && eastDistrusted.isEmpty
         if fault == .confirmPrimaryEarly { eastIsConfirmed = true }
         if last == 0 { return false }
         if !trusted {
@@ -225,6 +231,7 @@ package final class World: Scenario {
             targetFiles.append(target)
             simulated.volume.recording = true
             startLog(simulated, eastLogs[index], eastRecording[index], trusted)
+            if eastDistrusted.contains(index) { simulated.volume.markAllChanged() }
             if let held = eastRecord.held?.number {
                 simulated.volume.resumePoint(
                     number: held, targetFile: target,
@@ -237,6 +244,7 @@ package final class World: Scenario {
         if last == Self.volumes + 1 { return false }
         for recording in eastRecording { recording.flush() }
         eastIsConfirmed = true
+        eastDistrusted = []
         return true
     }
 
@@ -312,11 +320,41 @@ package final class World: Scenario {
         for volume in east { volume.crash(&random) }
         east = []
         if powerLoss {
-            eastIsConfirmed = false
-            for file in eastFiles + eastTargets + eastLogs { file.losePower(&random) }
-            for bitmap in eastPreserved + eastRecording.flatMap(\.parts) { bitmap.losePower(&random) }
+            for file in eastFiles { file.losePower(&random) }
+            loseEastState()
+        }
+        if eastStateFails {
+            // It comes back as it was.
+            if !powerLoss { loseEastState() }
+            mendEastState()
         }
         hosts.lostServer(eastFiles.map(\.cached), powerLoss: powerLoss)
+    }
+
+    private func loseEastState() {
+        eastIsConfirmed = false
+        for file in eastLogs + eastTargets { file.losePower(&random) }
+        for bitmap in eastPreserved + eastRecording.flatMap(\.parts) { bitmap.losePower(&random) }
+    }
+
+    /// It takes nothing any more, while the volumes' own disk is well. Hosts were quiet before: the log has few regions.
+    private func failEastState() {
+        for volume in east + east {
+            volume.volume.sweepActivity()
+            volume.pump()
+            for _ in 0..<200 where !volume.pending.isEmpty { volume.step(&random) }
+        }
+        note("east's state disk fails")
+        setEastState(fails: true)
+        relapse = (steps + random.below([100, 600, 3000][random.below(3)]), true)
+    }
+
+    private func mendEastState() { setEastState(fails: false) }
+
+    private func setEastState(fails: Bool) {
+        eastStateFails = fails
+        for file in eastLogs + eastTargets { file.isDead = fails }
+        for bitmap in eastPreserved + eastRecording.flatMap(\.parts) { bitmap.isDead = fails }
     }
 
     private func crashWest(powerLoss: Bool) {
@@ -371,7 +409,7 @@ package final class World: Scenario {
                 perform(action)
                 continue
             }
-            guard save(record, to: &eastRecord) else {
+            guard !eastStateFails, save(record, to: &eastRecord) else {
                 note("east cannot save its record")
                 events.insert(.saveFailed("no space"), at: 0)
                 return
@@ -435,8 +473,8 @@ package final class World: Scenario {
             { if !forgets { $0.volume.markAllChanged() } },
             then: { [unowned self] in
                 // The record relies on the marks, and outlives power loss.
-                if fault != .relyOnUnflushedMarks { for recording in eastRecording { recording.flush() } }
-                event(.allMarked, sender)
+                let failed = fault != .relyOnUnflushedMarks && eastRecording.map({ $0.flush() }).contains { $0 != 0 }
+                event(failed ? .linkLost("the marks cannot be flushed") : .allMarked, sender)
             })
     }
 
@@ -792,28 +830,33 @@ package final class World: Scenario {
 
     /// A target that is full or fails, a sector that cannot be read: for a while.
     private func makeTrouble() {
-        switch random.below(4) {
+        switch random.below(5) {
         case 0: eastTargets[random.below(Self.volumes)].spaceLeft = random.below(40)
         case 1: eastFiles[random.below(Self.volumes)].latent.insert(random.below(Self.size / SimulatedFile.sector))
         case 2:
             let copies = westCopies[random.below(Self.volumes)]
             if let id = copies.keys.sorted().last { copies[id]!.0.spaceLeft = random.below(20) }
+        case 3: failEastState()
         default: endTrouble()
         }
     }
 
     func endTrouble() {
+        mendEastState()
         for file in eastFiles { file.latent = [] }
         for target in eastTargets { target.spaceLeft = nil }
         for copies in westCopies { for (file, _) in copies.values { file.spaceLeft = nil } }
     }
 
     private func collectEvents() {
-        for volume in east {
-            for event in volume.takeEvents() {
+        for index in east.indices {
+            for event in east[index].takeEvents() {
                 note("east: \(event)")
-                guard case .pointGivenUp = event else { continue }
-                tasks.append { [unowned self] in handle(.pointLost("a volume could not hold it")) }
+                switch event {
+                case .pointGivenUp: tasks.append { [unowned self] in handle(.pointLost("a volume could not hold it")) }
+                case .activityLogFailed: distrust(index)
+                default: break
+                }
             }
         }
         for volume in west {
@@ -821,6 +864,16 @@ package final class World: Scenario {
                 let index = west.firstIndex { $0 === volume }!
                 westCopies[index][id] = nil
             }
+        }
+    }
+
+    /// The volume's own file knows before its hosts go on.
+    private func distrust(_ index: Int) {
+        let process = east[index]
+        tasks.append { [unowned self] in
+            guard east.indices.contains(index), east[index] === process else { return }
+            if fault != .goOnUnlogged { eastDistrusted.insert(index) }
+            post(index) { $0.volume.distrustActivityLog() }
         }
     }
 

@@ -13,6 +13,8 @@
 //   a region leaves before the bits of its writes are on stable storage
 //   a region leaves before its writes are: what was sent is cleared, and power loss takes it back at this site only
 //   a region leaves while a write to it is in flight, whose bits are set once more when it ends
+//   the log cannot be written any more, and a write goes on before it is written down, elsewhere if need be, that the next start must
+//     not rely on it: the disk with the log may come back after power loss as it was
 //
 // Owner: the reactor of the volume.
 
@@ -53,8 +55,17 @@ package final class ActivityLog {
     fileprivate var stale = false
     fileprivate var flushesLeft = 0
     fileprivate var flushFailed = false
-    fileprivate var failed = false
+    fileprivate var health = Health.well
     fileprivate var waiters = SlotList()
+
+    fileprivate enum Health {
+        case well
+        /// It, or a bitmap that it vouches for, could not be written, and the control plane was told: writes to regions that are not in
+        /// it wait for `distrustActivityLog`.
+        case failed
+        /// The next start will not rely on it: nothing is logged any more.
+        case distrusted
+    }
 
     package static func sectors(of regions: Int) -> Int { (regions + 8 * bitBytes - 1) / (8 * bitBytes) }
 
@@ -208,7 +219,8 @@ extension Volume {
 
     private func admit(_ regions: Range<Int>) -> Bool {
         activity.touched.set(regions)
-        if activity.logged.containsAll(regions) { return true }
+        if activity.health == .distrusted || activity.logged.containsAll(regions) { return true }
+        if activity.health == .failed { return false }
         if !activity.entering.containsAll(regions) {
             activity.wanted.set(regions)
             writeActivity()
@@ -233,26 +245,45 @@ extension Volume {
                 buffer: activity.image, token: IOToken(owner: .activityWrite, slot: 0, generation: 0)))
     }
 
-    /// A log that cannot be written holds nobody up: the control plane notes that it is not to be relied on.
     func completeActivityWrite(_ errno: Int32) {
         activity.writing = false
-        if errno != 0, !activity.failed {
-            activity.failed = true
-            emit(.activityLogFailed(errno: errno))
-        }
+        guard errno == 0 else { return loseActivityLog(errno) }
         activity.logged.formUnion(activity.entering)
         activity.entering.clearAll()
-        if activity.stale { writeActivity() }
+        if activity.stale, activity.health == .well { writeActivity() }
         if backgroundWork { backgroundDue = true }
         resumeAll(activity.waiters.takeAll())
     }
+
+    // MARK: Failing
+
+    /// After power loss the log and the bitmaps do not say what has changed, and that has to be written down somewhere.
+    func loseActivityLog(_ errno: Int32) {
+        guard activity.health == .well else { return }
+        activity.health = .failed
+        emit(.activityLogFailed(errno: errno))
+    }
+
+    /// It is written down that everything may have changed by the next start, or that could not be done in time: the host comes
+    /// first. Answers `activityLogFailed`.
+    package func distrustActivityLog() {
+        activity.health = .distrusted
+        activity.entering.clearAll()
+        activity.wanted.clearAll()
+        if mergeFailed { finishMerge() }
+        if backgroundWork { backgroundDue = true }
+        resumeAll(activity.waiters.takeAll())
+    }
+
+    /// Whether bits need not be on stable storage before others are cleared.
+    var mayForgetBits: Bool { !activity.isOn || activity.health == .distrusted }
 
     // MARK: Leaving
 
     /// Lets regions go to which nothing was written since the sweep before; the driver calls it every few seconds.
     package func sweepActivity() {
         // Once the source could not be flushed, a flush that succeeds says nothing of what was written before.
-        guard activity.isOn, activity.flushesLeft == 0, flushError == 0 else { return }
+        guard activity.isOn, activity.health == .well, activity.flushesLeft == 0, flushError == 0 else { return }
         for slot in 0..<requestCapacity {
             let request = requests + slot
             guard request.pointee.isModifying, request.pointee.view == .volume, request.pointee.state == .issued else {
@@ -282,7 +313,7 @@ extension Volume {
             activity.flushFailed = true
             if file != Self.source { loseBits(of: file, errno) }
         }
-        guard activity.flushesLeft == 0, !activity.flushFailed else { return }
+        guard activity.flushesLeft == 0, !activity.flushFailed, activity.health == .well else { return }
         activity.leaving.formDifference(activity.leaving, activity.touched)
         activity.logged.formDifference(activity.logged, activity.leaving)
         writeActivity()
@@ -296,6 +327,6 @@ extension Volume {
         } else {
             for index in 0..<chainCount where chain[index].bitmapFile == file { chain[index].changes.setAll() }
         }
-        emit(.activityLogFailed(errno: errno))
+        loseActivityLog(errno)
     }
 }

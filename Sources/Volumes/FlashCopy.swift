@@ -182,14 +182,28 @@ extension Volume {
 
     private enum BarrierReason: Int32 { case retaken, failed }
 
-    func completeBarrier(_ token: IOToken, _ errno: Int32) {
-        barriers -= 1
-        backgroundDue = backgroundWork
-        // A failure that cannot be written down holds no host up: the control plane was told of it.
-        if errno != 0, token.slot == BarrierReason.retaken.rawValue, preserveIndex >= 0 {
+    func completeBarrier(_ io: StoreIO, _ errno: Int32) {
+        if errno != 0, io.token.slot == BarrierReason.failed.rawValue {
+            for index in 0..<chainCount where chain[index].bitmapFile == io.file {
+                return emit(.failureUnwritten(id: chain[index].id, errno: errno))
+            }
+        } else if errno != 0, preserveIndex >= 0 {
             failCopy(preserveIndex, errno: errno)
         }
+        lowerBarrier()
+    }
+
+    private func lowerBarrier() {
+        barriers -= 1
+        backgroundDue = backgroundWork
         if !isBarred { resumeAll(barrierWaiters.takeAll()) }
+    }
+
+    /// It is written down elsewhere that a copy has failed, or that could not be done in time: the host comes first. Answers
+    /// `failureUnwritten`.
+    package func failureIsWritten() {
+        invariant(barriers > 0, "each failure that could not be written is answered once")
+        lowerBarrier()
     }
 
     /// Takes up the chain of an earlier run; copies come oldest first. The bitmap of a durable copy is on stable

@@ -39,6 +39,12 @@ package struct Geometry: Sendable, Equatable {
         Int(offset >> grainShift)..<Int((offset &+ length &- 1) >> grainShift) + 1
     }
 
+    /// Word `index` of a bitmap that has the bits of all grains set.
+    package func wordOfAll(_ index: Int) -> UInt64 {
+        let left = grainCount - index * 64
+        return left >= 64 ? .max : left > 0 ? (1 << UInt64(left)) - 1 : 0
+    }
+
     @inlinable package func offset(ofGrain index: Int) -> UInt64 { UInt64(index) << grainShift }
 
     /// Bytes of a run of grains, cut at the end of the volume.

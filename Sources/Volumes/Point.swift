@@ -100,20 +100,24 @@ extension Volume {
     package func mergeOutOfSync() {
         changeCount += changeRecording.add(outOfSync)
         outOfSyncCount = 0
-        guard activity.isOn else { return outOfSync.clearAll() }
+        guard !mayForgetBits else { return outOfSync.clearAll() }
         guard !isMerging else { return }
         isMerging = true
         issue(flushIO(activity.recordingFile, IOToken(owner: .mergeFlush, slot: 0, generation: 0)))
     }
 
-    /// A merge that cannot be made durable holds nobody up, like a log that cannot be written.
+    /// A merge that cannot be made durable ends once it is written down that the bitmaps are not to be relied on.
     func completeMerge(_ errno: Int32) {
+        guard errno != 0, !mayForgetBits else { return finishMerge() }
+        markAllChanged()  // as in `loseBits`
+        mergeFailed = true
+        loseActivityLog(errno)
+    }
+
+    func finishMerge() {
         isMerging = false
+        mergeFailed = false
         outOfSync.clearAll()
-        if errno != 0 {
-            markAllChanged()  // as in `loseBits`
-            emit(.activityLogFailed(errno: errno))
-        }
     }
 
     /// Whether a point may be formed: hosts see what lies on the volume, and the next out-of-sync bitmap is empty.

@@ -65,7 +65,10 @@ package enum VolumeEvent: Sendable, Equatable {
     case copyCompleted(id: CopyID)
     /// A copy that is refreshed has nothing left to hand over and no readers; it can be taken anew.
     case copyReady(id: CopyID)
-    /// The activity log could not be written; after power loss every grain has to be compared.
+    /// The mark in the bitmap of a durable copy that has failed could not be made durable; hosts wait for `failureIsWritten`.
+    case failureUnwritten(id: CopyID, errno: Int32)
+    /// The activity log, or bits that it vouches for, could not be written; after power loss every grain has to be compared. Writes wait
+    /// for `distrustActivityLog`. Told once.
     case activityLogFailed(errno: Int32)
     /// A flush of the volume's own file has failed: hosts' flushes fail until it is opened anew.
     case sourceLost(errno: Int32)

@@ -71,6 +71,8 @@ package final class Volume {
     package internal(set) var holding = false
     /// Bits of a point that was given up are in both bitmaps until they are on stable storage in the one.
     var isMerging = false
+    /// Its flush has failed; it ends once that is written down.
+    var mergeFailed = false
     var unsettledCount = 0
 
     // FlashCopies, oldest first.
@@ -304,7 +306,7 @@ package final class Volume {
         case .mergeFlush:
             completeMerge(errno)
         case .barrier:
-            completeBarrier(io.token, errno)
+            completeBarrier(io, errno)
         }
     }
 

@@ -86,8 +86,48 @@ func bitsThatWereNotFlushed() {
     #expect(bench.volume.popEvent() == .activityLogFailed(errno: 5))
 }
 
-@Test("that a durable copy has failed is flushed before the host overwrites what it lacks")
-func durableCopyThatFails() {
+@Test("a write whose region cannot be logged waits until that is written down elsewhere")
+func logThatCannotBeWritten() {
+    let bench = Bench(grains: 4096)
+    bench.startActivityLog()
+    let known = bench.submit(.write, grain: 1)
+    #expect(bench.settle() == [known])
+    bench.submit(.write, grain: 1500)
+    let log = bench.pending()
+    #expect(log.map(\.file) == [1])
+    bench.volume.complete(log[0], errno: 5)
+    #expect(bench.volume.popEvent() == .activityLogFailed(errno: 5))
+    bench.submit(.write, grain: 3000)
+    #expect(bench.pending().isEmpty, "neither of them is issued, nor is the log written again")
+    let slot = bench.submit(.write, grain: 2)  // of a region that the log has
+    #expect(bench.settle() == [slot])
+    bench.volume.distrustActivityLog()
+    #expect(bench.settle().count == 2)
+    bench.volume.sweepActivity()
+    #expect(bench.pending().isEmpty && bench.volume.popEvent() == nil)
+}
+
+@Test("a merge whose flush failed keeps the bits until it is written down that they are not to be relied on")
+func mergeThatFails() {
+    let bench = Bench()
+    bench.startActivityLog()
+    bench.submit(.write, grain: 7)
+    _ = bench.settle()
+    bench.formPoint(1)
+    #expect(bench.volume.outOfSyncGrains == 1)
+    bench.volume.giveUpPoint()
+    let flush = bench.pending()
+    #expect(flush.map(\.file) == [2] && flush[0].operation == .flush)
+    bench.volume.complete(flush[0], errno: 5)
+    #expect(bench.volume.popEvent() == .activityLogFailed(errno: 5))
+    #expect(bench.volume.outOfSync.firstSet(in: 0..<512) == 7 && !bench.volume.mayFormPoint)
+    bench.volume.distrustActivityLog()
+    #expect(bench.volume.outOfSync.firstSet(in: 0..<512) == nil && bench.volume.mayFormPoint)
+    #expect(bench.volume.changedGrains == 512)
+}
+
+@Test("that a durable copy has failed is flushed before the host overwrites what it lacks", arguments: [true, false])
+func durableCopyThatFails(isWritten: Bool) {
     let bench = Bench()
     let mark = bench.addCopy(1, durable: true)
     let slot = bench.submit(.write, grain: 3)
@@ -99,7 +139,15 @@ func durableCopyThatFails() {
     #expect(mark.pointee == 1)
     let barrier = bench.pending()
     #expect(barrier.map(\.file) == [3] && barrier[0].operation == .flush, "the host's write waits for the mark")
-    bench.volume.complete(barrier[0], errno: 0)
+    #expect(bench.volume.popEvent() == .copyFailed(id: 1, errno: 28))
+    if isWritten {
+        bench.volume.complete(barrier[0], errno: 0)
+    } else {
+        bench.volume.complete(barrier[0], errno: 5)
+        #expect(bench.pending().isEmpty, "nor does it go on before that is written down elsewhere")
+        #expect(bench.volume.popEvent() == .failureUnwritten(id: 1, errno: 5))
+        bench.volume.failureIsWritten()
+    }
     let host = bench.pending()
     #expect(host.map(\.file) == [0] && host[0].operation == .write)
     bench.volume.complete(host[0], errno: 0)

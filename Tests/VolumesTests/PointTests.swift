@@ -9,7 +9,7 @@ extension Bench {
     ///
     /// - Returns: which grains are there.
     @discardableResult
-    fileprivate func formPoint(_ number: UInt64) -> Bitmap {
+    func formPoint(_ number: UInt64) -> Bitmap {
         let count = volume.geometry.grainCount
         let bits = UnsafeMutableRawPointer.allocate(byteCount: Bitmap.byteCount(bits: count), alignment: 8)
         let preserved = Bitmap(memory: bits, count: count)  // as long as the test

@@ -223,7 +223,7 @@ class ThinFileSystem(PoweredFileSystem):
 
     def __init__(self, path, size=96 * MIB):
         own_mounts()
-        self.path, self.kind = path, "ext4"
+        self.path, self.kind, self.saved = path, "ext4", path + ".saved"
         os.makedirs(path, exist_ok=True)
         self.pool = path + ".pool"
         os.makedirs(self.pool)

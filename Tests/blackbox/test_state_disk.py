@@ -1,0 +1,132 @@
+"""The disk with the state directory fails while hosts go on writing to volumes on another disk that is well; then the machine loses power, and
+the disk comes back as it was. What was written since is in no bitmap and no log of it, and is not forgotten all the same.
+"""
+
+import json
+import os
+import random
+import time
+
+from laboratory import LaboratoryTest, LoopDevice
+from sites import FARCOPY, run, wait_for
+
+MIB = 1 << 20
+SIZE = 48 * MIB
+KNOWN = 8 * MIB  # the log's region, of 4 MiB, is in the log
+
+
+class StateDiskFails(LaboratoryTest):
+    kind = "thin"
+
+    def make_site(self, name, volumes, **options):
+        site = super().make_site(name, volumes, apart=name == "east", **options)
+        if name == "east" and self.on_device:
+            self.device = LoopDevice(os.path.join(self.directory, "disk.under"), SIZE)
+            self.addCleanup(self.device.detach)
+            os.symlink(self.device.path, site.image("disk"))
+        return site
+
+    on_device = False
+
+    def mirrored(self):
+        """A pair with a point, and a host that has written to the first regions."""
+        east, west = self.pair({"disk": f"{SIZE >> 20}MiB"}, interval="manual")
+        handle = east.connect("disk")
+        handle.pwrite(random.randbytes(KNOWN), 0)
+        handle.flush()
+        east.cycle()
+        return east, west, handle
+
+    def come_back(self, site):
+        """Power is lost; what the volume's disk has stays."""
+        site.end()
+        site.state_disk.come_back()
+        site.boot()
+        site.start()
+
+    def write_elsewhere(self, handle):
+        """Hosts go on."""
+        began = time.monotonic()
+        for at in range(16 * MIB, 40 * MIB, 8 * MIB):
+            handle.pwrite(random.randbytes(MIB), at)
+        handle.flush()
+        self.assertLess(time.monotonic() - began, 20, "hosts were held up")
+
+    def assert_alike(self, east, west):
+        wait_for(lambda: east.group()["state"] in ("mirroring", "resyncing"), what="the link")
+        point = east.cycle()
+        self.assertTrue(east.read("disk") == west.read(f"disk@{point}"), "something is forgotten")
+
+    def test_the_volumes_own_file_knows(self):
+        east, west, handle = self.mirrored()
+        west.stop()
+        east.state_disk.die()
+        self.write_elsewhere(handle)
+        self.come_back(east)
+        west.start()
+        self.assert_alike(east, west)
+        with self.subTest("once"):
+            self.assertEqual(os.listxattr(east.image("disk")), [])
+
+    def test_a_failover_asks_for_all_of_it(self):
+        east, west, handle = self.mirrored()
+        east.state_disk.die()
+        self.write_elsewhere(handle)
+        east.kill()
+        west.farcopy("failover", "shop")
+        self.come_back(east)
+        west.farcopy("resync", "shop", "--discard", "east", "--yes")
+        wait_for(lambda: west.group()["state"] == "mirroring", what="the resync")
+        self.assert_alike(west, east)
+
+    def test_a_durable_copy_that_has_failed_stays_so(self):
+        for volume_is_in_a_group in (True, False):
+            with self.subTest(group=volume_is_in_a_group):
+                if volume_is_in_a_group:
+                    site, west, handle = self.mirrored()
+                    west.stop()
+                else:
+                    self.put_away(*self.sites)
+                    site = self.site("east", {"disk": f"{SIZE >> 20}MiB"})
+                    handle = site.connect("disk")
+                    handle.pwrite(random.randbytes(KNOWN), 0)
+                site.farcopy("flashcopy", "create", "disk", "copy", "--durable")
+                site.state_disk.die()
+                handle.pwrite(random.randbytes(MIB), MIB)  # its old content cannot be kept
+                handle.flush()
+                self.come_back(site)
+                copy, = json.loads(site.farcopy("flashcopy", "list", "--json").stdout)
+                self.assertEqual(copy["state"], "failed")
+
+
+class StateDiskFailsUnderDevice(StateDiskFails):
+    """A block device has no place for a note: the peer keeps it."""
+    on_device = True
+    test_a_durable_copy_that_has_failed_stays_so = None
+
+    def test_the_volumes_own_file_knows(self):
+        east, west, handle = self.mirrored()
+        east.state_disk.die()
+        self.write_elsewhere(handle)
+        self.come_back(east)
+        self.assert_alike(east, west)
+        with self.subTest("the note is spent"):
+            for count in range(2):  # the record has two copies
+                handle = east.connect("disk")
+                handle.pwrite(bytes([count + 1]) * MIB, 0)
+                handle.shutdown()
+                east.cycle()
+            self.assertNotIn("untracked", run(FARCOPY, "inspect", f"{west.state}/groups/shop/group.record").stdout)
+
+    def test_hosts_come_first(self):
+        """Nobody takes the note: hosts wait a little, and the operator is told what to do."""
+        east, west, handle = self.mirrored()
+        west.kill()
+        east.state_disk.die()
+        self.write_elsewhere(handle)
+        self.assertIn("farcopy adopt disk", east.farcopy("events").stdout)
+        with self.subTest("the peer comes back"):
+            west.start()
+            wait_for(lambda: "cannot write down any more" in west.farcopy("events").stdout, what="the note")
+            self.come_back(east)
+            self.assert_alike(east, west)
