@@ -50,19 +50,23 @@ let package = Package(
             dependencies: ["Base", "Volumes", "Ring", "NBDProtocol", "NBDServer", "TLS", "CLibNBD"],
             swiftSettings: strict),
         .target(
+            name: "API",
+            dependencies: [
+                "Base", "NBDProtocol", "Replication", .product(name: "AsyncHTTPClient", package: "async-http-client"),
+            ], swiftSettings: control),
+        .target(
             name: "Control",
             dependencies: [
-                "Base", "Volumes", "Ring", "NBDProtocol", "NBDServer", "Replication", "TLS", "CLibURing",
+                "API", "Base", "Volumes", "Ring", "NBDProtocol", "NBDServer", "Replication", "TLS", "CLibURing",
                 .product(name: "Logging", package: "swift-log"),
                 .product(name: "TOMLKit", package: "TOMLKit"),
                 .product(name: "Hummingbird", package: "hummingbird"),
-                .product(name: "AsyncHTTPClient", package: "async-http-client"),
             ], swiftSettings: control),
         .target(name: "KernelDevice", dependencies: ["Ring", "CLibNBD", "CNetlink"], swiftSettings: strict),
         .executableTarget(
             name: "farcopy",
             dependencies: [
-                "Control", "KernelDevice", "NBDProtocol", "Ring",
+                "API", "Control", "KernelDevice", "NBDProtocol", "Replication", "Ring",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),
@@ -81,7 +85,8 @@ let package = Package(
             name: "NBDServerTests", dependencies: ["Base", "NBDServer", "NBDProtocol", "Ring", "Volumes", "CLibURing"],
             swiftSettings: strict),
         .testTarget(name: "ReplicationTests", dependencies: ["Replication"], swiftSettings: strict),
-        .testTarget(name: "ControlTests", dependencies: ["Control"], swiftSettings: control),
+        .testTarget(name: "APITests", dependencies: ["API"], swiftSettings: control),
+        .testTarget(name: "ControlTests", dependencies: ["API", "Control"], swiftSettings: control),
         .testTarget(name: "SimulationTests", dependencies: ["Simulation"], swiftSettings: strict),
     ],
     swiftLanguageModes: [.v6]

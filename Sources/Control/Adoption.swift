@@ -1,5 +1,6 @@
 // Adoption.swift: `farcopy adopt`: a volume's file was exchanged, or written to while Farcopy was stopped, on purpose.
 
+import API
 import FoundationEssentials
 import Glibc
 import Replication

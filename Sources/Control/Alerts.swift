@@ -1,6 +1,7 @@
 // Alerts.swift: what an operator must hear of: a lag that is too long, a drain that takes too long, a suspension, a
 // split-brain, what a secondary refused. Each is told once when it begins, runs its command, and is told again when it is over.
 
+import API
 import FoundationEssentials
 import Glibc
 import Replication

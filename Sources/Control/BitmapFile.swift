@@ -2,6 +2,7 @@
 
 import Base
 import Glibc
+import Replication
 import Ring
 import Volumes
 

@@ -1,5 +1,6 @@
 // Checksums.swift: checksums of what a site holds, for itself and for its peer.
 
+import API
 import Base
 import FoundationEssentials
 import NBDServer
@@ -7,21 +8,6 @@ import Replication
 import Ring
 import TLS
 import Volumes
-
-struct ChecksumRequest: Codable, Sendable {
-    var siteID: String
-    /// Of the secondary's present content, in this session …
-    var session: UInt64?
-    /// … or of a FlashCopy or recovery point by name.
-    var copy: String?
-    var volume: String
-    var offset: UInt64
-    var length: Int
-    var block: Int
-}
-
-/// Base64 of the checksums (`Digest`), one after the other.
-struct ChecksumAnswer: Codable, Sendable { var digests: String }
 
 extension Site {
     func checksums(_ name: String, _ request: ChecksumRequest) async throws -> ChecksumAnswer {

@@ -14,6 +14,7 @@ import HTTPTypes
 import Hummingbird
 import NBDProtocol
 import NIOCore
+import Replication
 
 struct CrossSiteRequests: RouterMiddleware {
     typealias Context = BasicRequestContext

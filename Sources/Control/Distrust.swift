@@ -9,6 +9,7 @@
 //   a note is removed before the record says the same (`VolumeState.confirm`)
 //   hosts wait without bound: what nobody takes in time is told to the operator, and tried again
 
+import API
 import Base
 import FoundationEssentials
 import Glibc
@@ -39,11 +40,6 @@ struct SourceMark: Codable, Equatable {
     }
 
     static func remove(_ source: OpenFile) throws { try source.removeAttribute(attribute) }
-}
-
-struct UntrackedRequest: Codable, Sendable {
-    var siteID: String
-    var volume: String
 }
 
 extension Site {
@@ -104,9 +100,9 @@ extension Site {
     private func tellPeer(_ group: GroupState, _ volume: VolumeState) async throws {
         // Otherwise nobody relies on what changes here.
         guard group.record.role == .primary, group.record.lineage != nil else { return }
-        let _: Done = try await callPeer(
-            group, "POST", "/v1/peer/groups/\(group.entry.name)/untracked",
-            UntrackedRequest(siteID: siteRecord.id, volume: volume.name), seconds: Int64(Limits.distrustSeconds))
+        _ = try await callPeer(
+            group, Endpoints.untracked, body: UntrackedRequest(siteID: siteRecord.id, volume: volume.name),
+            seconds: Int64(Limits.distrustSeconds))
     }
 
     /// The primary cannot write down any more what its hosts change of a volume: all of it may differ once it starts again.

@@ -14,6 +14,7 @@
 import Base
 import FoundationEssentials
 import Glibc
+import Replication
 import Ring
 
 package final class DurableRecord<Value: VersionedRecord> {

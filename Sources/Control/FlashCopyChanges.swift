@@ -4,6 +4,7 @@
 //   a refreshed copy is taken anew while others still read the old one through it
 //   a clone, which others read through, is placed where it holds another instant
 
+import API
 import Base
 import FoundationEssentials
 import Glibc

@@ -10,6 +10,7 @@
 //   some of the volumes are restored and others not: once one decision is on stable storage, a start makes the others
 //   a site gives up its role, or takes one, while its volumes are being exchanged
 
+import API
 import Base
 import Glibc
 import NBDServer

@@ -1,5 +1,6 @@
 // GroupState.swift: one group of a site as the control plane holds it.
 
+import API
 import Base
 import Replication
 import Synchronization
@@ -118,21 +119,16 @@ final class GroupState {
 
 /// What happened, for `farcopy events`; the newest thousand.
 final class EventLog: Sendable {
-    struct Entry: Codable, Sendable {
-        var at: Double
-        var group: String?
-        var text: String
-    }
-    private let entries = Mutex<[Entry]>([])
+    private let entries = Mutex<[EventEntry]>([])
 
     func add(group: String?, _ text: String) {
         entries.withLock { entries in
             if entries.count >= 1000 { entries.removeFirst(100) }
-            entries.append(Entry(at: realSeconds(), group: group, text: text))
+            entries.append(EventEntry(at: realSeconds(), group: group, text: text))
         }
     }
 
-    func list(group: String?) -> [Entry] {
+    func list(group: String?) -> [EventEntry] {
         entries.withLock { $0.filter { group == nil || $0.group == group } }
     }
 }

@@ -2,6 +2,7 @@
 
 import Base
 import Glibc
+import Replication
 import Ring
 
 /// `on_freeze` and `on_thaw` of a volume or group.

@@ -3,6 +3,7 @@
 import Base
 import FoundationEssentials
 import Glibc
+import Replication
 import Ring
 import Volumes
 

@@ -3,6 +3,7 @@
 import CLibURing
 import Glibc
 import NBDProtocol
+import Replication
 import Ring
 
 package enum ListeningSocket {

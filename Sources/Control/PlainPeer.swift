@@ -3,6 +3,7 @@
 // It has no recovery points of its own: a commit is the operator's command that takes a snapshot there. Without one the remote
 // is consistent only while nothing is sent. Nobody but this site may write to it.
 
+import API
 import Replication
 
 struct PlainPeer: PeerClient {

@@ -7,6 +7,7 @@
 //   on a full disk, dropping a point has its data moved to an older one, which has no room for it and is lost
 //   a crash in between brings back a point of which some volumes have no part any more: the record retires it first
 
+import API
 import Base
 import FoundationEssentials
 import Glibc
@@ -14,41 +15,6 @@ import NBDServer
 import Replication
 import Ring
 import Volumes
-
-/// Which recovery points are dropped: those with these numbers, or those that were formed before a time.
-package struct PointDropRequest: Codable, Sendable {
-    package var points: [UInt64]?
-    /// A time (RFC 3339), or an age such as "36h".
-    package var olderThan: String?
-    /// Says only what would be dropped.
-    package var preview: Bool?
-    enum CodingKeys: String, CodingKey {
-        case points, preview
-        case olderThan = "older_than"
-    }
-    package init(points: [UInt64]? = nil, olderThan: String? = nil) {
-        self.points = points
-        self.olderThan = olderThan
-    }
-}
-
-package struct PointDropReport: Codable, Sendable {
-    package struct Kept: Codable, Sendable {
-        package var id: UInt64
-        package var reason: String
-    }
-    package var dropped: [StatusReport.PointReport]
-    /// Those that were asked for by their age and cannot be dropped.
-    package var kept: [Kept]
-    /// Bytes that the dropped points' files took.
-    package var freedBytes: UInt64
-    /// Dropped points whose files are still there, since what older copies need of them moves first.
-    package var leaving: [UInt64]
-    enum CodingKeys: String, CodingKey {
-        case dropped, kept, leaving
-        case freedBytes = "freed_bytes"
-    }
-}
 
 extension Site {
     // MARK: Retention

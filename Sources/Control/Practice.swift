@@ -1,5 +1,6 @@
 // Practice.swift: `farcopy practice`: a writable copy of a point, while mirroring goes on.
 
+import API
 import Replication
 import Volumes
 

@@ -5,32 +5,13 @@
 //   hosts stay shut out because a step failed
 //   a switchover that the peer may have carried out is taken back here
 
+import API
 import Base
 import FoundationEssentials
 import NBDServer
 import Replication
 import Ring
 import Volumes
-
-/// What a resync sends and discards.
-package struct ResyncReport: Codable, Sendable {
-    /// The site that stays primary, and the one that becomes its secondary.
-    package var from: String
-    package var to: String
-    /// Bytes in which the sites may differ, and which are sent.
-    package var sentBytes: UInt64
-    /// Bytes that the second site has changed; they are kept there as a FlashCopy.
-    package var discardedBytes: UInt64
-    package var discardedGrains: UInt64
-    /// Since when it has changed them.
-    package var since: String?
-    enum CodingKeys: String, CodingKey {
-        case from, to, since
-        case sentBytes = "sent_bytes"
-        case discardedBytes = "discarded_bytes"
-        case discardedGrains = "discarded_grains"
-    }
-}
 
 /// Work on a group that takes a while, and that an operator may follow and end.
 final class Operation {
@@ -53,8 +34,7 @@ extension Site {
         let group = try group(name)
         if loser == configuration.site {
             _ = try await requirePrimary(group)
-            return try await callPeer(
-                group, "POST", "/v1/groups/\(name)/resync?discard=\(loser)", Nothing?.none, seconds: 600)
+            return try await callPeer(group, Endpoints.resync, [.discard: loser], seconds: 600)
         }
         let report = try await previewResync(name, discard: loser)
         try await operate(group, .resync) {
@@ -67,7 +47,7 @@ extension Site {
     func previewResync(_ name: String, discard loser: String) async throws -> ResyncReport {
         let group = try group(name)
         if loser == configuration.site {
-            return try await callPeer(group, "GET", "/v1/groups/\(name)/resync?discard=\(loser)", Nothing?.none)
+            return try await callPeer(group, Endpoints.previewResync, [.discard: loser])
         }
         guard loser == group.entry.peer else {
             throw Refusal(

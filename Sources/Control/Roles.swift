@@ -9,6 +9,7 @@
 //   both sites give up the role because each was asked to (opposite resyncs), or one does long after it was asked
 //   data flows back into a volume while its role is given up
 
+import API
 import Base
 import FoundationEssentials
 import Glibc
@@ -16,35 +17,6 @@ import NBDServer
 import Replication
 import Ring
 import Volumes
-
-struct YieldRequest: Codable, Sendable {
-    var site: String
-    var siteID: String
-    /// Of the site that is primary from now on.
-    var generations: [String]
-    var highestPoint: UInt64
-    var volumes: [SessionRequest.Volume]
-}
-
-struct YieldAnswer: Codable, Sendable {
-    var siteID: String
-    var lineage: String
-    var volumeLineages: [String: String]?
-    var point: PointRecord
-}
-
-/// Words of a volume's CR and OOS bitmaps together.
-struct ChangesAnswer: Codable, Sendable {
-    var grain: Int
-    var size: UInt64
-    var words: [UInt64]
-}
-
-struct PromoteRequest: Codable, Sendable {
-    var siteID: String
-    var session: UInt64
-    var point: UInt64
-}
 
 extension Site {
     func members(_ group: GroupState) -> [VolumeState] {
@@ -82,15 +54,17 @@ extension Site {
 
     /// Calls the peer about a group.
     ///
-    /// - Throws: `Refusal` in its words when it refuses, or with status 503 when it cannot be reached.
-    func callPeer<Answer: Decodable>(
-        _ group: GroupState, _ method: String, _ path: String, _ body: (some Encodable & Sendable)?, seconds: Int64 = 30
+    /// - Throws: `Refusal` in its words when it refuses, or as one that passes when it cannot be reached.
+    func callPeer<Body, Answer>(
+        _ group: GroupState, _ endpoint: Endpoint<Body, Answer>, _ query: [APICall.Query: String] = [:],
+        body: Body? = nil,
+        seconds: Int64? = nil
     ) async throws -> Answer {
         guard let client = peerClient(group) else {
             throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site")
         }
         do {
-            return try await client.call(method, path, body, seconds: seconds)
+            return try await client.call(endpoint, group.entry.name, query, body: body, seconds: seconds)
         } catch let error as Refusal {
             throw error
         } catch {
@@ -101,7 +75,7 @@ extension Site {
     /// Asks the peer how the group stands there.
     func peerStanding(_ group: GroupState, seconds: Int64 = 10) async throws -> Standing {
         try await callPeer(
-            group, "POST", "/v1/peer/groups/\(group.entry.name)/standing", await standing(group), seconds: seconds)
+            group, Endpoints.standing, body: await standing(group), seconds: seconds)
     }
 
     /// The peer asks how the group stands here, and says how it does there.
@@ -500,7 +474,6 @@ extension Site {
     }
 
     private func takeUp(_ group: GroupState, _ theirs: Standing) async throws {
-        let name = group.entry.name
         // A point that was held is not the new direction's.
         try await settleChanges(group)
         if theirs.role == .primary, let head = group.record.generations.first, theirs.generations.contains(head) {
@@ -508,11 +481,11 @@ extension Site {
             let generation = randomIdentity()
             try await group.amend { $0.beginGeneration(generation) }
         }
-        let answer: YieldAnswer = try await callPeer(
-            group, "POST", "/v1/peer/groups/\(name)/yield",
-            YieldRequest(
+        let answer = try await callPeer(
+            group, Endpoints.yield,
+            body: YieldRequest(
                 site: configuration.site, siteID: siteRecord.id, generations: group.record.generations,
-                highestPoint: group.record.highestPoint, volumes: sessionVolumes(group)), seconds: 300)
+                highestPoint: group.record.highestPoint, volumes: sessionVolumes(group)))
         guard answer.point.isPlausible else { throw Refusal("the peer's answer makes no sense") }
         for volume in members(group) {
             let number = volume.number
@@ -541,9 +514,8 @@ extension Site {
     ) async throws {
         var first = 0
         while true {
-            let answer: ChangesAnswer = try await callPeer(
-                group, "GET", "/v1/peer/groups/\(group.entry.name)/changes?volume=\(volume.name)&from=\(first)",
-                Nothing?.none)
+            let answer = try await callPeer(
+                group, Endpoints.changes, [.volume: volume.name, .from: String(first)])
             guard !answer.words.isEmpty else { return }
             guard let geometry = Geometry(size: answer.size, grain: answer.grain), answer.size == volume.geometry.size,
                 answer.words.count <= Limits.changedWordsPerAnswer,

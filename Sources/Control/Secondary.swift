@@ -6,6 +6,7 @@
 //   a commit is half done after a crash: the group's record alone decides, files come before it and engines after
 //   a stale primary goes on writing after a failover
 
+import API
 import Base
 import FoundationEssentials
 import Glibc
@@ -13,33 +14,6 @@ import NBDServer
 import Replication
 import Ring
 import Volumes
-
-struct SessionRequest: Codable, Sendable {
-    struct Volume: Codable, Sendable {
-        var name: String
-        var size: UInt64
-    }
-    var site: String
-    var siteID: String
-    var volumes: [Volume]
-    var generations: [String]
-    var lastCommitted: UInt64?
-}
-
-struct SessionAnswer: Codable, Sendable {
-    var state: PeerState
-    var exports: [String]
-}
-
-struct CommitRequest: Codable, Sendable {
-    var siteID: String
-    var session: UInt64
-    var number: UInt64
-    var previous: UInt64?
-    var formedAt: Double
-}
-
-struct CommitAnswer: Codable, Sendable { var committedAt: Double }
 
 extension Site {
     func group(_ name: String) throws -> GroupState {
@@ -376,35 +350,5 @@ extension Site {
         try file.synchronize()
         try volume.recording.synchronize()
         return UInt64(grains) * UInt64(volume.geometry.grain)
-    }
-}
-
-/// What a failover went to, and what it left behind.
-package struct FailoverReport: Codable, Sendable {
-    package var id: UInt64
-    package var formedAt: String
-    package var committedAt: String?
-    /// The point's age: what was written in this time is not in it.
-    package var lostSeconds: Double
-    /// Bytes that had arrived for the next point and are not used.
-    package var discardedBytes: UInt64
-    /// Bytes that the old primary has not sent, if it still answers.
-    package var unsentBytes: UInt64?
-    enum CodingKeys: String, CodingKey {
-        case id
-        case formedAt = "formed_at"
-        case committedAt = "committed_at"
-        case lostSeconds = "lost_seconds"
-        case discardedBytes = "discarded_bytes"
-        case unsentBytes = "unsent_bytes"
-    }
-
-    init(_ point: PointRecord, discarded: UInt64, unsent: UInt64?) {
-        id = point.number
-        formedAt = timestamp(point.formedAt)
-        committedAt = point.committedAt.map(timestamp)
-        lostSeconds = max(0, realSeconds() - point.formedAt)
-        discardedBytes = discarded
-        unsentBytes = unsent
     }
 }

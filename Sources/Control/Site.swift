@@ -6,6 +6,7 @@
 //   something is created or changed before the whole configuration was found good
 //   an export shows a volume whose chain or point is not yet in place
 
+import API
 import Base
 import FoundationEssentials
 import Glibc

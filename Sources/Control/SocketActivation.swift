@@ -4,6 +4,7 @@
 
 import CLibURing
 import Glibc
+import Replication
 import Ring
 
 package enum SocketActivation {

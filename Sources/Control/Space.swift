@@ -2,6 +2,7 @@
 //
 // One that becomes full ends FlashCopies, refuses commits and stops mirroring; whoever runs the site is told before.
 
+import API
 import Base
 import Glibc
 import Ring
@@ -23,33 +24,6 @@ struct FileSystem {
         usedBytes = (UInt64(figures.f_blocks) - min(UInt64(figures.f_bfree), UInt64(figures.f_blocks))) * unit
         availableBytes = UInt64(figures.f_bavail) * unit
     }
-}
-
-package struct FileSystemReport: Codable, Sendable, Equatable {
-    /// What the site has there: the state directory, a volume's file, a FlashCopy's target.
-    package var path: String
-    package var usedBytes: UInt64
-    /// Used and available together.
-    package var sizeBytes: UInt64
-    package var usedRatio: Double { sizeBytes > 0 ? Double(usedBytes) / Double(sizeBytes) : 0 }
-    enum CodingKeys: String, CodingKey {
-        case path
-        case usedBytes = "used_bytes"
-        case sizeBytes = "size_bytes"
-    }
-    package init(path: String, usedBytes: UInt64, sizeBytes: UInt64) {
-        self.path = path
-        self.usedBytes = usedBytes
-        self.sizeBytes = sizeBytes
-    }
-
-    package var words: String {
-        let percent = Int((usedRatio * 1000).rounded())
-        return "\(path): its file system is \(percent / 10).\(percent % 10) % full: \(megabytes(usedBytes)) of "
-            + "\(megabytes(sizeBytes)) MiB"
-    }
-
-    private func megabytes(_ bytes: UInt64) -> UInt64 { (bytes + (1 << 19)) >> 20 }
 }
 
 /// Which file systems are too full. One that is stays so until it is clearly not.

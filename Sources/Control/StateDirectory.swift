@@ -14,6 +14,7 @@
 import Base
 import FoundationEssentials
 import Glibc
+import Replication
 import Ring
 
 /// Identity of a site.

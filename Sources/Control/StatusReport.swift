@@ -1,141 +1,12 @@
 // StatusReport.swift: what `farcopy status` shows, as values.
 
+import API
 import Base
 import FoundationEssentials
 import Glibc
 import NBDServer
 import Replication
 import Volumes
-
-package struct StatusReport: Codable, Sendable {
-    package struct VolumeReport: Codable, Sendable {
-        package var size: UInt64
-        package var grain: Int
-        package var exports: [String]
-        package var restoringBytes: UInt64
-        package var bytesRead: UInt64
-        package var bytesWritten: UInt64
-        package var flashcopies: [CopyReport]
-        /// Bytes that would be compared anew if the machine went down now; nil while nothing is logged.
-        package var activeBytes: UInt64?
-        enum CodingKeys: String, CodingKey {
-            case size, grain, exports, flashcopies
-            case activeBytes = "active_bytes"
-            case restoringBytes = "restoring_bytes"
-            case bytesRead = "bytes_read"
-            case bytesWritten = "bytes_written"
-        }
-    }
-
-    package struct CopyReport: Codable, Sendable {
-        package var name: String
-        package var state: String
-        package var reason: String?
-    }
-
-    package struct PointReport: Codable, Sendable {
-        package var id: UInt64
-        package var formedAt: String
-        package var committedAt: String?
-        /// Bytes that crossed the link for it, and the seconds from its forming to its commit (primary).
-        package var bytes: UInt64?
-        package var seconds: Double?
-        enum CodingKeys: String, CodingKey {
-            case id, bytes, seconds
-            case formedAt = "formed_at"
-            case committedAt = "committed_at"
-        }
-    }
-
-    /// Something under way that `farcopy abort` ends.
-    package struct OperationReport: Codable, Sendable {
-        package var name: String
-        package var startedAt: String?
-        package var step: String
-        enum CodingKeys: String, CodingKey {
-            case name, step
-            case startedAt = "started_at"
-        }
-    }
-
-    package struct GroupReport: Codable, Sendable {
-        package var role: String
-        package var state: String
-        package var reason: String?
-        package var mode: String
-        package var peer: String
-        package var volumes: [String]
-        package var point: PointReport?
-        package var lagSeconds: Double?
-        package var pendingBytes: UInt64?
-        package var rateBytesPerSecond: Double?
-        package var etaSeconds: Double?
-        /// Acknowledgements were held this long for the newest point, and at the 99th percentile of the last thousand.
-        package var holdSeconds: Double?
-        package var holdSecondsP99: Double?
-        package var holdHistogram: HoldHistogram?
-        /// What the volumes of a secondary show.
-        package var consistentAsOf: String?
-        package var alerts: [String]?
-        package var operation: OperationReport?
-        /// Where the remote is not consistent at every instant, or does not answer just now.
-        package var notice: String?
-        package var windowBytes: UInt64?
-        /// Bytes that the remote had already and that were not sent.
-        package var sparedBytes: UInt64?
-        package var rateLimit: UInt64?
-        package var lastVerify: VerifyReport?
-        package var verifiedBytes: UInt64 = 0
-        package var differencesFound: UInt64 = 0
-        /// Of the first copy: what the peer has, from 0 to 1.
-        package var progress: Double?
-        enum CodingKeys: String, CodingKey {
-            case role, state, reason, mode, peer, volumes, point, alerts, operation, notice, progress
-            case windowBytes = "window_bytes"
-            case sparedBytes = "spared_bytes"
-            case rateLimit = "rate_limit"
-            case lastVerify = "last_verify"
-            case verifiedBytes = "verified_bytes"
-            case differencesFound = "differences_found"
-            case consistentAsOf = "consistent_as_of"
-            case lagSeconds = "lag_seconds"
-            case pendingBytes = "pending_bytes"
-            case rateBytesPerSecond = "rate_bytes_per_second"
-            case etaSeconds = "eta_seconds"
-            case holdSeconds = "hold_seconds"
-            case holdSecondsP99 = "hold_seconds_p99"
-            case holdHistogram = "hold_histogram"
-        }
-    }
-
-    package var site: String
-    package var version: String
-    /// Where the NBD server listens.
-    package var nbd: [String]
-    package var volumes: [String: VolumeReport]
-    package var groups: [String: GroupReport]
-    /// Of the site as a whole.
-    package var alerts: [String]?
-    /// Those that the site writes to.
-    package var fileSystems: [FileSystemReport]?
-    enum CodingKeys: String, CodingKey {
-        case site, version, nbd, volumes, groups, alerts
-        case fileSystems = "file_systems"
-    }
-}
-
-/// RFC 3339 in UTC with milliseconds.
-func timestamp(_ seconds: Double) -> String {
-    guard (-PointRecord.latestTime...PointRecord.latestTime).contains(seconds) else { return "?" }
-    var whole = time_t(seconds.rounded(.down))
-    var parts = tm()
-    gmtime_r(&whole, &parts)
-    func two(_ value: Int32) -> String { value < 10 ? "0\(value)" : "\(value)" }
-    let milliseconds = Int(((seconds - seconds.rounded(.down)) * 1000).rounded(.down))
-    let fraction = String(repeating: "0", count: 3 - String(milliseconds).count) + String(milliseconds)
-    return "\(1900 + parts.tm_year)-\(two(parts.tm_mon + 1))-\(two(parts.tm_mday))T"
-        + "\(two(parts.tm_hour)):\(two(parts.tm_min)):\(two(parts.tm_sec)).\(fraction)Z"
-}
 
 extension PointRecord {
     var report: StatusReport.PointReport {
@@ -151,8 +22,7 @@ extension Site {
     package func status(group only: String? = nil) async throws -> StatusReport {
         if let only { _ = try group(only) }
         var report = StatusReport(
-            site: configuration.site, version: Self.version, nbd: configuration.nbd.listen.map(\.description),
-            volumes: [:], groups: [:])
+            site: configuration.site, version: Self.version, nbd: configuration.nbd.listen.map(\.description))
         let alerts = space.alerts + (reserveProblem.map { ["reserve: \($0)"] } ?? [])
         report.alerts = alerts.isEmpty ? nil : alerts
         report.fileSystems = space.fileSystems

@@ -7,6 +7,7 @@
 //   what hosts write meanwhile counts as a difference
 //   a FlashCopy made for it stays behind
 
+import API
 import Base
 import FoundationEssentials
 import Glibc
@@ -17,31 +18,7 @@ import Synchronization
 import TLS
 import Volumes
 
-package struct VerifyReport: Codable, Sendable {
-    package struct Difference: Codable, Sendable {
-        package var volume: String
-        package var offset: UInt64
-        package var length: UInt64
-    }
-    package var point: UInt64
-    package var startedAt: String
-    package var finishedAt: String
-    package var comparedBytes: UInt64
-    package var differingBytes: UInt64
-    package var differenceCount: Int
-    /// The first thousand.
-    package var differences: [Difference]
-    /// The differing grains are sent again with the next point.
-    package var repairing: Bool
-    enum CodingKeys: String, CodingKey {
-        case point, differences, repairing
-        case startedAt = "started_at"
-        case finishedAt = "finished_at"
-        case comparedBytes = "compared_bytes"
-        case differingBytes = "differing_bytes"
-        case differenceCount = "difference_count"
-    }
-
+extension VerifyReport {
     fileprivate mutating func add(_ runs: [Range<UInt64>], _ volume: String) {
         for run in runs {
             let length = run.upperBound - run.lowerBound
@@ -261,10 +238,4 @@ extension Site {
             }
         }
     }
-}
-
-struct PinRequest: Codable, Sendable {
-    var siteID: String
-    var point: UInt64
-    var name: String
 }

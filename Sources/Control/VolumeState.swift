@@ -4,6 +4,7 @@
 //   metadata of another volume, of a newer version, or damaged, is taken for this volume's
 //   a volume file that was exchanged, or written to while nobody looked, is believed to be what the bitmaps describe
 
+import API
 import Base
 import CLibURing
 import Glibc

@@ -1,11 +1,13 @@
 // AttachCommands.swift: `farcopy attach` and `farcopy detach`: the kernel's /dev/nbdX.
 
+import API
 import ArgumentParser
 import Control
 import FoundationEssentials
 import Glibc
 import KernelDevice
 import NBDProtocol
+import Replication
 import Ring
 
 struct Attach: AsyncParsableCommand {
@@ -50,18 +52,18 @@ struct Attach: AsyncParsableCommand {
     /// The export's address; a name is looked up at the site, which knows where it listens.
     private func uri() async throws -> String {
         if export.contains("://") { return export }
-        let report = try JSONDecoder().decode(
-            StatusReport.self, from: Data(try await options.call("GET", "/v1/status")))
+        let report = try await options.quiet.ask(Endpoints.status)
         guard report.volumes.values.contains(where: { $0.exports.contains(export) }) else {
             let known = report.volumes.values.flatMap(\.exports).sorted().joined(separator: ", ")
             throw Refusal("site '\(report.site)' has no export '\(export)'; it has \(known)")
         }
         for text in report.nbd {
             switch Address(text) {
-            case .unix(let path): return "nbd+unix:///\(encoded(export))?socket=\(encoded(path))"
+            case .unix(let path): return "nbd+unix:///\(percentEncoded(export))?socket=\(percentEncoded(path))"
             case .tcp(let host, let port):
                 let reachable = host == "0.0.0.0" ? "127.0.0.1" : host == "::" ? "::1" : host
-                return "nbd://\(reachable.contains(":") ? "[\(reachable)]" : reachable):\(port)/\(encoded(export))"
+                return
+                    "nbd://\(reachable.contains(":") ? "[\(reachable)]" : reachable):\(port)/\(percentEncoded(export))"
             case nil: continue
             }
         }

@@ -1,9 +1,12 @@
 // Farcopy.swift: the command line. Exit codes: 0 done, 1 failed, 2 misuse; errors on stderr.
 
+import API
 import ArgumentParser
 import Control
+import FoundationEssentials
 import Glibc
 import NBDProtocol
+import Replication
 
 @main
 struct Farcopy: AsyncParsableCommand {
@@ -62,11 +65,25 @@ struct ControlOptions: ParsableArguments {
         return ControlClient(address: address)
     }
 
-    /// Calls the site; what is no refusal in its words becomes one in ours.
-    func call(_ method: String, _ path: String, body: [UInt8]? = nil, seconds: Int64 = 30) async throws -> [UInt8] {
+    /// The same without showing what comes in between.
+    var quiet: ControlOptions {
+        var options = self
+        options.json = false
+        return options
+    }
+
+    /// Calls the site, and shows the answer if JSON is wanted; what is no refusal in its words becomes one in ours.
+    ///
+    /// - Parameter name: what stands for the part in braces of the path.
+    func ask<Body, Answer>(
+        _ endpoint: Endpoint<Body, Answer>, _ name: String = "", _ query: [APICall.Query: String] = [:],
+        body: Body? = nil
+    ) async throws -> Answer {
         let client = try client()
         do {
-            return try await client.call(method, path, body: body, seconds: seconds)
+            let bytes = try await client.send(endpoint, name, query, body: body)
+            if json { Output.write(bytes) }
+            return try JSONDecoder().decode(Answer.self, from: Data(bytes))
         } catch let error as Refusal {
             throw error
         } catch {
@@ -74,14 +91,4 @@ struct ControlOptions: ParsableArguments {
             throw Refusal("no answer from \(address) (\(error)); is `farcopy serve` running there?")
         }
     }
-}
-
-/// A name in a URL's path or query.
-func encoded(_ name: String) -> String {
-    name.utf8.map { byte in
-        let plain =
-            (0x30...0x39).contains(byte) || (0x41...0x5A).contains(byte)
-            || (0x61...0x7A).contains(byte) || byte == 0x2D || byte == 0x2E || byte == 0x5F
-        return plain ? String(UnicodeScalar(byte)) : "%" + (byte < 16 ? "0" : "") + String(byte, radix: 16)
-    }.joined()
 }

@@ -1,9 +1,11 @@
 // FlashCopyCommands.swift: `farcopy flashcopy …`.
 
+import API
 import ArgumentParser
 import Control
 import FoundationEssentials
 import Glibc
+import Replication
 
 struct FlashCopyCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
@@ -59,7 +61,7 @@ struct FlashCopyCommand: AsyncParsableCommand {
         func run() async throws {
             var request = try request(words)
             try copying.fill(&request)
-            try await change(options, "", request)
+            try await change(options, Endpoints.createFlashCopy, request)
         }
     }
 
@@ -67,9 +69,7 @@ struct FlashCopyCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "List the FlashCopies of this site.")
         @OptionGroup var options: ControlOptions
         func run() async throws {
-            let answer = try await options.call("GET", "/v1/flashcopies")
-            if options.json { return Output.write(answer) }
-            for report in try reports(answer) { Output.line(line(report)) }
+            for report in try await options.ask(Endpoints.flashCopies) where !options.json { Output.line(line(report)) }
         }
     }
 
@@ -79,10 +79,9 @@ struct FlashCopyCommand: AsyncParsableCommand {
         @Argument(help: "VOLUME… NAME") var words: [String]
         func run() async throws {
             let request = try request(words)
-            let volumes = request.volumes.map(encoded).joined(separator: ",")
-            let answer = try await options.call("GET", "/v1/flashcopies/\(encoded(request.name))?volumes=\(volumes)")
-            if options.json { return Output.write(answer) }
-            for report in try reports(answer) { Output.line(details(report)) }
+            let volumes = request.volumes.joined(separator: ",")
+            let reports = try await options.ask(Endpoints.flashCopy, request.name, [.volumes: volumes])
+            for report in reports where !options.json { Output.line(details(report)) }
         }
     }
 
@@ -99,7 +98,7 @@ struct FlashCopyCommand: AsyncParsableCommand {
             var request = try request(words)
             request.rate = try rate.map(bytes(ofRate:))
             request.writable = writable ? true : readOnly ? false : nil
-            try await change(options, "/set", request)
+            try await change(options, Endpoints.setFlashCopy, request)
         }
     }
 
@@ -108,7 +107,7 @@ struct FlashCopyCommand: AsyncParsableCommand {
             abstract: "Take a FlashCopy anew, of this instant; with a background copy only what changed is copied.")
         @OptionGroup var options: ControlOptions
         @Argument(help: "VOLUME… NAME") var words: [String]
-        func run() async throws { try await change(options, "/refresh", try request(words)) }
+        func run() async throws { try await change(options, Endpoints.refreshFlashCopy, try request(words)) }
     }
 
     struct Restore: AsyncParsableCommand {
@@ -125,9 +124,9 @@ struct FlashCopyCommand: AsyncParsableCommand {
         func run() async throws {
             var request = try request(words)
             request.disconnect = yes
-            let answer: [UInt8]
+            let reports: [FlashCopyReport]
             do {
-                answer = try await post(options, "/restore", request)
+                reports = try await options.ask(Endpoints.restoreFlashCopy, body: request)
             } catch let refusal as Refusal where refusal.kind == .unconfirmed && isatty(0) == 1 {
                 Output.line(refusal.description)
                 Output.write(Array("disconnect them? [y/N] ".utf8))
@@ -135,10 +134,9 @@ struct FlashCopyCommand: AsyncParsableCommand {
                     throw Refusal("nothing was done")
                 }
                 request.disconnect = true
-                answer = try await post(options, "/restore", request)
+                reports = try await options.ask(Endpoints.restoreFlashCopy, body: request)
             }
-            if options.json { return Output.write(answer) }
-            for report in try reports(answer) {
+            for report in reports where !options.json {
                 Output.line(
                     "\(report.volume): restored from \(report.name); what it held before is kept as FlashCopy "
                         + "\(report.keptAs ?? "-") until it is withdrawn; \(report.disconnected ?? 0) connections ended"
@@ -160,7 +158,7 @@ struct FlashCopyCommand: AsyncParsableCommand {
             var request = FlashCopyRequest(name: words.last!, volumes: Array(words.dropLast(2)))
             request.of = words[words.count - 2]
             try copying.fill(&request)
-            try await change(options, "/clone", request)
+            try await change(options, Endpoints.cloneFlashCopy, request)
         }
     }
 
@@ -170,9 +168,7 @@ struct FlashCopyCommand: AsyncParsableCommand {
         @OptionGroup var options: ControlOptions
         @Argument(help: "VOLUME… NAME") var words: [String]
         func run() async throws {
-            let body = [UInt8](try JSONEncoder().encode(try request(words)))
-            let answer = try await options.call("POST", "/v1/flashcopies/withdraw", body: body)
-            if options.json { Output.write(answer) }
+            _ = try await options.ask(Endpoints.withdrawFlashCopy, body: try request(words))
         }
     }
 
@@ -183,22 +179,11 @@ struct FlashCopyCommand: AsyncParsableCommand {
         return FlashCopyRequest(name: words.last!, volumes: Array(words.dropLast()))
     }
 
-    private static func reports(_ answer: [UInt8]) throws -> [FlashCopyReport] {
-        try JSONDecoder().decode([FlashCopyReport].self, from: Data(answer))
-    }
-
-    /// Older copies may have to be given what they need first, so there is time.
-    private static func post(
-        _ options: ControlOptions, _ word: String, _ request: FlashCopyRequest
-    ) async throws -> [UInt8] {
-        let body = [UInt8](try JSONEncoder().encode(request))
-        return try await options.call("POST", "/v1/flashcopies\(word)", body: body, seconds: 7 * 86400)
-    }
-
-    private static func change(_ options: ControlOptions, _ word: String, _ request: FlashCopyRequest) async throws {
-        let answer = try await post(options, word, request)
-        if options.json { return Output.write(answer) }
-        for report in try reports(answer) { Output.line(report.export) }
+    private static func change(
+        _ options: ControlOptions, _ endpoint: Endpoint<FlashCopyRequest, [FlashCopyReport]>,
+        _ request: FlashCopyRequest
+    ) async throws {
+        for report in try await options.ask(endpoint, body: request) where !options.json { Output.line(report.export) }
     }
 
     private static func bytes(ofRate text: String) throws -> UInt64 {

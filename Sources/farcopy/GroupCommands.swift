@@ -1,15 +1,10 @@
 // GroupCommands.swift: status and the commands on groups.
 
+import API
 import ArgumentParser
 import Control
-import FoundationEssentials
 import Glibc
-
-func decode<Value: Decodable>(_ bytes: [UInt8]) throws -> Value {
-    try JSONDecoder().decode(Value.self, from: Data(bytes))
-}
-
-func printRaw(_ bytes: [UInt8]) { Output.write(bytes) }
+import Replication
 
 struct Status: AsyncParsableCommand {
     static let configuration = CommandConfiguration(abstract: "Show roles, states, points, lag, rates.")
@@ -18,14 +13,10 @@ struct Status: AsyncParsableCommand {
     @Flag(help: "Show anew each second until interrupted.") var watch = false
 
     func run() async throws {
-        let path = "/v1/status" + (group.map { "?group=\(encoded($0))" } ?? "")
         repeat {
-            let bytes = try await options.call("GET", path)
-            if options.json {
-                printRaw(bytes)
-            } else {
+            let report = try await options.ask(Endpoints.status, "", group.map { [.group: $0] } ?? [:])
+            if !options.json {
                 if watch { Output.write(Array("\u{1B}[H\u{1B}[2J".utf8)) }
-                let report: StatusReport = try decode(bytes)
                 Output.line(StatusText.render(report, groupOnly: group != nil))
             }
             if watch { try await Task.sleep(for: .seconds(1)) }
@@ -41,13 +32,8 @@ struct CycleCommand: AsyncParsableCommand {
     @Flag(help: "Wait for the commit and print the point's number.") var wait = false
 
     func run() async throws {
-        let path = "/v1/groups/\(encoded(group))/cycle" + (wait ? "" : "?wait=false")
-        let bytes = try await options.call("POST", path, seconds: 7 * 86400)
-        if options.json { return printRaw(bytes) }
-        if wait {
-            let point: StatusReport.PointReport = try decode(bytes)
-            Output.line("\(point.id)")
-        }
+        let answer = try await options.ask(Endpoints.cycle, group, wait ? [:] : [.wait: "false"])
+        if !options.json, case .committed(let point) = answer { Output.line("\(point.id)") }
     }
 }
 
@@ -56,7 +42,7 @@ struct Suspend: AsyncParsableCommand {
         abstract: "Stop mirroring; what hosts change is remembered and sent after `resume`.")
     @OptionGroup var options: ControlOptions
     @Argument(help: "The group.") var group: String
-    func run() async throws { try await simple(options, "/v1/groups/\(encoded(group))/suspend") }
+    func run() async throws { _ = try await options.ask(Endpoints.suspend, group) }
 }
 
 struct Resume: AsyncParsableCommand {
@@ -69,14 +55,9 @@ struct Resume: AsyncParsableCommand {
     @Flag(help: "The secondary was seeded with a copy: until the first commit send only what differs by checksum.")
     var fromImage = false
     func run() async throws {
-        let query = isolated ? "?isolated=true" : fromImage ? "?from_image=true" : ""
-        try await simple(options, "/v1/groups/\(encoded(group))/resume" + query)
+        let query: [APICall.Query: String] = isolated ? [.isolated: "true"] : fromImage ? [.fromImage: "true"] : [:]
+        _ = try await options.ask(Endpoints.resume, group, query)
     }
-}
-
-private func simple(_ options: ControlOptions, _ path: String) async throws {
-    let bytes = try await options.call("POST", path)
-    if options.json { printRaw(bytes) }
 }
 
 struct Points: AsyncParsableCommand {
@@ -99,10 +80,7 @@ struct Points: AsyncParsableCommand {
 
     func run() async throws {
         if !drop.isEmpty || olderThan != nil { return try await remove() }
-        let bytes = try await options.call("GET", "/v1/groups/\(encoded(group))/points")
-        if options.json { return printRaw(bytes) }
-        let points: [StatusReport.PointReport] = try decode(bytes)
-        for point in points {
+        for point in try await options.ask(Endpoints.points, group) where !options.json {
             Output.line("\(point.id)\tformed \(point.formedAt)\tcommitted \(point.committedAt ?? "-")")
         }
     }
@@ -110,7 +88,7 @@ struct Points: AsyncParsableCommand {
     private func remove() async throws {
         var request = PointDropRequest(points: olderThan == nil ? drop : nil, olderThan: olderThan)
         request.preview = true
-        let shown: PointDropReport = try decode(try await call(request))
+        let shown = try await options.quiet.ask(Endpoints.dropPoints, group, body: request)
         let words = render(shown, "would be dropped")
         if !yes, !shown.dropped.isEmpty {
             guard isatty(0) == 1 else {
@@ -123,14 +101,8 @@ struct Points: AsyncParsableCommand {
             }
         }
         request.preview = nil
-        let bytes = try await call(request)
-        if options.json { return printRaw(bytes) }
-        Output.line(render(try decode(bytes), "dropped"))
-    }
-
-    private func call(_ request: PointDropRequest) async throws -> [UInt8] {
-        let body = [UInt8](try JSONEncoder().encode(request))
-        return try await options.call("POST", "/v1/groups/\(encoded(group))/points/drop", body: body, seconds: 600)
+        let report = try await options.ask(Endpoints.dropPoints, group, body: request)
+        if !options.json { Output.line(render(report, "dropped")) }
     }
 
     private func render(_ report: PointDropReport, _ verb: String) -> String {
@@ -150,17 +122,11 @@ struct Events: AsyncParsableCommand {
     @OptionGroup var options: ControlOptions
     @Argument(help: "Only this group.") var group: String?
 
-    struct Entry: Decodable {
-        var at: Double
-        var group: String?
-        var text: String
-    }
-
     func run() async throws {
-        let bytes = try await options.call("GET", "/v1/events" + (group.map { "?group=\(encoded($0))" } ?? ""))
-        if options.json { return printRaw(bytes) }
-        let entries: [Entry] = try decode(bytes)
-        for entry in entries { Output.line("\(entry.at)\t\(entry.group ?? "-")\t\(entry.text)") }
+        let entries = try await options.ask(Endpoints.events, "", group.map { [.group: $0] } ?? [:])
+        for entry in entries where !options.json {
+            Output.line("\(entry.at)\t\(entry.group ?? "-")\t\(entry.text)")
+        }
     }
 }
 
@@ -176,7 +142,7 @@ struct Rate: AsyncParsableCommand {
             throw ValidationError("'\(rate)' is no rate: write 50MiB (at least 16KiB a second), unlimited, or default")
         }
         let bytes = rate == "default" ? rate : rate == "unlimited" ? "0" : String(parseSize(rate)!)
-        try await simple(options, "/v1/groups/\(encoded(group))/rate?bytes=\(bytes)")
+        _ = try await options.ask(Endpoints.rate, group, [.bytes: bytes])
     }
 }
 
@@ -189,16 +155,12 @@ struct Practice: AsyncParsableCommand {
     @Flag(help: "Remove the copy.") var end = false
 
     func run() async throws {
-        let path = "/v1/groups/\(encoded(group))/practice"
         if end {
-            let bytes = try await options.call("DELETE", path, seconds: 600)
-            if options.json { printRaw(bytes) }
+            _ = try await options.ask(Endpoints.endPractice, group)
             return
         }
-        let bytes = try await options.call("POST", path + (point.map { "?point=\($0)" } ?? ""), seconds: 600)
-        if options.json { return printRaw(bytes) }
-        let reports: [FlashCopyReport] = try decode(bytes)
-        for report in reports { Output.line(report.export) }
+        let reports = try await options.ask(Endpoints.practice, group, point.map { [.point: String($0)] } ?? [:])
+        for report in reports where !options.json { Output.line(report.export) }
     }
 }
 
@@ -212,16 +174,13 @@ struct Verify: AsyncParsableCommand {
     @Option(help: "Most bytes that are compared in a second, such as 50MiB.") var rate: String?
 
     func run() async throws {
-        var path = "/v1/groups/\(encoded(group))/verify?repair=\(repair)"
+        var query: [APICall.Query: String] = [.repair: "\(repair)"]
         if let rate {
             guard let bytes = parseSize(rate), bytes > 0 else { throw ValidationError("'\(rate)' is no rate") }
-            path += "&rate=\(bytes)"
+            query[.rate] = String(bytes)
         }
-        let bytes = try await options.call("POST", path, seconds: 30 * 86400)
-        let report: VerifyReport = try decode(bytes)
-        if options.json {
-            printRaw(bytes)
-        } else {
+        let report = try await options.ask(Endpoints.verify, group, query)
+        if !options.json {
             Output.line(
                 "point \(report.point): compared \(StatusText.bytes(report.comparedBytes)), "
                     + "\(StatusText.bytes(report.differingBytes)) differ")

@@ -1,8 +1,9 @@
 // RoleCommands.swift: the commands that change which site is the primary of a group.
 
+import API
 import ArgumentParser
-import Control
 import Glibc
+import Replication
 
 struct Failover: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
@@ -12,10 +13,8 @@ struct Failover: AsyncParsableCommand {
     @Option(help: "The recovery point; default: the newest.") var point: UInt64?
 
     func run() async throws {
-        let path = "/v1/groups/\(encoded(group))/failover" + (point.map { "?point=\($0)" } ?? "")
-        let bytes = try await options.call("POST", path, seconds: 600)
-        if options.json { return printRaw(bytes) }
-        let report: FailoverReport = try decode(bytes)
+        let report = try await options.ask(Endpoints.failover, group, point.map { [.point: String($0)] } ?? [:])
+        if options.json { return }
         Output.line("failed over to point \(report.id), formed \(report.formedAt)")
         var lost = "lost: what was written in the last \(StatusText.tenths(report.lostSeconds)) s"
         if let unsent = report.unsentBytes {
@@ -37,10 +36,8 @@ struct Switchover: AsyncParsableCommand {
     @Argument(help: "The group.") var group: String
 
     func run() async throws {
-        let bytes = try await options.call("POST", "/v1/groups/\(encoded(group))/switchover", seconds: 7 * 86400)
-        if options.json { return printRaw(bytes) }
-        let report: StatusReport.PointReport = try decode(bytes)
-        Output.line("switched over at point \(report.id)")
+        let point = try await options.ask(Endpoints.switchover, group)
+        if !options.json { Output.line("switched over at point \(point.id)") }
     }
 }
 
@@ -53,16 +50,11 @@ struct Failback: AsyncParsableCommand {
     @Flag(help: "Do not ask.") var yes = false
 
     func run() async throws {
-        let path = "/v1/groups/\(encoded(group))/failback"
-        let shown = try await options.call("GET", path)
-        if preview, options.json { return printRaw(shown) }
-        let report: ResyncReport = try decode(shown)
-        if preview { return Output.line(ResyncText.render(report)) }
+        let report = try await (preview ? options : options.quiet).ask(Endpoints.previewFailback, group)
+        if preview { return options.json ? () : Output.line(ResyncText.render(report)) }
         try ResyncText.confirm(report, yes)
-        let bytes = try await options.call("POST", path, seconds: 365 * 86400)
-        if options.json { return printRaw(bytes) }
-        let point: StatusReport.PointReport = try decode(bytes)
-        Output.line("failed back at point \(point.id)")
+        let point = try await options.ask(Endpoints.failback, group)
+        if !options.json { Output.line("failed back at point \(point.id)") }
     }
 }
 
@@ -77,14 +69,11 @@ struct Resync: AsyncParsableCommand {
     @Flag(help: "Do not ask.") var yes = false
 
     func run() async throws {
-        let path = "/v1/groups/\(encoded(group))/resync?discard=\(encoded(discard))"
-        let shown = try await options.call("GET", path)
-        if preview, options.json { return printRaw(shown) }
-        let report: ResyncReport = try decode(shown)
-        if preview { return Output.line(ResyncText.render(report)) }
+        let report = try await (preview ? options : options.quiet).ask(
+            Endpoints.previewResync, group, [.discard: discard])
+        if preview { return options.json ? () : Output.line(ResyncText.render(report)) }
         try ResyncText.confirm(report, yes)
-        let bytes = try await options.call("POST", path, seconds: 7 * 86400)
-        if options.json { printRaw(bytes) }
+        _ = try await options.ask(Endpoints.resync, group, [.discard: discard])
     }
 }
 
@@ -96,13 +85,9 @@ struct Abort: AsyncParsableCommand {
     @OptionGroup var options: ControlOptions
     @Argument(help: "The operation.") var operation: String
 
-    struct Answer: Decodable { var done: String }
-
     func run() async throws {
-        let bytes = try await options.call("POST", "/v1/abort?operation=\(encoded(operation))", seconds: 60)
-        if options.json { return printRaw(bytes) }
-        let answer: Answer = try decode(bytes)
-        Output.line(answer.done)
+        let answer = try await options.ask(Endpoints.abort, "", [.operation: operation])
+        if !options.json { Output.line(answer.done) }
     }
 }
 

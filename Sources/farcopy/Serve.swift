@@ -5,6 +5,7 @@ import Control
 import Dispatch
 import Glibc
 import Logging
+import Replication
 
 struct Serve: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
