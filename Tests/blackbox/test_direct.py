@@ -163,7 +163,7 @@ class Direct(SiteTest):
 
     def test_fio_verifies_and_flashcopies_hold(self):
         run("fio", "--thread", "--name=verify", "--ioengine=nbd", f"--uri={self.server.uri('disk')}", "--rw=randrw", "--size=12M",
-            "--bsrange=512-64k", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
+            f"--bsrange={SECTOR or 512}-64k", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
             "--output=/dev/null")
         before = self.server.read("disk")
         self.server.farcopy("flashcopy", "create", "disk", "kept")
