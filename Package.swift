@@ -55,18 +55,24 @@ let package = Package(
                 "Base", "NBDProtocol", "Replication", .product(name: "AsyncHTTPClient", package: "async-http-client"),
             ], swiftSettings: control),
         .target(
+            name: "SiteConfiguration",
+            dependencies: [
+                "Base", "CLibURing", "NBDProtocol", "NBDServer", "Replication", "Ring", "TLS", "Volumes",
+                .product(name: "TOMLKit", package: "TOMLKit"),
+            ], swiftSettings: control),
+        .target(
             name: "Control",
             dependencies: [
-                "API", "Base", "Volumes", "Ring", "NBDProtocol", "NBDServer", "Replication", "TLS", "CLibURing",
+                "API", "Base", "SiteConfiguration", "Volumes", "Ring", "NBDProtocol", "NBDServer", "Replication", "TLS",
+                "CLibURing",
                 .product(name: "Logging", package: "swift-log"),
-                .product(name: "TOMLKit", package: "TOMLKit"),
                 .product(name: "Hummingbird", package: "hummingbird"),
             ], swiftSettings: control),
         .target(name: "KernelDevice", dependencies: ["Ring", "CLibNBD", "CNetlink"], swiftSettings: strict),
         .executableTarget(
             name: "farcopy",
             dependencies: [
-                "API", "Control", "KernelDevice", "NBDProtocol", "Replication", "Ring",
+                "API", "Control", "KernelDevice", "NBDProtocol", "Replication", "Ring", "SiteConfiguration",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),
@@ -86,7 +92,8 @@ let package = Package(
             swiftSettings: strict),
         .testTarget(name: "ReplicationTests", dependencies: ["Replication"], swiftSettings: strict),
         .testTarget(name: "APITests", dependencies: ["API"], swiftSettings: control),
-        .testTarget(name: "ControlTests", dependencies: ["API", "Control"], swiftSettings: control),
+        .testTarget(
+            name: "ControlTests", dependencies: ["API", "Control", "SiteConfiguration"], swiftSettings: control),
         .testTarget(name: "SimulationTests", dependencies: ["Simulation"], swiftSettings: strict),
     ],
     swiftLanguageModes: [.v6]

@@ -5,6 +5,7 @@ import FoundationEssentials
 import Glibc
 import Replication
 import Ring
+import SiteConfiguration
 import Volumes
 
 package enum Adoption {

@@ -5,16 +5,8 @@ import API
 import FoundationEssentials
 import Glibc
 import Replication
+import SiteConfiguration
 import Volumes
-
-/// Commands of a group that run when something happens (`on_lag_exceeded` …).
-package enum GroupEvent: String, CaseIterable, Sendable {
-    case lagExceeded = "on_lag_exceeded"
-    case suspended = "on_suspended"
-    case splitBrain = "on_split_brain"
-    case beforeFailover = "before_failover"
-    case afterFailover = "after_failover"
-}
 
 enum AlertKind: String, Sendable {
     case lagExceeded = "lag"

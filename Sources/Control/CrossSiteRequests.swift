@@ -15,6 +15,7 @@ import Hummingbird
 import NBDProtocol
 import NIOCore
 import Replication
+import SiteConfiguration
 
 struct CrossSiteRequests: RouterMiddleware {
     typealias Context = BasicRequestContext

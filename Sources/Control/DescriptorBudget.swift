@@ -9,6 +9,7 @@ import FoundationEssentials
 import Glibc
 import Replication
 import Ring
+import SiteConfiguration
 
 package struct DescriptorBudget: Sendable {
     /// What the process may have open.

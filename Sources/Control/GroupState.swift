@@ -3,6 +3,7 @@
 import API
 import Base
 import Replication
+import SiteConfiguration
 import Synchronization
 
 /// The record's file, shared by the site and, while the group is primary, its replicator.

@@ -4,15 +4,7 @@ import Base
 import Glibc
 import Replication
 import Ring
-
-/// `on_freeze` and `on_thaw` of a volume or group.
-package struct HookCommands: Sendable, Equatable {
-    package var onFreeze: String?
-    package var onThaw: String?
-    /// Seconds; a command that takes longer is killed.
-    package var timeout: Double = 30
-    package var isEmpty: Bool { onFreeze == nil && onThaw == nil }
-}
+import SiteConfiguration
 
 extension Site {
     /// Runs `body` between the freezing and thawing commands of everything that the volumes belong to. What was frozen is

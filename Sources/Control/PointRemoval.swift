@@ -14,6 +14,7 @@ import Glibc
 import NBDServer
 import Replication
 import Ring
+import SiteConfiguration
 import Volumes
 
 extension Site {

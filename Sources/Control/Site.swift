@@ -15,6 +15,7 @@ import NBDProtocol
 import NBDServer
 import Replication
 import Ring
+import SiteConfiguration
 import TLS
 import Volumes
 

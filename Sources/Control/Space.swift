@@ -6,6 +6,7 @@ import API
 import Base
 import Glibc
 import Ring
+import SiteConfiguration
 
 /// The figures of a file system, as `df` has them.
 struct FileSystem {
@@ -66,7 +67,7 @@ extension Site {
                 "FARCOPY_REASON=\(report.words)",
             ]
             Task {
-                if let failure = await Self.run(command, environment, HookCommands().timeout) {
+                if let failure = await Self.run(command, environment, HookCommands.usualTimeout) {
                     note(nil, "on_space_low \(failure)")
                 }
             }

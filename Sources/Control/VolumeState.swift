@@ -11,6 +11,7 @@ import Glibc
 import NBDServer
 import Replication
 import Ring
+import SiteConfiguration
 import Volumes
 
 /// Files of one FlashCopy or recovery point.

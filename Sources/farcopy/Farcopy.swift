@@ -7,6 +7,7 @@ import FoundationEssentials
 import Glibc
 import NBDProtocol
 import Replication
+import SiteConfiguration
 
 @main
 struct Farcopy: AsyncParsableCommand {

@@ -6,6 +6,7 @@ import Control
 import FoundationEssentials
 import Glibc
 import Replication
+import SiteConfiguration
 
 struct FlashCopyCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(

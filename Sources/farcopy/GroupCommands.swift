@@ -5,6 +5,7 @@ import ArgumentParser
 import Control
 import Glibc
 import Replication
+import SiteConfiguration
 
 struct Status: AsyncParsableCommand {
     static let configuration = CommandConfiguration(abstract: "Show roles, states, points, lag, rates.")

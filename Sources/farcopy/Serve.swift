@@ -6,6 +6,7 @@ import Dispatch
 import Glibc
 import Logging
 import Replication
+import SiteConfiguration
 
 struct Serve: AsyncParsableCommand {
     static let configuration = CommandConfiguration(

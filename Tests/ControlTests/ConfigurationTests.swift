@@ -1,6 +1,7 @@
 import Control
 import Glibc
 import Replication
+import SiteConfiguration
 import Testing
 
 private let good = """

@@ -1,5 +1,6 @@
 import Control
 import Glibc
+import SiteConfiguration
 import Testing
 
 /// Seconds of a local time.

@@ -28,7 +28,7 @@ package enum SocketActivation {
     /// The sockets, each to be used once.
     ///
     /// - Throws: when a descriptor is no listening stream socket.
-    static func take() throws -> [OpenFile] {
+    package static func take() throws -> [OpenFile] {
         var files: [OpenFile] = []
         for descriptor in firstDescriptor..<firstDescriptor + offered {
             var listens: Int32 = 0
