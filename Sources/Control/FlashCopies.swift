@@ -133,9 +133,10 @@ extension Site {
     }
 
     func establish(_ request: FlashCopyRequest, _ members: [VolumeState]) async throws {
+        let set = randomIdentity()
         let made = try await prepareAll(members) { index in
             try await self.prepare(
-                request, members[index], target: request.targets?[index], order: members[index].takeOrder())
+                request, members[index], target: request.targets?[index], order: members[index].takeOrder(), set: set)
         }
         let intact = await together(members) { index in
             await self.enterChain(made[index].volume, made[index].record, made[index].files) { $0.addCopy($1) }
@@ -159,7 +160,8 @@ extension Site {
 
     /// Writes a copy down and makes its files; it takes nothing yet.
     func prepare(
-        _ request: FlashCopyRequest, _ volume: VolumeState, target: String?, order: UInt64, originIsDurable: Bool? = nil
+        _ request: FlashCopyRequest, _ volume: VolumeState, target: String?, order: UInt64, set: String? = nil,
+        originIsDurable: Bool? = nil
     ) async throws -> NewCopy {
         var record = CopyRecord(
             id: Self.firstCopyID + volume.record.nextCopy, name: request.name, createdAt: realSeconds(), order: order,
@@ -171,6 +173,7 @@ extension Site {
         record.isWritable = request.writable ?? false
         record.isDurable = originIsDurable ?? (request.durable ?? false || chainIsDurable)
         record.target = target
+        record.set = set
         let opened: OpenFile
         if let target {
             (opened, record.targetIsZero) = try openOperatorTarget(target, volume)
@@ -327,21 +330,36 @@ extension Site {
             for copy in made { try await settle(copy) }
             for copy in made { try copy.volume.update(copy.record.id) { $0.state = .active } }
         } catch {
-            for copy in made { await giveUp(copy) }
+            await giveUp(made)
             throw error
         }
         for copy in made { await publish(copy.volume, group(ofVolume: copy.volume.name)) }
     }
 
-    /// Takes a copy out that may be recorded as active: one that leaves preserves nothing any more, and so must not be served by a
-    /// start that finds that record.
-    private func giveUp(_ copy: NewCopy) async {
-        let (volume, id) = (copy.volume, copy.record.id)
-        volume.acknowledge(id) { $0.state = .withdrawing }
-        guard volume.isUnsaved else { return await leave(volume, id) }
+    /// Takes copies out that may be recorded as active: one that leaves preserves nothing any more, and so must not be served by a
+    /// start that finds such a record, of this copy or of another of its set.
+    private func giveUp(_ made: [NewCopy]) async {
+        for copy in made { copy.volume.acknowledge(copy.record.id) { $0.state = .withdrawing } }
+        guard made.contains(where: { $0.volume.isUnsaved }) else {
+            for copy in made { await leave(copy.volume, copy.record.id) }
+            return
+        }
         Task {
-            while volume.isUnsaved, !isStopping { try? await Task.sleep(for: .milliseconds(200)) }
-            if !isStopping { await leave(volume, id) }
+            while made.contains(where: { $0.volume.isUnsaved }), !isStopping {
+                try? await Task.sleep(for: .milliseconds(200))
+            }
+            guard !isStopping else { return }
+            for copy in made { await leave(copy.volume, copy.record.id) }
+        }
+    }
+
+    /// A site may end between the records of copies that were taken together (`CopyRecord.set`).
+    func completeSets() throws {
+        let taken = Set(volumes.values.flatMap { $0.record.copies.filter { $0.state == .active }.compactMap(\.set) })
+        for volume in volumes.values {
+            let late = volume.record.copies.filter { $0.state == .creating && $0.set.map(taken.contains) == true }
+            guard !late.isEmpty else { continue }
+            try volume.amend { record in for copy in late { record.change(copy.id) { $0.state = .active } } }
         }
     }
 

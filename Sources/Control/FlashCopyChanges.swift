@@ -78,10 +78,11 @@ extension Site {
     private func establishClone(
         _ request: FlashCopyRequest, _ members: [VolumeState], _ origins: [Origin]
     ) async throws {
+        let set = randomIdentity()
         let made = try await prepareAll(members) { index in
             try await self.prepare(
                 request, members[index], target: request.targets?[index],
-                order: try self.orderBelow(members[index], origins[index].order),
+                order: try self.orderBelow(members[index], origins[index].order), set: set,
                 originIsDurable: origins[index].isDurable)
         }
         let vanished = Atomic(false)
@@ -230,6 +231,7 @@ extension Site {
         record.state = .creating
         record.reason = nil
         record.isComplete = false
+        record.set = nil
         let number = volume.number
         let chainIsDurable = await volume.reactor.run { $0.hosted(number).volume.chainIsDurable }
         record.isDurable = old.isDurable || chainIsDurable

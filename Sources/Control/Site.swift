@@ -122,6 +122,7 @@ package actor Site {
         )
         keepReserve()
         try completeRestoreDecisions()
+        try completeSets()
         for group in groups.values { try await decideService(group) }
         for entry in configuration.volumes { try await host(volumes[entry.name]!) }
         for socket in try SocketActivation.take() { greeter.perform { $0.listen(on: socket) } }

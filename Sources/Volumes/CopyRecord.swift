@@ -45,6 +45,9 @@ package struct CopyRecord: Codable, Sendable, Equatable {
     package var wasWritable: Bool?
     /// Survives power loss: old content is made durable before it is overwritten.
     package var isDurable = false
+    /// The same for copies of several volumes that were taken together: once the record of one of them says that it is active, all are in
+    /// their chains, and on stable storage if they are durable.
+    package var set: String?
     /// Lost, and nobody is to be told of it: it was being established or withdrawn.
     package var isForgotten: Bool?
 
