@@ -61,18 +61,23 @@ let package = Package(
                 .product(name: "TOMLKit", package: "TOMLKit"),
             ], swiftSettings: control),
         .target(
-            name: "Control",
+            name: "Site",
             dependencies: [
-                "API", "Base", "SiteConfiguration", "Volumes", "Ring", "NBDProtocol", "NBDServer", "Replication", "TLS",
-                "CLibURing",
+                "API", "Base", "CLibURing", "NBDProtocol", "NBDServer", "Replication", "Ring", "SiteConfiguration",
+                "TLS", "Volumes",
                 .product(name: "Logging", package: "swift-log"),
-                .product(name: "Hummingbird", package: "hummingbird"),
+            ], swiftSettings: control),
+        .target(
+            name: "APIServer",
+            dependencies: [
+                "API", "Base", "NBDProtocol", "Replication", "Site", "SiteConfiguration",
+                .product(name: "Hummingbird", package: "hummingbird"), .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),
         .target(name: "KernelDevice", dependencies: ["Ring", "CLibNBD", "CNetlink"], swiftSettings: strict),
         .executableTarget(
             name: "farcopy",
             dependencies: [
-                "API", "Control", "KernelDevice", "NBDProtocol", "Replication", "Ring", "SiteConfiguration",
+                "API", "APIServer", "KernelDevice", "NBDProtocol", "Replication", "Ring", "Site", "SiteConfiguration",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),
@@ -93,7 +98,7 @@ let package = Package(
         .testTarget(name: "ReplicationTests", dependencies: ["Replication"], swiftSettings: strict),
         .testTarget(name: "APITests", dependencies: ["API"], swiftSettings: control),
         .testTarget(
-            name: "ControlTests", dependencies: ["API", "Control", "SiteConfiguration"], swiftSettings: control),
+            name: "SiteTests", dependencies: ["API", "Site", "SiteConfiguration"], swiftSettings: control),
         .testTarget(name: "SimulationTests", dependencies: ["Simulation"], swiftSettings: strict),
     ],
     swiftLanguageModes: [.v6]

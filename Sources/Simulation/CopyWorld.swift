@@ -2,7 +2,7 @@
 // clones, refreshes, restores and withdraws them, full and failing targets, unreadable sectors, crashes and power loss.
 //
 // The engine is the production code, and so is what a record means after a restart (`CopyRecord.resume`). The operator's
-// steps are those of Control/FlashCopies.swift and FlashCopyChanges.swift, each record a step of its own.
+// steps are those of Site/FlashCopies.swift and FlashCopyChanges.swift, each record a step of its own.
 //
 // Must hold: a host write to the volume succeeds; every copy that says that it is active reads as its moment, with what
 // was written to it since; the target of a finished background copy is that image by itself; a grain in which the volume
@@ -129,7 +129,7 @@ package final class CopyWorld: Scenario {
 
     private func fail(_ text: String) { if failure == nil { failure = SimulationFailure(text) } }
 
-    // MARK: Starting (Control/Resume.swift)
+    // MARK: Starting (Site/Resume.swift)
 
     /// A start may end between any two of its steps, by a kill or by power loss; the next one finds what it has left.
     ///

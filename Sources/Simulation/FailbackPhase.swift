@@ -1,7 +1,7 @@
 // FailbackPhase.swift: the old primary comes back with what it never sent; it becomes the secondary of the new one, which
 // takes its changed grains into its own bitmaps; then everything goes on in the other direction, with faults.
 //
-// The decisions are those of Replication/Standing.swift, the steps those of Control/Roles.swift. Must hold: in the end the sites
+// The decisions are those of Replication/Standing.swift, the steps those of Site/Roles.swift. Must hold: in the end the sites
 // are alike, although only grains that one of them has changed were sent.
 
 import Base

@@ -1,5 +1,5 @@
 // FailoverPhase.swift: the primary is gone; a recovery point becomes the volumes, and hosts write there while data flows
-// back, through crashes and power loss. The steps are those of Control/Secondary.swift.
+// back, through crashes and power loss. The steps are those of Site/Secondary.swift.
 //
 // Must hold: a read gives the point's data or what was written since; an acknowledged write survives the process, a
 // flushed one power loss; when the restore is over, the raw file is the volume; the other points are as they were.

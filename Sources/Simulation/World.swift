@@ -2,7 +2,7 @@
 //
 // The engine (`Volume`), the cycle and the drain are the production code. What stands in for the rest: reactors and
 // their mailboxes (messages in order for each volume), the link (sends arrive and are acknowledged in any order), the
-// secondary's sessions and commit (the same steps in the same order as Control/Secondary.swift).
+// secondary's sessions and commit (the same steps in the same order as Site/Secondary.swift).
 
 import Base
 import Replication

@@ -2,13 +2,13 @@
 
 import API
 import ArgumentParser
-import Control
 import FoundationEssentials
 import Glibc
 import KernelDevice
 import NBDProtocol
 import Replication
 import Ring
+import Site
 
 struct Attach: AsyncParsableCommand {
     static let configuration = CommandConfiguration(

@@ -2,11 +2,11 @@
 
 import API
 import ArgumentParser
-import Control
 import FoundationEssentials
 import Glibc
 import NBDProtocol
 import Replication
+import Site
 import SiteConfiguration
 
 @main

@@ -2,10 +2,10 @@
 
 import API
 import ArgumentParser
-import Control
 import FoundationEssentials
 import Glibc
 import Replication
+import Site
 import SiteConfiguration
 
 struct FlashCopyCommand: AsyncParsableCommand {

@@ -2,9 +2,9 @@
 
 import API
 import ArgumentParser
-import Control
 import Glibc
 import Replication
+import Site
 import SiteConfiguration
 
 struct Status: AsyncParsableCommand {

@@ -1,11 +1,12 @@
 // Serve.swift: `farcopy serve`.
 
+import APIServer
 import ArgumentParser
-import Control
 import Dispatch
 import Glibc
 import Logging
 import Replication
+import Site
 import SiteConfiguration
 
 struct Serve: AsyncParsableCommand {
@@ -45,10 +46,11 @@ struct Serve: AsyncParsableCommand {
         let stopped = stopSignal()
         try await withThrowingTaskGroup(of: Bool.self) { tasks in
             let (running, announce) = AsyncStream.makeStream(of: Void.self)
+            let server = ControlServer(site: site, logger: logger)
             // Before the volumes are up, so that peers that start at the same time can ask each other who is primary.
             for address in configuration.control {
                 tasks.addTask {
-                    try await ControlServer(site: site, logger: logger).run(address) { announce.yield(()) }
+                    try await server.run(address) { announce.yield(()) }
                     return true
                 }
             }

@@ -1,8 +1,8 @@
 // StateCommands.swift: commands on what lies on disk, without a running site.
 
 import ArgumentParser
-import Control
 import Glibc
+import Site
 
 struct Inspect: ParsableCommand {
     static let configuration = CommandConfiguration(

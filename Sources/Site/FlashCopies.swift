@@ -43,7 +43,7 @@ extension Site {
     // MARK: Creating
 
     /// Takes FlashCopies of several volumes at one instant.
-    func createFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
+    package func createFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
         let members = try members(request.volumes)
@@ -390,7 +390,7 @@ extension Site {
 
     // MARK: Showing
 
-    func listFlashCopies() async throws -> [FlashCopyReport] {
+    package func listFlashCopies() async throws -> [FlashCopyReport] {
         var all: [FlashCopyReport] = []
         for volume in volumes.values.sorted(by: { $0.name < $1.name }) {
             for record in volume.record.copies
@@ -401,7 +401,7 @@ extension Site {
         return all
     }
 
-    func showFlashCopy(_ name: String, _ names: [String]) async throws -> [FlashCopyReport] {
+    package func showFlashCopy(_ name: String, _ names: [String]) async throws -> [FlashCopyReport] {
         try await reports(name, try copies(name, members(names)).map(\.0))
     }
 
@@ -451,7 +451,7 @@ extension Site {
     // MARK: Changing and ending
 
     /// Changes the rate of a background copy, or whether clients may write.
-    func setFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
+    package func setFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
         let members = try members(request.volumes)
@@ -472,7 +472,7 @@ extension Site {
     }
 
     /// Takes FlashCopies out of service; readers are disconnected, and what older copies need is handed over first.
-    func withdrawFlashCopy(_ request: FlashCopyRequest) async throws {
+    package func withdrawFlashCopy(_ request: FlashCopyRequest) async throws {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
         let found = try copies(request.name, members(request.volumes))

@@ -156,7 +156,7 @@ extension Site {
         return (newest.isBase == true ? "resyncing" : "mirroring", nil)
     }
 
-    func points(_ name: String) throws -> [StatusReport.PointReport] {
+    package func points(_ name: String) throws -> [StatusReport.PointReport] {
         let group = try group(name)
         let record = group.record
         let readable = record.points.filter { $0.isFailed != true }
@@ -173,16 +173,16 @@ extension Site {
         return replicator
     }
 
-    func suspend(_ name: String) throws { try replicator(name).suspend() }
+    package func suspend(_ name: String) throws { try replicator(name).suspend() }
 
     /// - Parameter fromImage: the secondary was seeded; until the first commit only what differs by checksum is sent.
-    func resume(_ name: String, fromImage: Bool = false) async throws {
+    package func resume(_ name: String, fromImage: Bool = false) async throws {
         let replicator = try replicator(name)
         if fromImage { try await group(name).amend { $0.fromImage = true } }
         replicator.resume()
     }
 
-    func cycle(_ name: String) async throws -> StatusReport.PointReport {
+    package func cycle(_ name: String) async throws -> StatusReport.PointReport {
         let replicator = try replicator(name)
         do {
             return try await replicator.cycle().report
@@ -191,5 +191,5 @@ extension Site {
         }
     }
 
-    func request(_ name: String) throws { try replicator(name).request() }
+    package func request(_ name: String) throws { try replicator(name).request() }
 }

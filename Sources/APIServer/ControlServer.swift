@@ -7,14 +7,17 @@ import Logging
 import NBDProtocol
 import NIOCore
 import Replication
+import Site
 
 package struct ControlServer: Sendable {
     let site: Site
+    private let connections: ControlConnections
     let logger: Logger
 
     package init(site: Site, logger: Logger) {
         self.site = site
         self.logger = logger
+        connections = ControlConnections(limit: site.descriptors.control, logger: logger)
     }
 
     /// Serves one address until the task is cancelled; calls `ready` once it listens.
@@ -31,7 +34,7 @@ package struct ControlServer: Sendable {
             router: router(address),
             server: .http1(
                 configuration: .init(
-                    additionalChannelHandlers: [ConnectionBound(site.controlConnections, address)],
+                    additionalChannelHandlers: [ConnectionBound(connections, address)],
                     idleTimeout: .seconds(Int64(Limits.controlIdleSeconds)))),
             configuration: .init(address: bind, serverName: nil),
             onServerRunning: { listener in

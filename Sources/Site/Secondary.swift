@@ -242,7 +242,7 @@ extension Site {
     // MARK: Failover
 
     /// Makes a recovery point the read-write volumes of the group. Data flows back in the background.
-    func failover(_ name: String, point wanted: UInt64?) async throws -> FailoverReport {
+    package func failover(_ name: String, point wanted: UInt64?) async throws -> FailoverReport {
         let group = try group(name)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }

@@ -1,5 +1,5 @@
 import API
-import Control
+import Site
 import Testing
 
 private func use(_ path: String, _ percent: UInt64) -> FileSystemReport {

@@ -62,7 +62,7 @@ package enum ListeningSocket {
     }
 
     /// Removes a socket file that nobody serves.
-    static func removeStale(_ address: Address) {
+    package static func removeStale(_ address: Address) {
         if case .unix(let path) = address, !isServed(path) { unlink(path) }
     }
 

@@ -1,6 +1,6 @@
-import Control
 import Glibc
 import Replication
+import Site
 import SiteConfiguration
 import Testing
 

@@ -7,6 +7,7 @@ import HTTPTypes
 import Hummingbird
 import NIOCore
 import Replication
+import Site
 
 /// A request that has come in.
 struct Asked<Body: Sendable>: Sendable {

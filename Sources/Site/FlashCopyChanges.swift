@@ -20,7 +20,7 @@ extension Site {
     /// Takes FlashCopies of what other FlashCopies, or recovery points, hold.
     ///
     /// - Parameter own: the name is one of the site's own.
-    func cloneFlashCopy(_ request: FlashCopyRequest, own: Bool = false) async throws -> [FlashCopyReport] {
+    package func cloneFlashCopy(_ request: FlashCopyRequest, own: Bool = false) async throws -> [FlashCopyReport] {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
         guard let origin = request.of else { throw Refusal("a clone needs 'of', a FlashCopy's name", .misuse) }
@@ -107,7 +107,7 @@ extension Site {
     // MARK: Refresh
 
     /// Takes FlashCopies anew, of this instant; with a background copy, only what changed on either side is copied.
-    func refreshFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
+    package func refreshFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
         let members = try members(request.volumes)

@@ -119,7 +119,7 @@ final class GroupState {
 }
 
 /// What happened, for `farcopy events`; the newest thousand.
-final class EventLog: Sendable {
+package final class EventLog: Sendable {
     private let entries = Mutex<[EventEntry]>([])
 
     func add(group: String?, _ text: String) {
@@ -129,7 +129,7 @@ final class EventLog: Sendable {
         }
     }
 
-    func list(group: String?) -> [EventEntry] {
+    package func list(group: String?) -> [EventEntry] {
         entries.withLock { $0.filter { group == nil || $0.group == group } }
     }
 }

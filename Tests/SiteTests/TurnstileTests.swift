@@ -1,4 +1,4 @@
-import Control
+import Site
 import Testing
 
 private actor Hall {

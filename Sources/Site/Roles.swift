@@ -79,7 +79,7 @@ extension Site {
     }
 
     /// The peer asks how the group stands here, and says how it does there.
-    func answerStanding(_ name: String, _ theirs: Standing) async throws -> Standing {
+    package func answerStanding(_ name: String, _ theirs: Standing) async throws -> Standing {
         let group = try group(name)
         guard theirs.site == group.entry.peer else {
             throw Refusal(
@@ -176,7 +176,7 @@ extension Site {
     }
 
     /// The operator has made sure that the peer has not taken over.
-    func resumeIsolated(_ name: String) async throws {
+    package func resumeIsolated(_ name: String) async throws {
         let group = try group(name)
         guard group.isolation != nil else {
             throw Refusal("group '\(name)' does not wait for its peer")
@@ -267,7 +267,7 @@ extension Site {
 
     /// Makes this site the secondary of its peer: what hosts wrote here and the peer lacks is kept as a FlashCopy, and the
     /// state as a whole as the first recovery point.
-    func yield(_ name: String, _ request: YieldRequest) async throws -> YieldAnswer {
+    package func yield(_ name: String, _ request: YieldRequest) async throws -> YieldAnswer {
         let group = try group(name)
         let askedAt = monotonicNanoseconds()
         try checkYield(group, request)
@@ -434,7 +434,7 @@ extension Site {
     }
 
     /// For the peer that takes the role: what it must take into its bitmaps.
-    func changes(_ name: String, volume: String, from first: Int) async throws -> ChangesAnswer {
+    package func changes(_ name: String, volume: String, from first: Int) async throws -> ChangesAnswer {
         let group = try group(name)
         guard let volume = members(group).first(where: { $0.name == volume }) else {
             throw Refusal("group '\(name)' has no volume '\(volume)'", .unknown)

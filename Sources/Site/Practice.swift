@@ -10,7 +10,7 @@ extension Site {
     /// A writable FlashCopy `practice` of a point over all volumes of the group. Mirroring, lag and points are not touched.
     ///
     /// - Parameter wanted: the recovery point's number; nil = the newest.
-    func practice(_ name: String, point wanted: String?) async throws -> [FlashCopyReport] {
+    package func practice(_ name: String, point wanted: String?) async throws -> [FlashCopyReport] {
         let group = try group(name)
         let volumes = members(group)
         if volumes.contains(where: { $0.copyRecord(Self.practiceName) != nil }) {
@@ -38,7 +38,7 @@ extension Site {
         return reports
     }
 
-    func endPractice(_ name: String) async throws {
+    package func endPractice(_ name: String) async throws {
         let group = try group(name)
         guard members(group).contains(where: { $0.copyRecord(Self.practiceName) != nil }) else {
             throw Refusal("group '\(name)' is not being practised with", .unknown)

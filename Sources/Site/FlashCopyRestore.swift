@@ -28,7 +28,7 @@ private struct Restoration {
 
 extension Site {
     /// The volumes become the FlashCopies' point in time again, at once; data flows back in the background.
-    func restoreFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
+    package func restoreFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
         let members = try members(request.volumes)
         let groups = try groupsToHold(members)
         // In this order, as where a role is given up.

@@ -10,7 +10,7 @@ import TLS
 import Volumes
 
 extension Site {
-    func checksums(_ name: String, _ request: ChecksumRequest) async throws -> ChecksumAnswer {
+    package func checksums(_ name: String, _ request: ChecksumRequest) async throws -> ChecksumAnswer {
         let group = try group(name)
         guard group.record.peerSite == request.siteID else {
             throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)

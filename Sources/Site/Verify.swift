@@ -32,7 +32,7 @@ extension VerifyReport {
 
 extension Site {
     /// - Parameter rate: bytes a second; 0 = as fast as it goes.
-    func verify(_ name: String, repair: Bool, rate: UInt64) async throws -> VerifyReport {
+    package func verify(_ name: String, repair: Bool, rate: UInt64) async throws -> VerifyReport {
         let group = try group(name)
         var report: VerifyReport?
         try await operate(group, .verify) {
@@ -211,7 +211,7 @@ extension Site {
     // MARK: At the peer
 
     /// Keeps a recovery point for a verification, whatever the retention.
-    func pin(_ name: String, _ request: PinRequest) async throws {
+    package func pin(_ name: String, _ request: PinRequest) async throws {
         let group = try group(name)
         guard group.record.peerSite == request.siteID, request.name.hasPrefix(Self.verifyPrefix) else {
             throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)
@@ -222,7 +222,7 @@ extension Site {
         _ = try await cloneFlashCopy(copy, own: true)
     }
 
-    func unpin(_ name: String, _ request: PinRequest) async throws {
+    package func unpin(_ name: String, _ request: PinRequest) async throws {
         let group = try group(name)
         guard group.record.peerSite == request.siteID, request.name.hasPrefix(Self.verifyPrefix) else {
             throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)

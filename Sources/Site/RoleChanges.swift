@@ -30,7 +30,7 @@ extension Site {
     /// Takes up mirroring again after hosts wrote at both sites, or after a failover.
     ///
     /// - Parameter loser: the site whose changes are discarded there, and kept as a FlashCopy.
-    func resync(_ name: String, discard loser: String) async throws -> ResyncReport {
+    package func resync(_ name: String, discard loser: String) async throws -> ResyncReport {
         let group = try group(name)
         if loser == configuration.site {
             _ = try await requirePrimary(group)
@@ -44,7 +44,7 @@ extension Site {
     }
 
     /// What a resync would send and discard.
-    func previewResync(_ name: String, discard loser: String) async throws -> ResyncReport {
+    package func previewResync(_ name: String, discard loser: String) async throws -> ResyncReport {
         let group = try group(name)
         if loser == configuration.site {
             return try await callPeer(group, Endpoints.previewResync, [.discard: loser])
@@ -91,7 +91,7 @@ extension Site {
     // MARK: Switchover
 
     /// Exchanges the roles without losing anything: hosts are shut out, the last point is sent, the peer takes over.
-    func switchover(_ name: String) async throws -> StatusReport.PointReport {
+    package func switchover(_ name: String) async throws -> StatusReport.PointReport {
         let group = try group(name)
         var point: PointRecord?
         try await operate(group, .switchover) { point = try await self.exchangeRoles(group, group.operation!) }
@@ -248,7 +248,7 @@ extension Site {
     }
 
     /// The primary hands over: this site takes its place, and mirrors to it as soon as it has given up its role.
-    func promote(_ name: String, _ request: PromoteRequest) async throws {
+    package func promote(_ name: String, _ request: PromoteRequest) async throws {
         let group = try group(name)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
@@ -284,7 +284,7 @@ extension Site {
     // MARK: Failback
 
     /// The roles as the configuration has them: the peer becomes secondary, gets what differs, and takes over.
-    func failback(_ name: String) async throws -> StatusReport.PointReport {
+    package func failback(_ name: String) async throws -> StatusReport.PointReport {
         let group = try group(name)
         try await checkFailback(group)
         var point: PointRecord?
@@ -301,7 +301,7 @@ extension Site {
     }
 
     /// What a failback would do.
-    func previewFailback(_ name: String) async throws -> ResyncReport {
+    package func previewFailback(_ name: String) async throws -> ResyncReport {
         let group = try group(name)
         try await checkFailback(group)
         if !group.isMirroring || group.record.conflict != nil {
@@ -380,7 +380,7 @@ extension Site {
     }
 
     /// Ends an operation: `KIND:GROUP`.
-    func abort(_ text: String) async throws -> String {
+    package func abort(_ text: String) async throws -> String {
         let parts = text.split(separator: ":", maxSplits: 1).map(String.init)
         guard parts.count == 2 else {
             throw Refusal(

@@ -1,5 +1,5 @@
-import Control
 import Glibc
+import Site
 import SiteConfiguration
 import Testing
 

@@ -106,7 +106,7 @@ extension Site {
     }
 
     /// The primary cannot write down any more what its hosts change of a volume: all of it may differ once it starts again.
-    func noteUntracked(_ name: String, _ request: UntrackedRequest) async throws {
+    package func noteUntracked(_ name: String, _ request: UntrackedRequest) async throws {
         let group = try group(name)
         guard group.entry.volumes.contains(request.volume) else {
             throw Refusal("group '\(name)' has no volume '\(request.volume)'", .unknown)

@@ -40,7 +40,7 @@ extension Site {
     }
 
     /// A session of the peer; what `keep` does not cover makes room before anything is sent.
-    func acceptSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
+    package func acceptSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
         let answer = try await openSession(name, request)
         let group = try group(name)
         await group.turnstile.enter()
@@ -51,7 +51,7 @@ extension Site {
 
     // MARK: By command
 
-    func dropPoints(_ name: String, _ request: PointDropRequest) async throws -> PointDropReport {
+    package func dropPoints(_ name: String, _ request: PointDropRequest) async throws -> PointDropReport {
         let group = try group(name)
         var report = try await beginDrop(group, request)
         guard request.preview != true, !report.dropped.isEmpty else { return report }

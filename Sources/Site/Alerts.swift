@@ -103,7 +103,7 @@ extension Site {
     // MARK: At the secondary
 
     /// Commits a point; a refusal is told here as well, where the reason lies, not only by the primary.
-    func takeCommit(_ name: String, _ request: CommitRequest) async throws -> CommitAnswer {
+    package func takeCommit(_ name: String, _ request: CommitRequest) async throws -> CommitAnswer {
         do {
             let answer = try await commit(name, request)
             if let group = groups[name] { endAlert(group, .refused) }
@@ -197,7 +197,7 @@ extension Site {
     }
 
     /// Bounds the link from now on, through restarts; nil = as configured.
-    func setRate(_ name: String, _ rate: UInt64?) async throws {
+    package func setRate(_ name: String, _ rate: UInt64?) async throws {
         let group = try group(name)
         try await group.amend { $0.rate = rate }
         keepTime(group)

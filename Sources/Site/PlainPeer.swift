@@ -34,7 +34,9 @@ struct PlainPeer: PeerClient {
         return realSeconds()
     }
 
-    func checksums(session: UInt64, volume: String, offset: UInt64, length: Int, block: Int) async throws -> [UInt8]? {
+    package func checksums(session: UInt64, volume: String, offset: UInt64, length: Int, block: Int) async throws
+        -> [UInt8]?
+    {
         nil
     }
 }

@@ -20,9 +20,8 @@ import TLS
 import Volumes
 
 package actor Site {
-    package let configuration: Configuration
-    package let descriptors: DescriptorBudget
-    let controlConnections: ControlConnections
+    package nonisolated let configuration: Configuration
+    package nonisolated let descriptors: DescriptorBudget
     let logger: Logger
     private let executor: ThreadExecutor
     package nonisolated var unownedExecutor: UnownedSerialExecutor { executor.asUnownedSerialExecutor() }
@@ -40,7 +39,7 @@ package actor Site {
     private var greeter: ReactorHandle?
     private(set) var volumes: [String: VolumeState] = [:]
     private(set) var groups: [String: GroupState] = [:]
-    let events = EventLog()
+    package nonisolated let events = EventLog()
     let copyTurnstile = Turnstile()
     let checksumTurnstile = Turnstile(places: Limits.checksumsAtOnce)
     /// How full the file systems are.
@@ -69,7 +68,6 @@ package actor Site {
         self.force = force
         bootID = try StateDirectory.bootID()
         descriptors = try DescriptorBudget(configuration)
-        controlConnections = ControlConnections(limit: descriptors.control, logger: logger)
         for notice in descriptors.notices { logger.warning("\(notice)") }
         var limits = configuration.nbd.limits
         limits.connections = descriptors.clients

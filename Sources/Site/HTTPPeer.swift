@@ -56,7 +56,9 @@ struct HTTPPeer: PeerClient {
         return answer.committedAt
     }
 
-    func checksums(session: UInt64, volume: String, offset: UInt64, length: Int, block: Int) async throws -> [UInt8]? {
+    package func checksums(session: UInt64, volume: String, offset: UInt64, length: Int, block: Int) async throws
+        -> [UInt8]?
+    {
         try await checksums(
             ChecksumRequest(
                 siteID: siteID, session: session, copy: nil, volume: volume, offset: offset, length: length,
@@ -64,7 +66,9 @@ struct HTTPPeer: PeerClient {
     }
 
     /// Checksums of a FlashCopy or recovery point.
-    func checksums(copy: String, volume: String, offset: UInt64, length: Int, block: Int) async throws -> [UInt8] {
+    package func checksums(copy: String, volume: String, offset: UInt64, length: Int, block: Int) async throws
+        -> [UInt8]
+    {
         try await checksums(
             ChecksumRequest(
                 siteID: siteID, session: nil, copy: copy, volume: volume, offset: offset, length: length, block: block))
@@ -78,16 +82,16 @@ struct HTTPPeer: PeerClient {
         return [UInt8](data)
     }
 
-    func pin(point: UInt64, as name: String) async throws {
+    package func pin(point: UInt64, as name: String) async throws {
         _ = try await ask(
             Endpoints.pin, PinRequest(siteID: siteID, point: point, name: name))
     }
 
-    func unpin(_ name: String) async throws {
+    package func unpin(_ name: String) async throws {
         _ = try await ask(Endpoints.unpin, PinRequest(siteID: siteID, point: 0, name: name))
     }
 
-    func promote(session: UInt64, point: UInt64) async throws {
+    package func promote(session: UInt64, point: UInt64) async throws {
         _ = try await ask(
             Endpoints.promote, PromoteRequest(siteID: siteID, session: session, point: point))
     }
