@@ -134,7 +134,7 @@ package struct Cycle {
     package private(set) var record: GroupRecord
     package private(set) var state: State
     /// There was a suspension after the last commit.
-    private var resyncing = false
+    private(set) var resyncing = false
     private var lastFailure: String?
     private var dueAt: UInt64 = 0
     private var requested = false
@@ -208,14 +208,6 @@ package struct Cycle {
         }
     }
 
-    /// The group's state in the words of `farcopy status`.
-    package var stateName: String {
-        if suspension != nil { return "suspended" }
-        if record.lineage == nil { return "simplex" }
-        if record.lastCommitted == nil { return "copying" }
-        return resyncing || record.lastCommitted?.isBase == true ? "resyncing" : "mirroring"
-    }
-
     /// When `tick` must come at the latest; nil = no need.
     package var wakeAt: UInt64? {
         guard isUnsaved else { return nextStep }
@@ -259,7 +251,7 @@ package struct Cycle {
             }
             requested = false
             formedAt = now
-            record.forming = number
+            record.primary?.point = .forming(number)
             record.lastNumber = number
             state = .forming(number)
             return [.save(record), .form(number: number)]
@@ -275,8 +267,7 @@ package struct Cycle {
                 return giveUp(.carryOn)
             }
             let point = PointRecord(number: number, formedAt: time)
-            record.forming = nil
-            record.held = point
+            record.primary?.point = .held(point)
             return [.save(record)] + startDrain(point)
         case (.draining(let point, var drain), .read(let slot, let grains, let offset, let length)):
             return carry(
@@ -299,7 +290,7 @@ package struct Cycle {
     // MARK: Link
 
     private mutating func opened(_ peer: PeerState, _ now: UInt64) -> [Action] {
-        record.alone = nil  // the peer is a secondary: nobody has taken over
+        record.primary?.alone = false  // the peer is a secondary: nobody has taken over
         lostAt = nil
         lastFailure = nil
         if record.lineage != peer.lineage {
@@ -312,7 +303,7 @@ package struct Cycle {
             return [.markAllChanged(renewed)]
         }
         if let held = record.held, peer.committed?.number == held.number {
-            record.lastCommitted = peer.committed
+            record.primary?.lastCommitted = peer.committed
             return giveUp(.tookOver)
         }
         if let theirs = peer.committed, theirs.number > record.lastCommitted?.number ?? 0,
@@ -320,7 +311,7 @@ package struct Cycle {
         {
             // A point of ours that was given up here while its commit's answer was on the way. Its bits were merged
             // back, so what differs from it is known.
-            record.lastCommitted = theirs
+            record.primary?.lastCommitted = theirs
         }
         if peer.committed?.number == record.lastCommitted?.number {
             guard let held = record.held else { return [.save(record)] + becomeIdle(now, due: now) }
@@ -337,7 +328,7 @@ package struct Cycle {
 
     /// The lineage is recorded only when the bitmaps say that everything may differ.
     private mutating func marked(_ peer: PeerState, _ now: UInt64) -> [Action] {
-        if record.lineage != peer.lineage { record.lastCommitted = nil }
+        if record.lineage != peer.lineage { record.primary?.lastCommitted = nil }
         record.lineage = peer.lineage
         record.volumeLineages = peer.volumeLineages
         record.peerSite = peer.site
@@ -350,8 +341,8 @@ package struct Cycle {
 
     private mutating func failed(_ reason: String, retry: Bool, _ now: UInt64) -> [Action] {
         var save: [Action] = []
-        if record.alone != true {
-            record.alone = true
+        if !record.isAlone {
+            record.primary?.alone = true
             save = [.save(record)]
         }
         resyncing = true
@@ -389,7 +380,7 @@ package struct Cycle {
     }
 
     private mutating func suspend() -> [Action] {
-        record.suspendedByOperator = true
+        record.primary?.suspendedByOperator = true
         resyncing = true
         return [.closeLink] + giveUp(.stop("suspended by the operator"))
     }
@@ -406,7 +397,7 @@ package struct Cycle {
             }
             return []
         }
-        record.suspendedByOperator = false
+        record.primary?.suspendedByOperator = false
         if case .givingUp = state {
             state = .givingUp(.connect)
             return [.save(record)]
@@ -485,9 +476,9 @@ package struct Cycle {
     private mutating func committed(_ point: PointRecord, _ time: Double, _ now: UInt64) -> [Action] {
         var done = point
         done.committedAt = time
-        record.lastCommitted = done
-        record.held = nil
-        record.fromImage = nil
+        record.primary?.lastCommitted = done
+        record.primary?.point = .none
+        record.primary?.fromImage = false
         resyncing = false
         attempt = 0
         return [.endPoint(number: point.number), .save(record)] + becomeIdle(now)
@@ -496,7 +487,7 @@ package struct Cycle {
     private mutating func pointLost(_ reason: String) -> [Action] {
         switch state {
         case .stopped, .offline:
-            record.held = nil
+            record.primary?.point = .none
             return [.giveUp, .save(record)]
         case .givingUp, .marking, .idle, .preparing: return []
         default: return [.closeLink] + giveUp(.retry(reason))
@@ -509,8 +500,7 @@ package struct Cycle {
     }
 
     private mutating func gaveUp(_ next: Next, _ now: UInt64) -> [Action] {
-        record.forming = nil
-        record.held = nil
+        record.primary?.point = .none
         switch next {
         case .stop(let reason):
             state = .stopped(reason)

@@ -42,53 +42,29 @@ package struct PointRecord: Codable, Sendable, Equatable {
     }
 }
 
-package struct GroupRecord: Codable, Sendable, Equatable {
+/// What is of no phase in particular, and the phase. It is read and changed through `Phase.swift`.
+package struct GroupRecord: Sendable, Equatable {
     package static let currentFormat = 2
     package var format = currentFormat
-    package var role: Role
+    package var phase: Phase
     /// Newest first; a new one is put in front at every failover.
     package var generations: [String]
     /// Identity of the one peer that this group talks to; nil until the first contact.
     package var peerSite: String?
-
-    // Primary.
     /// The highest number that was ever given to a point.
     package var lastNumber: UInt64 = 0
-    package var lastCommitted: PointRecord?
-    /// Set before any volume forms the point; found at a start, it means that the point may be half formed.
-    package var forming: UInt64?
-    /// The point that is held and drained.
-    package var held: PointRecord?
-    /// The operator's reason, while suspended by command.
-    package var suspendedByOperator = false
     /// Identity of the secondary copy that the bitmaps describe the difference to.
     package var lineage: String?
-
-    /// Set while the peer is out of reach: hosts may write what it will never see if it takes over.
-    package var alone: Bool?
-    /// The peer has taken over: this site does not mirror.
-    package var conflict: Conflict?
-    /// A switchover: hosts are shut out, and the point is all of their data; the peer may have taken over.
-    package var handingOver: UInt64?
-    /// A failback is under way: once the peer has everything, the roles are exchanged.
-    package var failingBack: Bool?
-
-    /// The secondary was seeded: until the first commit only what differs by checksum is sent.
-    package var fromImage: Bool?
     /// Bytes a second over the link, by command; nil = as configured.
     package var rate: UInt64?
 
     /// Identity of each volume's secondary, by name, as `lineage`: a volume that joins is copied without the others.
     package var volumeLineages: [String: String]?
 
-    // Secondary.
     /// Volumes that joined the group later, and the newest point then: up to it points do not have them.
     package var joinedAfter: [String: UInt64]?
     /// Volumes that had no part in the point that was failed over to. They are nothing's copy, and not served.
     package var leftOut: [String]?
-    /// The point at which this site gave up the role of primary; until the peer has opened a session, its recording bitmaps
-    /// say what the peer must take into its own.
-    package var yielded: UInt64?
     /// Recovery points, oldest first.
     package var points: [PointRecord] = []
 
@@ -102,40 +78,6 @@ package struct GroupRecord: Codable, Sendable, Equatable {
     package mutating func noteUntracked(_ volume: String, lineage: String) {
         if !(untracked ?? []).contains(volume) { untracked = (untracked ?? []) + [volume] }
         if role == .secondary { volumeLineages = (volumeLineages ?? [:]).merging([volume: lineage]) { _, new in new } }
-    }
-
-    // After a failover.
-    package var failedOver: Failover?
-
-    package struct Conflict: Codable, Sendable, Equatable {
-        package enum Kind: String, Codable, Sendable {
-            /// Hosts are shut out here.
-            case stale
-            /// Hosts wrote at both sites.
-            case splitBrain = "split-brain"
-        }
-        package var kind: Kind
-        /// Seconds since 1970.
-        package var at: Double
-        package init(kind: Kind, at: Double) {
-            self.kind = kind
-            self.at = at
-        }
-    }
-
-    package struct Failover: Codable, Sendable, Equatable {
-        package var point: UInt64
-        package var at: Double
-        /// Volumes whose data is still flowing back from the point.
-        package var restoring: [String]
-        /// By switchover: the peer gives up its role by itself, and mirroring begins in the other direction.
-        package var joins: Bool?
-        package init(point: UInt64, at: Double, restoring: [String], joins: Bool? = nil) {
-            self.point = point
-            self.at = at
-            self.restoring = restoring
-            self.joins = joins
-        }
     }
 
     /// The newest recovery point that can be read.
@@ -155,7 +97,7 @@ package struct GroupRecord: Codable, Sendable, Equatable {
     }
 
     package init(role: Role, generation: String) {
-        self.role = role
+        phase = role == .primary ? .mirroring(Phase.Primary()) : .secondary(Phase.Secondary())
         generations = [generation]
     }
 
@@ -165,8 +107,7 @@ package struct GroupRecord: Codable, Sendable, Equatable {
     /// - Returns: whether the record has changed.
     package mutating func giveUpPoint(unlessHeldBy held: [UInt64?]) -> Bool {
         guard let point = self.held?.number, held.contains(where: { $0 != point }) else { return false }
-        self.held = nil
-        forming = nil
+        primary?.point = .none
         return true
     }
 }

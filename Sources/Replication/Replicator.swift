@@ -65,7 +65,7 @@ package struct PeerRefusal: Error, CustomStringConvertible {
 
 /// What others see of a group's replication.
 package struct ReplicationStatus: Sendable {
-    package var state = "simplex"
+    package var state = ShownState.simplex
     package var reason: String?
     package var record: GroupRecord
     /// The record's file may hold another one.

@@ -433,7 +433,7 @@ final class ReplicatorThread {
         case .send(let slot, _, let offset, let length):
             guard let session else { return handle(.linkLost("the link is closed")) }
             sender.send(
-                slot, offset, length, session: session, epoch: epoch, isSeeded: cycle.record.fromImage == true)
+                slot, offset, length, session: session, epoch: epoch, isSeeded: cycle.record.primary?.fromImage == true)
         case .flush: flush()
         case .clear(let runs): clear(runs)
         case .finished: break
@@ -471,7 +471,7 @@ final class ReplicatorThread {
     private func publish() {
         let record = cycle.record
         let unsaved = cycle.isUnsaved
-        let state = cycle.stateName
+        let state = cycle.shownState
         let reason = cycle.suspension
         if let committed = record.lastCommitted {
             for waiter in waiters where waiter.number <= committed.number {
@@ -487,9 +487,9 @@ final class ReplicatorThread {
             }
             waiters = []
         }
-        if "\(state) \(reason ?? "")" != lastState {
-            lastState = "\(state) \(reason ?? "")"
-            configuration.log(reason.map { "\(state): \($0)" } ?? state)
+        if "\(state.rawValue) \(reason ?? "")" != lastState {
+            lastState = "\(state.rawValue) \(reason ?? "")"
+            configuration.log(reason.map { "\(state.rawValue): \($0)" } ?? state.rawValue)
         }
         let now = monotonicNanoseconds()
         var rate: Double?

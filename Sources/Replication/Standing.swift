@@ -38,7 +38,7 @@ package struct Standing: Codable, Sendable, Equatable {
         self.siteID = siteID
         role = record.role
         generations = record.generations
-        alone = record.alone ?? false
+        alone = record.isAlone
         self.wrote = wrote
         self.changedBytes = changedBytes
         self.joining = joining
@@ -102,41 +102,28 @@ extension GroupRecord {
         dropped: [PointRecord]
     ) -> GroupRecord {
         var record = self
-        record.role = .secondary
+        record.phase = .secondary(Phase.Secondary(yielded: point.number))
         record.peerSite = peer
         record.generations = generations
         record.lineage = lineage
         record.volumeLineages = Dictionary(uniqueKeysWithValues: volumes.map { ($0, lineage) })
-        record.yielded = point.number
         record.points.append(point)
         record.retire(dropped)
-        record.held = nil
-        record.forming = nil
-        record.lastCommitted = nil
-        record.conflict = nil
-        record.handingOver = nil
-        record.failingBack = nil
-        record.alone = nil
-        record.failedOver = nil
-        record.suspendedByOperator = false
         return record
     }
 
     /// The record of a primary whose peer has given up its role, once the peer's changed grains are in its own bitmaps.
     package func afterJoining(_ peer: String, lineage: String, at point: PointRecord) -> GroupRecord {
         var record = self
+        var primary = Phase.Primary()
+        primary.lastCommitted = point
+        primary.failingBack = isFailingBack
+        primary.fromImage = self.primary?.fromImage == true
+        record.phase = .mirroring(primary)
         record.peerSite = peer
         record.lineage = lineage
-        record.lastCommitted = point
         record.lastNumber = max(record.highestPoint, point.number)
         record.untracked = nil
-        record.held = nil
-        record.forming = nil
-        record.conflict = nil
-        record.handingOver = nil
-        record.alone = nil
-        record.failedOver = nil
-        record.suspendedByOperator = false
         return record
     }
 }

@@ -115,9 +115,8 @@ extension GroupRecord {
         to point: UInt64, volumes: [String], generation: String, now: Double, joins: Bool
     ) -> GroupRecord {
         var record = self
-        record.role = .primary
-        record.yielded = nil
-        record.failedOver = Failover(point: point, at: now, restoring: volumes, joins: joins ? true : nil)
+        record.phase = .failedOver(
+            Phase.Primary(), Phase.Failover(point: point, at: now, restoring: volumes, joins: joins ? true : nil))
         record.beginGeneration(generation)
         return record
     }

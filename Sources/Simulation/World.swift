@@ -216,8 +216,7 @@ package final class World: Scenario {
         if fault == .confirmPrimaryEarly { eastIsConfirmed = true }
         if last == 0 { return false }
         if !trusted {
-            eastRecord.held = nil
-            eastRecord.forming = nil
+            eastRecord.primary?.point = .none
         }
         _ = eastRecord.giveUpPoint(unlessHeldBy: eastRecording.map { $0.roles.pointee.heldPoint })
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
@@ -925,7 +924,7 @@ package final class World: Scenario {
             try step(faults: false)
             guard steps < deadline else {
                 throw SimulationFailure(
-                    "no point is committed any more: \(cycle.stateName) \(cycle.suspension ?? "")\(stuckState)")
+                    "no point is committed any more: \(cycle.shownState) \(cycle.suspension ?? "")\(stuckState)")
             }
         }
         while west.contains(where: { $0.volume.copy(CopyID(westPoints.last!)) == nil }) { try step(faults: false) }

@@ -9,11 +9,21 @@ import Synchronization
 /// The record's file, shared by the site and, while the group is primary, its replicator.
 final class GroupRecordFile: @unchecked Sendable {
     // Safe because: the file is used under the mutex only.
-    private let lock = Mutex<Void>(())
+    private let saved: Mutex<GroupRecord>
     private let file: DurableRecord<GroupRecord>
-    init(_ file: DurableRecord<GroupRecord>) { self.file = file }
-    func withLock<Result>(_ body: (DurableRecord<GroupRecord>) throws -> Result) rethrows -> Result {
-        try lock.withLock { _ in try body(file) }
+
+    init(_ record: GroupRecord, _ file: DurableRecord<GroupRecord>) {
+        saved = Mutex(record)
+        self.file = file
+    }
+
+    /// - Throws: also when the record cannot follow the one that was saved last.
+    func save(_ record: GroupRecord) throws {
+        try saved.withLock { saved in
+            try record.check(after: saved)
+            try file.save(record)
+            saved = record
+        }
     }
 }
 
@@ -34,9 +44,9 @@ final class GroupState {
 
     init(entry: Configuration.GroupEntry, record: GroupRecord, file: DurableRecord<GroupRecord>) {
         self.entry = entry
-        let file = GroupRecordFile(file)
+        let file = GroupRecordFile(record, file)
         self.file = file
-        kept = KeptRecord(record) { value in try file.withLock { try $0.save(value) } }
+        kept = KeptRecord(record) { try file.save($0) }
     }
 
     /// The record as it is just now, whoever has it.
@@ -91,9 +101,7 @@ final class GroupState {
     var servedAs: String { "group \(entry.name)" }
 
     /// Whether this site is the group's primary and sends to a peer.
-    var isMirroring: Bool {
-        record.role == .primary && record.failedOver == nil && record.handingOver == nil && record.conflict == nil
-    }
+    var isMirroring: Bool { record.isMirroring }
 
     /// Hosts may write here.
     var servesHosts = false

@@ -265,7 +265,7 @@ extension Site {
                     group?.entry.name,
                     "volume \(volume.name): point \(failover.point), which was failed over to, is lost; what had not flowed back "
                         + "is as the old primary sent it last")
-                try group?.amendAlone { $0.failedOver?.restoring.removeAll { $0 == volume.name } }
+                try group?.amendAlone { $0.endRestore(of: volume.name) }
             }
         }
         guard let restoring = volume.record.restoring else { return }

@@ -144,7 +144,7 @@ extension Site {
                 throw Refusal("group '\(name)': something was still written; nothing has changed, try again")
             }
             await stopReplication(group)
-            try await group.amend { $0.handingOver = point.number }
+            try await group.amend { $0.handOver(at: point.number) }
             try await promotePeer(group, point.number)
             return point
         } catch let refusal as PeerRefusal {
@@ -242,7 +242,7 @@ extension Site {
         guard let peer = peer(group) else { return }
         _ = try await peer.openSession(
             volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
-        try await group.amend { $0.handingOver = nil }
+        try await group.amend { $0.takeBackHandover() }
         await admitHosts(group)
         try await startReplication(group)
     }
@@ -289,11 +289,11 @@ extension Site {
         try await checkFailback(group)
         var point: PointRecord?
         try await operate(group, .failback) {
-            try await group.amend { $0.failingBack = true }
+            try await group.amend { $0.primary?.failingBack = true }
             do {
                 point = try await self.runFailback(group, group.operation!)
             } catch {
-                try await group.amend { $0.failingBack = nil }
+                try await group.amend { $0.primary?.failingBack = false }
                 throw error
             }
         }
@@ -330,7 +330,7 @@ extension Site {
             operation.step = "sends what differs"
             try await waitUntil(operation, seconds: 365 * 86400) {
                 guard let point = group.record.lastCommitted, point.isBase != true else { return false }
-                return group.replicator?.status.state == "mirroring"
+                return group.replicator?.status.state == .mirroring
             }
             do {
                 return try await exchangeRoles(group, operation)
@@ -405,8 +405,8 @@ extension Site {
                 throw Refusal("the switchover cannot be taken back: \(error)")
             }
             return "\(text) is taken back; hosts may write again"
-        case "copy" where group.replicator?.status.state == "copying",
-            "resync" where group.replicator?.status.state == "resyncing":
+        case "copy" where group.replicator?.status.state == .copying,
+            "resync" where group.replicator?.status.state == .resyncing:
             group.replicator?.suspend()
             return "\(text) is suspended; `farcopy resume \(name)` goes on where it was"
         case "cycle":

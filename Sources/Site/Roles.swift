@@ -102,7 +102,7 @@ extension Site {
                 let verdict = judge(await standing(group), theirs)
                 switch verdict {
                 case .inOrder:
-                    if group.record.conflict != nil { try await group.amend { $0.conflict = nil } }
+                    if group.record.conflict != nil { try await group.amend { $0.primary?.conflict = nil } }
                 case .stale: try await declare(.stale, group)
                 case .splitBrain: try await declare(.splitBrain, group)
                 case .unrelated: break  // the session's refusal says what to do
@@ -155,7 +155,7 @@ extension Site {
                 return
             }
         }
-        try await group.amend { $0.alone = true }
+        try await group.amend { $0.primary?.alone = true }
         group.servesHosts = true
     }
 
@@ -181,7 +181,7 @@ extension Site {
         guard group.isolation != nil else {
             throw Refusal("group '\(name)' does not wait for its peer")
         }
-        try await group.amend { $0.alone = true }
+        try await group.amend { $0.primary?.alone = true }
         group.isolation = nil
         try await beginService(group)
         note(name, "serves hosts without having heard from '\(group.entry.peer)', by command")
@@ -205,10 +205,10 @@ extension Site {
         }
     }
 
-    private func declare(_ kind: GroupRecord.Conflict.Kind, _ group: GroupState) async throws {
+    private func declare(_ kind: Phase.Conflict.Kind, _ group: GroupState) async throws {
         guard group.record.conflict?.kind != kind else { return }
-        let conflict = GroupRecord.Conflict(kind: kind, at: realSeconds())
-        try await group.amend { $0.conflict = conflict }
+        let conflict = Phase.Conflict(kind: kind, at: realSeconds())
+        try await group.amend { $0.primary?.conflict = conflict }
         switch kind {
         case .stale:
             note(group.entry.name, "'\(group.entry.peer)' has taken over; this site is stale and shuts hosts out")
@@ -386,8 +386,7 @@ extension Site {
             try await volume.flushSource()
         }
         try await group.amend { record in
-            record.held = nil
-            record.forming = nil
+            record.primary?.point = .none
         }
     }
 

@@ -108,7 +108,7 @@ extension Site {
             let number = volume.number
             await volume.reactor.run { $0.hosted(number).volume.forgetChanges() }
         }
-        try await group.amend { $0.yielded = nil }
+        try await group.amend { $0.forgetYield() }
     }
 
     /// Ends the intake's connections, waits until nothing of them is under way, and lets only `next` in.

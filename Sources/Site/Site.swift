@@ -143,7 +143,7 @@ package actor Site {
         if group.isMirroring, group.isolation == nil { try await startReplication(group) }
         if group.record.handingOver != nil { Task { await finishHandover(group) } }
         if group.record.failedOver?.joins == true { Task { await joinAfterPromotion(group) } }
-        if group.record.failingBack == true { Task { await resumeFailback(group) } }
+        if group.record.isFailingBack { Task { await resumeFailback(group) } }
     }
 
     private func startReactor(_ number: Int) throws -> ReactorHandle {
@@ -345,7 +345,7 @@ package actor Site {
                 peer: replicationPeer(group, peer),
                 connectionsPerVolume: link.connections ?? max(1, 4 / members.count), compare: link.compare,
                 stallTimeout: link.stallTimeout, rate: currentRate(group),
-                save: { record in try file.withLock { try $0.save(record) } },
+                save: { try file.save($0) },
                 log: { text in
                     logger.info("group \(name): \(text)")
                     events.add(group: name, text)
@@ -366,7 +366,7 @@ package actor Site {
             let number = volume.number
             await volume.reactor.run { $0.hosted(number).volume.giveUpPoint() }
         }
-        if held != nil { try await group.amend { $0.held = nil } }
+        if held != nil { try await group.amend { $0.primary?.point = .none } }
     }
 
     /// The peer, if it is a Farcopy site.
@@ -407,7 +407,7 @@ package actor Site {
             if let group { writeRefused(volume, group, copy, errno) }
         case .restoreFinished:
             if let group, group.record.failedOver?.restoring.contains(name) == true {
-                await group.acknowledge { $0.failedOver?.restoring.removeAll { $0 == name } }
+                await group.acknowledge { $0.endRestore(of: name) }
             }
             restoreFinished(volume)
         case .restoreFailed(let grain, let errno):

@@ -61,7 +61,7 @@ extension Site {
         let now = realSeconds()
         let name = group.entry.name
         var report = StatusReport.GroupReport(
-            role: record.role.rawValue, state: "simplex", mode: group.entry.mode.rawValue,
+            role: record.role.rawValue, state: ShownState.simplex.rawValue, mode: group.entry.mode.rawValue,
             peer: group.entry.peer, volumes: group.entry.volumes)
         report.lagSeconds = lagSeconds(group, now)
         report.alerts = group.alerts.isEmpty ? nil : group.alerts.map { "\($0.key.rawValue): \($0.value)" }.sorted()
@@ -90,19 +90,20 @@ extension Site {
             if record.lastCommitted == nil || record.lastCommitted?.isBase == true, let left = report.pendingBytes {
                 report.progress = 1 - Double(min(left, total)) / Double(total)
             }
-            let kinds = ["copying": "copy", "resyncing": "resync"]
+            let kinds: [ShownState: String] = [.copying: "copy", .resyncing: "resync"]
             if report.operation == nil, let kind = kinds[replication.state] {
                 report.operation = StatusReport.OperationReport(
                     name: "\(kind):\(name)", startedAt: nil, step: "sends what the peer lacks")
             }
         } else {
-            (report.state, report.reason) = stateWithoutReplicator(group)
+            let (state, reason) = stateWithoutReplicator(group)
+            (report.state, report.reason) = (state.rawValue, reason)
         }
         return report
     }
 
     private func describe(_ replication: ReplicationStatus, _ report: inout StatusReport.GroupReport) {
-        report.state = replication.state
+        report.state = replication.state.rawValue
         report.reason = replication.reason
         report.rateBytesPerSecond = replication.bytesPerSecond
         if let seconds = replication.silentSeconds {
@@ -122,38 +123,11 @@ extension Site {
         }
     }
 
-    func stateWithoutReplicator(_ group: GroupState) -> (String, String?) {
-        let record = group.record
-        let (name, peer) = (group.entry.name, group.entry.peer)
-        if let conflict = record.conflict {
-            switch conflict.kind {
-            case .splitBrain:
-                return (
-                    "split-brain",
-                    "hosts wrote here and at '\(peer)'; `farcopy resync \(name) --discard \(configuration.site)|\(peer)`"
-                )
-            case .stale:
-                return (
-                    "suspended",
-                    "'\(peer)' has taken over and this site is stale; `farcopy failback \(name)` there brings the roles back"
-                )
-            }
-        }
-        if record.handingOver != nil {
-            return ("suspended", "a switchover waits for '\(peer)'; `farcopy abort switchover:\(name)` takes it back")
-        }
-        if let failover = record.failedOver {
-            return ("failed-over", "failed over to point \(failover.point) at \(timestamp(failover.at))")
-        }
-        if let isolation = group.isolation { return ("suspended", isolation) }
-        if record.role == .primary { return ("suspended", "the group is changing roles") }
-        guard record.peerSite != nil else { return ("simplex", nil) }
-        guard group.session != nil else {
-            return ("suspended", "the primary has not connected since this site started")
-        }
-        if let refused = group.alerts[.refused] { return ("suspended", refused) }
-        guard let newest = record.points.last else { return ("copying", nil) }
-        return (newest.isBase == true ? "resyncing" : "mirroring", nil)
+    func stateWithoutReplicator(_ group: GroupState) -> (ShownState, String?) {
+        group.record.shownState(
+            (group.entry.name, configuration.site, group.entry.peer),
+            failedOverAt: group.record.failedOver.map { timestamp($0.at) }, isolation: group.isolation,
+            isConnected: group.session != nil, refused: group.alerts[.refused])
     }
 
     package func points(_ name: String) throws -> [StatusReport.PointReport] {
@@ -178,7 +152,7 @@ extension Site {
     /// - Parameter fromImage: the secondary was seeded; until the first commit only what differs by checksum is sent.
     package func resume(_ name: String, fromImage: Bool = false) async throws {
         let replicator = try replicator(name)
-        if fromImage { try await group(name).amend { $0.fromImage = true } }
+        if fromImage { try await group(name).amend { $0.primary?.fromImage = true } }
         replicator.resume()
     }
 
