@@ -314,7 +314,10 @@ package struct Cycle {
             record.primary?.lastCommitted = theirs
         }
         if peer.committed?.number == record.lastCommitted?.number {
-            guard let held = record.held else { return [.save(record)] + becomeIdle(now, due: now) }
+            guard let held = record.held else {
+                if waitsForCommand { resyncing = false }  // what has changed waits, as it did before the link was lost
+                return [.save(record)] + becomeIdle(now, due: now)
+            }
             return [.save(record), .rewind] + startDrain(held)
         }
         let theirs = peer.committed.map { String($0.number) } ?? "none"

@@ -329,8 +329,9 @@ extension Site {
         while true {
             operation.step = "sends what differs"
             try await waitUntil(operation, seconds: 365 * 86400) {
+                // What else differs is sent by the switchover, while hosts go on.
                 guard let point = group.record.lastCommitted, point.isBase != true else { return false }
-                return group.replicator?.status.state == .mirroring
+                return group.replicator.map { $0.status.reason == nil } == true
             }
             do {
                 return try await exchangeRoles(group, operation)

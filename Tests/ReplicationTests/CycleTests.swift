@@ -292,3 +292,20 @@ func saveFailsWhileGivingUp() {
         }
     }
 }
+
+@Test("a group that waits for commands is not resyncing once the link is back: what has changed waits, as before")
+func linkLossInManualMode() {
+    var record = GroupRecord(role: .primary, generation: "one")
+    record.lineage = "L"
+    record.lastNumber = 3
+    record.primary?.lastCommitted = PointRecord(number: 3, formedAt: 0)
+    var cycle = Cycle(record: record, settings: Cycle.Settings(interval: .manual, volumes: 1, window: 2))
+    _ = cycle.start(now: 0)
+    _ = cycle.handle(peer(3), now: 1)
+    #expect(cycle.shownState == .mirroring)
+    _ = cycle.handle(.linkLost("cut"), now: 2)
+    #expect(cycle.shownState == .suspended)
+    _ = cycle.handle(.tick, now: 10_000_000_000)
+    _ = cycle.handle(peer(3), now: 10_000_000_001)
+    #expect(cycle.shownState == .mirroring)
+}
