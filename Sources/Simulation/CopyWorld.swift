@@ -240,7 +240,6 @@ package final class CopyWorld: Scenario {
                 acknowledge(record.id) { $0.state = .failed }
                 images[record.id] = nil
             }
-            if !trusted, record.isComplete { Bitmap(memory: bitmap.memory, count: Self.grains).setAll() }
             if record.isDurable, fault != .trustUnflushedBits { bitmap.flush() }
             enterChain(record) { $0.resumeCopy($1, failed: resumption == .servesOlder) }
             if !trusted, record.isFilled {

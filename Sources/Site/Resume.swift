@@ -180,7 +180,6 @@ extension Site {
 
     private func resumeLink(_ volume: VolumeState, _ link: Link, _ files: CopyFiles) async throws {
         let record = link.record
-        if !volume.isTrusted { takeForComplete(record, files.bitmap.bitmap(), volume.geometry) }
         let fails = link.resumption == .servesOlder
         await enterChain(volume, record, files) { volume, copy in volume.resumeCopy(copy, failed: fails) }
         let (number, id) = (volume.number, link.id)
@@ -193,15 +192,6 @@ extension Site {
         }
         if record.isFilled { try await startActivityLog(volume) }
         if link.resumption == .leaves { volume.reactor.perform { $0.hosted(number).volume.withdrawCopy(id) } }
-    }
-
-    /// Power loss took bits of a background copy that had come to its end, and whose data is there.
-    private func takeForComplete(_ record: CopyRecord, _ preserved: Bitmap, _ geometry: Geometry) {
-        if record.isComplete {
-            preserved.setAll()
-        } else if let bytes = record.completeBytes {
-            preserved.set(0..<Int(bytes >> geometry.grainShift))  // the grain in which the volume ended is filled anew
-        }
     }
 
     // MARK: The role
