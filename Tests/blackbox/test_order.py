@@ -304,6 +304,23 @@ class FailingCalls(OrderTest):
         self.assertEqual({word for word in site.farcopy("flashcopy", "list").stdout.split() if "@" in word}, made)
         self.assertEqual(site.read("disk@kept"), image)
 
+    def test_a_save_that_fails_leaves_what_was_saved_last(self):
+        """Killed before it can be saved again: the next start finds the newest record, not the one before."""
+        for call in ("pwrite", "fdatasync"):
+            for name in ("even", "odd"):  # the two copies of the record
+                with self.subTest(call, name=name):
+                    site = self.solo()
+                    site.farcopy("flashcopy", "create", "disk", "last", "--durable")
+                    if name == "odd":
+                        site.farcopy("flashcopy", "set", "disk", "last", "--read-only")
+                    site.recorder.fail(call, "volume.record", count=1000, half=True)
+                    self.assertNotEqual(site.farcopy("flashcopy", "create", "disk", "next", check=False).returncode, 0)
+                    site.kill()
+                    site.recorder.fail("none", "")
+                    site.start()
+                    self.assertIn("disk@last", site.farcopy("flashcopy", "list").stdout)
+                    self.put_away(site)
+
     def test_a_commit_that_is_not_recorded(self):
         """The next session finds no such point, and a failover serves one that there is."""
         for call in ("pwrite", "fdatasync"):
