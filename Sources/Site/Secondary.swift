@@ -140,15 +140,14 @@ extension Site {
             throw Refusal("point \(request.number) of \(request.formedAt) cannot be", .refused)
         }
         var writes = 0
-        for volume in members(group) {
-            writes += await writesUnderWay(volume)
-            try await volume.flushSource()
-        }
+        let members = members(group)
+        for volume in members { writes += await writesUnderWay(volume) }
+        try await VolumeState.flushSources(members)
         let plan: CommitPlan
         do {
             plan = try group.record.planCommit(
                 request.number, after: request.previous, formedAt: request.formedAt, now: realSeconds(),
-                order: members(group).map(\.nextOrder).max() ?? CopyRecord.orderStep, keep: group.entry.keep,
+                order: members.map(\.nextOrder).max() ?? CopyRecord.orderStep, keep: group.entry.keep,
                 left: retiredAndGone(group), writesUnderWay: writes)
         } catch {
             throw Refusal("group '\(name)': \(error)", .refused)
@@ -198,22 +197,11 @@ extension Site {
     /// Targets and bitmaps of a point, on stable storage. What was made goes again when there is no room for all.
     private func makePointFiles(_ members: [VolumeState], _ id: CopyID) async throws -> [CopyFiles] {
         try descriptors.require(2 * members.count)
-        var files: [CopyFiles] = []
-        do {
-            for volume in members {
-                try await makeRoom(volume)
-                let made = try volume.openPoint(id, create: true)
-                files.append(made)
-                try made.target.synchronize()
-                try synchronizeDirectory("\(volume.directory)/copies")
-            }
-        } catch {
-            for volume in members.prefix(files.count + 1) where volume.copies[id] == nil {
-                volume.removeCopyFiles(id, targetOwner: id)
-            }
+        for volume in members { try await makeRoom(volume) }
+        do { return try await disks.each(members.map { $0.newPoint(id) }) { try $0.make() } } catch {
+            for volume in members where volume.copies[id] == nil { volume.removeCopyFiles(id, targetOwner: id) }
             throw error
         }
-        return files
     }
 
     private func takePoint(_ volume: VolumeState, _ plan: CommitPlan, _ files: CopyFiles, _ group: GroupState) async {

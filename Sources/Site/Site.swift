@@ -24,6 +24,7 @@ package actor Site {
     package nonisolated let descriptors: DescriptorBudget
     let logger: Logger
     private let executor: ThreadExecutor
+    let disks: DiskThreads
     package nonisolated var unownedExecutor: UnownedSerialExecutor { executor.asUnownedSerialExecutor() }
 
     let state: StateDirectory
@@ -77,6 +78,7 @@ package actor Site {
             credentials: configuration.nbd.tls == .off ? nil : try TLSCredentials(configuration.nbd.files),
             onRefusal: { logger.warning("\($0)") })
         executor = try ThreadExecutor(name: "site")
+        disks = try DiskThreads(count: Limits.diskThreads)
         state = try StateDirectory(path: configuration.state)
         var found: SiteRecord?
         siteRecordFile = try DurableRecord(path: "\(configuration.state)/site.record", value: &found)

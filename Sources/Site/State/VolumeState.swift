@@ -22,6 +22,33 @@ struct CopyFiles: Sendable {
     var bitmapFile: StoreFile = -1
 }
 
+/// The files of a recovery point that is to be made.
+struct NewPoint: Sendable {
+    var target: String
+    /// Bytes of the volume.
+    var size: UInt64
+    var bitmap: String
+    var header: BitmapHeader
+
+    /// On return the files are on stable storage, under their names.
+    func make() throws -> CopyFiles {
+        let files = CopyFiles(
+            target: try makeTarget(target, size: size),
+            bitmap: try BitmapFile(path: bitmap, header: header, create: true))
+        try files.target.synchronize()
+        try synchronizeDirectory(parentDirectory(target))
+        return files
+    }
+}
+
+/// An empty sparse file; one that is there is left over from an attempt that was not recorded.
+private func makeTarget(_ path: String, size: UInt64) throws -> OpenFile {
+    unlink(path)
+    let target = try OpenFile(path: path, flags: O_RDWR | O_CREAT)
+    try target.truncate(to: size)
+    return target
+}
+
 final class VolumeState {
     let entry: Configuration.VolumeEntry
     let geometry: Geometry
@@ -273,10 +300,22 @@ final class VolumeState {
 
     /// Flushes the volume's own file, for whom the outcome matters, through its engine: the kernel tells an error once, and hosts must
     /// hear of it as well.
-    func flushSource(isolation: isolated (any Actor)? = #isolation) async throws {
-        let errno = await reactor.flush(number)
-        guard errno == 0 else {
-            throw SystemError("flush \(source.path), now or since the site was started (restart it)", errno: errno)
+    func flushSource(isolation: isolated (any Actor)? = #isolation) async throws { try await Self.flushSources([self]) }
+
+    /// The same for several at once.
+    static func flushSources(_ volumes: [VolumeState], isolation: isolated (any Actor)? = #isolation) async throws {
+        let sources = volumes.map { (reactor: $0.reactor, number: $0.number, path: $0.source.path) }
+        try await withThrowingTaskGroup(of: Void.self) { tasks in
+            for source in sources {
+                tasks.addTask {
+                    let errno = await source.reactor.flush(source.number)
+                    guard errno == 0 else {
+                        throw SystemError(
+                            "flush \(source.path), now or since the site was started (restart it)", errno: errno)
+                    }
+                }
+            }
+            try await tasks.waitForAll()
         }
     }
 
@@ -439,14 +478,12 @@ final class VolumeState {
 
     /// Opens, or makes, the sparse target of a copy in the state directory.
     func openTarget(_ owner: CopyID, create: Bool) throws -> OpenFile {
-        if create { unlink(targetPath(owner)) }  // left over from an attempt that was not recorded
-        if !create, try !exists(targetPath(owner)) {
+        if create { return try makeTarget(targetPath(owner), size: geometry.size) }
+        guard try exists(targetPath(owner)) else {
             throw DamagedMetadata(description: "\(targetPath(owner)) is missing")
         }
-        let target = try OpenFile(path: targetPath(owner), flags: create ? O_RDWR | O_CREAT : O_RDWR)
-        if create {
-            try target.truncate(to: geometry.size)
-        } else if try target.size() != geometry.size {
+        let target = try OpenFile(path: targetPath(owner), flags: O_RDWR)
+        if try target.size() != geometry.size {
             throw DamagedMetadata(
                 description:
                     "\(targetPath(owner)) has \(try target.size()) bytes instead of \(geometry.size): it was cut short")
@@ -454,12 +491,10 @@ final class VolumeState {
         return target
     }
 
-    /// Opens, or makes, the files of a recovery point.
-    func openPoint(_ id: CopyID, create: Bool) throws -> CopyFiles {
-        CopyFiles(
-            target: try openTarget(id, create: create),
-            bitmap: try BitmapFile(
-                path: bitmapPath(id), header: header(ofCopy: id, recordsChanges: false), create: create))
+    func newPoint(_ id: CopyID) -> NewPoint {
+        NewPoint(
+            target: targetPath(id), size: geometry.size, bitmap: bitmapPath(id),
+            header: header(ofCopy: id, recordsChanges: false))
     }
 
     /// Lets go of a copy's files and removes those that lie in the state directory.
