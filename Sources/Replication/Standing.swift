@@ -108,7 +108,7 @@ extension GroupRecord {
         record.lineage = lineage
         record.volumeLineages = Dictionary(uniqueKeysWithValues: volumes.map { ($0, lineage) })
         record.points.append(point)
-        record.retire(dropped)
+        record.retire(record.points.filter { point in dropped.contains { $0.number == point.number } })
         return record
     }
 

@@ -39,12 +39,13 @@ package struct CommitPlan: Sendable {
     package var point: PointRecord
     /// Points past their retention.
     package var dropped: [PointRecord]
-    package var record: GroupRecord
+    /// What becomes of the record: of the one that there is by then, which others may have changed while files were made.
+    package var apply: @Sendable (inout GroupRecord) -> Void
 
-    package init(point: PointRecord, dropped: [PointRecord], record: GroupRecord) {
+    package init(point: PointRecord, dropped: [PointRecord], apply: @escaping @Sendable (inout GroupRecord) -> Void) {
         self.point = point
         self.dropped = dropped
-        self.record = record
+        self.apply = apply
     }
 }
 
@@ -77,12 +78,13 @@ extension GroupRecord {
             throw TakeoverRefusal("\(writesUnderWay) writes to the intake are under way")
         }
         let point = PointRecord(number: number, formedAt: formedAt, committedAt: now, order: order)
-        var record = self
-        record.points.append(point)
-        record.retired = record.retired?.filter { !left.contains($0.number) }
-        let dropped = keep.dropped(record.points)
-        record.retire(dropped)
-        return CommitPlan(point: point, dropped: dropped, record: record)
+        let dropped = keep.dropped(points + [point])
+        let ended = Set(dropped.map(\.number))
+        return CommitPlan(point: point, dropped: dropped) { record in
+            record.points.append(point)
+            record.retired = record.retired?.filter { !left.contains($0.number) }
+            record.retire(record.points.filter { ended.contains($0.number) })
+        }
     }
 
     /// Ends recovery points. They stay written down until they have handed over what older copies read through them.

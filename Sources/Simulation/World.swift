@@ -715,7 +715,9 @@ package final class World: Scenario {
             }
         case .record:
             westOrder += CopyRecord.orderStep
-            guard saveWest(plan.record) else {
+            var next = westRecord
+            plan.apply(&next)
+            guard saveWest(next) else {
                 note("west cannot record point \(plan.point.number)")
                 (committing, session) = (false, 0)
                 return done(false)

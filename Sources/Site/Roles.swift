@@ -415,11 +415,12 @@ extension Site {
             number: max(request.highestPoint, group.record.highestPoint) + 1, formedAt: now, committedAt: now,
             order: members.map(\.nextOrder).max(), isBase: true)
         let dropped = group.entry.keep.dropped(group.record.points + [point])
-        let plan = CommitPlan(
-            point: point, dropped: dropped,
-            record: group.record.afterYielding(
-                at: point, to: request.siteID, generations: request.generations, lineage: randomIdentity(),
-                volumes: members.map(\.name), dropped: dropped))
+        let (lineage, names) = (randomIdentity(), members.map(\.name))
+        let plan = CommitPlan(point: point, dropped: dropped) { record in
+            record = record.afterYielding(
+                at: point, to: request.siteID, generations: request.generations, lineage: lineage, volumes: names,
+                dropped: dropped)
+        }
         group.session = nil
         try await carryOut(plan, group)
         for volume in members {

@@ -179,8 +179,7 @@ extension Site {
             case .record:
                 for volume in members { volume.nextOrder = (plan.point.order ?? 0) + CopyRecord.orderStep }
                 do {
-                    let record = plan.record
-                    try await group.amend { $0 = record }
+                    try await group.amend(plan.apply)
                 } catch {
                     // The file may hold the point all the same, and a start would take it then as the volumes are: nothing more is
                     // let in until the record was saved again.

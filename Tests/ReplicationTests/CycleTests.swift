@@ -218,7 +218,7 @@ func commitPlan() throws {
             number, after: record.points.last?.number, formedAt: 0, now: 1, order: number, keep: Retention(last: 2),
             left: [],
             writesUnderWay: 0)
-        record = plan.record
+        plan.apply(&record)
     }
     #expect(record.points.map(\.number) == [2, 3] && record.retired?.map(\.number) == [1])
     #expect(record.hasCommitted(3) != nil && record.hasCommitted(2) == nil)
