@@ -211,8 +211,13 @@ package actor Site {
                 }
             }
             record.volumeLineages = lineages
-        } else if record.volumeLineages != nil {
-            record.volumeLineages = lineages
+        } else {
+            if record.volumeLineages != nil { record.volumeLineages = lineages }
+            for name in foreign where volumes[name]?.record.servedAs == VolumeRecord.anotherFile {
+                // Points from when this site was secondary read through a file that is not what they knew.
+                for point in record.points { record.failPoint(point.number) }
+                record.endRestore(of: name)
+            }
         }
         guard record != group.record else { return }
         try group.amendAlone { $0 = record }

@@ -8,6 +8,8 @@ import struct
 import tempfile
 import time
 
+import nbd
+
 from sites import FARCOPY, SiteTest, crc32c, rewrite_record, run, wait_for
 from test_order import OrderTest
 
@@ -215,6 +217,26 @@ class Metadata(SiteTest):
                 self.assertEqual([c["state"] for c in states], ["lost"])
                 with open(path, "rb") as file:
                     self.assertEqual(site.read("disk"), file.read())
+
+    def test_points_of_a_primary_are_void_once_its_file_is_adopted(self):
+        """It keeps them from when it was secondary, and they read through the file."""
+        east, west = self.pair({"disk": "8MiB"}, interval="manual")
+        east.connect("disk").pwrite(random.randbytes(8 << 20), 0)
+        point = east.cycle()
+        east.kill()
+        west.farcopy("failover", "shop")
+        wait_for(lambda: west.status()["volumes"]["disk"]["restoring_bytes"] == 0, what="the restore")
+        self.assertIn(point, [one["id"] for one in west.points()])
+        west.stop()
+        time.sleep(0.02)
+        with open(west.image("disk"), "r+b") as file:
+            file.write(b"behind your back")
+        self.refused(west, "its recovery points would be lost", "farcopy adopt disk")
+        run(FARCOPY, "adopt", "disk", "--config", west.config)
+        west.start()
+        self.assertEqual(west.points(), [])
+        with self.assertRaises(nbd.Error):
+            west.connect(f"disk@{point}")
 
     def test_a_changed_primary_without_copies_is_sent_anew(self):
         east, west = self.pair({"disk": "8MiB"}, interval="manual")

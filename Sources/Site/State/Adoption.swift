@@ -38,7 +38,7 @@ package enum Adoption {
         record.bootID = ""
         record.restoring = nil
         record.logIsBroken = true
-        record.servedAs = "another file"
+        record.servedAs = VolumeRecord.anotherFile
         try file.save(record)
         return "volume '\(name)' is adopted as it is; every grain counts as changed"
             + (lost.isEmpty ? "" : "; lost FlashCopies: \(lost.joined(separator: ", "))")

@@ -52,6 +52,8 @@ struct VolumeRecord: VersionedRecord {
     /// Role and group that it was served in last, "primary shop"; nil = in none. Bitmaps and recovery points of a group
     /// say nothing about a volume that was written to outside it.
     var servedAs: String?
+    /// In place of it: the volume's file was exchanged, or written to while nobody looked.
+    static let anotherFile = "another file"
     /// The kernel's boot id of the last run, written down once everything that the run before left was taken up.
     var bootID: String
     /// What held the state directory, the volume and the operator's targets then, by path (`StorageInstance`).

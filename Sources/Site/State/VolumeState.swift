@@ -151,7 +151,7 @@ final class VolumeState {
         if found != nil, let change = try Self.changeBehindOurBack(source, record) {
             try Self.refuseIfCopiesAreLost(entry, change, record, hasPoints)
             findings.append("\(change); every grain counts as changed")
-            record.servedAs = "another file"
+            record.servedAs = VolumeRecord.anotherFile
         }
         if record.size < size {
             if present < size {
