@@ -328,7 +328,7 @@ extension Site {
         }
         do {
             for copy in made { try await settle(copy) }
-            for copy in made { try copy.volume.update(copy.record.id) { $0.state = .active } }
+            for copy in made { try copy.volume.update(copy.record.id) { $0.beActive() } }
         } catch {
             await giveUp(made)
             throw error
@@ -353,13 +353,22 @@ extension Site {
         }
     }
 
-    /// A site may end between the records of copies that were taken together (`CopyRecord.set`).
+    /// A site may end between the records of copies that were taken together (`CopyRecord.set`): all of them are there, or leave.
     func completeSets() throws {
-        let taken = Set(volumes.values.flatMap { $0.record.copies.filter { $0.state == .active }.compactMap(\.set) })
+        func sets(_ state: CopyRecord.State) -> Set<String> {
+            Set(volumes.values.flatMap { $0.record.copies.filter { $0.state == state }.compactMap(\.set) })
+        }
+        let (taken, givenUp) = (sets(.active), sets(.withdrawing))
         for volume in volumes.values {
-            let late = volume.record.copies.filter { $0.state == .creating && $0.set.map(taken.contains) == true }
-            guard !late.isEmpty else { continue }
-            try volume.amend { record in for copy in late { record.change(copy.id) { $0.state = .active } } }
+            let decided = volume.record.copies.compactMap { copy -> (CopyID, CopyRecord.State)? in
+                guard let set = copy.set else { return nil }
+                if givenUp.contains(set), copy.state == .active || copy.state == .creating {
+                    return (copy.id, .withdrawing)
+                }
+                return taken.contains(set) && copy.state == .creating ? (copy.id, .active) : nil
+            }
+            guard !decided.isEmpty else { continue }
+            try volume.amend { record in for (id, state) in decided { record.change(id) { $0.state = state } } }
         }
     }
 
@@ -485,7 +494,10 @@ extension Site {
                 forget(volume, record.id, wasInChain: false)
                 continue
             }
-            try volume.update(record.id) { $0.state = .withdrawing }
+            try volume.update(record.id) { copy in
+                copy.state = .withdrawing
+                copy.set = nil  // this one alone
+            }
             await publish(volume, group(ofVolume: volume.name))
             await leave(volume, record.id)
         }

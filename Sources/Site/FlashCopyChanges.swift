@@ -195,10 +195,13 @@ extension Site {
             volume.acknowledge { written in
                 written.copies.removeAll { $0.id == record.id }
                 written.change(new.record.id) { copy in
+                    guard copy.state == .creating else { return }  // it has failed already
                     copy.state = reason == nil ? .active : .failed
                     copy.reason = reason
                 }
             }
+            // Nobody is told of what a start would not find.
+            do { try volume.settle() } catch { problem = problem ?? error }
             release(volume, record, keepsTarget: keepsTarget)
             await publish(volume, group(ofVolume: volume.name))
         }

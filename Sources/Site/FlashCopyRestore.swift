@@ -240,6 +240,6 @@ extension VolumeRecord {
         restoring?.decided = true
         restoredAt = time
         guard let kept = restoring?.kept, let index = copies.firstIndex(where: { $0.id == kept }) else { return }
-        copies[index].state = .active
+        copies[index].beActive()
     }
 }

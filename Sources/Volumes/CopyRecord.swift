@@ -107,6 +107,9 @@ package struct CopyRecord: Codable, Sendable, Equatable {
         }
     }
 
+    /// It is there; unless it has failed since it was taken.
+    package mutating func beActive() { if state == .creating { state = .active } }
+
     /// Somebody was told of it, and may ask for it.
     package var isListed: Bool { state != .creating && isForgotten != true }
 

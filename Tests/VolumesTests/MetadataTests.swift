@@ -191,3 +191,14 @@ func forgottenCopies() {
     #expect(record.resume(trusted: false, overtaken: false) == .absent)
     #expect(record.resume(trusted: true, overtaken: false) == .absent)
 }
+
+@Test("a copy that has failed before its record says that it is there stays failed")
+func copyThatFailedBeforeItWasActive() {
+    for (state, then) in [
+        (CopyRecord.State.creating, CopyRecord.State.active), (.failed, .failed), (.withdrawing, .withdrawing),
+    ] {
+        var record = CopyRecord(id: 1, name: "copy", createdAt: 0, order: 1, state: state)
+        record.beActive()
+        #expect(record.state == then)
+    }
+}

@@ -52,6 +52,20 @@ class CopyRecords(OrderTest):
                         self.assertNotIn("newer", site.farcopy("flashcopy", "list").stdout)
                     self.put_away(site)
 
+    def test_copies_taken_together_are_all_there_or_none(self):
+        """The last record cannot be saved any more once it may say that its copy is there: the command has failed, and the site ends."""
+        for call in ("pwrite", "fdatasync"):
+            with self.subTest(call):
+                site = self.site("solo", {"a": "1MiB", "b": "1MiB", "c": "1MiB"})
+                site.recorder.fail(call, "volumes/c/volume.record", skip=1, count=1000)
+                done = site.farcopy("flashcopy", "create", "a", "b", "c", "copy", "--durable", check=False)
+                self.assertNotEqual(done.returncode, 0)
+                site.kill()
+                site.recorder.fail("none", "")
+                site.start()
+                self.assertIn(site.farcopy("flashcopy", "list").stdout.count("@copy"), (0, 3))
+                self.put_away(site)
+
     def test_bits_that_a_killed_process_had_are_flushed_before_the_site_is_ready(self):
         """A write relies on the bit of a durable copy; power loss must not take one back that was in the mapping alone."""
         site = self.solo()
