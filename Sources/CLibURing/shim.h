@@ -42,12 +42,12 @@ static inline long farcopy_pwrite(int fd, const void *buffer, size_t length, off
 static inline int farcopy_block_device_size(int fd, unsigned long long *size) {
     return ioctl(fd, BLKGETSIZE64, size) < 0 ? -errno : 0;
 }
-// The type of the file system that a regular file lies on; 0 for what is none. Asked of a device node, statfs tells of the file system of the
+// The type of the file system that a regular file or a directory lies on; 0 for what is none. Asked of a device node, statfs tells of the file system of the
 // node (devtmpfs, whose magic is that of tmpfs), and nothing of the device.
 static inline long farcopy_storage_type(int fd) {
     struct stat facts;
     struct statfs system;
-    return fstat(fd, &facts) == 0 && S_ISREG(facts.st_mode) && fstatfs(fd, &system) == 0 ? (long)system.f_type : 0;
+    return fstat(fd, &facts) == 0 && (S_ISREG(facts.st_mode) || S_ISDIR(facts.st_mode)) && fstatfs(fd, &system) == 0 ? (long)system.f_type : 0;
 }
 // The field's type differs between versions of the kernel's header.
 static inline void farcopy_make_durable(struct io_uring_sqe *entry) { entry->rw_flags = RWF_DSYNC; }

@@ -70,14 +70,20 @@ package struct GroupRecord: Sendable, Equatable {
 
     /// Points past their retention that may still have to hand over what an older FlashCopy, a clone, reads through them.
     package var retired: [PointRecord]?
-    /// Volumes of which the peer, as primary, could not write down any more what its hosts change: until it has sent all of them, what
-    /// it says it has changed may be too little.
-    package var untracked: [String]?
+    /// Volumes of which the peer, as primary, could not write down any more what its hosts change, and the session in which it said so:
+    /// until it has sent all of them, what it says it has changed may be too little.
+    package var untracked: [String: UInt64]?
 
     /// - Parameter lineage: a new identity: the primary, when it opens a session, marks all of the volume.
-    package mutating func noteUntracked(_ volume: String, lineage: String) {
-        if !(untracked ?? []).contains(volume) { untracked = (untracked ?? []) + [volume] }
+    package mutating func noteUntracked(_ volume: String, lineage: String, session: UInt64) {
+        untracked = (untracked ?? [:]).merging([volume: session]) { _, new in new }
         if role == .secondary { volumeLineages = (volumeLineages ?? [:]).merging([volume: lineage]) { _, new in new } }
+    }
+
+    /// A point was committed in a session that has begun with all of what was noted in earlier ones.
+    package mutating func forgetUntracked(before session: UInt64) {
+        let left = untracked?.filter { $0.value == session }
+        untracked = left?.isEmpty == false ? left : nil
     }
 
     /// The newest recovery point that can be read.

@@ -224,7 +224,7 @@ extension GroupRecord: Codable {
         var yielded: UInt64?
         var points: [PointRecord]
         var retired: [PointRecord]?
-        var untracked: [String]?
+        var untracked: [String: UInt64]?
         var failedOver: Phase.Failover?
 
         /// - Throws: when the fields contradict each other.

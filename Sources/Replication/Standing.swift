@@ -30,6 +30,8 @@ package struct Standing: Codable, Sendable, Equatable {
     package var highestPoint: UInt64
     /// This site is asking its peer to give up the role just now.
     package var joining: Bool?
+    /// Volumes of which this site has noted that the other does not track them any more (`GroupRecord.untracked`).
+    package var untracked: [String]?
 
     package init(
         site: String, siteID: String, record: GroupRecord, wrote: Bool, changedBytes: UInt64, joining: Bool = false
@@ -44,6 +46,7 @@ package struct Standing: Codable, Sendable, Equatable {
         self.joining = joining
         since = record.divergedFrom?.formedAt
         highestPoint = record.highestPoint
+        untracked = record.untracked?.keys.sorted()
     }
 }
 

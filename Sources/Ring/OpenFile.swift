@@ -234,8 +234,8 @@ package final class OpenFile: Sendable {
         try proveFlush()
     }
 
-    /// What a file system has room for in any case.
-    private static let attributeBytes = 4096
+    /// The longest that there are (XATTR_SIZE_MAX).
+    private static let attributeBytes = 65536
 
     /// Forgets what the page cache has of the file and storage may not have, although it is called clean: after a write-back that failed.
     package func dropCache() { _ = posix_fadvise(descriptor, 0, 0, Int32(POSIX_FADV_DONTNEED)) }

@@ -15,13 +15,15 @@ enum AlertKind: String, Sendable {
     case splitBrain = "split-brain"
     /// A secondary could not take what its primary sent.
     case refused
+    /// Nobody takes the note that a volume's metadata is out of date.
+    case distrust
 
     var command: GroupEvent? {
         switch self {
         case .lagExceeded: .lagExceeded
         case .suspended: .suspended
         case .splitBrain: .splitBrain
-        case .slowDrain, .refused: nil
+        case .slowDrain, .refused, .distrust: nil
         }
     }
 }

@@ -2,11 +2,13 @@
 //
 // A disk that fails may come back after power loss as it was before, and with it an activity log and marks of copies that know nothing of
 // what hosts wrote since. So the note goes where it outlives that: to the volume's own file as an attribute, which leaves the data as it
-// is; for a block device to the peer, which then asks for all of the volume.
+// is; for a block device to the peer, which asks for all of the volume from then on, and tells the next start (`Standing.untracked`).
 //
 // Must be prevented:
-//   hosts go on before the note is on stable storage (the engine waits for it: `distrustActivityLog`, `failureIsWritten`)
-//   a note is removed before the record says the same (`VolumeState.confirm`)
+//   hosts go on before the note is on stable storage (the engine waits for it: `distrustActivityLog`, `failureIsWritten`), or wait for the
+//     disk that fails while another would take it
+//   a note is removed before the record says the same (`VolumeState.confirm`, `GroupRecord.forgetUntracked`)
+//   one note counts for another: the peer knows nothing of FlashCopies
 //   hosts wait without bound: what nobody takes in time is told to the operator, and tried again
 
 import API
@@ -20,90 +22,156 @@ import Volumes
 /// An attribute of a volume's file.
 struct SourceMark: Codable, Equatable {
     private static let attribute = "user.farcopy.distrust"
+    /// File systems have room for little; beyond this many it is all of them.
+    private static let mostCopies = 100
     /// Identity of the volume whose metadata is meant: a file that was copied with its attributes is another's.
     var volume: String
-    var logIsBroken = false
-    /// Durable FlashCopies and recovery points that have failed.
-    var failed: [CopyID] = []
+    var logIsBroken: Bool
+    /// Durable FlashCopies and recovery points that have failed; nil = all.
+    var failed: [CopyID]?
+
+    init(volume: String, logIsBroken: Bool, failed: Set<CopyID>) {
+        self.volume = volume
+        self.logIsBroken = logIsBroken
+        self.failed = failed.count > Self.mostCopies ? nil : failed.sorted()
+    }
 
     /// - Throws: when it cannot be told whether there is one.
     static func read(_ source: OpenFile, volume: String) throws -> SourceMark? {
         guard let bytes = try source.attribute(attribute) else { return nil }
-        // What nobody understands was left by a newer version: the worst is assumed.
-        let mark =
-            (try? JSONDecoder().decode(SourceMark.self, from: Data(bytes))) ?? Self(volume: volume, logIsBroken: true)
+        guard let mark = try? JSONDecoder().decode(SourceMark.self, from: Data(bytes)) else {
+            // What nobody understands was left by a newer version: the worst is assumed.
+            var worst = Self(volume: volume, logIsBroken: true, failed: [])
+            worst.failed = nil
+            return worst
+        }
         return mark.volume == volume ? mark : nil
     }
 
     func write(_ source: OpenFile) throws {
-        try source.setAttribute(Self.attribute, [UInt8](try JSONEncoder().encode(self)))
+        do { try source.setAttribute(Self.attribute, [UInt8](try JSONEncoder().encode(self))) } catch let error
+            as SystemError
+        {
+            guard [ENOSPC, E2BIG, ERANGE].contains(error.errno), failed?.isEmpty == false else { throw error }
+            var all = self
+            all.failed = nil
+            try source.setAttribute(Self.attribute, [UInt8](try JSONEncoder().encode(all)))
+        }
     }
 
     static func remove(_ source: OpenFile) throws { try source.removeAttribute(attribute) }
 }
 
+/// What is to be noted elsewhere as long as a volume's record cannot be saved.
+struct DistrustDebt {
+    var log = false
+    /// Durable copies and recovery points that have failed.
+    var failed: Set<CopyID> = []
+    var peerKnows = false
+    /// Monotonic time, in nanoseconds, at which it is tried again; nil = somebody has it.
+    var dueAt: UInt64?
+}
+
 extension Site {
     func activityLogFailed(_ volume: VolumeState, _ errno: Int32) async {
-        volume.acknowledge { $0.logIsBroken = true }
         note(
             group(ofVolume: volume.name)?.entry.name,
             "volume \(volume.name): its activity log cannot be written (\(String(cString: strerror(errno)))); after power loss "
                 + "everything will be compared")
-        await writeDownDistrust(volume)
-        let number = volume.number
-        volume.reactor.perform { $0.hosted(number).volume.distrustActivityLog() }
+        volume.debt.log = true
+        await pay(volume) {
+            volume.acknowledge { $0.logIsBroken = true }
+        } then: {
+            $0.distrustActivityLog()
+        }
     }
 
     func failureUnwritten(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async {
-        await markFailed(volume, id, errno)
-        await writeDownDistrust(volume, failed: [id])
-        let number = volume.number
-        volume.reactor.perform { $0.hosted(number).volume.failureIsWritten() }
+        volume.debt.failed.insert(id)
+        await pay(volume) {
+            await self.markFailed(volume, id, errno)
+        } then: {
+            $0.failureIsWritten()
+        }
     }
 
-    /// Somebody has on stable storage what the records in memory say must not be relied on, or was asked in vain.
-    private func writeDownDistrust(_ volume: VolumeState, failed: Set<CopyID> = []) async {
+    /// Elsewhere first, since the disk with the record may take long to fail; hosts go on as soon as somebody has it.
+    private func pay(
+        _ volume: VolumeState, save: () async -> Void, then goOn: @escaping @Sendable (Volume) -> Void
+    ) async {
+        let number = volume.number
+        var problem: (any Error)?
+        do { try await noteElsewhere(volume) } catch { problem = error }
+        if problem == nil { volume.reactor.perform { goOn($0.hosted(number).volume) } }
+        await save()
+        guard let problem else { return }
+        volume.reactor.perform { goOn($0.hosted(number).volume) }
+        review(volume, problem)
+    }
+
+    private func isSaved(_ volume: VolumeState) -> Bool {
+        !volume.isUnsaved && group(ofVolume: volume.name)?.mayDiffer != true
+    }
+
+    /// The records are the last who could have taken it.
+    private func review(_ volume: VolumeState, _ problem: any Error) {
         let group = group(ofVolume: volume.name)
-        volume.failedUnwritten.formUnion(failed)
-        let isNew = volume.distrustDueAt == nil
-        volume.distrustDueAt = nil
-        guard volume.isUnsaved || group?.isUnsaved == true else { return volume.failedUnwritten.removeAll() }
-        do { try await noteElsewhere(volume, group) } catch {
-            volume.distrustDueAt = monotonicNanoseconds() + UInt64(Limits.distrustSeconds) * 1_000_000_000
-            guard isNew else { return }
-            note(
-                group?.entry.name,
-                "volume \(volume.name): neither the state directory, nor the volume's file, nor the peer takes the note that its metadata "
-                    + "is out of date (\(error)); should the machine lose power before that is mended, run `farcopy adopt \(volume.name)` "
-                    + "before the next start")
-        }
+        guard !isSaved(volume) else { return settle(volume, group) }
+        volume.debt.dueAt = monotonicNanoseconds() + UInt64(Limits.distrustSeconds) * 1_000_000_000
+        let words =
+            "volume \(volume.name): nobody takes the note that its metadata is out of date (\(problem)); should the machine lose "
+            + "power before that is mended, run `farcopy adopt \(volume.name)` before the next start"
+        guard let group else { return note(nil, words) }
+        alert(group, .distrust, words)
+    }
+
+    private func settle(_ volume: VolumeState, _ group: GroupState?) {
+        volume.debt.dueAt = nil
+        if let group, !members(group).contains(where: { $0.debt.dueAt != nil }) { endAlert(group, .distrust) }
     }
 
     /// What nobody has taken yet is tried again.
     func retryDistrust() {
         let now = monotonicNanoseconds()
         for volume in volumes.values {
-            guard let due = volume.distrustDueAt, now >= due else { continue }
-            volume.distrustDueAt = .max
-            Task { await writeDownDistrust(volume) }
+            guard let due = volume.debt.dueAt, now >= due else { continue }
+            volume.debt.dueAt = .max
+            Task {
+                do {
+                    if !isSaved(volume) { try await noteElsewhere(volume) }
+                    settle(volume, group(ofVolume: volume.name))
+                } catch {
+                    review(volume, error)
+                }
+            }
         }
     }
 
-    private func noteElsewhere(_ volume: VolumeState, _ group: GroupState?) async throws {
+    /// - Throws: when something of what is to be noted has found nobody.
+    private func noteElsewhere(_ volume: VolumeState) async throws {
         let marking = Result { try volume.markSource() }
         if case .success = marking { return }
-        // The peer knows nothing of FlashCopies.
-        guard volume.failedUnwritten.isEmpty, let group else { return try marking.get() }
-        try await tellPeer(group, volume)
+        let debt = volume.debt
+        let group = group(ofVolume: volume.name)
+        var isOwed = !debt.failed.isEmpty
+        if debt.log {
+            if let group, group.record.role == .primary, group.record.lineage != nil {
+                if !debt.peerKnows { try await tellPeer(group, volume) }
+                volume.debt.peerKnows = true
+            } else if volume.record.copies.contains(where: { $0.isFilled && $0.state != .lost }) {
+                isOwed = true  // what changed since they were taken is in the log as well
+            }
+        }
+        if isOwed { try marking.get() }
     }
 
     private func tellPeer(_ group: GroupState, _ volume: VolumeState) async throws {
-        // Otherwise nobody relies on what changes here.
-        guard group.record.role == .primary, group.record.lineage != nil else { return }
         _ = try await callPeer(
             group, Endpoints.untracked, body: UntrackedRequest(siteID: siteRecord.id, volume: volume.name),
             seconds: Int64(Limits.distrustSeconds))
     }
+
+    // MARK: At the peer, and at the next start
 
     /// The primary cannot write down any more what its hosts change of a volume: all of it may differ once it starts again.
     package func noteUntracked(_ name: String, _ request: UntrackedRequest) async throws {
@@ -114,11 +182,22 @@ extension Site {
         guard group.record.peerSite == request.siteID else {
             throw Refusal("group '\(name)' at '\(configuration.site)' belongs to another site", .refused)
         }
-        try await group.amend { $0.noteUntracked(request.volume, lineage: randomIdentity()) }
-        group.untrackedIn = group.session
+        let (lineage, session) = (randomIdentity(), group.session ?? 0)
+        try await group.amend { $0.noteUntracked(request.volume, lineage: lineage, session: session) }
         note(
             name,
             "'\(group.entry.peer)' cannot write down any more what its hosts change of volume \(request.volume); all of it will be "
                 + "compared")
+    }
+
+    /// While a primary starts: the last process could not write down any more what hosts changed, nor that the peer was out of reach.
+    ///
+    /// - Parameter untracked: volumes of which the peer has noted that.
+    func distrust(_ group: GroupState, untracked: [String] = []) async throws {
+        guard group.record.role == .primary else { return }
+        for volume in members(group) where untracked.contains(volume.name) { volume.distrust() }
+        if !untracked.isEmpty { try giveUpUncertainPoint(group) }
+        guard members(group).contains(where: \.isDistrusted), !group.record.isAlone else { return }
+        try await group.amend { $0.primary?.alone = true }
     }
 }

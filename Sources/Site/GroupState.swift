@@ -52,8 +52,10 @@ final class GroupState {
     /// The record as it is just now, whoever has it.
     var record: GroupRecord { replicator?.status.record ?? kept.value }
 
-    /// The record's file may hold another one; `settle` mends that.
+    /// The record's file may hold another one, and no replicator saves it again; `settle` mends that.
     var isUnsaved: Bool { replicator == nil && kept.isUnsaved }
+    /// The same, whoever has the record.
+    var mayDiffer: Bool { replicator?.status.isUnsaved ?? kept.isUnsaved }
 
     /// Changes the record, durably or not at all, whoever has it.
     func amend(
@@ -112,8 +114,6 @@ final class GroupState {
     var operation: Operation?
     var isRetiring = false
     var lastVerify: VerifyReport?
-    /// The session during which the peer said last that it does not track a volume any more; nil after a restart.
-    var untrackedIn: UInt64?
     /// Since the start.
     var verifiedBytes: UInt64 = 0
     var differencesFound: UInt64 = 0

@@ -104,7 +104,7 @@ extension Site {
         _ volume: VolumeState, _ group: GroupState?, _ links: inout [Link], _ opened: [CopyFiles?]
     ) throws {
         for index in links.indices
-        where opened[index]?.bitmap.hasFailed == true || volume.failedBefore.contains(links[index].id) {
+        where opened[index]?.bitmap.hasFailed == true || volume.hadFailed(links[index].record) {
             guard links[index].resumption == .serves else { continue }
             links[index].resumption = .servesOlder
             let id = links[index].id

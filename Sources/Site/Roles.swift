@@ -99,6 +99,7 @@ extension Site {
         while true {
             do {
                 let theirs = try await peerStanding(group, seconds: max(1, Int64(seconds)))
+                if !isStarted, let untracked = theirs.untracked { try await distrust(group, untracked: untracked) }
                 let verdict = judge(await standing(group), theirs)
                 switch verdict {
                 case .inOrder:
@@ -443,7 +444,11 @@ extension Site {
         let words = await volume.reactor.run {
             $0.hosted(number).volume.changedWords(from: first, count: Limits.changedWordsPerAnswer)
         }
-        return ChangesAnswer(grain: volume.geometry.grain, size: volume.geometry.size, words: words)
+        // What the one that asks says itself may be too little.
+        let isUntracked = group.record.untracked?[volume.name] != nil
+        return ChangesAnswer(
+            grain: volume.geometry.grain, size: volume.geometry.size,
+            words: isUntracked ? words.indices.map { volume.geometry.wordOfAll(first + $0) } : words)
     }
 
     // MARK: Taking it up
@@ -522,7 +527,7 @@ extension Site {
                 first + answer.words.count <= Bitmap.byteCount(bits: geometry.grainCount) / 8
             else { throw Refusal("the peer's answer about volume '\(volume.name)' makes no sense") }
             var words = answer.words
-            if group.record.untracked?.contains(volume.name) == true {
+            if group.record.untracked?[volume.name] != nil {
                 for index in words.indices { words[index] = geometry.wordOfAll(first + index) }
             }
             await each(words, first, geometry)

@@ -153,9 +153,7 @@ extension Site {
             throw Refusal("group '\(name)': \(error)", .refused)
         }
         try await carryOut(plan, group)
-        if group.record.untracked != nil, group.untrackedIn != request.session {
-            try? await group.amend { $0.untracked = nil }  // this session has begun with all of them
-        }
+        if group.record.untracked != nil { try? await group.amend { $0.forgetUntracked(before: request.session) } }
         return CommitAnswer(committedAt: plan.point.committedAt ?? plan.point.formedAt)
     }
 

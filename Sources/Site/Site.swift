@@ -114,6 +114,7 @@ package actor Site {
         }
         for group in groups.values {
             try renewIfServedElsewhere(group)
+            try await distrust(group)
             try giveUpUncertainPoint(group)
         }
         reserve = SpaceReserve(
@@ -224,7 +225,7 @@ package actor Site {
     }
 
     /// A point that was held is given up when one volume does not say any more what of it is still to be sent.
-    private func giveUpUncertainPoint(_ group: GroupState) throws {
+    func giveUpUncertainPoint(_ group: GroupState) throws {
         let held = members(group).map(\.heldPoint)
         var record = group.record
         if record.giveUpPoint(unlessHeldBy: held) { try group.amendAlone { $0 = record } }

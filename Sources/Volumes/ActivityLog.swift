@@ -51,6 +51,9 @@ package final class ActivityLog {
     fileprivate let image: UnsafeMutableRawPointer
     private var sequence: UInt64 = 0
     fileprivate var writing = false
+    /// Writes of the file that were issued, and how many there were at the last sweep.
+    fileprivate var writes: UInt64 = 0
+    fileprivate var writesAtSweep: UInt64 = 0
     /// Regions left; the file shows more than there are.
     fileprivate var stale = false
     fileprivate var flushesLeft = 0
@@ -234,6 +237,7 @@ extension Volume {
             return
         }
         activity.writing = true
+        activity.writes &+= 1
         activity.stale = false
         activity.entering.formUnion(activity.wanted)
         activity.wanted.clearAll()
@@ -283,7 +287,11 @@ extension Volume {
     /// Lets regions go to which nothing was written since the sweep before; the driver calls it every few seconds.
     package func sweepActivity() {
         // Once the source could not be flushed, a flush that succeeds says nothing of what was written before.
-        guard activity.isOn, activity.health == .well, activity.flushesLeft == 0, flushError == 0 else { return }
+        guard activity.isOn, activity.health == .well else { return }
+        // A disk that does not answer is as bad as one that fails: hosts wait for this write.
+        if activity.writing, activity.writes == activity.writesAtSweep { return loseActivityLog(110) }  // ETIMEDOUT
+        activity.writesAtSweep = activity.writes
+        guard activity.flushesLeft == 0, flushError == 0 else { return }
         for slot in 0..<requestCapacity {
             let request = requests + slot
             guard request.pointee.isModifying, request.pointee.view == .volume, request.pointee.state == .issued else {

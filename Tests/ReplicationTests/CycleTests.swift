@@ -231,9 +231,18 @@ func commitPlan() throws {
     }
     let next = try record.planCommit(
         4, after: 3, formedAt: 0, now: 1, order: 9, keep: Retention(last: 2), left: [1], writesUnderWay: 0)
-    #expect(next.record.retired?.map(\.number) == [2] && next.dropped.map(\.number) == [2])
-    #expect(throws: TakeoverRefusal.self) { try next.record.failoverPoint(2) }
-    #expect(try next.record.failoverPoint(nil).number == 4)
+    // While its files are made others change the record.
+    record.failPoint(2)
+    record.noteUntracked("disk", lineage: "lost", session: 5)
+    next.apply(&record)
+    #expect(record.retired?.map(\.number) == [2] && next.dropped.map(\.number) == [2])
+    #expect(record.untracked == ["disk": 5] && record.volumeLineages == ["disk": "lost"])
+    #expect(throws: TakeoverRefusal.self) { try record.failoverPoint(2) }
+    #expect(try record.failoverPoint(nil).number == 4)
+    record.forgetUntracked(before: 5)
+    #expect(record.untracked == ["disk": 5], "in the session of the note nothing was sent anew")
+    record.forgetUntracked(before: 6)
+    #expect(record.untracked == nil)
 }
 
 @Test("what relies on a record that could not be saved is not done, and mirroring waits until it can be")

@@ -89,7 +89,7 @@ func stored(kind: Phase.Kind) throws {
     record.primary?.alone = true
     record.primary?.conflict = Phase.Conflict(kind: .splitBrain, at: 3)
     record.primary?.failingBack = true
-    record.noteUntracked("a", lineage: "lost")
+    record.noteUntracked("a", lineage: "lost", session: 3)
     let again = try JSONDecoder().decode(GroupRecord.self, from: JSONEncoder().encode(record))
     #expect(again == record)
 }

@@ -107,6 +107,27 @@ func logThatCannotBeWritten() {
     #expect(bench.pending().isEmpty && bench.volume.popEvent() == nil)
 }
 
+@Test("a write of the log that a disk does not answer holds hosts up from one sweep to the next at most")
+func logThatIsNotAnswered() {
+    let bench = Bench(grains: 4096)
+    bench.startActivityLog()
+    for round in 0..<3 {  // a busy log is not a late one
+        bench.submit(.write, grain: 1100 * round)
+        let log = bench.pending()
+        #expect(log.map(\.file) == [1])
+        bench.volume.sweepActivity()
+        #expect(bench.volume.popEvent() == nil)
+        if round < 2 {
+            bench.volume.complete(log[0], errno: 0)
+            _ = bench.settle()
+        }
+    }
+    bench.volume.sweepActivity()
+    #expect(bench.volume.popEvent() == .activityLogFailed(errno: 110))
+    bench.volume.distrustActivityLog()
+    #expect(bench.settle().count == 1)
+}
+
 @Test("a merge whose flush failed keeps the bits until it is written down that they are not to be relied on")
 func mergeThatFails() {
     let bench = Bench()

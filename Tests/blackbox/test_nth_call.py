@@ -429,7 +429,7 @@ class NthCall(OrderTest):
             calls = self.one(operation)
         except BaseException as problem:
             what = self.victim.recorder.last_failed() if hasattr(self, "victim") else ""
-            logs = "\n".join(f"--- {site.name}\n" + site.tail() for site in self.sites)
+            logs = "\n".join(f"--- {site.name}, ended: {site.process.poll() if site.process else None}\n" + site.tail() for site in self.sites)
             self.put_away(*self.sites)
             text = f"NTH={name}:{role}:{error}:{number} ({what}): {problem!r}"
             print(text, flush=True)

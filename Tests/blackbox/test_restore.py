@@ -141,6 +141,7 @@ class Restore(SiteTest):
                     handle.shutdown()
                 except nbd.Error:
                     pass
+                time.sleep(0.001)  # there are places left when the restore is over
         thread = threading.Thread(target=host)
         thread.start()
         try:

@@ -11,6 +11,7 @@ from laboratory import LaboratoryTest, LoopDevice
 from sites import FARCOPY, run, wait_for
 
 MIB = 1 << 20
+PAGE = 4096
 SIZE = 48 * MIB
 KNOWN = 8 * MIB  # the log's region, of 4 MiB, is in the log
 
@@ -52,6 +53,9 @@ class StateDiskFails(LaboratoryTest):
         handle.flush()
         self.assertLess(time.monotonic() - began, 20, "hosts were held up")
 
+    def copies(self, site):
+        return json.loads(site.farcopy("flashcopy", "list", "--json").stdout)
+
     def assert_alike(self, east, west):
         wait_for(lambda: east.group()["state"] in ("mirroring", "resyncing"), what="the link")
         point = east.cycle()
@@ -79,6 +83,47 @@ class StateDiskFails(LaboratoryTest):
         wait_for(lambda: west.group()["state"] == "mirroring", what="the resync")
         self.assert_alike(west, east)
 
+    def test_a_resync_the_other_way_round_as_well(self):
+        """The site that has the note is the one that gives up the role."""
+        east, west, handle = self.mirrored()
+        east.state_disk.die()
+        self.write_elsewhere(handle)
+        east.kill()
+        west.farcopy("failover", "shop")
+        other = west.connect("disk")
+        other.pwrite(b"w" * (64 << 10), 0)
+        other.shutdown()
+        self.come_back(east)
+        self.assertEqual(east.group()["state"], "split-brain", "nobody knows what hosts wrote here after the peer was lost")
+        east.farcopy("resync", "shop", "--discard", "west", "--yes")
+        self.assert_alike(east, west)
+
+    def test_a_background_copy_is_refreshed_in_full(self):
+        """What has changed since it was taken is in the log as well."""
+        east, west, handle = self.mirrored()
+        east.farcopy("flashcopy", "create", "disk", "copy", "--copy", "--rate", "0")
+        complete = lambda: self.copies(east)[0]["background_copy"]["complete"]
+        wait_for(complete, what="the background copy")
+        east.state_disk.die()
+        self.write_elsewhere(handle)
+        self.come_back(east)
+        east.farcopy("flashcopy", "refresh", "disk", "copy")
+        wait_for(complete, what="the background copy")
+        self.assertTrue(east.read("disk") == east.read("disk@copy"), "it lacks what was written meanwhile")
+
+    def test_a_durable_copy_that_fails_first(self):
+        """One note does not count for another."""
+        east, west, handle = self.mirrored()
+        east.farcopy("flashcopy", "create", "disk", "copy", "--durable")
+        east.state_disk.die()
+        handle.pwrite(random.randbytes(MIB), MIB)
+        handle.flush()
+        self.write_elsewhere(handle)
+        if self.on_device:
+            wait_for(lambda: "cannot write down any more" in west.farcopy("events").stdout, what="the note")
+        self.come_back(east)
+        self.assert_alike(east, west)
+
     def test_a_durable_copy_that_has_failed_stays_so(self):
         for volume_is_in_a_group in (True, False):
             with self.subTest(group=volume_is_in_a_group):
@@ -95,14 +140,26 @@ class StateDiskFails(LaboratoryTest):
                 handle.pwrite(random.randbytes(MIB), MIB)  # its old content cannot be kept
                 handle.flush()
                 self.come_back(site)
-                copy, = json.loads(site.farcopy("flashcopy", "list", "--json").stdout)
+                copy, = self.copies(site)
                 self.assertEqual(copy["state"], "failed")
+
+    def test_more_copies_than_an_attribute_has_room_for(self):
+        site = self.site("east", {"disk": "1MiB"})
+        handle = site.connect("disk")
+        for number in range(120):
+            site.farcopy("flashcopy", "create", "disk", f"c{number}", "--durable")
+        site.state_disk.die()
+        handle.pwrite(b"2" * PAGE, 0)
+        handle.flush()
+        self.come_back(site)
+        self.assertEqual({copy["state"] for copy in self.copies(site)}, {"failed"})
 
 
 class StateDiskFailsUnderDevice(StateDiskFails):
     """A block device has no place for a note: the peer keeps it."""
     on_device = True
     test_a_durable_copy_that_has_failed_stays_so = None
+    test_more_copies_than_an_attribute_has_room_for = None
 
     def test_the_volumes_own_file_knows(self):
         east, west, handle = self.mirrored()
@@ -124,7 +181,7 @@ class StateDiskFailsUnderDevice(StateDiskFails):
         west.kill()
         east.state_disk.die()
         self.write_elsewhere(handle)
-        self.assertIn("farcopy adopt disk", east.farcopy("events").stdout)
+        self.assertIn("farcopy adopt disk", str(east.group()["alerts"]))
         with self.subTest("the peer comes back"):
             west.start()
             wait_for(lambda: "cannot write down any more" in west.farcopy("events").stdout, what="the note")

@@ -69,11 +69,7 @@ final class VolumeState {
     private var unnamedFiles: [(id: CopyID, targetOwner: CopyID?)] = []
     var restoreBitmap: BitmapFile?
     var restoreFile: StoreFile = -1
-    /// Durable copies that have failed since the record could not be saved any more.
-    var failedUnwritten: Set<CopyID> = []
-    /// What the next start must not rely on is on no stable storage, and is tried to be brought there again at this monotonic time, in
-    /// nanoseconds.
-    var distrustDueAt: UInt64?
+    var debt = DistrustDebt()
     /// While a restore begins hosts can only read.
     var shutsHostsOut = false
     /// Larger than the order of every copy and point in the chain.
@@ -87,10 +83,23 @@ final class VolumeState {
     private(set) var isConfirmed = false
     /// The mark of a clean stop.
     let cleanMark: VolumeRecord.CleanMark?
-    /// The last process has left a `SourceMark`.
-    private let isMarked: Bool
-    /// Copies that had failed when the last process ended, and could not be marked.
-    let failedBefore: Set<CopyID>
+    /// What the last process has left at the volume's own file.
+    private let mark: SourceMark?
+    /// It could not write down any more what hosts changed.
+    private(set) var isDistrusted: Bool
+
+    /// The peer has noted what the record could not: this start trusts as little as after power loss.
+    func distrust() {
+        isTrusted = false
+        isDistrusted = true
+        acknowledge { $0.logIsBroken = true }
+    }
+
+    /// Whether a copy had failed when the last process ended, and could not be marked.
+    func hadFailed(_ copy: CopyRecord) -> Bool {
+        guard let mark, copy.isDurable else { return false }
+        return mark.failed?.contains(copy.id) ?? true
+    }
     /// The recording bitmaps say what changed.
     private(set) var recordingIsWhole = true
     /// So does the bitmap of the point that was held.
@@ -134,8 +143,8 @@ final class VolumeState {
                     + "direct I/O needs; remove cache = \"none\"")
         }
         let mark = if let found { try SourceMark.read(source, volume: found.id) } else { SourceMark?.none }
-        isMarked = mark != nil
-        failedBefore = Set(mark?.failed ?? [])
+        self.mark = mark
+        isDistrusted = mark?.logIsBroken == true
         var record =
             found
             ?? VolumeRecord(id: randomIdentity(), name: entry.name, size: size, grain: grain, bootID: bootID)
@@ -269,7 +278,7 @@ final class VolumeState {
             for index in record.copies.indices { record.copies[index].completeBytes = nil }
         }
         isConfirmed = true
-        if isMarked { try SourceMark.remove(source) }
+        if mark != nil { try SourceMark.remove(source) }
     }
 
     // MARK: What is written down
@@ -279,8 +288,8 @@ final class VolumeState {
     /// - Throws: for a block device, which has no attributes that last.
     func markSource() throws {
         guard try source.isRegularFile() else { throw SystemError("mark \(source.path)", errno: EOPNOTSUPP) }
-        let mark = SourceMark(volume: record.id, logIsBroken: record.logIsBroken, failed: failedUnwritten.sorted())
-        try mark.write(source)
+        try SourceMark(volume: record.id, logIsBroken: debt.log || record.logIsBroken, failed: debt.failed).write(
+            source)
     }
 
     /// Changes the record, durably or not at all.
