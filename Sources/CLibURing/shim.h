@@ -11,6 +11,7 @@
 #include <liburing.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -94,6 +95,16 @@ static inline int farcopy_file_system_error(int fd) {
     if (memory == MAP_FAILED) return errno == EIO || errno == EROFS ? errno : 0;
     munmap(memory, 1);
     return 0;
+}
+// For a handler of signals: where memory could not be reached; what lies there, read by the kernel, which gives an error (fewer bytes) where a
+// load would fault; and other memory in its place.
+static inline unsigned long farcopy_fault_address(siginfo_t *info) { return (unsigned long)info->si_addr; }
+static inline long farcopy_read_memory(void *to, unsigned long from, size_t length) {
+    struct iovec local = {to, length}, remote = {(void *)from, length};
+    return syscall(SYS_process_vm_readv, getpid(), &local, 1UL, &remote, 1UL, 0UL);
+}
+static inline int farcopy_move_memory(void *from, size_t length, unsigned long to) {
+    return (void *)syscall(SYS_mremap, from, length, length, 3 /* MREMAP_MAYMOVE | MREMAP_FIXED */, to) == (void *)to ? 0 : -errno;
 }
 // Makes every page of a shared mapping dirty without changing it, whoever else stores to it meanwhile: each is written to with what it holds,
 // in one indivisible step.

@@ -30,6 +30,8 @@ package final class HostedVolume {
         var immediate = false
         /// A flush counts only after another look (`OpenFile.flushProofError`).
         var flushNeedsProof = false
+        /// It is mapped, and a flush fails once the mapping is lost.
+        var isMapped = false
         /// What transfers must be aligned to when the file is opened with O_DIRECT; 0 = it is not.
         var alignment: UInt32 = 0
         var isDirect: Bool { alignment > 0 }
@@ -68,9 +70,12 @@ package final class HostedVolume {
             alignment: file.directAlignment,
             noWaitReads: !immediate && file.directAlignment == 0,
             noWaitWrites: !immediate && file.directAlignment == 0)
+        slots[slot].isMapped = mapping != nil
         mappings[StoreFile(slot)] = mapping
         return StoreFile(slot)
     }
+
+    func isLost(_ slot: StoreFile) -> Bool { mappings[slot]?.isLost == true }
 
     /// A flush of a file has failed: what a mapping has of it is written again by the next.
     func flushFailed(_ slot: StoreFile) { mappings[slot]?.flushFailed() }

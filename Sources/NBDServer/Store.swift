@@ -98,6 +98,10 @@ extension Reactor {
                 done = UInt64(result)
             }
         case .flush:
+            if file.pointee.isMapped, hosted.isLost(io.file) {
+                hosted.volume.complete(io, errno: EIO)
+                return
+            }
             if file.pointee.immediate {
                 hosted.volume.complete(io, errno: 0)
                 return

@@ -272,6 +272,7 @@ package final class MappedFile: @unchecked Sendable {
     package let memory: UnsafeMutableRawPointer
     package let byteCount: Int
     private let markOffset: Int
+    private let guarded: Int?
 
     /// Opens or creates the file with exactly `byteCount` bytes; where new, zeros, with storage for all of them.
     ///
@@ -293,11 +294,18 @@ package final class MappedFile: @unchecked Sendable {
         self.memory = memory
         self.byteCount = byteCount
         self.markOffset = markOffset
+        guarded = GuardedMappings.add(memory, byteCount)
         // A process before this one may have ended before it could flush again.
         if isMarked { flushFailed() }
     }
 
-    deinit { munmap(memory, byteCount) }
+    deinit {
+        if let guarded { GuardedMappings.remove(guarded) }
+        munmap(memory, byteCount)
+    }
+
+    /// The file system did not take a store: what is in memory is in no file any more, and no flush of it succeeds.
+    package var isLost: Bool { guarded.map { GuardedMappings.isLost($0) } ?? false }
 
     /// What the file itself says: a flush of it has failed.
     private var isMarked: Bool {
@@ -322,6 +330,7 @@ package final class MappedFile: @unchecked Sendable {
     }
 
     package func synchronize() throws(SystemError) {
+        guard !isLost else { throw SystemError("flush \(file.path)", errno: EIO) }
         do throws(SystemError) {
             guard msync(memory, byteCount, MS_SYNC) == 0 else { throw SystemError("flush \(file.path)") }
             try file.proveFlush()
@@ -335,7 +344,8 @@ package final class MappedFile: @unchecked Sendable {
     /// A flush of the file has failed. The kernel tells that once and calls the pages clean, so the next flush would succeed and write
     /// nothing: all are made dirty again. Should this process end before that flush, the next one finds the mark.
     package func flushFailed() {
-        guard OpenFile.flushProofError(file.descriptor) == 0 else { return }  // nothing can be written, nor stored to
+        // Otherwise nothing can be written.
+        guard !isLost, OpenFile.flushProofError(file.descriptor) == 0 else { return }
         isMarked = true
         farcopy_make_dirty(memory, byteCount)
     }

@@ -98,3 +98,25 @@ func existence() throws {
     #expect(throws: SystemError.self) { try exists(path) }
     #expect(try exists("/tmp") && !exists("/etc/passwd/below"))
 }
+
+@Test("a store that the file does not take is made in memory, and no flush of the mapping succeeds from then on")
+func storesThatTheFileDoesNotTake() throws {
+    let path = "/tmp/farcopy-guarded-\(getpid())"
+    defer { unlink(path) }
+    let mapping = try MappedFile(path: path, byteCount: 12288, create: true)
+    let other = try MappedFile(path: path + ".other", byteCount: 8192, create: true)
+    defer { unlink(path + ".other") }
+    (mapping.memory + 100).storeBytes(of: 7, as: UInt8.self)
+    try mapping.synchronize()
+    #expect(!mapping.isLost)
+    try mapping.file.truncate(to: 4096)  // what lies behind has no page any more
+    (mapping.memory + 5000).storeBytes(of: 9, as: UInt8.self)
+    #expect(mapping.isLost && !other.isLost)
+    #expect(mapping.memory.load(fromByteOffset: 5000, as: UInt8.self) == 9)
+    #expect(mapping.memory.load(fromByteOffset: 100, as: UInt8.self) == 7)
+    #expect(
+        mapping.memory.load(fromByteOffset: 5001, as: UInt8.self) == 0xFF, "of what cannot be read the worst is assumed"
+    )
+    #expect(throws: SystemError.self) { try mapping.synchronize() }
+    try other.synchronize()
+}

@@ -187,3 +187,35 @@ class StateDiskFailsUnderDevice(StateDiskFails):
             wait_for(lambda: "cannot write down any more" in west.farcopy("events").stdout, what="the note")
             self.come_back(east)
             self.assert_alike(east, west)
+
+
+class StateDiskIsShutDown(LaboratoryTest):
+    """XFS answers a store to a page of a bitmap that is clean with SIGBUS once it is shut down."""
+    kind = "xfs"
+
+    def make_site(self, name, volumes, **options):
+        return super().make_site(name, volumes, apart=name == "east", **options)
+
+    def test_hosts_go_on_and_nothing_is_forgotten(self):
+        east, west = self.pair({"disk": "136MiB"}, interval="manual", keep=1)
+        east.farcopy("flashcopy", "create", "disk", "copy", "--durable")
+        handle = east.connect("disk")
+        handle.pwrite(b"1" * MIB, 0)
+        handle.flush()
+        east.cycle()
+        east.state_disk.shut_down()
+        places = range(129 * MIB, 136 * MIB, 2 * MIB)  # of the second page of each bitmap
+        for at in places:
+            handle.pwrite(b"2" * MIB, at)
+        handle.flush()
+        self.assertIsNone(east.process.poll(), "the site has ended, and cannot start while the disk is dead")
+        east.end()
+        east.state_disk.come_back()
+        east.boot()
+        east.start()
+        copy, = json.loads(east.farcopy("flashcopy", "list", "--json").stdout)
+        self.assertEqual(copy["state"], "failed")
+        wait_for(lambda: east.group()["state"] in ("mirroring", "resyncing"), what="the link")
+        other = west.connect(f"disk@{east.cycle()}")
+        for at in places:
+            self.assertEqual(other.pread(MIB, at), b"2" * MIB, at)
