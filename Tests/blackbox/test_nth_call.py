@@ -18,7 +18,7 @@ import time
 
 import nbd
 
-from sites import FARCOPY, die_with_parent, wait_for
+from sites import FARCOPY, die_with_parent, read_handle, wait_for
 from test_order import OrderTest
 
 SIZE = 1 << 20
@@ -547,7 +547,7 @@ class NthCall(OrderTest):
         images = []
         for name in NAMES:
             handle = site.connect(name + suffix)
-            images.append(bytes(handle.pread(handle.get_size(), 0)))
+            images.append(read_handle(handle))
             handle.shutdown()
         return tuple(images)
 
