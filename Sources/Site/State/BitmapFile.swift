@@ -123,15 +123,23 @@ final class BitmapFile: Sendable {
     func synchronize() throws { try mapping.synchronize() }
 
     /// A checksum of everything behind the identity: of each page that is not all zero, with its number. It is kept while
-    /// the site is stopped, so that bits that flip meanwhile are seen.
+    /// the site is stopped, so that bits that flip meanwhile are seen. The mark of a flush that has failed, which a start may leave that ends
+    /// because of it, is not looked at.
     func checksum() -> UInt32 {
         let page = BitmapHeader.byteCount
+        let header = UnsafeMutableRawBufferPointer.allocate(byteCount: page, alignment: 8)
+        defer { header.deallocate() }
         var checksum: UInt32 = 0
         var offset: UInt64? = 0
         while let start = offset.flatMap({ file.nextData(from: $0) }), start < UInt64(mapping.byteCount) {
             let first = Int(start) / page * page
-            let bytes = UnsafeRawBufferPointer(
+            var bytes = UnsafeRawBufferPointer(
                 start: mapping.memory + first, count: min(page, mapping.byteCount - first))
+            if first == 0 {
+                header.copyMemory(from: bytes)
+                header.storeBytes(of: 0, toByteOffset: BitmapHeader.flushFailedOffset, as: UInt64.self)
+                bytes = UnsafeRawBufferPointer(header)
+            }
             if bytes.contains(where: { $0 != 0 }) {
                 let number = withUnsafeBytes(of: UInt64(first / page).littleEndian) {
                     CRC32C.checksum($0, after: checksum)
