@@ -241,6 +241,8 @@ package final class World: Scenario {
             east.append(simulated)
         }
         if last == Self.volumes + 1 { return false }
+        // As `VolumeState.confirm`: what hosts wrote while nothing was logged is on no stable storage, and was perhaps sent.
+        if !trusted { for file in eastFiles { file.flush() } }
         for recording in eastRecording { recording.flush() }
         eastIsConfirmed = true
         eastDistrusted = []
