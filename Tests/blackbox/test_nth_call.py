@@ -301,6 +301,9 @@ class Resync(Failback):
     def asked(self):
         return self.test.primary, ("resync", "shop", "--discard", self.test.secondary.name, "--yes")
 
+    def is_done(self):
+        return self.test.primary.group()["state"] in ("mirroring", "resyncing")
+
     def holds(self):
         test = self.test
         wait_for(lambda: test.secondary.group()["role"] == "secondary", what="the new role")
@@ -309,7 +312,7 @@ class Resync(Failback):
     def again(self):
         test = self.test
         test.primary.farcopy("resume", "shop", check=False)
-        if test.primary.group()["state"] not in ("mirroring", "resyncing"):
+        if not self.is_done():
             Operation.again(self)
         self.holds()
 
