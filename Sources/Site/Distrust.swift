@@ -197,7 +197,7 @@ extension Site {
         guard group.record.role == .primary else { return }
         for volume in members(group) where untracked.contains(volume.name) { volume.distrust() }
         if !untracked.isEmpty { try giveUpUncertainPoint(group) }
-        guard members(group).contains(where: \.isDistrusted), !group.record.isAlone else { return }
+        guard members(group).contains(where: \.wasAlone), !group.record.isAlone else { return }
         try await group.amend { $0.primary?.alone = true }
     }
 }

@@ -85,13 +85,12 @@ final class VolumeState {
     let cleanMark: VolumeRecord.CleanMark?
     /// What the last process has left at the volume's own file.
     private let mark: SourceMark?
-    /// It could not write down any more what hosts changed.
-    private(set) var isDistrusted: Bool
+    /// It could not write down any more what hosts changed, while this file was well: they went on.
+    var wasAlone: Bool { mark?.logIsBroken == true }
 
     /// The peer has noted what the record could not: this start trusts as little as after power loss.
     func distrust() {
         isTrusted = false
-        isDistrusted = true
         acknowledge { $0.logIsBroken = true }
     }
 
@@ -144,7 +143,6 @@ final class VolumeState {
         }
         let mark = if let found { try SourceMark.read(source, volume: found.id) } else { SourceMark?.none }
         self.mark = mark
-        isDistrusted = mark?.logIsBroken == true
         var record =
             found
             ?? VolumeRecord(id: randomIdentity(), name: entry.name, size: size, grain: grain, bootID: bootID)
