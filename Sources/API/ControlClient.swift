@@ -27,13 +27,8 @@ package struct ControlClient: Sendable {
 
     private func url(_ path: String) -> String {
         switch address {
-        case .unix(let socket):
-            let encoded = socket.utf8.map { byte in
-                let plain = (0x30...0x39).contains(byte) || (0x41...0x5A).contains(byte) || (0x61...0x7A).contains(byte)
-                return plain ? String(UnicodeScalar(byte)) : "%" + (byte < 16 ? "0" : "") + String(byte, radix: 16)
-            }.joined()
-            return "http+unix://\(encoded)\(path)"
-        case .tcp: return "http://\(address)\(path)"
+        case .unix(let socket): "http+unix://\(percentEncoded(socket))\(path)"
+        case .tcp: "http://\(address)\(path)"
         }
     }
 

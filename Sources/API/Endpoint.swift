@@ -1,5 +1,7 @@
 // Endpoint.swift: one call of the control API, as its server and its clients both know it.
 
+import Base
+
 /// Method, path, what goes in and what comes out.
 package struct Endpoint<Body: Codable & Sendable, Answer: Codable & Sendable>: Sendable {
     package let call: APICall
@@ -55,7 +57,7 @@ package struct APICall: Sendable, Equatable {
     ///
     /// - Parameter name: what stands for the part in braces, if there is one.
     package func url(_ name: String = "", _ values: [Query: String] = [:]) -> String {
-        precondition(values.keys.allSatisfy(query.contains), "\(path) takes no such word")
+        invariant(values.keys.allSatisfy(query.contains), "a call takes the words of its table only")
         var url = path
         if let placeholder { url.replace("{\(placeholder)}", with: percentEncoded(name)) }
         let words = query.compactMap { word in values[word].map { "\(word.rawValue)=\(percentEncoded($0))" } }

@@ -67,10 +67,9 @@ package final class HostedVolume {
         let immediate = file.isOnTmpfs
         slots[slot] = FileSlot(
             descriptor: file.descriptor, immediate: immediate, flushNeedsProof: file.flushNeedsProof,
-            alignment: file.directAlignment,
+            isMapped: mapping != nil, alignment: file.directAlignment,
             noWaitReads: !immediate && file.directAlignment == 0,
             noWaitWrites: !immediate && file.directAlignment == 0)
-        slots[slot].isMapped = mapping != nil
         mappings[StoreFile(slot)] = mapping
         return StoreFile(slot)
     }

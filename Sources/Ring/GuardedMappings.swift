@@ -15,7 +15,7 @@ import Glibc
 import Synchronization
 
 enum GuardedMappings {
-    /// Twice what the descriptors of a process allow in practice; whoever comes later is not guarded.
+    /// Whoever comes later is not guarded.
     private static let capacity = 1 << 16
     private static let page = 4096
 
@@ -33,9 +33,9 @@ enum GuardedMappings {
 
     // Safe because: the memory is there from the first use to the end of the process, and its entries are atomics.
     nonisolated(unsafe) private static let entries: UnsafeMutablePointer<Entry> = {
-        let entries = UnsafeMutablePointer<Entry>.allocate(capacity: capacity)
-        for index in 0..<capacity { (entries + index).initialize(to: Entry()) }
-        return entries
+        // Zeroes, which is what they begin with, and pages that nobody has touched cost nothing.
+        guard let memory = calloc(capacity, MemoryLayout<Entry>.stride) else { fatalError("no memory") }
+        return memory.bindMemory(to: Entry.self, capacity: capacity)
     }()
     private static let highest = Atomic<Int>(0)
     private static let free = Mutex<[Int]>([])

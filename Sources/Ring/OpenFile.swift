@@ -215,7 +215,7 @@ package final class OpenFile: Sendable {
         guard fsetxattr(descriptor, name, bytes, bytes.count, 0) == 0 else {
             throw SystemError("set the attribute \(name) of \(path)")
         }
-        try synchronizeAttributes()
+        try synchronizeWhole()
     }
 
     /// Removes an attribute, durably; one that is not there is removed.
@@ -226,10 +226,11 @@ package final class OpenFile: Sendable {
             }
             return
         }
-        try synchronizeAttributes()
+        try synchronizeWhole()
     }
 
-    private func synchronizeAttributes() throws(SystemError) {
+    /// As `synchronize`, and what fdatasync leaves out: attributes, the entries of a directory.
+    fileprivate func synchronizeWhole() throws(SystemError) {
         guard fsync(descriptor) == 0 else { throw SystemError("flush \(path)") }
         try proveFlush()
     }
@@ -388,7 +389,5 @@ package func parentDirectory(_ path: String) -> String {
 
 /// Makes the entries of a directory durable.
 package func synchronizeDirectory(_ path: String) throws(SystemError) {
-    let directory = try OpenFile(path: path, flags: O_RDONLY | O_DIRECTORY)
-    guard fsync(directory.descriptor) == 0 else { throw SystemError("flush \(path)") }
-    try directory.proveFlush()
+    try OpenFile(path: path, flags: O_RDONLY | O_DIRECTORY).synchronizeWhole()
 }

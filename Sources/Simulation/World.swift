@@ -327,7 +327,7 @@ package final class World: Scenario {
         if eastStateFails {
             // It comes back as it was.
             if !powerLoss { loseEastState() }
-            mendEastState()
+            setEastState(fails: false)
         }
         hosts.lostServer(eastFiles.map(\.cached), powerLoss: powerLoss)
     }
@@ -349,8 +349,6 @@ package final class World: Scenario {
         setEastState(fails: true)
         relapse = (steps + random.below([100, 600, 3000][random.below(3)]), true)
     }
-
-    private func mendEastState() { setEastState(fails: false) }
 
     private func setEastState(fails: Bool) {
         eastStateFails = fails
@@ -845,7 +843,7 @@ package final class World: Scenario {
     }
 
     func endTrouble() {
-        mendEastState()
+        setEastState(fails: false)
         for file in eastFiles { file.latent = [] }
         for target in eastTargets { target.spaceLeft = nil }
         for copies in westCopies { for (file, _) in copies.values { file.spaceLeft = nil } }

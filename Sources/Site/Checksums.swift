@@ -11,10 +11,7 @@ import Volumes
 
 extension Site {
     package func checksums(_ name: String, _ request: ChecksumRequest) async throws -> ChecksumAnswer {
-        let group = try group(name)
-        guard group.record.peerSite == request.siteID else {
-            throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)
-        }
+        let group = try group(name, askedBy: request.siteID)
         guard let volume = members(group).first(where: { $0.name == request.volume }) else {
             throw Refusal("group '\(name)' has no volume '\(request.volume)'", .unknown)
         }

@@ -96,7 +96,7 @@ private struct Need {
     var apart: Int
     var volumes = 0
     var flashCopies = 0
-    package var points = 0
+    var points = 0
     /// Recovery points of groups that are primary now.
     var later = 0
     /// Connections of peers to volumes that are secondary.

@@ -41,9 +41,7 @@ struct SourceMark: Codable, Equatable {
         guard let bytes = try source.attribute(attribute) else { return nil }
         guard let mark = try? JSONDecoder().decode(SourceMark.self, from: Data(bytes)) else {
             // What nobody understands was left by a newer version: the worst is assumed.
-            var worst = Self(volume: volume, logIsBroken: true, failed: [])
-            worst.failed = nil
-            return worst
+            return Self(volume: volume, logIsBroken: true, failed: []).ofAllCopies
         }
         return mark.volume == volume ? mark : nil
     }
@@ -53,10 +51,14 @@ struct SourceMark: Codable, Equatable {
             as SystemError
         {
             guard [ENOSPC, E2BIG, ERANGE].contains(error.errno), failed?.isEmpty == false else { throw error }
-            var all = self
-            all.failed = nil
-            try source.setAttribute(Self.attribute, [UInt8](try JSONEncoder().encode(all)))
+            try ofAllCopies.write(source)
         }
+    }
+
+    private var ofAllCopies: Self {
+        var all = self
+        all.failed = nil
+        return all
     }
 
     static func remove(_ source: OpenFile) throws { try source.removeAttribute(attribute) }
@@ -175,12 +177,9 @@ extension Site {
 
     /// The primary cannot write down any more what its hosts change of a volume: all of it may differ once it starts again.
     package func noteUntracked(_ name: String, _ request: UntrackedRequest) async throws {
-        let group = try group(name)
+        let group = try group(name, askedBy: request.siteID)
         guard group.entry.volumes.contains(request.volume) else {
             throw Refusal("group '\(name)' has no volume '\(request.volume)'", .unknown)
-        }
-        guard group.record.peerSite == request.siteID else {
-            throw Refusal("group '\(name)' at '\(configuration.site)' belongs to another site", .refused)
         }
         let (lineage, session) = (randomIdentity(), group.session ?? 0)
         try await group.amend { $0.noteUntracked(request.volume, lineage: lineage, session: session) }

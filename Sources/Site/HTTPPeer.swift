@@ -56,7 +56,7 @@ struct HTTPPeer: PeerClient {
         return answer.committedAt
     }
 
-    package func checksums(session: UInt64, volume: String, offset: UInt64, length: Int, block: Int) async throws
+    func checksums(session: UInt64, volume: String, offset: UInt64, length: Int, block: Int) async throws
         -> [UInt8]?
     {
         try await checksums(
@@ -66,7 +66,7 @@ struct HTTPPeer: PeerClient {
     }
 
     /// Checksums of a FlashCopy or recovery point.
-    package func checksums(copy: String, volume: String, offset: UInt64, length: Int, block: Int) async throws
+    func checksums(copy: String, volume: String, offset: UInt64, length: Int, block: Int) async throws
         -> [UInt8]
     {
         try await checksums(
@@ -82,16 +82,16 @@ struct HTTPPeer: PeerClient {
         return [UInt8](data)
     }
 
-    package func pin(point: UInt64, as name: String) async throws {
+    func pin(point: UInt64, as name: String) async throws {
         _ = try await ask(
             Endpoints.pin, PinRequest(siteID: siteID, point: point, name: name))
     }
 
-    package func unpin(_ name: String) async throws {
+    func unpin(_ name: String) async throws {
         _ = try await ask(Endpoints.unpin, PinRequest(siteID: siteID, point: 0, name: name))
     }
 
-    package func promote(session: UInt64, point: UInt64) async throws {
+    func promote(session: UInt64, point: UInt64) async throws {
         _ = try await ask(
             Endpoints.promote, PromoteRequest(siteID: siteID, session: session, point: point))
     }

@@ -34,7 +34,7 @@ struct PlainPeer: PeerClient {
         return realSeconds()
     }
 
-    package func checksums(session: UInt64, volume: String, offset: UInt64, length: Int, block: Int) async throws
+    func checksums(session: UInt64, volume: String, offset: UInt64, length: Int, block: Int) async throws
         -> [UInt8]?
     {
         nil

@@ -26,6 +26,15 @@ extension Site {
         return group
     }
 
+    /// For calls that only the site at the other end of the group may make.
+    func group(_ name: String, askedBy siteID: String) throws -> GroupState {
+        let group = try group(name)
+        guard group.record.peerSite == siteID else {
+            throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)
+        }
+        return group
+    }
+
     // MARK: Sessions
 
     func openSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {

@@ -210,12 +210,17 @@ extension Site {
 
     // MARK: At the peer
 
+    private func verifiedGroup(_ name: String, _ request: PinRequest) throws -> GroupState {
+        let group = try group(name, askedBy: request.siteID)
+        guard request.name.hasPrefix(Self.verifyPrefix) else {
+            throw Refusal("'\(request.name)' is no FlashCopy of a verification", .refused)
+        }
+        return group
+    }
+
     /// Keeps a recovery point for a verification, whatever the retention.
     package func pin(_ name: String, _ request: PinRequest) async throws {
-        let group = try group(name)
-        guard group.record.peerSite == request.siteID, request.name.hasPrefix(Self.verifyPrefix) else {
-            throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)
-        }
+        let group = try verifiedGroup(name, request)
         for volume in members(group) where volume.copyRecord(request.name) != nil { return }
         var copy = FlashCopyRequest(name: request.name, volumes: group.entry.volumes)
         copy.of = String(request.point)
@@ -223,10 +228,7 @@ extension Site {
     }
 
     package func unpin(_ name: String, _ request: PinRequest) async throws {
-        let group = try group(name)
-        guard group.record.peerSite == request.siteID, request.name.hasPrefix(Self.verifyPrefix) else {
-            throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)
-        }
+        let group = try verifiedGroup(name, request)
         try await withdrawFlashCopy(FlashCopyRequest(name: request.name, volumes: group.entry.volumes))
     }
 

@@ -2,7 +2,6 @@
 
 import API
 import ArgumentParser
-import FoundationEssentials
 import Glibc
 import Replication
 import Site

@@ -16,11 +16,29 @@ SIZE = 48 * MIB
 KNOWN = 8 * MIB  # the log's region, of 4 MiB, is in the log
 
 
-class StateDiskFails(LaboratoryTest):
+class StateDisk(LaboratoryTest):
+    """East's state directory has a disk of its own."""
+
+    def make_site(self, name, volumes, **options):
+        return super().make_site(name, volumes, apart=name == "east", **options)
+
+    def come_back(self, site, without=None):
+        """Power is lost; what the volume's disk has stays. `without`: the peer answers once the site has started."""
+        site.end()
+        site.state_disk.come_back()
+        site.boot()
+        if without:
+            without.stop()
+        site.start()
+        if without:
+            without.start()
+
+
+class StateDiskFails(StateDisk):
     kind = "thin"
 
     def make_site(self, name, volumes, **options):
-        site = super().make_site(name, volumes, apart=name == "east", **options)
+        site = super().make_site(name, volumes, **options)
         if name == "east" and self.on_device:
             self.device = LoopDevice(os.path.join(self.directory, "disk.under"), SIZE)
             self.addCleanup(self.device.detach)
@@ -37,17 +55,6 @@ class StateDiskFails(LaboratoryTest):
         handle.flush()
         east.cycle()
         return east, west, handle
-
-    def come_back(self, site, without=None):
-        """Power is lost; what the volume's disk has stays. `without`: the peer answers once the site has started."""
-        site.end()
-        site.state_disk.come_back()
-        site.boot()
-        if without:
-            without.stop()
-        site.start()
-        if without:
-            without.start()
 
     def write_elsewhere(self, handle):
         """Hosts go on."""
@@ -195,12 +202,9 @@ class StateDiskFailsUnderDevice(StateDiskFails):
             self.assert_alike(east, west)
 
 
-class StateDiskIsShutDown(LaboratoryTest):
+class StateDiskIsShutDown(StateDisk):
     """XFS answers a store to a page of a bitmap that is clean with SIGBUS once it is shut down."""
     kind = "xfs"
-
-    def make_site(self, name, volumes, **options):
-        return super().make_site(name, volumes, apart=name == "east", **options)
 
     def test_hosts_go_on_and_nothing_is_forgotten(self):
         east, west = self.pair({"disk": "136MiB"}, interval="manual", keep=1)
@@ -215,10 +219,7 @@ class StateDiskIsShutDown(LaboratoryTest):
             handle.pwrite(b"2" * MIB, at)
         handle.flush()
         self.assertIsNone(east.process.poll(), "the site has ended, and cannot start while the disk is dead")
-        east.end()
-        east.state_disk.come_back()
-        east.boot()
-        east.start()
+        self.come_back(east)
         copy, = json.loads(east.farcopy("flashcopy", "list", "--json").stdout)
         self.assertEqual(copy["state"], "failed")
         wait_for(lambda: east.group()["state"] in ("mirroring", "resyncing"), what="the link")
