@@ -45,44 +45,47 @@ let package = Package(
         .target(
             name: "NBDServer", dependencies: ["Base", "NBDProtocol", "Volumes", "Ring", "TLS"],
             swiftSettings: dataPath),
+        // Decides, and does nothing: no I/O, no clock.
+        .target(name: "Groups", dependencies: ["Base"], swiftSettings: strict),
         .target(
-            name: "Replication",
-            dependencies: ["Base", "Volumes", "Ring", "NBDProtocol", "NBDServer", "TLS", "CLibNBD"],
+            name: "Link",
+            dependencies: ["Base", "Groups", "Volumes", "Ring", "NBDProtocol", "NBDServer", "TLS", "CLibNBD"],
             swiftSettings: strict),
         .target(
             name: "API",
             dependencies: [
-                "Base", "NBDProtocol", "Replication", .product(name: "AsyncHTTPClient", package: "async-http-client"),
+                "Base", "Groups", "NBDProtocol", .product(name: "AsyncHTTPClient", package: "async-http-client"),
             ], swiftSettings: control),
         .target(
             name: "SiteConfiguration",
             dependencies: [
-                "Base", "CLibURing", "NBDProtocol", "NBDServer", "Replication", "Ring", "TLS", "Volumes",
+                "Base", "CLibURing", "Groups", "Link", "NBDProtocol", "NBDServer", "Ring", "TLS", "Volumes",
                 .product(name: "TOMLKit", package: "TOMLKit"),
             ], swiftSettings: control),
         .target(
             name: "Site",
             dependencies: [
-                "API", "Base", "CLibURing", "NBDProtocol", "NBDServer", "Replication", "Ring", "SiteConfiguration",
-                "TLS", "Volumes",
+                "API", "Base", "CLibURing", "Groups", "Link", "NBDProtocol", "NBDServer", "Ring", "SiteConfiguration",
+                "TLS",
+                "Volumes",
                 .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),
         .target(
             name: "APIServer",
             dependencies: [
-                "API", "Base", "NBDProtocol", "Replication", "Site", "SiteConfiguration",
+                "API", "Base", "Groups", "NBDProtocol", "Site", "SiteConfiguration",
                 .product(name: "Hummingbird", package: "hummingbird"), .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),
         .target(name: "KernelDevice", dependencies: ["Ring", "CLibNBD", "CNetlink"], swiftSettings: strict),
         .executableTarget(
             name: "farcopy",
             dependencies: [
-                "API", "APIServer", "KernelDevice", "NBDProtocol", "Replication", "Ring", "Site", "SiteConfiguration",
+                "API", "APIServer", "Groups", "KernelDevice", "NBDProtocol", "Ring", "Site", "SiteConfiguration",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),
         .target(
-            name: "Simulation", dependencies: ["Base", "Volumes", "Replication"],
+            name: "Simulation", dependencies: ["Base", "Groups", "Volumes"],
             swiftSettings: strict),
         .executableTarget(
             name: "simulate",
@@ -95,7 +98,8 @@ let package = Package(
         .testTarget(
             name: "NBDServerTests", dependencies: ["Base", "NBDServer", "NBDProtocol", "Ring", "Volumes", "CLibURing"],
             swiftSettings: strict),
-        .testTarget(name: "ReplicationTests", dependencies: ["Replication"], swiftSettings: strict),
+        .testTarget(name: "GroupsTests", dependencies: ["Groups"], swiftSettings: strict),
+        .testTarget(name: "LinkTests", dependencies: ["Link"], swiftSettings: strict),
         .testTarget(name: "APITests", dependencies: ["API"], swiftSettings: control),
         .testTarget(
             name: "SiteTests", dependencies: ["API", "Site", "SiteConfiguration"], swiftSettings: control),

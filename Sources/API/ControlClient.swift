@@ -3,9 +3,9 @@
 import AsyncHTTPClient
 import Base
 import FoundationEssentials
+import Groups
 import NBDProtocol
 import NIOCore
-import Replication
 
 package struct ControlClient: Sendable {
     /// Lives as long as the process. A site that is down is told at once instead of being called until the answer is due,

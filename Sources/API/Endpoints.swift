@@ -1,6 +1,6 @@
 // Endpoints.swift: every call of the control API, in one table: its server and its clients follow from it.
 
-import Replication
+import Groups
 
 package enum Endpoints {
     private static let day: Int64 = 86400

@@ -1,6 +1,6 @@
 // PeerMessages.swift: what one site asks of another.
 
-import Replication
+import Groups
 
 package struct SessionRequest: Codable, Sendable {
     package struct Volume: Codable, Sendable {

@@ -1,6 +1,6 @@
 // RefusalStatus.swift: how refusals cross HTTP. Nothing else knows its status codes.
 
-import Replication
+import Groups
 
 extension Refusal.Kind {
     package var status: Int {

@@ -1,6 +1,6 @@
 // RoleMessages.swift: what is told about changes of roles.
 
-import Replication
+import Groups
 
 /// What a resync sends and discards.
 package struct ResyncReport: Codable, Sendable {
@@ -54,11 +54,11 @@ package struct FailoverReport: Codable, Sendable {
         case unsentBytes = "unsent_bytes"
     }
 
-    package init(_ point: PointRecord, discarded: UInt64, unsent: UInt64?) {
+    package init(_ point: PointRecord, discarded: UInt64, unsent: UInt64?, now: Double) {
         id = point.number
         formedAt = timestamp(point.formedAt)
         committedAt = point.committedAt.map(timestamp)
-        lostSeconds = max(0, realSeconds() - point.formedAt)
+        lostSeconds = max(0, now - point.formedAt)
         discardedBytes = discarded
         unsentBytes = unsent
     }

@@ -1,6 +1,6 @@
 // StatusReport.swift: what `farcopy status` shows, as values.
 
-import Replication
+import Groups
 
 package struct StatusReport: Codable, Sendable {
     package struct VolumeReport: Codable, Sendable {

@@ -1,7 +1,7 @@
 // Timestamp.swift: how times are shown.
 
 import Glibc
-import Replication
+import Groups
 
 /// RFC 3339 in UTC with milliseconds.
 package func timestamp(_ seconds: Double) -> String {

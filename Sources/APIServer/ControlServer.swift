@@ -2,11 +2,11 @@
 
 import API
 import Base
+import Groups
 import Hummingbird
 import Logging
 import NBDProtocol
 import NIOCore
-import Replication
 import Site
 
 package struct ControlServer: Sendable {

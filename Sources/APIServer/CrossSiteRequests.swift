@@ -10,11 +10,11 @@
 
 import FoundationEssentials
 import Glibc
+import Groups
 import HTTPTypes
 import Hummingbird
 import NBDProtocol
 import NIOCore
-import Replication
 import SiteConfiguration
 
 struct CrossSiteRequests: RouterMiddleware {

@@ -1,7 +1,7 @@
 // Metrics.swift: `/metrics`.
 
 import API
-import Replication
+import Groups
 
 /// Prometheus text exposition, from the same figures as the status.
 enum Metrics {
@@ -40,7 +40,7 @@ enum Metrics {
             "# HELP farcopy_hold_seconds Time that acknowledgements were held to form a point.",
             "# TYPE farcopy_hold_seconds histogram",
         ]
-        for (name, group) in groups { lines += group.holdHistogram?.lines(name) ?? [] }
+        for (name, group) in groups { lines += group.holdHistogram.map { Self.lines($0, name) } ?? [] }
         family(
             "group_alert", "1 for each alert that is on.",
             groups.flatMap { name, group -> [(String, Double?)] in
@@ -63,5 +63,17 @@ enum Metrics {
             "volume_written_bytes", "Bytes written by clients.",
             volumes.map { ("volume=\"\($0.key)\"", Double($0.value.bytesWritten)) })
         return lines.joined(separator: "\n") + "\n"
+    }
+
+    /// The buckets of a group's holds.
+    private static func lines(_ histogram: HoldHistogram, _ group: String) -> [String] {
+        var (lines, total): ([String], UInt64) = ([], 0)
+        for (bound, count) in zip(HoldHistogram.bounds.map { "\($0)" } + ["+Inf"], histogram.counts) {
+            total += count
+            lines.append("farcopy_hold_seconds_bucket{group=\"\(group)\",le=\"\(bound)\"} \(total)")
+        }
+        lines.append("farcopy_hold_seconds_sum{group=\"\(group)\"} \(histogram.sum)")
+        lines.append("farcopy_hold_seconds_count{group=\"\(group)\"} \(total)")
+        return lines
     }
 }

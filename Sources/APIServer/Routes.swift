@@ -3,10 +3,10 @@
 import API
 import Base
 import FoundationEssentials
+import Groups
 import HTTPTypes
 import Hummingbird
 import NIOCore
-import Replication
 import Site
 
 /// A request that has come in.

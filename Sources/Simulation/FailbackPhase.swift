@@ -5,7 +5,7 @@
 // are alike, although only grains that one of them has changed were sent.
 
 import Base
-import Replication
+import Groups
 import Volumes
 
 extension World {

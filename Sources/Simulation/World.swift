@@ -5,7 +5,7 @@
 // secondary's sessions and commit (the same steps in the same order as Site/Secondary.swift).
 
 import Base
-import Replication
+import Groups
 import Volumes
 
 /// What a step may do.

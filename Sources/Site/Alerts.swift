@@ -4,7 +4,8 @@
 import API
 import FoundationEssentials
 import Glibc
-import Replication
+import Groups
+import Ring
 import SiteConfiguration
 import Volumes
 

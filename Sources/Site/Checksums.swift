@@ -3,8 +3,8 @@
 import API
 import Base
 import FoundationEssentials
+import Groups
 import NBDServer
-import Replication
 import Ring
 import TLS
 import Volumes

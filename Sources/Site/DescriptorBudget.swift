@@ -7,7 +7,7 @@
 import Base
 import FoundationEssentials
 import Glibc
-import Replication
+import Groups
 import Ring
 import SiteConfiguration
 

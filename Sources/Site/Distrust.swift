@@ -15,7 +15,7 @@ import API
 import Base
 import FoundationEssentials
 import Glibc
-import Replication
+import Groups
 import Ring
 import Volumes
 

@@ -9,8 +9,8 @@ import API
 import Base
 import FoundationEssentials
 import Glibc
+import Groups
 import NBDServer
-import Replication
 import Ring
 import Volumes
 

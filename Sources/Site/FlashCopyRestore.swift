@@ -13,8 +13,9 @@
 import API
 import Base
 import Glibc
+import Groups
 import NBDServer
-import Replication
+import Ring
 import Volumes
 
 /// A volume on its way to what a FlashCopy of it holds.

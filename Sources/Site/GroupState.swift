@@ -2,7 +2,9 @@
 
 import API
 import Base
-import Replication
+import Groups
+import Link
+import Ring
 import SiteConfiguration
 import Synchronization
 

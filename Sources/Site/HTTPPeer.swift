@@ -3,8 +3,9 @@
 import API
 import Base
 import FoundationEssentials
+import Groups
+import Link
 import NBDProtocol
-import Replication
 
 struct HTTPPeer: PeerClient {
     let client: ControlClient

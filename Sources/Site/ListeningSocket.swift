@@ -2,8 +2,8 @@
 
 import CLibURing
 import Glibc
+import Groups
 import NBDProtocol
-import Replication
 import Ring
 
 package enum ListeningSocket {

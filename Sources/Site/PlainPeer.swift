@@ -4,7 +4,9 @@
 // is consistent only while nothing is sent. Nobody but this site may write to it.
 
 import API
-import Replication
+import Groups
+import Link
+import Ring
 
 struct PlainPeer: PeerClient {
     let name: String

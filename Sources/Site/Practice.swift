@@ -1,7 +1,7 @@
 // Practice.swift: `farcopy practice`: a writable copy of a point, while mirroring goes on.
 
 import API
-import Replication
+import Groups
 import Volumes
 
 extension Site {

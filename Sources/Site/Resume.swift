@@ -11,8 +11,8 @@
 
 import Base
 import Glibc
+import Groups
 import NBDServer
-import Replication
 import Ring
 import Volumes
 

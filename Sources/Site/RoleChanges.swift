@@ -8,8 +8,9 @@
 import API
 import Base
 import FoundationEssentials
+import Groups
+import Link
 import NBDServer
-import Replication
 import Ring
 import Volumes
 

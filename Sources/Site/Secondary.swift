@@ -10,8 +10,8 @@ import API
 import Base
 import FoundationEssentials
 import Glibc
+import Groups
 import NBDServer
-import Replication
 import Ring
 import Volumes
 
@@ -244,7 +244,7 @@ extension Site {
             if wanted == nil || wanted == done.point,
                 let point = group.record.points.first(where: { $0.number == done.point })
             {
-                return FailoverReport(point, discarded: 0, unsent: nil)
+                return FailoverReport(point, discarded: 0, unsent: nil, now: realSeconds())
             }
             throw Refusal("group '\(name)' has failed over to point \(done.point) already")
         }
@@ -258,7 +258,7 @@ extension Site {
         let unsent = try? await peerStanding(group, seconds: 1)
         let discarded = try await takeOver(group, point, joins: false)
         note(name, "failed over to point \(point.number)")
-        return FailoverReport(point, discarded: discarded, unsent: unsent?.changedBytes)
+        return FailoverReport(point, discarded: discarded, unsent: unsent?.changedBytes, now: realSeconds())
     }
 
     /// - Returns: bytes that had arrived after the point and are not part of it.

@@ -10,10 +10,11 @@ import API
 import Base
 import FoundationEssentials
 import Glibc
+import Groups
+import Link
 import Logging
 import NBDProtocol
 import NBDServer
-import Replication
 import Ring
 import SiteConfiguration
 import TLS

@@ -4,8 +4,10 @@ import API
 import Base
 import FoundationEssentials
 import Glibc
+import Groups
+import Link
 import NBDServer
-import Replication
+import Ring
 import Volumes
 
 extension PointRecord {

@@ -5,7 +5,7 @@
 //   the site's own metadata becomes a target
 
 import Glibc
-import Replication
+import Groups
 
 struct TargetPaths: Sendable {
     /// Files, devices and directories that the configuration names.

@@ -11,8 +11,9 @@ import API
 import Base
 import FoundationEssentials
 import Glibc
+import Groups
+import Link
 import NBDServer
-import Replication
 import Ring
 import Synchronization
 import TLS

@@ -1,9 +1,10 @@
 // Configuration.swift: a site's TOML file, read and checked completely before anything is touched.
 
 import Base
+import Groups
+import Link
 import NBDProtocol
 import NBDServer
-import Replication
 import TLS
 import TOMLKit
 

@@ -1,9 +1,10 @@
 // ConfigurationReader.swift: values out of the parsed TOML file, each error with its line.
 
 import Base
+import Groups
+import Link
 import NBDProtocol
 import NBDServer
-import Replication
 import TLS
 import TOMLKit
 import Volumes

@@ -4,7 +4,7 @@
 
 import CLibURing
 import Glibc
-import Replication
+import Groups
 import Ring
 
 package enum SocketActivation {

@@ -3,9 +3,9 @@
 import API
 import ArgumentParser
 import Glibc
+import Groups
 import KernelDevice
 import NBDProtocol
-import Replication
 import Ring
 import Site
 

@@ -4,8 +4,8 @@ import API
 import ArgumentParser
 import FoundationEssentials
 import Glibc
+import Groups
 import NBDProtocol
-import Replication
 import Site
 import SiteConfiguration
 

@@ -3,7 +3,7 @@
 import API
 import ArgumentParser
 import Glibc
-import Replication
+import Groups
 import Site
 import SiteConfiguration
 

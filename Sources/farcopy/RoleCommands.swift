@@ -3,7 +3,7 @@
 import API
 import ArgumentParser
 import Glibc
-import Replication
+import Groups
 
 struct Failover: AsyncParsableCommand {
     static let configuration = CommandConfiguration(

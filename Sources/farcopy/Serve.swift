@@ -4,8 +4,8 @@ import APIServer
 import ArgumentParser
 import Dispatch
 import Glibc
+import Groups
 import Logging
-import Replication
 import Site
 import SiteConfiguration
 

@@ -1,5 +1,5 @@
 import Glibc
-import Replication
+import Groups
 import Site
 import SiteConfiguration
 import Testing

@@ -3,7 +3,7 @@
 import API
 import FoundationEssentials
 import Glibc
-import Replication
+import Groups
 import Ring
 import SiteConfiguration
 import Volumes

@@ -2,7 +2,7 @@
 
 import Base
 import Glibc
-import Replication
+import Groups
 import Ring
 import Volumes
 

@@ -14,7 +14,7 @@
 import Base
 import FoundationEssentials
 import Glibc
-import Replication
+import Groups
 import Ring
 
 package final class DurableRecord<Value: VersionedRecord> {

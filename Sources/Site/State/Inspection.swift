@@ -3,7 +3,7 @@
 import Base
 import FoundationEssentials
 import Glibc
-import Replication
+import Groups
 import Ring
 import Volumes
 

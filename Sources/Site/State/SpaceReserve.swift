@@ -6,7 +6,7 @@
 //   the reserve is taken anew from what it was given back for
 
 import Glibc
-import Replication
+import Groups
 import Ring
 
 final class SpaceReserve {

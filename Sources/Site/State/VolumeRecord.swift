@@ -1,6 +1,6 @@
 // VolumeRecord.swift: what is written down about a volume, apart from the recovery points, which are its group's.
 
-import Replication
+import Groups
 import Ring
 import Volumes
 

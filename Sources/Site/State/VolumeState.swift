@@ -8,8 +8,8 @@ import API
 import Base
 import CLibURing
 import Glibc
+import Groups
 import NBDServer
-import Replication
 import Ring
 import SiteConfiguration
 import Volumes

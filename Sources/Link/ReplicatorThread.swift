@@ -2,6 +2,7 @@
 
 import Base
 import Glibc
+import Groups
 import NBDServer
 import Ring
 import Synchronization
@@ -15,7 +16,7 @@ final class ReplicatorThread {
     private var epoch: UInt64 = 1
     private var events: [Cycle.Event] = []
     private var performing = false
-    private var link: Link?
+    private var link: NBDLink?
     private var linkDeadline: UInt64 = 0
     /// The session that the link is being made for; nil once it is ready.
     private var peerState: PeerState?
@@ -163,7 +164,7 @@ final class ReplicatorThread {
 
     private func connect(_ state: PeerState, _ exports: [String]) {
         do {
-            link = try Link(
+            link = try NBDLink(
                 address: configuration.address, tls: configuration.tls, exports: exports,
                 connectionsPerVolume: configuration.connectionsPerVolume, window: window)
             peerState = state
@@ -202,7 +203,7 @@ final class ReplicatorThread {
     }
 
     /// A remote that is no Farcopy site has not been asked for its sizes.
-    private func tooSmall(_ link: Link) -> String? {
+    private func tooSmall(_ link: NBDLink) -> String? {
         for (volume, connections) in zip(configuration.volumes, link.connections) {
             let size = connections[0].size
             if size < Int64(volume.geometry.size) {
@@ -212,12 +213,12 @@ final class ReplicatorThread {
         return nil
     }
 
-    private func reapCompletions(_ link: Link) {
+    private func reapCompletions(_ link: NBDLink) {
         while self.link === link, let index = link.completions.takeAnswered() {
             let error = link.completions.slots[index].error
             if error != 0 {
                 handle(.linkLost("the peer answered \(String(cString: strerror(error)))"))
-            } else if index < window * Link.partsPerSlot {
+            } else if index < window * NBDLink.partsPerSlot {
                 if let event = sender.acknowledged(index) {
                     cycle.windowLimit = sender.windowLimit
                     cycle.checkpointBytes = sender.checkpointBytes
@@ -446,7 +447,7 @@ final class ReplicatorThread {
         let connections = link.connections.joined()
         flushesLeft = connections.count
         for (index, connection) in connections.enumerated() {
-            guard connection.flush(link.completions.slots + (window * Link.partsPerSlot + index)) else {
+            guard connection.flush(link.completions.slots + (window * NBDLink.partsPerSlot + index)) else {
                 return handle(.linkLost("\(LinkConnection.failure("flush"))"))
             }
         }

@@ -8,6 +8,7 @@
 
 import Base
 import Glibc
+import Groups
 import NBDServer
 import Ring
 import TLS
@@ -251,7 +252,7 @@ package final class Sender {
             outgoing.append(Part(slot: slot, index: 0, range: 0..<length))
             return nil
         }
-        let runs = Self.differing(ours, theirs, length, runs: Link.partsPerSlot)
+        let runs = Self.differing(ours, theirs, length, runs: NBDLink.partsPerSlot)
         let spared = length - runs.reduce(0) { $0 + $1.count }
         bytesSpared += UInt64(spared)
         comparison.found(alike: spared, of: length)
@@ -286,7 +287,7 @@ package final class Sender {
     /// Gives the link what may go now.
     ///
     /// - Returns: false when the link takes nothing any more.
-    func pump(_ link: Link) -> Bool {
+    func pump(_ link: NBDLink) -> Bool {
         while outgoingStart < outgoing.count {
             let now = monotonicNanoseconds()
             guard mayBeOnTheWay, bucket.mayPass(now: now) else { break }
@@ -306,11 +307,11 @@ package final class Sender {
         bucket.rate == 0 || onTheWay == 0 || Double(onTheWay) < flow.bytes(at: bucket.rate)
     }
 
-    private func put(_ part: Part, _ link: Link, _ now: UInt64) -> Bool {
+    private func put(_ part: Part, _ link: NBDLink, _ now: UInt64) -> Bool {
         let slot = slots[part.slot]
         let offset = slot.offset + UInt64(part.range.lowerBound)
         let connection = link.connection(forVolume: slot.volume)
-        let completion = link.completions.slots + (part.slot * Link.partsPerSlot + part.index)
+        let completion = link.completions.slots + (part.slot * NBDLink.partsPerSlot + part.index)
         slots[part.slot].sending = flow.sending(at: now)
         if link.completions.pending == 0 { lastProgress = now }
         let wire = slot.isZero ? 64 : part.range.count + 28
@@ -331,7 +332,7 @@ package final class Sender {
     ///
     /// - Returns: an event when it was the slot's last.
     func acknowledged(_ completion: Int) -> Cycle.Event? {
-        let slot = completion / Link.partsPerSlot
+        let slot = completion / NBDLink.partsPerSlot
         lastProgress = monotonicNanoseconds()
         slots[slot].parts -= 1
         guard slots[slot].parts == 0 else { return nil }
@@ -344,12 +345,12 @@ package final class Sender {
     func noteProgress() { lastProgress = monotonicNanoseconds() }
 
     /// For how long the peer has let wait what it was sent or asked, in nanoseconds.
-    func silence(_ link: Link) -> UInt64 {
+    func silence(_ link: NBDLink) -> UInt64 {
         link.completions.pending > 0 || comparing > 0 ? monotonicNanoseconds() - lastProgress : 0
     }
 
     /// Whether the peer has let something wait for too long.
-    func hasStalled(_ link: Link) -> Bool {
+    func hasStalled(_ link: NBDLink) -> Bool {
         guard link.completions.pending > 0 || comparing > 0 else {
             lastProgress = monotonicNanoseconds()
             return false

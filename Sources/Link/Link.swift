@@ -173,7 +173,7 @@ final class LinkConnection {
 }
 
 /// The connections to every volume of a group.
-final class Link {
+final class NBDLink {
     let connections: [[LinkConnection]]
     /// `partsPerSlot` for each window slot, then one for each connection's flush.
     let completions: CompletionSlab

@@ -26,3 +26,9 @@ package struct Refusal: Error, CustomStringConvertible {
         self.kind = kind
     }
 }
+
+/// A refusal by the peer that trying again soon does not mend.
+package struct PeerRefusal: Error, CustomStringConvertible {
+    package var description: String
+    package init(_ description: String) { self.description = description }
+}

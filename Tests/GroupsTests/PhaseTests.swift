@@ -1,5 +1,5 @@
 import FoundationEssentials
-import Replication
+import Groups
 import Testing
 
 private let point = PointRecord(number: 7, formedAt: 1, committedAt: 2)

@@ -8,6 +8,7 @@
 
 import Base
 import Glibc
+import Groups
 import NBDProtocol
 import NBDServer
 import Ring
@@ -57,12 +58,6 @@ package protocol PeerClient: Sendable {
     func checksums(session: UInt64, volume: String, offset: UInt64, length: Int, block: Int) async throws -> [UInt8]?
 }
 
-/// A refusal by the peer that trying again soon does not mend.
-package struct PeerRefusal: Error, CustomStringConvertible {
-    package var description: String
-    package init(_ description: String) { self.description = description }
-}
-
 /// What others see of a group's replication.
 package struct ReplicationStatus: Sendable {
     package var state = ShownState.simplex
@@ -80,30 +75,6 @@ package struct ReplicationStatus: Sendable {
     package var lastHold: UInt64 = 0
     package var holds: [UInt64] = []
     package var holdHistogram = HoldHistogram()
-}
-
-/// How long acknowledgements were held, since the start; the buckets of a Prometheus histogram.
-package struct HoldHistogram: Codable, Sendable, Equatable {
-    /// Upper bounds in seconds.
-    package static let bounds = [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05]
-    package var counts = Array(repeating: UInt64(0), count: bounds.count + 1)
-    package var sum = 0.0
-
-    mutating func add(_ seconds: Double) {
-        counts[Self.bounds.firstIndex { seconds <= $0 } ?? Self.bounds.count] += 1
-        sum += seconds
-    }
-
-    package func lines(_ group: String) -> [String] {
-        var (lines, total): ([String], UInt64) = ([], 0)
-        for (bound, count) in zip(Self.bounds.map { "\($0)" } + ["+Inf"], counts) {
-            total += count
-            lines.append("farcopy_hold_seconds_bucket{group=\"\(group)\",le=\"\(bound)\"} \(total)")
-        }
-        lines.append("farcopy_hold_seconds_sum{group=\"\(group)\"} \(sum)")
-        lines.append("farcopy_hold_seconds_count{group=\"\(group)\"} \(total)")
-        return lines
-    }
 }
 
 package final class Replicator: Sendable {
@@ -271,11 +242,4 @@ nonisolated func replicatorMain(
 ) {
     let thread = ReplicatorThread(replicator, configuration, record)
     thread.run()
-}
-
-/// Seconds since 1970.
-package func realSeconds() -> Double {
-    var time = timespec()
-    clock_gettime(CLOCK_REALTIME, &time)
-    return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
 }

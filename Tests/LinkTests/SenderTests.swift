@@ -1,4 +1,4 @@
-import Replication
+import Link
 import Testing
 
 /// A link of so many bytes a second and nanoseconds there and back, on which `window` bytes are always on their way.

@@ -1,4 +1,4 @@
-import Replication
+import Groups
 import Testing
 
 private func primary(_ change: (inout GroupRecord) -> Void = { _ in }) -> Cycle {
