@@ -8,8 +8,10 @@
 //   a point stays half formed after a crash: the intent is recorded before the first volume forms
 //   the bitmaps are trusted against a secondary that they do not describe
 //   an answer is waited for that belongs to a link which was closed since: closing one voids whatever is under way
-//   something is done that relies on a record which could not be saved: the actions after a save that fails are dropped, and
-//     `saveFailed` says so
+//   something is done that relies on a record which could not be saved: it stands in `Ready.after`, which is dropped when the save fails,
+//     and `saveFailed` says so
+//
+// The record is the group's (`Group`); what happens to it here is part of a step.
 
 package enum Interval: Sendable, Equatable {
     case continuous
@@ -68,14 +70,11 @@ package struct Cycle {
         case resume
         /// A point is wanted now.
         case request
-        /// A `save` has failed; the actions behind it were dropped. The file holds the record before or the new one.
-        case saveFailed(String)
     }
 
     package enum Action: Equatable {
         case openSession
         case closeLink
-        case save(GroupRecord)
         /// Make the targets and bitmaps of the next point ready.
         case prepare(number: UInt64)
         /// Hold acknowledgements and form on every volume; when all have, let go.
@@ -131,7 +130,6 @@ package struct Cycle {
     }
 
     package let settings: Settings
-    package private(set) var record: GroupRecord
     package private(set) var state: State
     /// There was a suspension after the last commit.
     private(set) var resyncing = false
@@ -152,46 +150,24 @@ package struct Cycle {
     package static let shortestCycle: UInt64 = 50_000_000
     package static let longestIdle: UInt64 = 1_000_000_000
     private var formedAt: UInt64 = 0
-    /// The file may hold another record than this; the record is saved again until it does not.
-    package private(set) var isUnsaved = false
-    private var saveAt: UInt64 = 0
-    private static let saveRetry: UInt64 = 1_000_000_000
 
-    package init(record: GroupRecord, settings: Settings) {
-        self.record = record
+    package init(settings: Settings) {
         self.settings = settings
         windowLimit = settings.window
         checkpointBytes = settings.checkpointBytes
         state = .connecting
     }
 
-    /// Takes over what else the site has to say in the record. It is on stable storage already.
-    package mutating func adopt(_ saved: GroupRecord) {
-        record = saved
-        isUnsaved = false
-    }
-
-    /// The last `save` was carried out.
-    package mutating func wasSaved() { isUnsaved = false }
-
-    /// A save of the site's has failed: the file may hold what it wanted.
-    package mutating func mayDiffer(now: UInt64) {
-        isUnsaved = true
-        saveAt = now + Self.saveRetry
-    }
-
     /// First actions after a start of the process.
-    package mutating func start(now: UInt64) -> [Action] {
-        if record.suspendedByOperator {
-            return giveUp(.stop("suspended by the operator"))
-        }
+    mutating func start(_ record: inout GroupRecord) -> Ready {
+        if record.suspendedByOperator { return giveUp(.stop("suspended by the operator")) }
         if record.forming != nil { return giveUp(.connect) }  // nobody knows which volumes have formed it
         state = .connecting
-        return [.openSession]
+        return Ready([.openSession])
     }
 
     /// The number that a point formed for a request made now will have at least.
-    package var nextNumber: UInt64 {
+    func nextNumber(_ record: GroupRecord) -> UInt64 {
         switch state {
         case .preparing(let number): number
         default: record.lastNumber + 1
@@ -209,56 +185,47 @@ package struct Cycle {
     }
 
     /// When `tick` must come at the latest; nil = no need.
-    package var wakeAt: UInt64? {
-        guard isUnsaved else { return nextStep }
-        return min(saveAt, nextStep ?? saveAt)
-    }
-
-    private var nextStep: UInt64? {
+    func wakeAt(_ record: GroupRecord) -> UInt64? {
         switch state {
         case .offline(_, let retryAt): retryAt
         case .idle:
-            if requested { notBefore } else if waitsForCommand { nil } else { max(dueAt, notBefore) }
+            if requested { notBefore } else if waitsForCommand(record) { nil } else { max(dueAt, notBefore) }
         default: nil
         }
     }
 
-    package mutating func handle(_ event: Event, now: UInt64) -> [Action] {
+    mutating func handle(_ event: Event, _ record: inout GroupRecord, now: UInt64) -> Ready {
         switch event {
-        case .suspend: return suspend()
-        case .resume: return resume()
+        case .suspend: return suspend(&record)
+        case .resume: return resume(&record)
         case .request:
             requested = true
-            return tick(now)
-        case .tick where isUnsaved && now >= saveAt:
-            saveAt = now + Self.saveRetry
-            return [.save(record)] + tick(now)
-        case .tick: return tick(now)
-        case .saveFailed(let reason): return couldNotSave(reason, now)
-        case .linkLost(let reason): return lost(reason, now)
-        case .pointLost(let reason): return pointLost(reason)
+            return tick(record, now)
+        case .tick: return tick(record, now)
+        case .linkLost(let reason): return lost(reason, &record, now)
+        case .pointLost(let reason): return pointLost(reason, &record)
         default: break
         }
         switch (state, event) {
-        case (.connecting, .sessionOpened(let peer)): return opened(peer, now)
+        case (.connecting, .sessionOpened(let peer)): return opened(peer, &record, now)
         case (.connecting, .sessionFailed(let reason, let retry)):
-            return failed(reason, retry: retry, now)
-        case (.marking(let peer), .allMarked): return marked(peer, now)
+            return failed(reason, retry: retry, &record, now)
+        case (.marking(let peer), .allMarked): return marked(peer, &record, now)
         case (.preparing(let number), .prepared(let changed)):
-            guard changed || isWanted(now) else {
+            guard changed || isWanted(record, now) else {
                 state = .idle
-                return []
+                return Ready()
             }
             requested = false
             formedAt = now
             record.primary?.point = .forming(number)
             record.lastNumber = number
             state = .forming(number)
-            return [.save(record), .form(number: number)]
+            return .saved(then: [.form(number: number)])
         case (.preparing, .notReady):
             notBefore = now + Self.readyRetry
             state = .idle
-            return []
+            return Ready()
         case (.forming(let number), .formed(let time, let intact)):
             guard intact else {
                 // Whoever asked for it still waits; but not at once, since hosts were held for nothing.
@@ -268,39 +235,39 @@ package struct Cycle {
             }
             let point = PointRecord(number: number, formedAt: time)
             record.primary?.point = .held(point)
-            return [.save(record)] + startDrain(point)
+            return .saved() + startDrain(point, record)
         case (.draining(let point, var drain), .read(let slot, let grains, let offset, let length)):
             return carry(
-                point, &drain,
+                point, &drain, record,
                 drain.didRead(slot: slot, grains: grains, offset: offset, length: length))
         case (.draining(let point, var drain), .sent(let slot, let wire)):
             drain.limit = windowLimit
             drain.checkpointBytes = checkpointBytes
-            return carry(point, &drain, drain.didSend(slot: slot, wire: wire))
+            return carry(point, &drain, record, drain.didSend(slot: slot, wire: wire))
         case (.draining(let point, var drain), .flushed):
-            return carry(point, &drain, drain.didFlush())
-        case (.committing(let point), .committed(let time)): return committed(point, time, now)
+            return carry(point, &drain, record, drain.didFlush())
+        case (.committing(let point), .committed(let time)): return committed(point, time, &record, now)
         case (.committing, .commitRefused(let reason)):
-            return [.closeLink] + giveUp(.retry("the peer refused the point: \(reason)"))
-        case (.givingUp(let next), .gaveUp): return gaveUp(next, now)
-        default: return []  // an answer to something that was given up meanwhile
+            return Ready([.closeLink]) + giveUp(.retry("the peer refused the point: \(reason)"))
+        case (.givingUp(let next), .gaveUp): return gaveUp(next, &record, now)
+        default: return Ready()  // an answer to something that was given up meanwhile
         }
     }
 
     // MARK: Link
 
-    private mutating func opened(_ peer: PeerState, _ now: UInt64) -> [Action] {
+    private mutating func opened(_ peer: PeerState, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
         record.primary?.alone = false  // the peer is a secondary: nobody has taken over
         lostAt = nil
         lastFailure = nil
         if record.lineage != peer.lineage {
             state = .marking(peer)
-            return [.markAllChanged(nil)]
+            return Ready([.markAllChanged(nil)])
         }
         let renewed = (peer.volumeLineages ?? [:]).filter { record.volumeLineages?[$0.key] != $0.value }.keys.sorted()
         if !renewed.isEmpty {
             state = .marking(peer)
-            return [.markAllChanged(renewed)]
+            return Ready([.markAllChanged(renewed)])
         }
         if let held = record.held, peer.committed?.number == held.number {
             record.primary?.lastCommitted = peer.committed
@@ -315,14 +282,15 @@ package struct Cycle {
         }
         if peer.committed?.number == record.lastCommitted?.number {
             guard let held = record.held else {
-                if waitsForCommand { resyncing = false }  // what has changed waits, as it did before the link was lost
-                return [.save(record)] + becomeIdle(now, due: now)
+                // What has changed waits, as it did before the link was lost.
+                if waitsForCommand(record) { resyncing = false }
+                return .saved() + becomeIdle(record, now, due: now)
             }
-            return [.save(record), .rewind] + startDrain(held)
+            return .saved(then: [.rewind]) + startDrain(held, record)
         }
         let theirs = peer.committed.map { String($0.number) } ?? "none"
         let ours = record.lastCommitted.map { String($0.number) } ?? "none"
-        return [.closeLink]
+        return Ready([.closeLink])
             + giveUp(
                 .stop(
                     "the peer's newest point is \(theirs) where \(ours) is expected; "
@@ -330,24 +298,20 @@ package struct Cycle {
     }
 
     /// The lineage is recorded only when the bitmaps say that everything may differ.
-    private mutating func marked(_ peer: PeerState, _ now: UInt64) -> [Action] {
+    private mutating func marked(_ peer: PeerState, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
         if record.lineage != peer.lineage { record.primary?.lastCommitted = nil }
         record.lineage = peer.lineage
         record.volumeLineages = peer.volumeLineages
         record.peerSite = peer.site
         record.lastNumber = max(record.lastNumber, peer.committed?.number ?? 0)
-        let save = Action.save(record)
-        if record.held != nil { return [save] + giveUp(.carryOn) }
+        if record.held != nil { return .saved() + giveUp(.carryOn) }
         // As if the session had just opened: the peer may have committed what was not known of here.
-        return [save] + (record.lastCommitted == nil ? becomeIdle(now, due: now) : opened(peer, now))
+        return .saved() + (record.lastCommitted == nil ? becomeIdle(record, now, due: now) : opened(peer, &record, now))
     }
 
-    private mutating func failed(_ reason: String, retry: Bool, _ now: UInt64) -> [Action] {
-        var save: [Action] = []
-        if !record.isAlone {
-            record.primary?.alone = true
-            save = [.save(record)]
-        }
+    private mutating func failed(_ reason: String, retry: Bool, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
+        let isNew = !record.isAlone
+        record.primary?.alone = true
         resyncing = true
         lastFailure = reason
         if lostAt == nil { lostAt = now }
@@ -355,71 +319,70 @@ package struct Cycle {
         // 0.25 s, 0.5 s … 8 s; a refusal that a retry does not mend is asked again every 30 s.
         let delay = retry ? UInt64(250_000_000) << UInt64(min(attempt - 1, 5)) : 30_000_000_000
         state = .offline(reason, retryAt: now + delay)
-        return save + [.closeLink]
+        return isNew ? .saved(then: [.closeLink]) : Ready([.closeLink])
     }
 
-    private mutating func lost(_ reason: String, _ now: UInt64) -> [Action] {
+    private mutating func lost(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
         switch state {
-        case .stopped, .offline, .givingUp: return []
+        case .stopped, .offline, .givingUp: return Ready()
         case .preparing, .forming:
             // Nothing of the point was sent; forming goes on and the drain will find the link closed.
-            return [.closeLink] + giveUp(.retry(reason))
+            return Ready([.closeLink]) + giveUp(.retry(reason))
         case .connecting, .marking, .idle, .draining, .committing:
-            return failed(reason, retry: true, now)
+            return failed(reason, retry: true, &record, now)
         }
     }
 
     /// Mirroring waits until the record can be written; hosts do not.
-    private mutating func couldNotSave(_ reason: String, _ now: UInt64) -> [Action] {
-        mayDiffer(now: now)
+    mutating func couldNotSave(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
         let words = "the group's record cannot be written (\(reason)); mirroring goes on once it can"
         switch state {
-        case .stopped, .offline: return [.closeLink]
+        case .stopped, .offline: return Ready([.closeLink])
         // What was asked for before the link is closed is not answered any more, so it is asked for again.
-        case .givingUp(.stop(let reason)): return [.closeLink] + giveUp(.stop(reason))
-        case .preparing, .forming, .draining, .committing, .givingUp: return [.closeLink] + giveUp(.retry(words))
-        case .connecting, .marking, .idle: return failed(words, retry: true, now)
+        case .givingUp(.stop(let reason)): return Ready([.closeLink]) + giveUp(.stop(reason))
+        case .preparing, .forming, .draining, .committing, .givingUp: return Ready([.closeLink]) + giveUp(.retry(words))
+        case .connecting, .marking, .idle: return failed(words, retry: true, &record, now)
         }
     }
 
-    private mutating func suspend() -> [Action] {
+    private mutating func suspend(_ record: inout GroupRecord) -> Ready {
         record.primary?.suspendedByOperator = true
         resyncing = true
-        return [.closeLink] + giveUp(.stop("suspended by the operator"))
+        return Ready([.closeLink]) + giveUp(.stop("suspended by the operator"))
     }
 
-    private mutating func resume() -> [Action] {
+    private mutating func resume(_ record: inout GroupRecord) -> Ready {
         guard record.suspendedByOperator else {
             if case .offline = state {
                 state = .connecting
-                return [.openSession]
+                return Ready([.openSession])
             }
             if case .stopped = state {
                 state = .connecting
-                return [.openSession]
+                return Ready([.openSession])
             }
-            return []
+            return Ready()
         }
         record.primary?.suspendedByOperator = false
         if case .givingUp = state {
             state = .givingUp(.connect)
-            return [.save(record)]
+            return .saved()
         }
         state = .connecting
-        return [.save(record), .openSession]
+        return .saved(then: [.openSession])
     }
 
     // MARK: Points
 
-    private mutating func tick(_ now: UInt64) -> [Action] {
+    private mutating func tick(_ record: GroupRecord, _ now: UInt64) -> Ready {
         switch state {
         case .offline(_, let retryAt) where now >= retryAt:
             if let lostAt, now - lostAt > Self.heldLimit, record.held != nil {
                 return giveUp(.retry("the link is lost; the point was given up to free its target"))
             }
             state = .connecting
-            return [.openSession]
-        case .idle where now >= notBefore && (requested || (!waitsForCommand && now >= dueAt)):
+            return Ready([.openSession])
+        case .idle where now >= notBefore && (requested || (!waitsForCommand(record) && now >= dueAt)):
             switch settings.interval {
             case .continuous: dueAt = now + Self.shortestCycle
             case .every(let nanoseconds): dueAt = now + nanoseconds
@@ -427,56 +390,58 @@ package struct Cycle {
             }
             let number = record.lastNumber + 1
             state = .preparing(number)
-            return [.prepare(number: number)]
-        default: return []
+            return Ready([.prepare(number: number)])
+        default: return Ready()
         }
     }
 
     /// The first copy is made unasked.
-    private var waitsForCommand: Bool { settings.interval == .manual && hasFirst }
+    private func waitsForCommand(_ record: GroupRecord) -> Bool { settings.interval == .manual && hasFirst(record) }
 
     /// The peer has a point of this direction of mirroring.
-    private var hasFirst: Bool { record.lastCommitted != nil && record.lastCommitted?.isBase != true }
+    private func hasFirst(_ record: GroupRecord) -> Bool {
+        record.lastCommitted != nil && record.lastCommitted?.isBase != true
+    }
 
     /// Whether a point is due although nothing has changed: only continuous cycles leave such points out, so that an idle
     /// group does not push its recovery points out of retention, and even these form one often enough to tell the lag.
-    private func isWanted(_ now: UInt64) -> Bool {
-        requested || settings.interval != .continuous || !hasFirst
+    private func isWanted(_ record: GroupRecord, _ now: UInt64) -> Bool {
+        requested || settings.interval != .continuous || !hasFirst(record)
             || now - formedAt >= Self.longestIdle
     }
 
-    private mutating func becomeIdle(_ now: UInt64, due: UInt64? = nil) -> [Action] {
+    private mutating func becomeIdle(_ record: GroupRecord, _ now: UInt64, due: UInt64? = nil) -> Ready {
         state = .idle
         if let due { dueAt = due }
-        return tick(now)
+        return tick(record, now)
     }
 
-    private mutating func startDrain(_ point: PointRecord) -> [Action] {
+    private mutating func startDrain(_ point: PointRecord, _ record: GroupRecord) -> Ready {
         var drain = Drain(
             volumes: settings.volumes, window: settings.window,
             checkpointBytes: checkpointBytes)
         drain.limit = windowLimit
-        return carry(point, &drain, drain.start())
+        return carry(point, &drain, record, drain.start())
     }
 
     private mutating func carry(
-        _ point: PointRecord, _ drain: inout Drain, _ actions: [Drain.Action]
-    ) -> [Action] {
+        _ point: PointRecord, _ drain: inout Drain, _ record: GroupRecord, _ actions: [Drain.Action]
+    ) -> Ready {
         guard actions.contains(.finished) else {
             state = .draining(point, drain)
-            return actions.map { .drain($0) }
+            return Ready(actions.map { .drain($0) })
         }
         var sent = point
         sent.bytes = drain.bytesSent
         state = .committing(sent)
-        return actions.filter { $0 != .finished }.map { .drain($0) } + [
-            .commit(
-                number: point.number, previous: record.lastCommitted?.number,
-                formedAt: point.formedAt)
-        ]
+        let commit = Action.commit(
+            number: point.number, previous: record.lastCommitted?.number, formedAt: point.formedAt)
+        return Ready(actions.filter { $0 != .finished }.map { .drain($0) } + [commit])
     }
 
-    private mutating func committed(_ point: PointRecord, _ time: Double, _ now: UInt64) -> [Action] {
+    private mutating func committed(
+        _ point: PointRecord, _ time: Double, _ record: inout GroupRecord, _ now: UInt64
+    ) -> Ready {
         var done = point
         done.committedAt = time
         record.primary?.lastCommitted = done
@@ -484,39 +449,37 @@ package struct Cycle {
         record.primary?.fromImage = false
         resyncing = false
         attempt = 0
-        return [.endPoint(number: point.number), .save(record)] + becomeIdle(now)
+        return Ready([.endPoint(number: point.number)]) + .saved() + becomeIdle(record, now)
     }
 
-    private mutating func pointLost(_ reason: String) -> [Action] {
+    private mutating func pointLost(_ reason: String, _ record: inout GroupRecord) -> Ready {
         switch state {
         case .stopped, .offline:
             record.primary?.point = .none
-            return [.giveUp, .save(record)]
-        case .givingUp, .marking, .idle, .preparing: return []
-        default: return [.closeLink] + giveUp(.retry(reason))
+            return Ready([.giveUp]) + .saved()
+        case .givingUp, .marking, .idle, .preparing: return Ready()
+        default: return Ready([.closeLink]) + giveUp(.retry(reason))
         }
     }
 
-    private mutating func giveUp(_ next: Next) -> [Action] {
+    private mutating func giveUp(_ next: Next) -> Ready {
         state = .givingUp(next)
-        return [.giveUp]
+        return Ready([.giveUp])
     }
 
-    private mutating func gaveUp(_ next: Next, _ now: UInt64) -> [Action] {
+    private mutating func gaveUp(_ next: Next, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
         record.primary?.point = .none
         switch next {
         case .stop(let reason):
             state = .stopped(reason)
-            return [.save(record)]
+            return .saved()
         case .retry(let reason):
-            let save = Action.save(record)
-            return [save] + failed(reason, retry: true, now)
+            return .saved() + failed(reason, retry: true, &record, now)
         case .connect:
             state = .connecting
-            return [.save(record), .openSession]
+            return .saved(then: [.openSession])
         case .carryOn, .tookOver:
-            let save = Action.save(record)
-            return [save] + becomeIdle(now)
+            return .saved() + becomeIdle(record, now)
         }
     }
 }

@@ -45,61 +45,48 @@ package struct PointRecord: Codable, Sendable, Equatable {
 /// What is of no phase in particular, and the phase. It is read and changed through `Phase.swift`.
 package struct GroupRecord: Sendable, Equatable {
     package static let currentFormat = 2
-    package var format = currentFormat
-    package var phase: Phase
+    package internal(set) var format = currentFormat
+    package internal(set) var phase: Phase
     /// Newest first; a new one is put in front at every failover.
-    package var generations: [String]
+    package internal(set) var generations: [String]
     /// Identity of the one peer that this group talks to; nil until the first contact.
-    package var peerSite: String?
+    package internal(set) var peerSite: String?
     /// The highest number that was ever given to a point.
-    package var lastNumber: UInt64 = 0
+    package internal(set) var lastNumber: UInt64 = 0
     /// Identity of the secondary copy that the bitmaps describe the difference to.
-    package var lineage: String?
+    package internal(set) var lineage: String?
     /// Bytes a second over the link, by command; nil = as configured.
-    package var rate: UInt64?
+    package internal(set) var rate: UInt64?
 
     /// Identity of each volume's secondary, by name, as `lineage`: a volume that joins is copied without the others.
-    package var volumeLineages: [String: String]?
+    package internal(set) var volumeLineages: [String: String]?
 
     /// Volumes that joined the group later, and the newest point then: up to it points do not have them.
-    package var joinedAfter: [String: UInt64]?
+    package internal(set) var joinedAfter: [String: UInt64]?
     /// Volumes that had no part in the point that was failed over to. They are nothing's copy, and not served.
-    package var leftOut: [String]?
+    package internal(set) var leftOut: [String]?
     /// Recovery points, oldest first.
-    package var points: [PointRecord] = []
+    package internal(set) var points: [PointRecord] = []
 
     /// Points past their retention that may still have to hand over what an older FlashCopy, a clone, reads through them.
-    package var retired: [PointRecord]?
+    package internal(set) var retired: [PointRecord]?
     /// Volumes of which the peer, as primary, could not write down any more what its hosts change, and the session in which it said so:
     /// until it has sent all of them, what it says it has changed may be too little.
-    package var untracked: [String: UInt64]?
-
-    /// - Parameter lineage: a new identity: the primary, when it opens a session, marks all of the volume.
-    package mutating func noteUntracked(_ volume: String, lineage: String, session: UInt64) {
-        untracked = (untracked ?? [:]).merging([volume: session]) { _, new in new }
-        if role == .secondary { volumeLineages = (volumeLineages ?? [:]).merging([volume: lineage]) { _, new in new } }
-    }
-
-    /// A point was committed in a session that has begun with all of what was noted in earlier ones.
-    package mutating func forgetUntracked(before session: UInt64) {
-        let left = untracked?.filter { $0.value == session }
-        untracked = left?.isEmpty == false ? left : nil
-    }
+    package internal(set) var untracked: [String: UInt64]?
 
     /// The newest recovery point that can be read.
     package var newestReadable: PointRecord? { points.last { $0.isFailed != true } }
 
-    /// A recovery point has lost old content. It goes, unless the primary goes on from it, or a failover went to it: then it stays, as
-    /// one that cannot be read.
-    package mutating func failPoint(_ number: UInt64) {
-        guard let index = points.firstIndex(where: { $0.number == number }) else { return }
-        points[index].isFailed = true
-        if number != points.last?.number, number != failedOver?.point { retire([points[index]]) }
-    }
-
     /// Whether a recovery point holds a volume.
     package func holds(_ point: PointRecord, _ volume: String) -> Bool {
         point.number > joinedAfter?[volume] ?? 0 && leftOut?.contains(volume) != true
+    }
+
+    /// - Parameter identity: of the first generation at a primary, which a secondary learns from it; of its copy at a secondary.
+    package static func first(_ role: Role, identity: String) -> GroupRecord {
+        var record = GroupRecord(role: role, generation: identity)
+        if role == .secondary { (record.generations, record.lineage) = ([], identity) }
+        return record
     }
 
     package init(role: Role, generation: String) {
@@ -107,13 +94,11 @@ package struct GroupRecord: Sendable, Equatable {
         generations = [generation]
     }
 
-    /// At a start: gives up a point that some volume does not hold any more.
+    /// At a start: whether the point that is held must be given up, since some volume does not hold it any more.
     ///
     /// - Parameter held: for each volume the point that its bitmaps are of; nil = they cannot be relied on.
-    /// - Returns: whether the record has changed.
-    package mutating func giveUpPoint(unlessHeldBy held: [UInt64?]) -> Bool {
-        guard let point = self.held?.number, held.contains(where: { $0 != point }) else { return false }
-        primary?.point = .none
-        return true
+    package func mustGiveUpPoint(heldBy held: [UInt64?]) -> Bool {
+        guard let point = self.held?.number else { return false }
+        return held.contains { $0 != point }
     }
 }

@@ -144,7 +144,7 @@ extension GroupRecord {
     }
 
     package var role: Role { phase.kind == .secondary ? .secondary : .primary }
-    package var primary: Phase.Primary? {
+    package internal(set) var primary: Phase.Primary? {
         get { phase.primary }
         set { phase.primary = newValue }
     }
@@ -173,28 +173,6 @@ extension GroupRecord {
 
     /// Whether a site with this record sends to its peer.
     package var isMirroring: Bool { phase.kind == .mirroring && conflict == nil }
-
-    // MARK: Steps within a phase, and from one to the next
-
-    /// The peer has opened a session: what it had to learn of the time before it knows.
-    package mutating func forgetYield() {
-        if case .secondary = phase { phase = .secondary(Phase.Secondary()) }
-    }
-
-    package mutating func handOver(at point: UInt64) {
-        if case .mirroring(let primary) = phase { phase = .handingOver(primary, point: point) }
-    }
-
-    package mutating func takeBackHandover() {
-        if case .handingOver(let primary, _) = phase { phase = .mirroring(primary) }
-    }
-
-    /// A volume's data has flowed back from the point that was failed over to, or never will.
-    package mutating func endRestore(of volume: String) {
-        guard case .failedOver(let primary, var failover) = phase else { return }
-        failover.restoring.removeAll { $0 == volume }
-        phase = .failedOver(primary, failover)
-    }
 }
 
 // MARK: On disk

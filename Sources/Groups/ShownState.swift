@@ -14,12 +14,13 @@ package enum ShownState: String, Sendable {
     case splitBrain = "split-brain"
 }
 
-extension Cycle {
+extension Group {
+    /// While it mirrors.
     package var shownState: ShownState {
-        if suspension != nil { return .suspended }
+        guard let cycle, cycle.suspension == nil else { return .suspended }
         if record.lineage == nil { return .simplex }
         if record.lastCommitted == nil { return .copying }
-        return resyncing || record.lastCommitted?.isBase == true ? .resyncing : .mirroring
+        return cycle.resyncing || record.lastCommitted?.isBase == true ? .resyncing : .mirroring
     }
 }
 

@@ -87,46 +87,4 @@ extension GroupRecord {
     }
 
     package var highestPoint: UInt64 { max(lastNumber, points.last?.number ?? 0, lastCommitted?.number ?? 0) }
-
-    /// Puts a new generation in front; very old ones, of which no site can be any more, are forgotten.
-    package mutating func beginGeneration(_ identity: String) {
-        generations.insert(identity, at: 0)
-        if generations.count > 64 { generations.removeLast(generations.count - 64) }
-    }
-
-    /// The record of a primary that has given up its role: its last state is the first recovery point of the new direction.
-    ///
-    /// - Parameters:
-    ///   - point: the state that is given up, with its place in the chains.
-    ///   - generations: those of the primary that takes its place.
-    ///   - lineage: a new identity, which the peer's bitmaps describe the difference to.
-    package func afterYielding(
-        at point: PointRecord, to peer: String, generations: [String], lineage: String, volumes: [String] = [],
-        dropped: [PointRecord]
-    ) -> GroupRecord {
-        var record = self
-        record.phase = .secondary(Phase.Secondary(yielded: point.number))
-        record.peerSite = peer
-        record.generations = generations
-        record.lineage = lineage
-        record.volumeLineages = Dictionary(uniqueKeysWithValues: volumes.map { ($0, lineage) })
-        record.points.append(point)
-        record.retire(record.points.filter { point in dropped.contains { $0.number == point.number } })
-        return record
-    }
-
-    /// The record of a primary whose peer has given up its role, once the peer's changed grains are in its own bitmaps.
-    package func afterJoining(_ peer: String, lineage: String, at point: PointRecord) -> GroupRecord {
-        var record = self
-        var primary = Phase.Primary()
-        primary.lastCommitted = point
-        primary.failingBack = isFailingBack
-        primary.fromImage = self.primary?.fromImage == true
-        record.phase = .mirroring(primary)
-        record.peerSite = peer
-        record.lineage = lineage
-        record.lastNumber = max(record.highestPoint, point.number)
-        record.untracked = nil
-        return record
-    }
 }

@@ -35,17 +35,17 @@ package enum FailoverStep: CaseIterable, Sendable {
     case open
 }
 
-package struct CommitPlan: Sendable {
+package struct CommitPlan: Sendable, Equatable {
     package var point: PointRecord
     /// Points past their retention.
     package var dropped: [PointRecord]
-    /// What becomes of the record: of the one that there is by then, which others may have changed while files were made.
-    package var apply: @Sendable (inout GroupRecord) -> Void
+    /// Retired points that no volume has any more.
+    package var left: Set<UInt64>
 
-    package init(point: PointRecord, dropped: [PointRecord], apply: @escaping @Sendable (inout GroupRecord) -> Void) {
+    package init(point: PointRecord, dropped: [PointRecord], left: Set<UInt64> = []) {
         self.point = point
         self.dropped = dropped
-        self.apply = apply
+        self.left = left
     }
 }
 
@@ -55,7 +55,7 @@ extension GroupRecord {
         points.last.flatMap { $0.number == number ? $0 : nil }
     }
 
-    /// What the commit of a point makes of the record.
+    /// The commit of a point.
     ///
     /// - Parameters:
     ///   - previous: the newest point that the primary knows to be committed.
@@ -79,18 +79,7 @@ extension GroupRecord {
         }
         let point = PointRecord(number: number, formedAt: formedAt, committedAt: now, order: order)
         let dropped = keep.dropped(points + [point])
-        let ended = Set(dropped.map(\.number))
-        return CommitPlan(point: point, dropped: dropped) { record in
-            record.points.append(point)
-            record.retired = record.retired?.filter { !left.contains($0.number) }
-            record.retire(record.points.filter { ended.contains($0.number) })
-        }
-    }
-
-    /// Ends recovery points. They stay written down until they have handed over what older copies read through them.
-    package mutating func retire(_ ended: [PointRecord]) {
-        points.removeAll { ended.contains($0) }
-        retired = (retired ?? []) + ended
+        return CommitPlan(point: point, dropped: dropped, left: left)
     }
 
     /// The point that a failover goes to.
@@ -110,16 +99,5 @@ extension GroupRecord {
             throw TakeoverRefusal("the group has no point \(wanted); it has \(known)")
         }
         return point
-    }
-
-    /// The record after a failover: primary, of a new generation.
-    package func afterFailover(
-        to point: UInt64, volumes: [String], generation: String, now: Double, joins: Bool
-    ) -> GroupRecord {
-        var record = self
-        record.phase = .failedOver(
-            Phase.Primary(), Phase.Failover(point: point, at: now, restoring: volumes, joins: joins ? true : nil))
-        record.beginGeneration(generation)
-        return record
     }
 }

@@ -1,10 +1,9 @@
-// Replicator.swift: the thread of one group at its primary. It drives `Cycle`: reads from the volumes' reactors, sends
-// over libnbd, talks to the peer's control API through `PeerClient`.
+// Replicator.swift: the primary's half of a group on its thread: link and session, and what the cycle asks for: reads from the volumes'
+// reactors, sends over libnbd, the peer's control API through `PeerClient`.
 //
 // Must be prevented:
 //   an answer that belongs to an earlier drain or link is taken for one of the present (epochs)
 //   a buffer is reused while a reactor still reads into it (each drain has its own buffers until all answered)
-//   a state is acted on before its record is saved where the order matters (actions are carried out in order)
 
 import Base
 import Glibc
@@ -58,122 +57,8 @@ package protocol PeerClient: Sendable {
     func checksums(session: UInt64, volume: String, offset: UInt64, length: Int, block: Int) async throws -> [UInt8]?
 }
 
-/// What others see of a group's replication.
-package struct ReplicationStatus: Sendable {
-    package var state = ShownState.simplex
-    package var reason: String?
-    package var record: GroupRecord
-    /// The record's file may hold another one.
-    package var isUnsaved = false
-    package var bytesPerSecond: Double = 0
-    /// For how long the peer has let wait what it was sent or asked, once that is longer than usual.
-    package var silentSeconds: Double?
-    /// Bytes that may be on their way to the peer, and bytes that were found alike there and not sent.
-    package var windowBytes: Double = 0
-    package var bytesSpared: UInt64 = 0
-    /// Longest hold of acknowledgements of the points so far, and of the last, in nanoseconds.
-    package var lastHold: UInt64 = 0
-    package var holds: [UInt64] = []
-    package var holdHistogram = HoldHistogram()
-}
-
-package final class Replicator: Sendable {
-    enum Message: Sendable {
-        case event(Cycle.Event, epoch: UInt64)
-        case opened(PeerState, exports: [String], epoch: UInt64)
-        case drained(slot: Int, DrainRead.Answer, epoch: UInt64)
-        /// Every grain of the peer's volumes that are not known is marked, in memory.
-        case marked(epoch: UInt64)
-        /// No reactor holds the point before any more.
-        case released(changed: Bool, epoch: UInt64)
-        /// The peer's checksums of what a slot holds.
-        case compared(slot: Int, [UInt8], epoch: UInt64)
-        case setRate(UInt64)
-        /// `anyway`: it has happened, whether it can be saved now or later.
-        case amend(@Sendable (inout GroupRecord) -> Void, anyway: Bool, @Sendable ((any Error)?) -> Void)
-        case wait(Alongside?, @Sendable (Result<PointRecord, ReplicationRefusal>) -> Void)
-        case stop(@Sendable () -> Void)
-    }
-
-    let mailbox: Mailbox<Message>
-    let snapshot: Mutex<ReplicationStatus>
-    /// The thread takes no more messages.
-    private let ended = Mutex(false)
-
-    package init(record: GroupRecord) throws(SystemError) {
-        mailbox = try Mailbox()
-        snapshot = Mutex(ReplicationStatus(record: record))
-    }
-
-    package var status: ReplicationStatus { snapshot.withLock { $0 } }
-
-    package func suspend() { mailbox.send(.event(.suspend, epoch: 0)) }
-    package func resume() { mailbox.send(.event(.resume, epoch: 0)) }
-
-    /// Forms a point as soon as the one before is committed.
-    package func request() { mailbox.send(.event(.request, epoch: 0)) }
-
-    /// A volume could not hold its point.
-    package func pointLost(_ reason: String) {
-        mailbox.send(.event(.pointLost(reason), epoch: 0))
-    }
-
-    /// Leaves a message that must be answered; false when nobody would.
-    private func ask(_ message: Message) -> Bool {
-        ended.withLock { $0 ? false : mailbox.send(message) }
-    }
-
-    /// For the thread, when it ends: what was asked for until now is there, and nothing more comes.
-    func end() { ended.withLock { $0 = true } }
-
-    /// Changes the record, durably or not at all.
-    ///
-    /// - Parameter anyway: it has happened: it counts at once, and is saved as soon as that is possible.
-    /// - Returns: false when the replicator has ended, and nothing was done.
-    package func amend(
-        anyway: Bool = false, _ change: @escaping @Sendable (inout GroupRecord) -> Void
-    ) async throws -> Bool {
-        try await withCheckedThrowingContinuation { (continuation: CheckedContinuation<Bool, any Error>) in
-            let asked = ask(
-                .amend(change, anyway: anyway) { problem in
-                    if let problem {
-                        continuation.resume(throwing: problem)
-                    } else {
-                        continuation.resume(returning: true)
-                    }
-                })
-            if !asked { continuation.resume(returning: false) }
-        }
-    }
-
-    /// What is done on the reactor of each volume, by its index, in the instant of a point.
-    package typealias Alongside = @Sendable (Reactor, Int) -> Void
-
-    /// Forms a point after this call and returns it once the peer has committed it.
-    ///
-    /// - Parameter alongside: done in the instant of that point; with it, the point fails here if it is given up.
-    package func cycle(alongside: Alongside? = nil) async throws(ReplicationRefusal) -> PointRecord {
-        let result: Result<PointRecord, ReplicationRefusal> = await withCheckedContinuation {
-            continuation in
-            if !ask(.wait(alongside) { continuation.resume(returning: $0) }) {
-                continuation.resume(returning: .failure(.ended))
-            }
-        }
-        return try result.get()
-    }
-
-    /// Bounds the link, in bytes a second; 0 = unbounded.
-    package func setRate(_ rate: UInt64) { mailbox.send(.setRate(rate)) }
-
-    /// Ends the thread; a point that is held stays held and is taken up by the next start.
-    package func stop() async {
-        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-            if !ask(.stop { continuation.resume() }) { continuation.resume() }
-        }
-    }
-
+package final class Replicator {
     package struct Configuration: Sendable {
-        package var group: String
         package var settings: Cycle.Settings
         package var volumes: [ReplicatedVolume]
         package var address: Address
@@ -185,20 +70,16 @@ package final class Replicator: Sendable {
         package var stallTimeout: Double
         /// Bytes a second; 0 = unbounded.
         package var rate: UInt64
-        /// Writes the record durably before it returns.
-        package var save: @Sendable (GroupRecord) throws -> Void
         package var log: @Sendable (String) -> Void
         /// The peer refuses this site; perhaps it has taken over.
         package var refused: @Sendable () -> Void
 
         package init(
-            group: String, settings: Cycle.Settings, volumes: [ReplicatedVolume],
+            settings: Cycle.Settings, volumes: [ReplicatedVolume],
             address: Address, tls: LinkTLS, peer: any PeerClient, connectionsPerVolume: Int,
             compare: ComparePolicy, stallTimeout: Double, rate: UInt64,
-            save: @escaping @Sendable (GroupRecord) throws -> Void,
             log: @escaping @Sendable (String) -> Void, refused: @escaping @Sendable () -> Void
         ) {
-            self.group = group
             self.settings = settings
             self.volumes = volumes
             self.address = address
@@ -208,38 +89,450 @@ package final class Replicator: Sendable {
             self.compare = compare
             self.stallTimeout = stallTimeout
             self.rate = rate
-            self.save = save
             self.log = log
             self.refused = refused
         }
     }
 
-    func noteHold(_ nanoseconds: UInt64) {
-        snapshot.withLock { status in
-            status.lastHold = nanoseconds
-            status.holds.append(nanoseconds)
-            status.holdHistogram.add(Double(nanoseconds) / 1e9)
-            if status.holds.count > 1024 { status.holds.removeFirst(512) }
+    /// Whose thread this is on, and who lets it go before it ends.
+    private unowned let group: GroupThread
+    private let configuration: Configuration
+    /// Changes with every link and every drain; answers of earlier ones are dropped.
+    private(set) var epoch: UInt64
+    private let firstEpoch: UInt64
+    private var link: NBDLink?
+    private var linkDeadline: UInt64 = 0
+    /// The session that the link is being made for; nil once it is ready.
+    private var peerState: PeerState?
+    private var session: UInt64?
+    private let sender: Sender
+    private var flushesLeft = 0
+    private var lastFigures: UInt64 = 0
+    private var bytesAtFigures: UInt64 = 0
+    private var lastState = ""
+    private static let connectSeconds: UInt64 = 10
+    /// When the peer was asked for the commit that it has not answered; 0 = for none.
+    private var commitAskedAt: UInt64 = 0
+    private static let silenceNanoseconds: UInt64 = 2_000_000_000
+
+    private var window: Int { configuration.settings.window }
+
+    /// - Parameter epoch: higher than any before on this thread.
+    init(_ group: GroupThread, _ configuration: Configuration, epoch: UInt64) {
+        self.group = group
+        self.configuration = configuration
+        self.epoch = epoch
+        firstEpoch = epoch
+        sender = Sender(configuration, group.mailbox)
+    }
+
+    // MARK: Waiting
+
+    func pollEntries() -> [pollfd] { link?.pollEntries() ?? [] }
+    func notify(_ entries: ArraySlice<pollfd>) { link?.notify(entries) }
+
+    /// Nanoseconds until something must be put on the wire; nil = nothing waits.
+    var wait: UInt64? { link == nil ? nil : sender.wait }
+
+    /// What the link has to say, and what may go over it now.
+    func service() {
+        serviceLink()
+        if let link, peerState == nil, !sender.pump(link) {
+            group.handle(.linkLost("\(LinkConnection.failure("send"))"))
         }
     }
 
-    package func start(_ configuration: Configuration) {
-        let record = status.record
-        startThread(name: "group-\(configuration.group)") { [self] in
-            replicatorMain(self, configuration, record)
+    // MARK: Answers
+
+    func opened(_ state: PeerState, _ exports: [String], _ asker: UInt64) {
+        if asker == epoch { connect(state, exports) }
+    }
+
+    func drained(_ slot: Int, _ answer: DrainRead.Answer, _ asker: UInt64) {
+        guard asker >= firstEpoch else { return }  // another's read, from when this one had not begun
+        sender.readEnded()
+        if asker == epoch, let event = sender.drained(slot, answer) { group.handle(event) }
+    }
+
+    func compared(_ slot: Int, _ digests: [UInt8], _ asker: UInt64) {
+        if asker == epoch, let event = sender.compared(slot, digests) { group.handle(event) }
+    }
+
+    func marked(_ asker: UInt64) { if asker == epoch { makeMarksDurable() } }
+    func released(_ changed: Bool, _ asker: UInt64) { if asker == epoch { clearPreserved(changed: changed) } }
+    func setRate(_ rate: UInt64) { sender.bucket.rate = rate }
+
+    func event(_ event: Cycle.Event, _ asker: UInt64) {
+        if case .committed = event, asker == epoch { commitAskedAt = 0 }
+        if asker == 0 || asker == epoch { group.handle(event) }
+        if case .gaveUp = event { freeTargets() }
+    }
+
+    // MARK: Link
+
+    /// Nothing more comes from it.
+    func closeLink() {
+        epoch += 1
+        link = nil
+        peerState = nil
+        session = nil
+        commitAskedAt = 0
+    }
+
+    private func openSession() {
+        epoch += 1
+        let asker = epoch
+        let volumes = configuration.volumes.map { (name: $0.name, size: $0.geometry.size) }
+        let record = group.record
+        let peer = configuration.peer
+        let mailbox = group.mailbox
+        let refused = configuration.refused
+        Task {
+            do {
+                let opened = try await peer.openSession(volumes: volumes, record: record)
+                mailbox.send(.opened(opened.state, exports: opened.exports, epoch: asker))
+            } catch let refusal as PeerRefusal {
+                mailbox.send(
+                    .event(.sessionFailed(refusal.description, retry: false), epoch: asker))
+                refused()
+            } catch {
+                mailbox.send(.event(.sessionFailed("\(error)", retry: true), epoch: asker))
+            }
         }
+    }
+
+    private func connect(_ state: PeerState, _ exports: [String]) {
+        do {
+            link = try NBDLink(
+                address: configuration.address, tls: configuration.tls, exports: exports,
+                connectionsPerVolume: configuration.connectionsPerVolume, window: window)
+            peerState = state
+            session = state.session
+            linkDeadline = monotonicNanoseconds() + Self.connectSeconds * 1_000_000_000
+        } catch {
+            group.handle(.sessionFailed("\(error)", retry: true))
+        }
+    }
+
+    private func serviceLink() {
+        guard let link else { return }
+        if let state = peerState {
+            if link.isReady {
+                peerState = nil
+                sender.begin()
+                if let problem = tooSmall(link) {
+                    group.handle(.sessionFailed(problem, retry: false))
+                } else {
+                    group.handle(.sessionOpened(state))
+                }
+            } else if link.hasFailed || monotonicNanoseconds() > linkDeadline {
+                peerState = nil
+                let reason = LinkConnection.failure("connect to the peer's NBD server")
+                group.handle(.sessionFailed("\(reason)", retry: true))
+            }
+            return
+        }
+        reapCompletions(link)
+        guard self.link === link else { return }
+        if link.hasFailed {
+            group.handle(.linkLost("the connection to the peer ended"))
+        } else if sender.hasStalled(link) {
+            group.handle(.linkLost("the peer acknowledged nothing for \(configuration.stallTimeout) s"))
+        }
+    }
+
+    /// A remote that is no Farcopy site has not been asked for its sizes.
+    private func tooSmall(_ link: NBDLink) -> String? {
+        for (volume, connections) in zip(configuration.volumes, link.connections) {
+            let size = connections[0].size
+            if size < Int64(volume.geometry.size) {
+                return "volume '\(volume.name)' has \(volume.geometry.size) bytes and \(size) at the peer"
+            }
+        }
+        return nil
+    }
+
+    private func reapCompletions(_ link: NBDLink) {
+        while self.link === link, let index = link.completions.takeAnswered() {
+            let error = link.completions.slots[index].error
+            if error != 0 {
+                group.handle(.linkLost("the peer answered \(String(cString: strerror(error)))"))
+            } else if index < window * NBDLink.partsPerSlot {
+                if let event = sender.acknowledged(index) {
+                    group.adapt(windowLimit: sender.windowLimit, checkpointBytes: sender.checkpointBytes)
+                    group.handle(event)
+                }
+            } else {
+                sender.noteProgress()
+                flushesLeft -= 1
+                if flushesLeft == 0 { group.handle(.flushed) }
+            }
+        }
+    }
+
+    // MARK: Actions
+
+    func perform(_ action: Cycle.Action) {
+        switch action {
+        case .openSession: openSession()
+        case .closeLink: closeLink()
+        case .prepare: prepare()
+        case .form(let number): form(number)
+        case .rewind: rewind()
+        case .drain(let action): perform(action)
+        case .commit(let number, let previous, let formedAt): commit(number, previous, formedAt)
+        case .endPoint(let number): endPoint(number)
+        case .giveUp: giveUp()
+        case .markAllChanged(let names): markAllChanged(names)
+        }
+    }
+
+    /// Every reactor must have let go of the point before, whose end may still be in its mailbox, before the bitmaps of
+    /// preserved grains are cleared for the next.
+    private func prepare() {
+        let mailbox = group.mailbox
+        let asker = epoch
+        let volumes = configuration.volumes
+        onEveryVolume { reactor, volume in
+            reactor.hosted(volume.number).volume.mayFormPoint
+        } done: { reactor, whole in
+            guard whole else {
+                mailbox.send(.event(.notReady, epoch: asker))
+                return
+            }
+            onEvery(volumes, from: reactor) { reactor, volume in
+                reactor.hosted(volume.number).volume.changedGrains == 0
+            } done: { _, unchanged in
+                mailbox.send(.released(changed: !unchanged, epoch: asker))
+            }
+        }
+    }
+
+    private func clearPreserved(changed: Bool) {
+        for volume in configuration.volumes { volume.preservedBitmap.clearAll() }
+        group.handle(.prepared(changed: changed))
+    }
+
+    private func onEveryVolume(
+        _ body: @escaping @Sendable (Reactor, ReplicatedVolume) -> Bool,
+        done: @escaping @Sendable (Reactor, Bool) -> Void
+    ) {
+        onEvery(configuration.volumes, body, done: done)
+    }
+
+    private func markAllChanged(_ names: [String]?) {
+        let mailbox = group.mailbox
+        let asker = epoch
+        onEveryVolume { reactor, volume in
+            if names?.contains(volume.name) != false { reactor.hosted(volume.number).volume.markAllChanged() }
+            return true
+        } done: { _, _ in
+            mailbox.send(.marked(epoch: asker))
+        }
+    }
+
+    /// The lineage is saved next, and says that the bitmaps describe the difference to the peer: they are on stable storage before.
+    private func makeMarksDurable() {
+        do {
+            for volume in configuration.volumes { try volume.recording.synchronize() }
+            group.handle(.allMarked)
+        } catch {
+            group.handle(.linkLost("\(error)"))
+        }
+    }
+
+    /// The reactor that forms last lets all of them go: acknowledgements wait for reactors only, not for this thread.
+    private func form(_ number: UInt64) {
+        let mailbox = group.mailbox
+        let asker = epoch
+        let volumes = configuration.volumes
+        let handle = group.handle
+        let alongside = group.alongside(number)
+        let names = volumes.map(\.name)
+        let longest = LongestHold()
+        onEveryVolume { reactor, volume in
+            reactor.formPoint(
+                volume.number, point: number, targetFile: volume.targetFile,
+                preserved: volume.preservedBitmap)
+            if let alongside, let index = names.firstIndex(of: volume.name) { alongside(reactor, index) }
+            return true
+        } done: { reactor, _ in
+            let formedAt = realSeconds()
+            onEvery(volumes, from: reactor) { reactor, volume in
+                longest.note(reactor.heldFor(volume.number))
+                return reactor.releaseHold(volume.number)
+            } done: { _, intact in
+                handle.noteHold(longest.nanoseconds)
+                mailbox.send(.event(.formed(at: formedAt, intact: intact), epoch: asker))
+            }
+        }
+    }
+
+    private func rewind() {
+        epoch += 1
+        for volume in configuration.volumes {
+            let number = volume.number
+            volume.reactor.perform { $0.rewindDrain(number) }
+        }
+    }
+
+    private func giveUp() {
+        let mailbox = group.mailbox
+        epoch += 1
+        let asker = epoch
+        onEveryVolume { reactor, volume in
+            reactor.hosted(volume.number).volume.giveUpPoint()
+            return true
+        } done: { _, _ in
+            mailbox.send(.event(.gaveUp, epoch: asker))
+        }
+    }
+
+    /// After the record says that no point is held: nobody reads the targets any more.
+    private func freeTargets() {
+        guard group.record.held == nil, group.record.forming == nil else { return }
+        for volume in configuration.volumes {
+            // A failure costs space, not data; the next point writes over what is there.
+            try? volume.target.truncate(to: 0)
+            try? volume.target.truncate(to: volume.geometry.size)
+        }
+    }
+
+    private func endPoint(_ number: UInt64) {
+        for volume in configuration.volumes {
+            let index = volume.number
+            volume.reactor.perform { $0.hosted(index).volume.endPoint(number: number) }
+        }
+    }
+
+    private func commit(_ number: UInt64, _ previous: UInt64?, _ formedAt: Double) {
+        let mailbox = group.mailbox
+        let asker = epoch
+        let peer = configuration.peer
+        guard let session else { return group.handle(.linkLost("the session is closed")) }
+        commitAskedAt = monotonicNanoseconds()
+        Task {
+            do {
+                let time = try await peer.commit(
+                    session: session, number: number, previous: previous, formedAt: formedAt)
+                mailbox.send(.event(.committed(at: time), epoch: asker))
+            } catch let refusal as PeerRefusal {
+                mailbox.send(.event(.commitRefused(refusal.description), epoch: asker))
+            } catch {
+                mailbox.send(.event(.linkLost("commit: \(error)"), epoch: asker))
+            }
+        }
+    }
+
+    // MARK: Draining
+
+    private func perform(_ action: Drain.Action) {
+        switch action {
+        case .read(let slot, let volume):
+            guard let point = group.record.held?.number else { return }
+            if let event = sender.read(slot, volume, point: point, epoch: epoch) { group.handle(event) }
+        case .send(let slot, _, let offset, let length):
+            guard let session else { return group.handle(.linkLost("the link is closed")) }
+            sender.send(
+                slot, offset, length, session: session, epoch: epoch, isSeeded: group.record.primary?.fromImage == true)
+        case .flush: flush()
+        case .clear(let runs): clear(runs)
+        case .finished: break
+        }
+    }
+
+    /// On every connection: each covers what was acknowledged on it.
+    private func flush() {
+        guard let link else { return group.handle(.linkLost("the link is closed")) }
+        let connections = link.connections.joined()
+        flushesLeft = connections.count
+        for (index, connection) in connections.enumerated() {
+            guard connection.flush(link.completions.slots + (window * NBDLink.partsPerSlot + index)) else {
+                return group.handle(.linkLost("\(LinkConnection.failure("flush"))"))
+            }
+        }
+    }
+
+    private func clear(_ runs: [VolumeRun]) {
+        guard let point = group.record.held?.number else { return }
+        for (index, volume) in configuration.volumes.enumerated() {
+            let ofVolume = runs.filter { $0.volume == index }.map(\.grains)
+            guard !ofVolume.isEmpty else { continue }
+            let number = volume.number
+            volume.reactor.perform { reactor in
+                for grains in ofVolume {
+                    reactor.hosted(number).volume.clearOutOfSync(grains, point: point)
+                }
+            }
+        }
+    }
+
+    // MARK: Telling
+
+    /// The figures of the link; says in the log when the state is another.
+    func tell(_ state: ShownState, _ reason: String?, in status: inout GroupStatus) {
+        if "\(state.rawValue) \(reason ?? "")" != lastState {
+            lastState = "\(state.rawValue) \(reason ?? "")"
+            configuration.log(reason.map { "\(state.rawValue): \($0)" } ?? state.rawValue)
+        }
+        let now = monotonicNanoseconds()
+        if now - lastFigures > 1_000_000_000 {
+            status.bytesPerSecond = Double(sender.bytesSent - bytesAtFigures) / (Double(now - lastFigures) / 1e9)
+            bytesAtFigures = sender.bytesSent
+            lastFigures = now
+        }
+        let silence = max(
+            link.map { peerState == nil ? sender.silence($0) : 0 } ?? 0, commitAskedAt > 0 ? now - commitAskedAt : 0)
+        let isSilent = silence > Self.silenceNanoseconds
+        if isSilent { status.bytesPerSecond = 0 }
+        status.silentSeconds = isSilent ? Double(silence) / 1e9 : nil
+        status.windowBytes = sender.flow.bytes
+        status.bytesSpared = sender.bytesSpared
     }
 }
 
-package struct ReplicationRefusal: Error, CustomStringConvertible {
-    package var description: String
-    init(_ description: String) { self.description = description }
-    static let ended = ReplicationRefusal("mirroring from this site has ended")
-}
-
-nonisolated func replicatorMain(
-    _ replicator: Replicator, _ configuration: Replicator.Configuration, _ record: GroupRecord
+/// Performs `body` for each volume on its reactor, with one message to each reactor; the last one calls `done`, on its thread.
+///
+/// - Parameter own: the reactor that this runs on: the others are told first, then it takes its part at once.
+private func onEvery(
+    _ volumes: [ReplicatedVolume], from own: Reactor? = nil,
+    _ body: @escaping @Sendable (Reactor, ReplicatedVolume) -> Bool,
+    done: @escaping @Sendable (Reactor, Bool) -> Void
 ) {
-    let thread = ReplicatorThread(replicator, configuration, record)
-    thread.run()
+    let parts = Dictionary(grouping: volumes, by: \.reactor.number)
+    let gathered = Gathered(count: parts.count, done: done)
+    @Sendable func perform(_ part: [ReplicatedVolume], _ reactor: Reactor) {
+        gathered.answer(reactor, part.reduce(true) { body(reactor, $1) && $0 })
+    }
+    for (number, part) in parts where number != own?.number {
+        part[0].reactor.perform { perform(part, $0) }
+    }
+    if let own, let part = parts[own.number] { perform(part, own) }
+}
+
+/// The longest of the holds of a point's volumes.
+private final class LongestHold: Sendable {
+    private let value = Atomic<UInt64>(0)
+    var nanoseconds: UInt64 { value.load(ordering: .relaxed) }
+    func note(_ nanoseconds: UInt64) { value.max(nanoseconds, ordering: .relaxed) }
+}
+
+/// Counts answers of several reactors; the last one calls `done`.
+private final class Gathered: Sendable {
+    private let state: Mutex<(left: Int, all: Bool)>
+    private let done: @Sendable (Reactor, Bool) -> Void
+
+    init(count: Int, done: @escaping @Sendable (Reactor, Bool) -> Void) {
+        state = Mutex((count, true))
+        self.done = done
+    }
+
+    func answer(_ reactor: Reactor, _ ok: Bool) {
+        let outcome: Bool? = state.withLock { state in
+            state.left -= 1
+            state.all = state.all && ok
+            return state.left == 0 ? state.all : nil
+        }
+        if let outcome { done(reactor, outcome) }
+    }
 }

@@ -93,7 +93,7 @@ package struct Comparison {
 
 package final class Sender {
     private let configuration: Replicator.Configuration
-    private let mailbox: Mailbox<Replicator.Message>
+    private let mailbox: Mailbox<GroupHandle.Message>
     let slotBytes: Int
     private let window: Int
 
@@ -130,7 +130,7 @@ package final class Sender {
     private var runLength = Double(256 << 10)
     private var lastProgress: UInt64 = 0
 
-    init(_ configuration: Replicator.Configuration, _ mailbox: Mailbox<Replicator.Message>) {
+    init(_ configuration: Replicator.Configuration, _ mailbox: Mailbox<GroupHandle.Message>) {
         self.configuration = configuration
         self.mailbox = mailbox
         window = configuration.settings.window

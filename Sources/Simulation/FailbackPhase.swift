@@ -48,12 +48,15 @@ extension World {
 
     private func exchange() {
         let base = PointRecord(
-            number: max(eastRecord.highestPoint, westRecord.highestPoint) + 1, formedAt: 0, committedAt: 0,
+            number: max(eastSaved.highestPoint, westRecord.highestPoint) + 1, formedAt: 0, committedAt: 0,
             order: CopyRecord.orderStep, isBase: true)
-        let secondary = eastRecord.afterYielding(
-            at: base, to: "west", generations: ["back"], lineage: "west", dropped: [])
-        let primary = westRecord.afterFailover(to: 0, volumes: [], generation: "back", now: 0, joins: false)
-            .afterJoining("west", lineage: "west", at: base)
+        let secondary = eastSaved.after(
+            .yielded(
+                Yielding(
+                    point: base, peer: "west", generations: ["back"], lineage: "west", volumes: [], dropped: [])))
+        let primary = westRecord.after(
+            .failedOver(Takeover(point: 0, volumes: [], generation: "back", at: 0, joins: false)),
+            .joined(Joining(peer: "west", lineage: "west", volumeLineages: nil, point: base)))
         (eastFiles, westFiles) = (westFiles, eastFiles)
         (eastRecording, westRecording) = (westRecording, eastRecording)
         (eastLogs, westLogs) = (westLogs, eastLogs)
@@ -73,5 +76,13 @@ extension World {
         east = []
         startWest()
         startEast()
+    }
+}
+
+extension GroupRecord {
+    fileprivate func after(_ changes: GroupChange...) -> GroupRecord {
+        changes.reduce(into: self) { record, change in
+            do { try record.apply(change) } catch { fatalError("\(error)") }
+        }
     }
 }

@@ -28,7 +28,7 @@ extension World {
         }
         guard let point = westPoints.randomElement(using: &random) else { return }
         note("west fails over to point \(point)")
-        setRecords(east: eastRecord, west: westRecord)
+        setRecords(east: eastSaved, west: westRecord)
         let before = try westPoints.map { number throws(SimulationFailure) in try readNow(number) }
         let chosen = before[westPoints.firstIndex(of: point)!]
         var models = chosen.map { Model(now: $0) }

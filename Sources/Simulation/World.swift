@@ -86,8 +86,8 @@ package final class World: Scenario {
     var eastTargets: [SimulatedFile] = []
     var eastPreserved: [SimulatedBitmap] = []
     var eastLogs: [SimulatedFile] = []
-    /// In its file; the cycle has what the process believes.
-    var eastRecord = GroupRecord(role: .primary, generation: "east")
+    /// In its file; the group has what the process believes.
+    private(set) var eastSaved = GroupRecord.first(.primary, identity: "east")
     /// What the bitmaps and logs say is this run's: a start came to its end since power was lost.
     private var eastIsConfirmed = true
     /// The disk under all of these but the volumes takes nothing any more.
@@ -95,7 +95,7 @@ package final class World: Scenario {
     /// Volumes whose own file says that their bitmaps and log are not to be relied on.
     private var eastDistrusted: Set<Int> = []
     var east: [SimulatedVolume] = []
-    private var cycle: Cycle!
+    private var eastGroup = Group(record: .first(.primary, identity: "east"))
     private var mailboxes: [[() -> Void]] = []
     private var targetFiles: [StoreFile] = []
 
@@ -106,9 +106,9 @@ package final class World: Scenario {
     var westLogs: [SimulatedFile] = []
     var westCopies: [[CopyID: (SimulatedFile, SimulatedBitmap)]] = []
     /// As the process believes, and in its file.
-    private(set) var westRecord = GroupRecord(role: .secondary, generation: "east")
-    private var westSaved = GroupRecord(role: .secondary, generation: "east")
-    private var westIsUnsaved = false
+    private var westGroup = Group(record: .first(.secondary, identity: "west"))
+    private var westSaved = GroupRecord.first(.secondary, identity: "west")
+    var westRecord: GroupRecord { westGroup.record }
     var westPoints: [UInt64] { westRecord.points.map(\.number) }
     var westOrder = CopyRecord.orderStep
     var west: [SimulatedVolume] = []
@@ -201,12 +201,12 @@ package final class World: Scenario {
             loseEast(powerLoss: random.chance(50))
         }
         events = []
-        cycle = Cycle(
-            record: eastRecord,
-            settings: Cycle.Settings(
-                interval: .continuous, volumes: Self.volumes, window: 4, checkpointBytes: 4))
-        cycle.windowLimit = 1 + random.below(4)
-        perform(cycle.start(now: now))
+        let ready = eastGroup.begin(
+            Cycle.Settings(interval: .continuous, volumes: Self.volumes, window: 4, checkpointBytes: 4))
+        eastGroup.adapt(windowLimit: 1 + random.below(4), checkpointBytes: 4)
+        performing = true
+        perform(ready)
+        performing = false
     }
 
     /// - Parameter last: the step before which it ends; nil = it goes through.
@@ -215,10 +215,9 @@ package final class World: Scenario {
         let trusted = eastIsConfirmed && eastDistrusted.isEmpty
         if fault == .confirmPrimaryEarly { eastIsConfirmed = true }
         if last == 0 { return false }
-        if !trusted {
-            eastRecord.primary?.point = .none
-        }
-        _ = eastRecord.giveUpPoint(unlessHeldBy: eastRecording.map { $0.roles.pointee.heldPoint })
+        eastGroup = Group(record: eastSaved)
+        let held = eastRecording.map { trusted ? $0.roles.pointee.heldPoint : nil }
+        if eastGroup.record.mustGiveUpPoint(heldBy: held), !changeEast(.pointGivenUp) { return false }
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
         targetFiles = []
         mailboxes = Array(repeating: [], count: Self.volumes)
@@ -231,7 +230,7 @@ package final class World: Scenario {
             simulated.volume.recording = true
             startLog(simulated, eastLogs[index], eastRecording[index], trusted)
             if eastDistrusted.contains(index) { simulated.volume.markAllChanged() }
-            if let held = eastRecord.held?.number {
+            if let held = eastGroup.record.held?.number {
                 simulated.volume.resumePoint(
                     number: held, targetFile: target,
                     preserved: eastPreserved[index].bitmap(Self.grains))
@@ -269,7 +268,7 @@ package final class World: Scenario {
     func startWest() {
         westLife += 1
         committing = false
-        (westRecord, westIsUnsaved) = (westSaved, false)
+        westGroup = Group(record: westSaved)
         // What was made for a point that no record names.
         for index in 0..<Self.volumes {
             let known = westPoints + (westRecord.retired ?? []).map(\.number)
@@ -397,24 +396,29 @@ package final class World: Scenario {
         events.append(event)
         guard !performing else { return }
         performing = true
-        while !events.isEmpty { perform(cycle.handle(events.removeFirst(), now: now)) }
+        while !events.isEmpty { perform(eastGroup.handle(events.removeFirst(), now: now)) }
         performing = false
     }
 
-    /// Those behind a record that cannot be saved are dropped.
-    private func perform(_ actions: [Cycle.Action]) {
-        for action in actions {
-            guard case .save(let record) = action else {
-                perform(action)
-                continue
-            }
-            guard !eastStateFails, save(record, to: &eastRecord) else {
+    /// - Returns: whether the record was saved, or need not be.
+    @discardableResult
+    private func perform(_ ready: Ready, ofCycle: Bool = true) -> Bool {
+        for action in ready.before { perform(action) }
+        if ready.saves {
+            guard !eastStateFails, save(eastGroup.record, to: &eastSaved) else {
                 note("east cannot save its record")
-                events.insert(.saveFailed("no space"), at: 0)
-                return
+                perform(eastGroup.saveFailed("no space", ofCycle: ofCycle, now: now))
+                return false
             }
-            cycle.wasSaved()
+            eastGroup.wasSaved()
         }
+        for action in ready.after { perform(action) }
+        return true
+    }
+
+    private func changeEast(_ change: GroupChange) -> Bool {
+        guard let ready = try? eastGroup.change(change) else { return false }
+        return perform(ready, ofCycle: false)
     }
 
     /// A save that fails may have reached the file all the same.
@@ -429,14 +433,18 @@ package final class World: Scenario {
 
     /// Both sites' records, in memory and on disk.
     func setRecords(east: GroupRecord, west: GroupRecord) {
-        (eastRecord, westRecord, westSaved, westIsUnsaved) = (east, west, west, false)
+        (eastSaved, westSaved) = (east, west)
+        (eastGroup, westGroup) = (Group(record: east), Group(record: west))
     }
 
-    /// `KeptRecord`: durably, or not at all.
-    private func saveWest(_ next: GroupRecord) -> Bool {
-        westIsUnsaved = !save(next, to: &westSaved)
-        if !westIsUnsaved { westRecord = next }
-        return !westIsUnsaved
+    private func saveWest(_ ready: Ready?) -> Bool {
+        guard let ready, ready.saves else { return ready != nil }
+        guard save(westGroup.record, to: &westSaved) else {
+            _ = westGroup.saveFailed("no space", ofCycle: false, now: now)
+            return false
+        }
+        westGroup.wasSaved()
+        return true
     }
 
     private func perform(_ action: Cycle.Action) {
@@ -445,7 +453,6 @@ package final class World: Scenario {
             epoch += 1
             openSession(epoch)
         case .closeLink: epoch += 1
-        case .save: break  // above
         case .prepare: prepare()
         case .form(let number): form(number)
         case .rewind:
@@ -544,12 +551,12 @@ package final class World: Scenario {
         let sender = epoch
         switch action {
         case .read(let slot, let index):
-            guard let point = cycle.record.held?.number else { return }
+            guard let point = eastGroup.record.held?.number else { return }
             post(index) { [unowned self] volume in drainRead(slot, volume, point, sender) }
         case .send: break  // follows the read at once; see drainRead
         case .flush: flush(sender)
         case .clear(let runs):
-            guard let point = cycle.record.held?.number else { return }
+            guard let point = eastGroup.record.held?.number else { return }
             for run in runs { post(run.volume) { $0.volume.clearOutOfSync(run.grains, point: point) } }
         case .finished: break
         }
@@ -603,7 +610,7 @@ package final class World: Scenario {
                 return answerSession(sender, opened)
             }
             // What the file holds beside the record must be gone before anything is let in that it knows nothing of.
-            guard !westIsUnsaved || fault == .openUnsaved || saveWest(westRecord) else {
+            guard fault == .openUnsaved || saveWest(westGroup.settle()) else {
                 session = 0
                 return loseSession(sender)
             }
@@ -715,9 +722,7 @@ package final class World: Scenario {
             }
         case .record:
             westOrder += CopyRecord.orderStep
-            var next = westRecord
-            plan.apply(&next)
-            guard saveWest(next) else {
+            guard saveWest(try? westGroup.change(.committed(plan))) else {
                 note("west cannot record point \(plan.point.number)")
                 (committing, session) = (false, 0)
                 return done(false)
@@ -921,12 +926,13 @@ package final class World: Scenario {
             try step(faults: false)
             guard steps < deadline else { throw SimulationFailure("hosts wait for ever") }
         }
-        let wanted = cycle.nextNumber + 1
+        let wanted = eastGroup.nextNumber + 1
         while westPoints.last ?? 0 < wanted {
             try step(faults: false)
             guard steps < deadline else {
                 throw SimulationFailure(
-                    "no point is committed any more: \(cycle.shownState) \(cycle.suspension ?? "")\(stuckState)")
+                    "no point is committed any more: \(eastGroup.shownState) \(eastGroup.cycle?.suspension ?? "")\(stuckState)"
+                )
             }
         }
         while west.contains(where: { $0.volume.copy(CopyID(westPoints.last!)) == nil }) { try step(faults: false) }
@@ -937,7 +943,8 @@ package final class World: Scenario {
         let volumes = east.map {
             "point \($0.volume.point?.number ?? 0) oos \($0.volume.outOfSyncGrains) ready \($0.volume.mayFormPoint) requests \($0.volume.requestsInUse) io \($0.pending.count)"
         }
-        return " \(cycle.state), east \(volumes), west \(west.map(\.volume.modifyingInFlight)), tasks \(tasks.count)"
+        return
+            " \(eastGroup.cycle!.state), east \(volumes), west \(west.map(\.volume.modifyingInFlight)), tasks \(tasks.count)"
     }
 
     private func compareSites(_ point: UInt64) throws(SimulationFailure) {

@@ -60,7 +60,7 @@ extension Site {
     /// Looks after every group until the site stops.
     func watch() async {
         while !isStopping {
-            settleRecords()
+            await settleRecords()
             retryDistrust()
             for group in groups.values {
                 review(group)
@@ -140,7 +140,7 @@ extension Site {
         defer { group.isRetiring = false }
         let numbers = group.record.points.map(\.number)
         do {
-            try await group.amend { $0.retire($0.points) }
+            try await group.handle.change(.retired(numbers))
         } catch {
             return note(group.entry.name, "\(error)")
         }
@@ -202,7 +202,7 @@ extension Site {
     /// Bounds the link from now on, through restarts; nil = as configured.
     package func setRate(_ name: String, _ rate: UInt64?) async throws {
         let group = try group(name)
-        try await group.amend { $0.rate = rate }
+        try await group.handle.change(.rate(rate))
         keepTime(group)
     }
 

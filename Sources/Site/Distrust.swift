@@ -7,7 +7,7 @@
 // Must be prevented:
 //   hosts go on before the note is on stable storage (the engine waits for it: `distrustActivityLog`, `failureIsWritten`), or wait for the
 //     disk that fails while another would take it
-//   a note is removed before the record says the same (`VolumeState.confirm`, `GroupRecord.forgetUntracked`)
+//   a note is removed before the record says the same (`VolumeState.confirm`, `GroupChange.sentAnew`)
 //   one note counts for another: the peer knows nothing of FlashCopies
 //   hosts wait without bound: what nobody takes in time is told to the operator, and tried again
 
@@ -112,7 +112,7 @@ extension Site {
     }
 
     private func isSaved(_ volume: VolumeState) -> Bool {
-        !volume.isUnsaved && group(ofVolume: volume.name)?.mayDiffer != true
+        !volume.isUnsaved && group(ofVolume: volume.name)?.isUnsaved != true
     }
 
     /// The records are the last who could have taken it.
@@ -181,8 +181,8 @@ extension Site {
         guard group.entry.volumes.contains(request.volume) else {
             throw Refusal("group '\(name)' has no volume '\(request.volume)'", .unknown)
         }
-        let (lineage, session) = (randomIdentity(), group.session ?? 0)
-        try await group.amend { $0.noteUntracked(request.volume, lineage: lineage, session: session) }
+        try await group.handle.change(
+            .untracked(volume: request.volume, lineage: randomIdentity(), session: group.session ?? 0))
         note(
             name,
             "'\(group.entry.peer)' cannot write down any more what its hosts change of volume \(request.volume); all of it will be "
@@ -195,8 +195,8 @@ extension Site {
     func distrust(_ group: GroupState, untracked: [String] = []) async throws {
         guard group.record.role == .primary else { return }
         for volume in members(group) where untracked.contains(volume.name) { volume.distrust() }
-        if !untracked.isEmpty { try giveUpUncertainPoint(group) }
+        if !untracked.isEmpty { try await giveUpUncertainPoint(group) }
         guard members(group).contains(where: \.wasAlone), !group.record.isAlone else { return }
-        try await group.amend { $0.primary?.alone = true }
+        try await group.handle.change(.alone)
     }
 }

@@ -529,10 +529,10 @@ extension Site {
         return reason
     }
 
-    /// A recovery point that has failed is none any more (`GroupRecord.failPoint`).
+    /// A recovery point that has failed is none any more (`GroupChange.pointFailed`).
     private func failPoint(_ group: GroupState, _ number: UInt64) async {
         guard group.record.points.contains(where: { $0.number == number }) else { return }
-        await group.acknowledge { $0.failPoint(number) }
+        try? await group.handle.change(.pointFailed(number))
         let leaves = !group.record.points.contains { $0.number == number }
         for volume in members(group) {
             if leaves { await leave(volume, CopyID(number)) }

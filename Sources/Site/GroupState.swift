@@ -8,7 +8,7 @@ import Ring
 import SiteConfiguration
 import Synchronization
 
-/// The record's file, shared by the site and, while the group is primary, its replicator.
+/// The record's file, for the group's thread.
 final class GroupRecordFile: @unchecked Sendable {
     // Safe because: the file is used under the mutex only.
     private let saved: Mutex<GroupRecord>
@@ -33,10 +33,11 @@ extension GroupRecord: VersionedRecord {}
 
 final class GroupState {
     let entry: Configuration.GroupEntry
-    /// Counts while the group has no replicator; otherwise the replicator's copy does.
-    private let kept: KeptRecord<GroupRecord>
-    let file: GroupRecordFile
-    private(set) var replicator: Replicator?
+    /// Its thread has the record.
+    let handle: GroupHandle
+    /// The same, while this site sends to its peer.
+    var replicator: GroupHandle? { isReplicating ? handle : nil }
+    private(set) var isReplicating = false
     /// The session of the primary's replicator (secondary).
     var session: UInt64?
     /// This site asks its peer to give up the role.
@@ -44,60 +45,26 @@ final class GroupState {
     /// Sessions, commits and changes of roles come one after the other.
     let turnstile = Turnstile()
 
-    init(entry: Configuration.GroupEntry, record: GroupRecord, file: DurableRecord<GroupRecord>) {
+    init(entry: Configuration.GroupEntry, record: GroupRecord, file: DurableRecord<GroupRecord>) throws {
         self.entry = entry
         let file = GroupRecordFile(record, file)
-        self.file = file
-        kept = KeptRecord(record) { try file.save($0) }
+        handle = try GroupHandle(name: entry.name, record: record) { try file.save($0) }
     }
 
-    /// The record as it is just now, whoever has it.
-    var record: GroupRecord { replicator?.status.record ?? kept.value }
+    /// The record as it is just now.
+    var record: GroupRecord { handle.record }
 
-    /// The record's file may hold another one, and no replicator saves it again; `settle` mends that.
-    var isUnsaved: Bool { replicator == nil && kept.isUnsaved }
-    /// The same, whoever has the record.
-    var mayDiffer: Bool { replicator?.status.isUnsaved ?? kept.isUnsaved }
+    /// The record's file may hold another one. The group's thread mends that.
+    var isUnsaved: Bool { handle.status.isUnsaved }
 
-    /// Changes the record, durably or not at all, whoever has it.
-    func amend(
-        isolation: isolated (any Actor)? = #isolation, _ change: @escaping @Sendable (inout GroupRecord) -> Void
-    ) async throws {
-        while let replicator {
-            if try await replicator.amend(change) { return }
-            // It has just ended; whoever ended it takes its record over.
-            await Task.yield()
-        }
-        try kept.amend(change)
+    func begin(isolation: isolated (any Actor)? = #isolation, _ configuration: Replicator.Configuration) async {
+        isReplicating = true
+        await handle.begin(configuration)
     }
 
-    /// The same while the group has no replicator, as during a start.
-    func amendAlone(_ change: (inout GroupRecord) throws -> Void) throws {
-        invariant(replicator == nil, "the record is the replicator's while there is one")
-        try kept.amend(change)
-    }
-
-    /// Takes over what has happened already: in memory at once, and in the file as soon as it can be written.
-    func acknowledge(
-        isolation: isolated (any Actor)? = #isolation, _ change: @escaping @Sendable (inout GroupRecord) -> Void
-    ) async {
-        while let replicator {
-            if (try? await replicator.amend(anyway: true, change)) == true { return }
-            await Task.yield()
-        }
-        kept.acknowledge(change)
-    }
-
-    /// Makes sure that no change that was taken back stands in the file. Nothing of the peer's is let in before.
-    func settle() throws { if replicator == nil { try kept.settle() } }
-
-    func begin(_ replicator: Replicator) { self.replicator = replicator }
-
-    /// The replicator has ended: its record is the group's.
-    func endReplication() {
-        guard let status = replicator?.status else { return }
-        kept.takeOver(status.record, isUnsaved: status.isUnsaved)
-        replicator = nil
+    func endReplication(isolation: isolated (any Actor)? = #isolation) async {
+        await handle.end()
+        isReplicating = false
     }
 
     /// What the records of its volumes say while they are served in it, in either role: what the roles mean for the bitmaps is

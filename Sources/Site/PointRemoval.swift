@@ -92,7 +92,7 @@ extension Site {
     /// The record decides: from here on a start takes them out of the chains.
     private func retire(_ points: [PointRecord], _ group: GroupState) async throws {
         reserve.releaseIfShort()
-        try await group.amend { $0.retire(points) }
+        try await group.handle.change(.retired(points.map(\.number)))
     }
 
     /// Oldest first; and those that were meant and cannot be dropped.

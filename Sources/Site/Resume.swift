@@ -66,9 +66,9 @@ extension Site {
         state.removeOrphans(
             volume.name, bitmaps: Set(links.map(\.id)), targets: Set(links.map(\.record.targetOwner)))
         let opened = try openLinks(volume, links)
-        try noteFailed(volume, group, &links, opened)
+        try await noteFailed(volume, group, &links, opened)
         let lost = opened.lastIndex { $0 == nil }.map { $0 + 1 } ?? 0
-        if lost > 0 { try loseCopies(volume, group, links[..<lost]) }
+        if lost > 0 { try await loseCopies(volume, group, links[..<lost]) }
         for (link, files) in zip(links, opened).dropFirst(lost) { try await resumeLink(volume, link, files!) }
         guard !forgotten.isEmpty else { return }
         try synchronizeChanges(volume)
@@ -102,14 +102,15 @@ extension Site {
     /// What had failed when the last process ended, perhaps before it could write that down.
     private func noteFailed(
         _ volume: VolumeState, _ group: GroupState?, _ links: inout [Link], _ opened: [CopyFiles?]
-    ) throws {
+    ) async throws {
         for index in links.indices
         where opened[index]?.bitmap.hasFailed == true || volume.hadFailed(links[index].record) {
             guard links[index].resumption == .serves else { continue }
             links[index].resumption = .servesOlder
             let id = links[index].id
             if links[index].isPoint {
-                try group?.amendAlone { $0.failPoint(UInt64(id)) }
+                try await group?.handle.change(.pointFailed(UInt64(id)))
+                try await group?.handle.settle()  // nothing else says so once the volume is taken up
                 if group?.record.points.contains(where: { $0.number == UInt64(id) }) == false {
                     links[index].resumption = .leaves
                 }
@@ -151,7 +152,7 @@ extension Site {
     }
 
     /// Copies up to one whose bitmap is damaged: they read through it, and nobody knows what it has.
-    private func loseCopies(_ volume: VolumeState, _ group: GroupState?, _ links: ArraySlice<Link>) throws {
+    private func loseCopies(_ volume: VolumeState, _ group: GroupState?, _ links: ArraySlice<Link>) async throws {
         let ids = Set(links.map(\.id))
         try volume.amend { record in
             for index in record.copies.indices where ids.contains(record.copies[index].id) {
@@ -160,11 +161,11 @@ extension Site {
                     "its bitmap or target, or that of a newer copy that it reads through, is damaged"
             }
         }
-        try voidPoints(volume, group, ids)
+        try await voidPoints(volume, group, ids)
         for id in ids { unlink(volume.bitmapPath(id)) }
     }
 
-    private func voidPoints(_ volume: VolumeState, _ group: GroupState?, _ ids: Set<CopyID>) throws {
+    private func voidPoints(_ volume: VolumeState, _ group: GroupState?, _ ids: Set<CopyID>) async throws {
         guard let group, let last = group.record.points.lastIndex(where: { ids.contains(CopyID($0.number)) }) else {
             return
         }
@@ -172,10 +173,8 @@ extension Site {
             group.entry.name,
             "volume \(volume.name): the recovery points up to \(group.record.points[last].number) are void, since a bitmap is "
                 + "damaged\(last == group.record.points.count - 1 ? "; everything is copied anew" : "")")
-        try group.amendAlone { record in
-            if last == record.points.count - 1 { record.lineage = randomIdentity() }
-            record.points.removeFirst(last + 1)
-        }
+        try await group.handle.change(
+            .pointsVoided(through: group.record.points[last].number, lineage: randomIdentity()))
     }
 
     private func resumeLink(_ volume: VolumeState, _ link: Link, _ files: CopyFiles) async throws {
@@ -255,7 +254,8 @@ extension Site {
                     group?.entry.name,
                     "volume \(volume.name): point \(failover.point), which was failed over to, is lost; what had not flowed back "
                         + "is as the old primary sent it last")
-                try group?.amendAlone { $0.endRestore(of: volume.name) }
+                try await group?.handle.change(.restored(volume: volume.name))
+                try await group?.handle.settle()
             }
         }
         guard let restoring = volume.record.restoring else { return }

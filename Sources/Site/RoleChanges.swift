@@ -145,7 +145,7 @@ extension Site {
                 throw Refusal("group '\(name)': something was still written; nothing has changed, try again")
             }
             await stopReplication(group)
-            try await group.amend { $0.handOver(at: point.number) }
+            try await group.handle.change(.handingOver(point: point.number))
             try await promotePeer(group, point.number)
             return point
         } catch let refusal as PeerRefusal {
@@ -177,7 +177,7 @@ extension Site {
     }
 
     /// A point formed from now on and committed by the peer.
-    private func pointOf(_ replicator: Replicator, _ operation: Operation, seconds: Double) async throws -> PointRecord
+    private func pointOf(_ replicator: GroupHandle, _ operation: Operation, seconds: Double) async throws -> PointRecord
     {
         let outcome = Outcome()
         Task { [site = self] in
@@ -243,7 +243,7 @@ extension Site {
         guard let peer = peer(group) else { return }
         _ = try await peer.openSession(
             volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
-        try await group.amend { $0.takeBackHandover() }
+        try await group.handle.change(.handoverTakenBack)
         await admitHosts(group)
         try await startReplication(group)
     }
@@ -290,11 +290,11 @@ extension Site {
         try await checkFailback(group)
         var point: PointRecord?
         try await operate(group, .failback) {
-            try await group.amend { $0.primary?.failingBack = true }
+            try await group.handle.change(.failingBack(true))
             do {
                 point = try await self.runFailback(group, group.operation!)
             } catch {
-                try await group.amend { $0.primary?.failingBack = false }
+                try await group.handle.change(.failingBack(false))
                 throw error
             }
         }

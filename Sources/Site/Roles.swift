@@ -103,7 +103,7 @@ extension Site {
                 let verdict = judge(await standing(group), theirs)
                 switch verdict {
                 case .inOrder:
-                    if group.record.conflict != nil { try await group.amend { $0.primary?.conflict = nil } }
+                    if group.record.conflict != nil { try await group.handle.change(.conflict(nil)) }
                 case .stale: try await declare(.stale, group)
                 case .splitBrain: try await declare(.splitBrain, group)
                 case .unrelated: break  // the session's refusal says what to do
@@ -156,7 +156,7 @@ extension Site {
                 return
             }
         }
-        try await group.amend { $0.primary?.alone = true }
+        try await group.handle.change(.alone)
         group.servesHosts = true
     }
 
@@ -182,7 +182,7 @@ extension Site {
         guard group.isolation != nil else {
             throw Refusal("group '\(name)' does not wait for its peer")
         }
-        try await group.amend { $0.primary?.alone = true }
+        try await group.handle.change(.alone)
         group.isolation = nil
         try await beginService(group)
         note(name, "serves hosts without having heard from '\(group.entry.peer)', by command")
@@ -209,7 +209,7 @@ extension Site {
     private func declare(_ kind: Phase.Conflict.Kind, _ group: GroupState) async throws {
         guard group.record.conflict?.kind != kind else { return }
         let conflict = Phase.Conflict(kind: kind, at: realSeconds())
-        try await group.amend { $0.primary?.conflict = conflict }
+        try await group.handle.change(.conflict(conflict))
         switch kind {
         case .stale:
             note(group.entry.name, "'\(group.entry.peer)' has taken over; this site is stale and shuts hosts out")
@@ -259,9 +259,7 @@ extension Site {
     }
 
     func stopReplication(_ group: GroupState) async {
-        guard let replicator = group.replicator else { return }
-        await replicator.stop()
-        group.endReplication()
+        if group.isReplicating { await group.endReplication() }
     }
 
     // MARK: Giving up the role
@@ -283,10 +281,8 @@ extension Site {
             guard let number = group.record.yielded,
                 let point = group.record.points.first(where: { $0.number == number })
             else { throw Refusal("group '\(name)' is secondary at '\(configuration.site)' already") }
-            try await group.amend { record in  // asked again
-                record.generations = request.generations
-                record.peerSite = request.siteID
-            }
+            // Asked again.
+            try await group.handle.change(.paired(site: request.siteID, generations: request.generations))
             return yieldAnswer(group, point)
         }
         try await checkStillAsked(group, request)
@@ -312,7 +308,7 @@ extension Site {
     }
 
     private func admitWhenSettled(_ group: GroupState) async {
-        if (try? group.settle()) != nil { return await admitHosts(group) }
+        if (try? await group.handle.settle()) != nil { return await admitHosts(group) }
         note(group.entry.name, "hosts stay shut out until the group's record can be written")
         Task {
             while group.isUnsaved, !isStopping { try? await Task.sleep(for: .milliseconds(200)) }
@@ -386,9 +382,7 @@ extension Site {
             try volume.recording.synchronize()
             try await volume.flushSource()
         }
-        try await group.amend { record in
-            record.primary?.point = .none
-        }
+        try await group.handle.change(.pointGivenUp)
     }
 
     private func keepUnsent(_ group: GroupState) async throws {
@@ -416,14 +410,11 @@ extension Site {
             number: max(request.highestPoint, group.record.highestPoint) + 1, formedAt: now, committedAt: now,
             order: members.map(\.nextOrder).max(), isBase: true)
         let dropped = group.entry.keep.dropped(group.record.points + [point])
-        let (lineage, names) = (randomIdentity(), members.map(\.name))
-        let plan = CommitPlan(point: point, dropped: dropped) { record in
-            record = record.afterYielding(
-                at: point, to: request.siteID, generations: request.generations, lineage: lineage, volumes: names,
-                dropped: dropped)
-        }
+        let yielding = Yielding(
+            point: point, peer: request.siteID, generations: request.generations, lineage: randomIdentity(),
+            volumes: members.map(\.name), dropped: dropped)
         group.session = nil
-        try await carryOut(plan, group)
+        try await carryOut(CommitPlan(point: point, dropped: dropped), as: .yielded(yielding), group)
         for volume in members {
             let number = volume.number
             await volume.reactor.run { reactor in
@@ -483,8 +474,7 @@ extension Site {
         try await settleChanges(group)
         if theirs.role == .primary, let head = group.record.generations.first, theirs.generations.contains(head) {
             // The peer has seen every generation that this site had; from now on it is behind.
-            let generation = randomIdentity()
-            try await group.amend { $0.beginGeneration(generation) }
+            try await group.handle.change(.generationBegun(randomIdentity()))
         }
         let answer = try await callPeer(
             group, Endpoints.yield,
@@ -500,10 +490,11 @@ extension Site {
             }
             try volume.recording.synchronize()
         }
-        try await group.amend { record in
-            record = record.afterJoining(answer.siteID, lineage: answer.lineage, at: answer.point)
-            record.volumeLineages = answer.volumeLineages
-        }
+        try await group.handle.change(
+            .joined(
+                Joining(
+                    peer: answer.siteID, lineage: answer.lineage, volumeLineages: answer.volumeLineages,
+                    point: answer.point)))
         await admitHosts(group)
         try await startReplication(group)
     }

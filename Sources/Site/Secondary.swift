@@ -42,13 +42,10 @@ extension Site {
         try checkPeer(group, request)  // not only after a wait, perhaps for the very site that asks
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
-        try group.settle()
+        try await group.handle.settle()
         try checkPeer(group, request)
         if group.record.peerSite == nil || group.record.generations != request.generations {
-            try await group.amend { record in
-                record.peerSite = request.siteID
-                record.generations = request.generations
-            }
+            try await group.handle.change(.paired(site: request.siteID, generations: request.generations))
         }
         if group.record.yielded != nil { try await forgetFormerRole(group) }
         let session = UInt64.random(in: 1...UInt64.max)
@@ -117,7 +114,7 @@ extension Site {
             let number = volume.number
             await volume.reactor.run { $0.hosted(number).volume.forgetChanges() }
         }
-        try await group.amend { $0.forgetYield() }
+        try await group.handle.change(.yieldIsKnown)
     }
 
     /// Ends the intake's connections, waits until nothing of them is under way, and lets only `next` in.
@@ -161,8 +158,8 @@ extension Site {
         } catch {
             throw Refusal("group '\(name)': \(error)", .refused)
         }
-        try await carryOut(plan, group)
-        if group.record.untracked != nil { try? await group.amend { $0.forgetUntracked(before: request.session) } }
+        try await carryOut(plan, as: .committed(plan), group)
+        if group.record.untracked != nil { try? await group.handle.change(.sentAnew(session: request.session)) }
         return CommitAnswer(committedAt: plan.point.committedAt ?? plan.point.formedAt)
     }
 
@@ -177,7 +174,7 @@ extension Site {
         return await volume.reactor.run { $0.hosted(number).volume.modifyingInFlight }
     }
 
-    func carryOut(_ plan: CommitPlan, _ group: GroupState) async throws {
+    func carryOut(_ plan: CommitPlan, as decision: GroupChange, _ group: GroupState) async throws {
         let members = members(group)
         var files: [CopyFiles] = []
         for step in CommitStep.allCases {
@@ -186,7 +183,7 @@ extension Site {
             case .record:
                 for volume in members { volume.nextOrder = (plan.point.order ?? 0) + CopyRecord.orderStep }
                 do {
-                    try await group.amend(plan.apply)
+                    try await group.handle.change(decision)
                 } catch {
                     // The file may hold the point all the same, and a start would take it then as the volumes are: nothing more is
                     // let in until the record was saved again.
@@ -290,13 +287,11 @@ extension Site {
                     throw error
                 }
             case .record:
-                let (names, generation, now) = (members.map(\.name), randomIdentity(), realSeconds())
+                let takeover = Takeover(
+                    point: point.number, volumes: members.map(\.name), leftOut: left, generation: randomIdentity(),
+                    at: realSeconds(), joins: joins)
                 do {
-                    try await group.amend { record in
-                        record = record.afterFailover(
-                            to: point.number, volumes: names, generation: generation, now: now, joins: joins)
-                        if !left.isEmpty { record.leftOut = left }
-                    }
+                    try await group.handle.change(.failedOver(takeover))
                 } catch {
                     // Nothing is restored. The files stay: should the record's file hold the failover, a start carries it out.
                     for volume in members { volume.restoreBitmap = nil }

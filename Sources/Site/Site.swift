@@ -114,9 +114,9 @@ package actor Site {
             }
         }
         for group in groups.values {
-            try renewIfServedElsewhere(group)
+            try await takeUpMembership(group)
             try await distrust(group)
-            try giveUpUncertainPoint(group)
+            try await giveUpUncertainPoint(group)
         }
         reserve = SpaceReserve(
             directory: state.path,
@@ -170,66 +170,38 @@ package actor Site {
         var found: GroupRecord?
         let file = try DurableRecord<GroupRecord>(
             path: "\(state.group(entry.name))/group.record", value: &found)
-        var record =
-            found
-            ?? GroupRecord(
-                role: entry.role,
-                generation: entry.role == .primary ? randomIdentity() : "")
-        if found == nil {
-            if record.role == .secondary {
-                record.generations = []
-                record.lineage = randomIdentity()
-            }
-            try file.save(record)
-        }
-        groups[entry.name] = GroupState(entry: entry, record: record, file: file)
+        let record = found ?? GroupRecord.first(entry.role, identity: randomIdentity())
+        if found == nil { try file.save(record) }
+        groups[entry.name] = try GroupState(entry: entry, record: record, file: file)
     }
 
-    /// A secondary that hosts have written to is no copy of anything: it begins anew, with a lineage that tells the
-    /// primary to send everything. A volume that joins the group begins alone.
-    private func renewIfServedElsewhere(_ group: GroupState) throws {
-        let names = group.entry.volumes
-        var record = group.record
-        var lineages = (record.volumeLineages ?? [:]).filter { names.contains($0.key) }
-        record.joinedAfter = record.joinedAfter?.filter { names.contains($0.key) }
-        record.leftOut = record.leftOut?.filter { names.contains($0) }
+    /// The record learns which volumes the group has now, and which of them were served elsewhere meanwhile.
+    private func takeUpMembership(_ group: GroupState) async throws {
+        let (name, names, before) = (group.entry.name, group.entry.volumes, group.record)
         let foreign = names.filter { volumes[$0]?.record.servedAs != group.servedAs }
-        if record.role == .secondary {
-            if foreign.contains(where: { lineages[$0] != nil }) {
-                if !record.points.isEmpty {
-                    note(
-                        group.entry.name,
-                        "a volume was served outside the group; its recovery points are void, and everything is copied anew"
-                    )
-                }
-                record.points = []
-                record.lineage = randomIdentity()
-            }
-            for name in foreign {
-                lineages[name] = randomIdentity()
-                if let newest = record.points.last {
-                    record.joinedAfter = (record.joinedAfter ?? [:]).merging([name: newest.number]) { _, new in new }
-                    note(group.entry.name, "volume \(name) joins after point \(newest.number)")
-                }
-            }
-            record.volumeLineages = lineages
-        } else {
-            if record.volumeLineages != nil { record.volumeLineages = lineages }
-            for name in foreign where volumes[name]?.record.servedAs == VolumeRecord.anotherFile {
-                // Points from when this site was secondary read through a file that is not what they knew.
-                for point in record.points { record.failPoint(point.number) }
-                record.endRestore(of: name)
-            }
+        try await group.handle.change(
+            .started(
+                Membership(
+                    volumes: names, foreign: Dictionary(uniqueKeysWithValues: foreign.map { ($0, randomIdentity()) }),
+                    exchanged: Set(foreign.filter { volumes[$0]?.record.servedAs == VolumeRecord.anotherFile }),
+                    lineage: randomIdentity())))
+        if before.role == .secondary, !before.points.isEmpty, group.record.points.isEmpty {
+            note(
+                name,
+                "a volume was served outside the group; its recovery points are void, and everything is copied anew")
         }
-        guard record != group.record else { return }
-        try group.amendAlone { $0 = record }
+        for volume in foreign {
+            guard let number = group.record.joinedAfter?[volume], before.joinedAfter?[volume] != number else {
+                continue
+            }
+            note(name, "volume \(volume) joins after point \(number)")
+        }
     }
 
     /// A point that was held is given up when one volume does not say any more what of it is still to be sent.
-    func giveUpUncertainPoint(_ group: GroupState) throws {
-        let held = members(group).map(\.heldPoint)
-        var record = group.record
-        if record.giveUpPoint(unlessHeldBy: held) { try group.amendAlone { $0 = record } }
+    func giveUpUncertainPoint(_ group: GroupState) async throws {
+        guard group.record.mustGiveUpPoint(heldBy: members(group).map(\.heldPoint)) else { return }
+        try await group.handle.change(.pointGivenUp)
     }
 
     func group(ofVolume name: String) -> GroupState? {
@@ -327,18 +299,14 @@ package actor Site {
     func startReplication(_ group: GroupState) async throws {
         guard let peer = configuration.peers[group.entry.peer] else { return }
         try await alignPoint(group)
-        let replicator = try Replicator(record: group.record)
-        group.begin(replicator)
         let members = members(group)
         let name = group.entry.name
         let logger = logger
         let events = events
-        let file = group.file
         let slotBytes = max(Limits.linkSlotBytes, members.map(\.geometry.grain).max() ?? 0)
         let link = group.entry.link
-        replicator.start(
+        await group.begin(
             Replicator.Configuration(
-                group: name,
                 settings: Cycle.Settings(
                     interval: group.entry.interval, volumes: members.count, window: Limits.linkWindowBytes / slotBytes),
                 volumes: members.map { volume in
@@ -354,7 +322,6 @@ package actor Site {
                 peer: replicationPeer(group, peer),
                 connectionsPerVolume: link.connections ?? max(1, 4 / members.count), compare: link.compare,
                 stallTimeout: link.stallTimeout, rate: currentRate(group),
-                save: { try file.save($0) },
                 log: { text in
                     logger.info("group \(name): \(text)")
                     events.add(group: name, text)
@@ -375,7 +342,7 @@ package actor Site {
             let number = volume.number
             await volume.reactor.run { $0.hosted(number).volume.giveUpPoint() }
         }
-        if held != nil { try await group.amend { $0.primary?.point = .none } }
+        if held != nil { try await group.handle.change(.pointGivenUp) }
     }
 
     /// The peer, if it is a Farcopy site.
@@ -416,7 +383,7 @@ package actor Site {
             if let group { writeRefused(volume, group, copy, errno) }
         case .restoreFinished:
             if let group, group.record.failedOver?.restoring.contains(name) == true {
-                await group.acknowledge { $0.endRestore(of: name) }
+                try? await group.handle.change(.restored(volume: name))
             }
             restoreFinished(volume)
         case .restoreFailed(let grain, let errno):
@@ -432,11 +399,11 @@ package actor Site {
     }
 
     /// Writes records again whose last save has failed, until their files say what memory does.
-    func settleRecords() {
+    func settleRecords() async {
         guard volumes.values.contains(where: \.isUnsaved) || groups.values.contains(where: \.isUnsaved) else { return }
         reserve.releaseIfShort()
         for volume in volumes.values where volume.isUnsaved { try? volume.settle() }
-        for group in groups.values where group.isUnsaved { try? group.settle() }
+        for group in groups.values where group.isUnsaved { try? await group.handle.settle() }
     }
 
     // MARK: Stopping
@@ -445,10 +412,10 @@ package actor Site {
     package func stop() async {
         isStopping = true
         for group in groups.values {
-            await group.replicator?.stop()
-            group.endReplication()
+            await stopReplication(group)
         }
-        settleRecords()
+        await settleRecords()
+        for group in groups.values { await group.handle.stop() }
         for reactor in reactors + (greeter.map { [$0] } ?? []) {
             await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
                 Reactor.stop(reactor) { continuation.resume() }

@@ -104,7 +104,7 @@ extension Site {
         return report
     }
 
-    private func describe(_ replication: ReplicationStatus, _ report: inout StatusReport.GroupReport) {
+    private func describe(_ replication: GroupStatus, _ report: inout StatusReport.GroupReport) {
         report.state = replication.state.rawValue
         report.reason = replication.reason
         report.rateBytesPerSecond = replication.bytesPerSecond
@@ -141,7 +141,7 @@ extension Site {
 
     // MARK: Commands on a primary
 
-    private func replicator(_ name: String) throws -> Replicator {
+    private func replicator(_ name: String) throws -> GroupHandle {
         let group = try group(name)
         guard let replicator = group.replicator else {
             throw Refusal(notMirroring(group))
@@ -154,7 +154,7 @@ extension Site {
     /// - Parameter fromImage: the secondary was seeded; until the first commit only what differs by checksum is sent.
     package func resume(_ name: String, fromImage: Bool = false) async throws {
         let replicator = try replicator(name)
-        if fromImage { try await group(name).amend { $0.primary?.fromImage = true } }
+        if fromImage { try await group(name).handle.change(.seeded) }
         replicator.resume()
     }
 

@@ -82,7 +82,7 @@ extension Site {
     static let verifyPrefix = "verify:"
 
     /// FlashCopies of the instant of a point that the peer has committed.
-    private func copyAtPoint(_ group: GroupState, _ replicator: Replicator) async throws -> (PointRecord, [NewCopy]) {
+    private func copyAtPoint(_ group: GroupState, _ replicator: GroupHandle) async throws -> (PointRecord, [NewCopy]) {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
         let members = members(group)

@@ -2,27 +2,23 @@ import FoundationEssentials
 import Groups
 import Testing
 
-private let point = PointRecord(number: 7, formedAt: 1, committedAt: 2)
-
 /// A record of each phase.
-private func record(_ kind: Phase.Kind) -> GroupRecord {
-    var record = GroupRecord(role: kind == .secondary || kind == .failedOver ? .secondary : .primary, generation: "one")
-    record.lastNumber = 7
-    switch kind {
-    case .secondary, .mirroring: return record
-    case .handingOver: record.handOver(at: 7)
-    case .failedOver:
-        record.points = [point]
-        return record.afterFailover(to: 7, volumes: ["a", "b"], generation: "two", now: 3, joins: true)
-    }
-    return record
+private func record(_ kind: Phase.Kind, _ more: String = "") throws -> GroupRecord {
+    let fields =
+        switch kind {
+        case .secondary: "role=secondary"
+        case .mirroring: ""
+        case .handingOver: "handingOver=7"
+        case .failedOver: "failedOver=7 restoring=a,b points=7"
+        }
+    return try GroupRecord("counted=7 \(fields) \(more)")
 }
 
 private let kinds: [Phase.Kind] = [.secondary, .mirroring, .handingOver, .failedOver]
 
 @Test("which phase may follow which is one table", arguments: kinds, kinds)
-func transitions(from: Phase.Kind, to: Phase.Kind) {
-    let (before, after) = (record(from), record(to))
+func transitions(from: Phase.Kind, to: Phase.Kind) throws {
+    let (before, after) = (try record(from), try record(to))
     #expect(before.phase.kind == from && after.phase.kind == to)
     let allowed: [Phase.Kind: [Phase.Kind]] = [
         .secondary: [.failedOver], .mirroring: [.handingOver, .secondary], .handingOver: [.mirroring, .secondary],
@@ -35,61 +31,19 @@ func transitions(from: Phase.Kind, to: Phase.Kind) {
     }
 }
 
-@Test("the steps of roles stay within the table, and do nothing where they do not belong")
-func steps() throws {
-    var primary = record(.mirroring)
-    primary.takeBackHandover()
-    primary.endRestore(of: "a")
-    primary.forgetYield()
-    #expect(primary == record(.mirroring))
-    primary.handOver(at: 7)
-    #expect(primary.handingOver == 7 && primary.role == .primary && !primary.isMirroring)
-    primary.handOver(at: 8)
-    #expect(primary.handingOver == 7)
-    primary.takeBackHandover()
-    #expect(primary.isMirroring)
-
-    var yielded = primary.afterYielding(at: point, to: "peer", generations: ["two"], lineage: "new", dropped: [])
-    try yielded.check(after: primary)
-    #expect(yielded.yielded == 7 && yielded.primary == nil)
-    yielded.primary?.alone = true
-    yielded.primary = Phase.Primary()
-    #expect(yielded.role == .secondary && !yielded.isAlone, "what a primary has is of no effect at a secondary")
-    yielded.forgetYield()
-    #expect(yielded.yielded == nil)
-
-    var taken = yielded.afterFailover(to: 7, volumes: ["a"], generation: "three", now: 4, joins: false)
-    try taken.check(after: yielded)
-    taken.endRestore(of: "a")
-    taken.primary?.alone = true
-    #expect(taken.failedOver?.restoring == [] && taken.isAlone && taken.failedOver?.point == 7)
-    let joined = taken.afterJoining("peer", lineage: "newest", at: PointRecord(number: 9, formedAt: 5))
-    try joined.check(after: taken)
-    #expect(joined.isMirroring && !joined.isAlone && joined.lastCommitted?.number == 9)
-}
-
 @Test("neither is a number forgotten nor a point held that was not counted")
-func numbers() {
-    let before = record(.mirroring)
-    var after = before
-    after.lastNumber = 6
-    #expect(throws: IllegalPhase.self) { try after.check(after: before) }
-    after = before
-    after.primary?.point = .held(PointRecord(number: 8, formedAt: 1))
-    #expect(throws: IllegalPhase.self) { try after.check(after: before) }
-    after.lastNumber = 8
-    #expect(throws: Never.self) { try after.check(after: before) }
+func numbers() throws {
+    let before = try GroupRecord("counted=7")
+    #expect(throws: IllegalPhase.self) { try GroupRecord("counted=6").check(after: before) }
+    #expect(throws: IllegalPhase.self) { try GroupRecord("counted=7 held=8").check(after: before) }
+    #expect(throws: Never.self) { try GroupRecord("counted=8 held=8").check(after: before) }
 }
 
 @Test("a record comes back as it was", arguments: kinds)
 func stored(kind: Phase.Kind) throws {
-    var record = record(kind)
-    record.primary?.lastCommitted = point
-    record.primary?.point = .forming(7)
-    record.primary?.alone = true
-    record.primary?.conflict = Phase.Conflict(kind: .splitBrain, at: 3)
-    record.primary?.failingBack = true
-    record.noteUntracked("a", lineage: "lost", session: 3)
+    var record = try record(
+        kind, kind == .secondary ? "yielded=7" : "committed=7 forming=7 alone conflict=split-brain failingBack")
+    try record.apply(.untracked(volume: "a", lineage: "lost", session: 3))
     let again = try JSONDecoder().decode(GroupRecord.self, from: JSONEncoder().encode(record))
     #expect(again == record)
 }

@@ -1,0 +1,86 @@
+// Group.swift: a group at one site, and the only owner of its record. What happens goes in, what is to be done comes out.
+//
+// Must be prevented:
+//   the record is changed, or saved, by anybody else
+//   a change counts that could not be saved, unless it has happened already
+//   what a failed save has perhaps left in the file is taken for what the group is: the record is saved again until it is there, and
+//     nothing that this would spoil begins before (`settle`)
+
+package struct Group {
+    package private(set) var record: GroupRecord
+    /// While this site sends to its peer.
+    package private(set) var cycle: Cycle?
+    /// The file may hold another record than this.
+    package private(set) var isUnsaved = false
+    private var saveAt: UInt64 = 0
+    private static let saveRetry: UInt64 = 1_000_000_000
+    /// What counts if the save that was asked for fails; nil = what is there counts all the same.
+    private var fallback: GroupRecord?
+
+    package init(record: GroupRecord) { self.record = record }
+
+    // MARK: Changes
+
+    /// What the site, its peer or an operator has decided. It counts durably or, if it has not happened already, not at all.
+    package mutating func change(_ change: GroupChange) throws(IllegalPhase) -> Ready {
+        var next = record
+        try next.apply(change)
+        guard next != record || isUnsaved else { return Ready() }
+        fallback = change.hasHappened ? nil : record
+        record = next
+        return .saved()
+    }
+
+    /// Makes sure that no change that was taken back stands in the file.
+    package func settle() -> Ready { isUnsaved ? .saved() : Ready() }
+
+    /// What `Ready` asked to be saved is on stable storage.
+    package mutating func wasSaved() {
+        isUnsaved = false
+        fallback = nil
+    }
+
+    /// It is not: the file holds the record of before, or the new one.
+    ///
+    /// - Returns: what the cycle does about it, if the save was of its asking.
+    package mutating func saveFailed(_ reason: String, ofCycle: Bool, now: UInt64) -> Ready {
+        isUnsaved = true
+        saveAt = now + Self.saveRetry
+        if let fallback { record = fallback }
+        fallback = nil
+        return ofCycle ? cycle?.couldNotSave(reason, &record, now) ?? Ready() : Ready()
+    }
+
+    // MARK: The cycle
+
+    /// Begins to send to the peer.
+    package mutating func begin(_ settings: Cycle.Settings) -> Ready {
+        cycle = Cycle(settings: settings)
+        return cycle!.start(&record)
+    }
+
+    /// Ends it. A point that is held stays held.
+    package mutating func end() { cycle = nil }
+
+    package mutating func handle(_ event: Cycle.Event, now: UInt64) -> Ready {
+        let ready = cycle?.handle(event, &record, now: now) ?? Ready()
+        guard case .tick = event, isUnsaved, now >= saveAt else { return ready }
+        saveAt = now + Self.saveRetry
+        return .saved() + ready
+    }
+
+    /// How many slots of the window may be busy, and how often a flush is asked for.
+    package mutating func adapt(windowLimit: Int, checkpointBytes: Int) {
+        cycle?.windowLimit = windowLimit
+        cycle?.checkpointBytes = checkpointBytes
+    }
+
+    /// The number that a point formed for a request made now will have at least.
+    package var nextNumber: UInt64 { cycle?.nextNumber(record) ?? record.lastNumber + 1 }
+
+    /// When `tick` must come at the latest; nil = no need.
+    package var wakeAt: UInt64? {
+        let next = cycle?.wakeAt(record)
+        return isUnsaved ? min(saveAt, next ?? saveAt) : next
+    }
+}

@@ -1,0 +1,208 @@
+// GroupThread.swift: the one thread of a group: it has the group's record, and carries out what `Group` says.
+//
+// Must be prevented:
+//   something is begun that relies on a record which is not on stable storage (`Ready`)
+//   somebody waits for an answer that nobody gives any more
+
+import Base
+import Glibc
+import Groups
+import Ring
+import Synchronization
+
+final class GroupThread {
+    let handle: GroupHandle
+    var mailbox: Mailbox<GroupHandle.Message> { handle.mailbox }
+    private var group: Group
+    private let save: @Sendable (GroupRecord) throws -> Void
+    /// While this site sends to its peer.
+    private var replicator: Replicator?
+    private var epoch: UInt64 = 0
+    private var events: [Cycle.Event] = []
+    private var performing = false
+    private struct Waiter {
+        var number: UInt64
+        /// Done in the instant of the point; then only that very point will do.
+        var alongside: GroupHandle.Alongside?
+        var answer: @Sendable (Result<PointRecord, ReplicationRefusal>) -> Void
+    }
+    private var waiters: [Waiter] = []
+    private var stopped: [@Sendable () -> Void] = []
+
+    init(_ handle: GroupHandle, _ record: GroupRecord, _ save: @escaping @Sendable (GroupRecord) throws -> Void) {
+        self.handle = handle
+        self.save = save
+        group = Group(record: record)
+    }
+
+    var record: GroupRecord { group.record }
+
+    func run() {
+        while stopped.isEmpty {
+            publish()
+            wait()
+            takeMessages()
+            replicator?.service()
+            if let wakeAt = group.wakeAt, monotonicNanoseconds() >= wakeAt { handle(.tick) }
+        }
+        end()
+        handle.threadEnds()
+        takeMessages()
+        for answer in stopped { answer() }
+    }
+
+    private func wait() {
+        var entries = [pollfd(fd: mailbox.eventDescriptor, events: Int16(POLLIN), revents: 0)]
+        entries += replicator?.pollEntries() ?? []
+        var milliseconds: Int32 = replicator == nil ? -1 : 1000
+        let now = monotonicNanoseconds()
+        for wait in [
+            group.wakeAt.map { $0 <= now ? 0 : ($0 - now) / 1_000_000 + 1 },
+            replicator?.wait.map { $0 / 1_000_000 + 1 },
+        ] {
+            guard let wait else { continue }
+            let bounded = Int32(min(1000, wait))
+            milliseconds = milliseconds < 0 ? bounded : min(milliseconds, bounded)
+        }
+        let count = poll(&entries, nfds_t(entries.count), milliseconds)
+        if count > 0 { replicator?.notify(entries[1...]) }
+    }
+
+    private func takeMessages() {
+        for message in mailbox.drain() {
+            switch message {
+            case .change(let change, let done): take(change, done)
+            case .settle(let done): done(perform(group.settle(), ofCycle: false))
+            case .stop(let done): stopped.append(done)
+            case .end(let done):
+                end()
+                done()
+            // Nothing more is begun; the record is still changed for who asks.
+            case .begin(_, let done) where !stopped.isEmpty: done()
+            case .wait(_, let answer) where !stopped.isEmpty: answer(.failure(.ended))
+            case .begin(let configuration, let done):
+                begin(configuration)
+                done()
+            case .wait(let alongside, let answer): wait(alongside, answer)
+            case .event(let event, let asker): replicator?.event(event, asker)
+            case .opened(let state, let exports, let asker): replicator?.opened(state, exports, asker)
+            case .drained(let slot, let answer, let asker): replicator?.drained(slot, answer, asker)
+            case .compared(let slot, let digests, let asker): replicator?.compared(slot, digests, asker)
+            case .setRate(let rate): replicator?.setRate(rate)
+            case .marked(let asker): replicator?.marked(asker)
+            case .released(let changed, let asker): replicator?.released(changed, asker)
+            }
+        }
+    }
+
+    // MARK: The record
+
+    private func take(_ change: GroupChange, _ done: ((any Error)?) -> Void) {
+        do {
+            let problem = perform(try group.change(change), ofCycle: false)
+            publish()  // whoever asked finds it there
+            done(change.hasHappened ? nil : problem)
+        } catch {
+            done(error)
+        }
+    }
+
+    /// - Returns: why the record could not be saved.
+    @discardableResult
+    private func perform(_ ready: Ready, ofCycle: Bool = true) -> (any Error)? {
+        for action in ready.before { replicator?.perform(action) }
+        if ready.saves {
+            do {
+                try save(group.record)
+                group.wasSaved()
+            } catch {
+                perform(group.saveFailed("\(error)", ofCycle: ofCycle, now: monotonicNanoseconds()))
+                return error
+            }
+        }
+        for action in ready.after { replicator?.perform(action) }
+        return nil
+    }
+
+    // MARK: Mirroring
+
+    /// Events that come up while actions are carried out wait until all of those are.
+    func handle(_ event: Cycle.Event) {
+        events.append(event)
+        guard !performing else { return }
+        performing = true
+        while !events.isEmpty {
+            perform(group.handle(events.removeFirst(), now: monotonicNanoseconds()))
+        }
+        performing = false
+    }
+
+    func adapt(windowLimit: Int, checkpointBytes: Int) {
+        group.adapt(windowLimit: windowLimit, checkpointBytes: checkpointBytes)
+    }
+
+    private func begin(_ configuration: Replicator.Configuration) {
+        end()
+        epoch += 1
+        replicator = Replicator(self, configuration, epoch: epoch)
+        performing = true
+        perform(group.begin(configuration.settings))
+        performing = false
+        handle(.tick)
+        publish()
+    }
+
+    private func end() {
+        replicator?.closeLink()
+        epoch = replicator?.epoch ?? epoch
+        replicator = nil
+        group.end()
+        publish()
+        for waiter in waiters { waiter.answer(.failure(.ended)) }
+        waiters = []
+    }
+
+    // MARK: Who waits
+
+    private func wait(
+        _ alongside: GroupHandle.Alongside?,
+        _ answer: @escaping @Sendable (Result<PointRecord, ReplicationRefusal>) -> Void
+    ) {
+        guard let cycle = group.cycle else { return answer(.failure(.ended)) }
+        if let reason = cycle.suspension {
+            return answer(.failure(ReplicationRefusal("the group is suspended: \(reason)")))
+        }
+        waiters.append(Waiter(number: group.nextNumber, alongside: alongside, answer: answer))
+        handle(.request)
+    }
+
+    /// What is to be done in the instant of a point.
+    func alongside(_ number: UInt64) -> GroupHandle.Alongside? {
+        waiters.first { $0.number == number && $0.alongside != nil }?.alongside
+    }
+
+    private func publish() {
+        let (record, isUnsaved, state, reason) = (
+            group.record, group.isUnsaved, group.shownState, group.cycle?.suspension
+        )
+        handle.snapshot.withLock { status in
+            (status.record, status.isUnsaved) = (record, isUnsaved)
+            (status.state, status.reason) = (state, reason)
+            replicator?.tell(state, reason, in: &status)
+        }
+        if let committed = record.lastCommitted {
+            for waiter in waiters where waiter.number <= committed.number {
+                waiter.answer(
+                    waiter.alongside == nil || waiter.number == committed.number
+                        ? .success(committed) : .failure(ReplicationRefusal("the point was given up; try again")))
+            }
+            waiters.removeAll { $0.number <= committed.number }
+        }
+        if let reason {
+            for waiter in waiters {
+                waiter.answer(.failure(ReplicationRefusal("the group is suspended: \(reason)")))
+            }
+            waiters = []
+        }
+    }
+}

@@ -1,0 +1,302 @@
+// Transcript.swift: a machine's answers as text that an operator can read: an input a line, then, indented, all that it says.
+//
+// `record`, `mirror`, `change` and the cycle's events; a line that begins with `!` is one whose save fails. With TRANSCRIPTS=write in the
+// environment the files are written anew, to be read before they are committed.
+
+import FoundationEssentials
+import Groups
+
+/// A word, and what is said about it: `opened lineage=L committed=3`.
+struct Line {
+    var word: String
+    var fields: [String: String] = [:]
+    var saveFails = false
+
+    init(_ text: Substring) {
+        var text = text
+        if text.hasPrefix("! ") {
+            saveFails = true
+            text = text.dropFirst(2)
+        }
+        let parts = text.split(separator: " ").map(String.init)
+        word = parts.first ?? ""
+        for part in parts.dropFirst() {
+            let sides = part.split(separator: "=", maxSplits: 1).map(String.init)
+            fields[sides[0]] = sides.count > 1 ? sides[1] : "yes"
+        }
+    }
+
+    func number(_ name: String) -> UInt64? { fields[name].flatMap { UInt64($0) } }
+    func required(_ name: String) -> UInt64 { number(name) ?? 0 }
+    func list(_ name: String) -> [String] { fields[name]?.split(separator: ",").map(String.init) ?? [] }
+    func isSet(_ name: String) -> Bool { fields[name] == "yes" }
+    func map(_ name: String) -> [String: String]? {
+        fields[name] == nil
+            ? nil
+            : Dictionary(
+                uniqueKeysWithValues: list(name).map { pair in
+                    let sides = pair.split(separator: ":").map(String.init)
+                    return (sides[0], sides[1])
+                })
+    }
+}
+
+func point(_ number: UInt64) -> PointRecord { PointRecord(number: number, formedAt: 1) }
+
+extension GroupRecord {
+    /// `role`, `lineage`, `counted`, `committed`, `held`, `forming`, `points`, `failed`, `generations` …; made as a file of that content.
+    init(_ line: Line) throws {
+        var json: [String] = [#""format": 2"#]
+        let role = line.fields["role"] ?? "primary"
+        json.append(#""role": "\#(role)""#)
+        json.append(
+            #""generations": [\#((line.fields["generations"] == nil ? ["one"] : line.list("generations")).map { "\"\($0)\"" }.joined(separator: ","))]"#
+        )
+        json.append(#""lastNumber": \#(line.number("counted") ?? 0)"#)
+        json.append(#""suspendedByOperator": \#(line.isSet("suspended"))"#)
+        func pointText(_ number: String, failed: Bool = false) -> String {
+            #"{"number": \#(number), "formedAt": 1\#(failed ? #", "isFailed": true"# : "")}"#
+        }
+        let failed = line.list("failed")
+        json.append(
+            #""points": [\#(line.list("points").map { pointText($0, failed: failed.contains($0)) }.joined(separator: ","))]"#
+        )
+        for (field, name) in [("lineage", "lineage"), ("peer", "peerSite")] {
+            if let text = line.fields[field] { json.append(#""\#(name)": "\#(text)""#) }
+        }
+        if let number = line.fields["committed"] { json.append(#""lastCommitted": \#(pointText(number))"#) }
+        if let number = line.fields["held"] { json.append(#""held": \#(pointText(number))"#) }
+        for name in ["forming", "handingOver", "yielded", "rate"] {
+            if let number = line.fields[name] { json.append(#""\#(name)": \#(number)"#) }
+        }
+        for name in ["alone", "failingBack", "fromImage"] where line.isSet(name) { json.append(#""\#(name)": true"#) }
+        if let kind = line.fields["conflict"] { json.append(#""conflict": {"kind": "\#(kind)", "at": 3}"#) }
+        if let number = line.fields["failedOver"] {
+            let volumes = line.list("restoring").map { "\"\($0)\"" }.joined(separator: ",")
+            json.append(#""failedOver": {"point": \#(number), "at": 3, "restoring": [\#(volumes)]}"#)
+        }
+        if let map = line.map("lineages") {
+            let pairs = map.sorted { $0.key < $1.key }.map { #""\#($0.key)": "\#($0.value)""# }
+            json.append(#""volumeLineages": {\#(pairs.joined(separator: ","))}"#)
+        }
+        self = try JSONDecoder().decode(GroupRecord.self, from: Data("{\(json.joined(separator: ", "))}".utf8))
+    }
+
+    init(_ text: String) throws { try self.init(Line(Substring("record \(text)"))) }
+
+    /// What it says, but for times.
+    var words: String {
+        var parts = [phase.kind.rawValue]
+        if !generations.isEmpty { parts.append("generations \(generations.joined(separator: ","))") }
+        if let peerSite { parts.append("of peer \(peerSite)") }
+        if let lineage { parts.append("copy \(lineage)") }
+        if let volumeLineages {
+            parts.append(
+                "copies \(volumeLineages.sorted { $0.key < $1.key }.map { "\($0.key):\($0.value)" }.joined(separator: ","))"
+            )
+        }
+        if lastNumber > 0 { parts.append("counted to \(lastNumber)") }
+        if let lastCommitted { parts.append("committed \(lastCommitted.number)") }
+        if let forming { parts.append("forming \(forming)") }
+        if let held { parts.append("holds \(held.number)") }
+        if let handingOver { parts.append("hands over \(handingOver)") }
+        if let failedOver {
+            parts.append("failed over to \(failedOver.point), restoring \(failedOver.restoring.joined(separator: ","))")
+            if failedOver.joins == true { parts.append("joins") }
+        }
+        if let yielded { parts.append("yielded \(yielded)") }
+        if !points.isEmpty {
+            parts.append(
+                "points \(points.map { "\($0.number)\($0.isFailed == true ? " (failed)" : $0.isBase == true ? " (base)" : "")" }.joined(separator: ", "))"
+            )
+        }
+        if let retired, !retired.isEmpty {
+            parts.append("retired \(retired.map { String($0.number) }.joined(separator: ", "))")
+        }
+        if let untracked {
+            parts.append(
+                "untracked \(untracked.sorted { $0.key < $1.key }.map { "\($0.key) in session \($0.value)" }.joined(separator: ", "))"
+            )
+        }
+        if let joinedAfter {
+            parts.append(
+                "joined \(joinedAfter.sorted { $0.key < $1.key }.map { "\($0.key) after \($0.value)" }.joined(separator: ", "))"
+            )
+        }
+        if let leftOut { parts.append("left out \(leftOut.joined(separator: ","))") }
+        if let rate { parts.append("rate \(rate)") }
+        if let conflict { parts.append(conflict.kind.rawValue) }
+        if isAlone { parts.append("alone") }
+        if isFailingBack { parts.append("failing back") }
+        if primary?.fromImage == true { parts.append("seeded") }
+        if suspendedByOperator { parts.append("suspended") }
+        return parts.joined(separator: "; ")
+    }
+}
+
+extension Cycle.Action {
+    var words: String {
+        switch self {
+        case .openSession: "open a session"
+        case .closeLink: "close the link"
+        case .prepare(let number): "prepare point \(number)"
+        case .form(let number): "form point \(number)"
+        case .rewind: "begin the drain anew"
+        case .drain(.read(let slot, let volume)): "read volume \(volume) into slot \(slot)"
+        case .drain(.send(let slot, _, let offset, let length)): "send \(length) bytes at \(offset) from slot \(slot)"
+        case .drain(.flush): "flush the peer"
+        case .drain(.clear(let runs)):
+            "clear \(runs.map { "\($0.grains) of volume \($0.volume)" }.joined(separator: ", "))"
+        case .drain(.finished): "drained"
+        case .commit(let number, let previous, _): "commit point \(number) after \(previous.map(String.init) ?? "none")"
+        case .endPoint(let number): "end point \(number)"
+        case .giveUp: "give the point up"
+        case .markAllChanged(let names): "mark all of \(names?.joined(separator: ", ") ?? "every volume")"
+        }
+    }
+}
+
+/// A group, and what it answers.
+struct GroupTranscript {
+    private var group = Group(record: .first(.primary, identity: "one"))
+    private var now: UInt64 = 0
+    private var shown: String?
+
+    mutating func answer(_ line: Line) throws -> [String] {
+        now += 1
+        switch line.word {
+        case "record":
+            group = Group(record: try GroupRecord(line))
+            shown = nil
+            return []
+        case "mirror":
+            let interval: Interval = line.isSet("manual") ? .manual : .continuous
+            return carryOut(
+                group.begin(
+                    Cycle.Settings(
+                        interval: interval, volumes: Int(line.number("volumes") ?? 1), window: 2, checkpointBytes: 100)),
+                line)
+        case "end":
+            group.end()
+            return []
+        case "settle": return carryOut(group.settle(), line, ofCycle: false)
+        case "change":
+            do { return carryOut(try group.change(try change(line)), line, ofCycle: false) } catch {
+                return ["refused: \(error)"]
+            }
+        case "later":
+            guard let wake = group.wakeAt else { return ["nothing is due"] }
+            now = max(now, wake)
+            return carryOut(group.handle(.tick, now: now), line)
+        case "wait":
+            now += line.required("seconds") * 1_000_000_000
+            return carryOut(group.handle(.tick, now: now), line)
+        default: return carryOut(group.handle(try event(line), now: now), line)
+        }
+    }
+
+    private mutating func carryOut(_ ready: Ready, _ line: Line, ofCycle: Bool = true) -> [String] {
+        var answers = ready.before.map(\.words)
+        if ready.saves {
+            if line.saveFails {
+                answers.append("save fails: \(group.record.words)")
+                let next = group.saveFailed("no space", ofCycle: ofCycle, now: now)
+                if !ofCycle { answers.append("counts: \(group.record.words)") }
+                return answers + carryOut(next, line)
+            }
+            answers.append("save: \(group.record.words)")
+            group.wasSaved()
+        }
+        answers += ready.after.map { "then \($0.words)" }
+        guard let cycle = group.cycle else { return answers }
+        let state = "\(group.shownState.rawValue)\(cycle.suspension.map { ": \($0)" } ?? "")"
+        if state != shown { answers.append("shown as \(state)") }
+        shown = state
+        return answers
+    }
+
+    private func event(_ line: Line) throws -> Cycle.Event {
+        let reason = line.fields["reason"] ?? "cut"
+        switch line.word {
+        case "opened":
+            return .sessionOpened(
+                PeerState(
+                    session: 1, site: "west", lineage: line.fields["lineage"] ?? "L",
+                    volumeLineages: line.map("lineages"),
+                    committed: line.number("committed").map(point)))
+        case "refused": return .sessionFailed(reason, retry: line.isSet("retry"))
+        case "lost": return .linkLost(reason)
+        case "marked": return .allMarked
+        case "prepared": return .prepared(changed: line.isSet("changed"))
+        case "unready": return .notReady
+        case "formed": return .formed(at: 5, intact: !line.isSet("broken"))
+        case "read":
+            let grains = line.number("grain").map { Int($0)..<Int($0) + 1 }
+            return .read(slot: Int(line.required("slot")), grains: grains, offset: 0, length: grains == nil ? 0 : 100)
+        case "sent": return .sent(slot: Int(line.required("slot")), wire: 100)
+        case "flushed": return .flushed
+        case "committed": return .committed(at: 6)
+        case "declined": return .commitRefused(reason)
+        case "pointlost": return .pointLost(reason)
+        case "gaveup": return .gaveUp
+        case "suspend": return .suspend
+        case "resume": return .resume
+        case "request": return .request
+        case "tick": return .tick
+        default: throw TranscriptError(description: "'\(line.word)' is no event")
+        }
+    }
+
+    private func change(_ line: Line) throws -> GroupChange {
+        let name = line.fields.keys.first { line.fields[$0] == "yes" } ?? ""
+        guard let change = samples(line)[name] else { throw TranscriptError(description: "'\(name)' is no change") }
+        return change
+    }
+}
+
+struct TranscriptError: Error, CustomStringConvertible {
+    var description: String
+}
+
+/// Every change, by its name, with what the line says of it.
+func samples(_ line: Line) -> [String: GroupChange] {
+    let number = line.number("point") ?? 9
+    let volume = line.fields["volume"] ?? "a"
+    let plan = CommitPlan(
+        point: point(number), dropped: line.list("dropped").compactMap { UInt64($0) }.map(point),
+        left: Set(line.list("left").compactMap { UInt64($0) }))
+    return [
+        "paired": .paired(site: "west", generations: ["one"]),
+        "yieldIsKnown": .yieldIsKnown,
+        "committed": .committed(plan),
+        "sentAnew": .sentAnew(session: line.number("session") ?? 2),
+        "failedOver": .failedOver(
+            Takeover(
+                point: number, volumes: ["a", "b"], leftOut: line.list("leftOut"), generation: "two", at: 3,
+                joins: line.fields["joins"] == "true")),
+        "alone": .alone,
+        "conflict": .conflict(line.fields["kind"] == "none" ? nil : Phase.Conflict(kind: .stale, at: 3)),
+        "pointGivenUp": .pointGivenUp,
+        "generationBegun": .generationBegun("two"),
+        "handingOver": .handingOver(point: number),
+        "handoverTakenBack": .handoverTakenBack,
+        "failingBack": .failingBack(line.fields["on"] != "false"),
+        "seeded": .seeded,
+        "yielded": .yielded(
+            Yielding(
+                point: PointRecord(number: number, formedAt: 5, order: 4, isBase: true), peer: "west",
+                generations: ["two", "one"], lineage: "new", volumes: ["a"],
+                dropped: line.list("dropped").compactMap { UInt64($0) }.map(point))),
+        "joined": .joined(Joining(peer: "west", lineage: "new", volumeLineages: ["a": "new"], point: point(number))),
+        "restored": .restored(volume: volume),
+        "untracked": .untracked(volume: volume, lineage: "lost", session: line.number("session") ?? 1),
+        "rate": .rate(line.number("bytes") ?? 1000),
+        "retired": .retired(line.list("points").compactMap { UInt64($0) }),
+        "pointFailed": .pointFailed(number),
+        "started": .started(
+            Membership(
+                volumes: ["a", "b"], foreign: line.map("foreign") ?? [:], exchanged: Set(line.list("exchanged")),
+                lineage: "anew")),
+        "pointsVoided": .pointsVoided(through: number, lineage: "anew"),
+    ]
+}

@@ -1,0 +1,92 @@
+import FoundationEssentials
+import Glibc
+import Groups
+import Testing
+
+private let folder = #filePath.split(separator: "/").dropLast().map { "/\($0)" }.joined() + "/Transcripts"
+
+@Test("what the machines answer", arguments: ["cycle", "commits", "roles"])
+func transcripts(name: String) throws {
+    let path = "\(folder)/\(name).txt"
+    let text = try String(contentsOfFile: path)
+    var machine = GroupTranscript()
+    var made: [String] = []
+    for line in text.split(separator: "\n", omittingEmptySubsequences: false) where !line.hasPrefix("  ") {
+        made.append(String(line))
+        guard !line.isEmpty, !line.hasPrefix("#") else { continue }
+        made += try machine.answer(Line(line)).map { "  \($0)" }
+    }
+    if getenv("TRANSCRIPTS").map({ String(cString: $0) }) == "write" {
+        try Data(made.joined(separator: "\n").utf8).write(to: path)
+        return
+    }
+    let expected = text.split(separator: "\n", omittingEmptySubsequences: false).map(String.init)
+    for (index, (one, other)) in zip(expected, made).enumerated() where one != other {
+        Issue.record("\(name).txt:\(index + 1): expected '\(one)', and it answers '\(other)'")
+        return
+    }
+    #expect(expected.count == made.count)
+}
+
+/// Each change once, for each phase: its place, and that it keeps to it.
+@Test(
+    "every change has its place in every phase", arguments: ["secondary", "mirroring", "handing over", "failed over"])
+func places(phase: String) throws {
+    let record = try GroupRecord(
+        [
+            "secondary": "role=secondary yielded=5 points=5 counted=8", "mirroring": "counted=8 held=8 committed=7",
+            "handing over": "handingOver=8 counted=8 held=8",
+            "failed over": "failedOver=7 restoring=a,b points=7 counted=8 held=8",
+        ][phase]!)
+    #expect(record.phase.kind.rawValue == phase)
+    for (name, change) in samples(Line("change points=7 point=9 foreign=b:new")) {
+        var next = record
+        switch change.place(in: record.phase.kind) {
+        case .handled:
+            try next.apply(change)
+            // What the record says already, or is about what it has not.
+            let saysSo = ["pointFailed", "retired", "sentAnew", "pointsVoided", "started", "conflict"].contains(name)
+            #expect(next != record || saysSo, "\(name) does nothing")
+            #expect(throws: Never.self) { try next.check(after: record) }
+        case .late:
+            try next.apply(change)
+            #expect(next == record, "\(name) is late, and does something")
+        case .impossible:
+            #expect(throws: IllegalPhase.self) { try next.apply(change) }
+            #expect(next == record, "\(name) is impossible, and does something")
+        }
+    }
+    // Spelt out here as well: the table is not to change without somebody noticing.
+    let places: [String: String] = [
+        "secondary":
+            "alone late, committed handled, conflict late, failedOver handled, failingBack late, generationBegun impossible, handingOver impossible, handoverTakenBack late, joined impossible, paired handled, pointFailed handled, pointGivenUp late, pointsVoided handled, rate handled, restored late, retired handled, seeded impossible, sentAnew handled, started handled, untracked handled, yieldIsKnown handled, yielded impossible",
+        "mirroring":
+            "alone handled, committed impossible, conflict handled, failedOver impossible, failingBack handled, generationBegun handled, handingOver handled, handoverTakenBack late, joined handled, paired impossible, pointFailed handled, pointGivenUp handled, pointsVoided handled, rate handled, restored late, retired handled, seeded handled, sentAnew late, started handled, untracked handled, yieldIsKnown late, yielded handled",
+        "handing over":
+            "alone handled, committed impossible, conflict handled, failedOver impossible, failingBack handled, generationBegun handled, handingOver impossible, handoverTakenBack handled, joined handled, paired impossible, pointFailed handled, pointGivenUp handled, pointsVoided handled, rate handled, restored late, retired handled, seeded handled, sentAnew late, started handled, untracked handled, yieldIsKnown late, yielded handled",
+        "failed over":
+            "alone handled, committed impossible, conflict handled, failedOver impossible, failingBack handled, generationBegun handled, handingOver impossible, handoverTakenBack late, joined handled, paired impossible, pointFailed handled, pointGivenUp handled, pointsVoided handled, rate handled, restored handled, retired handled, seeded handled, sentAnew late, started handled, untracked handled, yieldIsKnown late, yielded handled",
+    ]
+    let found = samples(Line("change")).map { "\($0.key) \($0.value.place(in: record.phase.kind))" }.sorted()
+    #expect(found.joined(separator: ", ") == places[phase])
+}
+
+extension String {
+    fileprivate init(contentsOfFile path: String) throws {
+        guard let file = fopen(path, "r") else {
+            throw TranscriptError(description: "\(path): \(String(cString: strerror(errno)))")
+        }
+        defer { fclose(file) }
+        var (bytes, buffer) = ([UInt8](), [UInt8](repeating: 0, count: 1 << 16))
+        while case let count = fread(&buffer, 1, buffer.count, file), count > 0 { bytes += buffer[..<count] }
+        self = String(decoding: bytes, as: UTF8.self)
+    }
+}
+
+extension Data {
+    fileprivate func write(to path: String) throws {
+        guard let file = fopen(path, "w") else { throw TranscriptError(description: "\(path) cannot be written") }
+        defer { fclose(file) }
+        _ = [UInt8](self).withUnsafeBytes { fwrite($0.baseAddress, 1, $0.count, file) }
+    }
+}
