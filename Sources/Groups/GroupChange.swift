@@ -112,6 +112,8 @@ package struct Yielding: Sendable, Equatable {
         self.volumes = volumes
         self.dropped = dropped
     }
+
+    var plan: CommitPlan { CommitPlan(point: point, dropped: dropped) }
 }
 
 /// A primary whose peer has given up its role, once the peer's changed grains are in its own bitmaps.

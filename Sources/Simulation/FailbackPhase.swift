@@ -55,7 +55,6 @@ extension World {
                 Yielding(
                     point: base, peer: "west", generations: ["back"], lineage: "west", volumes: [], dropped: [])))
         let primary = westRecord.after(
-            .failedOver(Takeover(point: 0, volumes: [], generation: "back", at: 0, joins: false)),
             .joined(Joining(peer: "west", lineage: "west", volumeLineages: nil, point: base)))
         (eastFiles, westFiles) = (westFiles, eastFiles)
         (eastRecording, westRecording) = (westRecording, eastRecording)

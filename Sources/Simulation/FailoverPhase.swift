@@ -1,9 +1,10 @@
 // FailoverPhase.swift: the primary is gone; a recovery point becomes the volumes, and hosts write there while data flows
-// back, through crashes and power loss. The steps are those of Site/Secondary.swift.
+// back, through crashes and power loss. What is done is `Failover`.
 //
 // Must hold: a read gives the point's data or what was written since; an acknowledged write survives the process, a
 // flushed one power loss; when the restore is over, the raw file is the volume; the other points are as they were.
 
+import Groups
 import Volumes
 
 /// What a failed-over volume must hold, sector by sector.
@@ -24,23 +25,15 @@ extension World {
         for copies in westCopies { for (file, _) in copies.values { file.spaceLeft = nil } }
         // A commit that was under way is decided by the record.
         if west.contains(where: { volume in westPoints.contains { volume.volume.copy(CopyID($0)) == nil } }) {
-            restartWest(powerLoss: false, also: [])
+            restartWest(powerLoss: false)
         }
         guard let point = westPoints.randomElement(using: &random) else { return }
         note("west fails over to point \(point)")
-        setRecords(east: eastSaved, west: westRecord)
         let before = try westPoints.map { number throws(SimulationFailure) in try readNow(number) }
         let chosen = before[westPoints.firstIndex(of: point)!]
         var models = chosen.map { Model(now: $0) }
-        let pending = (0..<Self.volumes).map { _ in SimulatedBitmap(bits: Self.grains) }
-        for index in 0..<Self.volumes {
-            west[index].volume.markDifferences(from: CopyID(point), in: pending[index].bitmap(Self.grains))
-            west[index].volume.markChanged(pending[index].bitmap(Self.grains))
-            pending[index].flush()
-            westRecording[index].flush()
-        }
+        try carryOutFailover(to: point)
         var restoring = Array(repeating: true, count: Self.volumes)
-        takeOver(point, pending, restoring, trusted: true)
         var operations = 0
         // Few or many: what nobody writes again must be right as well.
         let wanted = random.chance(50) ? random.below(4) : 60
@@ -53,7 +46,7 @@ extension World {
             }
             if operations <= wanted { try act(index, &models[index]) }
             if operations < wanted, random.chance(6) {
-                try crashAfterFailover(point, pending, restoring, &models, powerLoss: random.chance(50))
+                try crashAfterFailover(point, restoring, &models, powerLoss: random.chance(50))
             }
             guard operations < 100_000 else { throw SimulationFailure("a restore never ends") }
         }
@@ -68,15 +61,56 @@ extension World {
         }
     }
 
-    private func takeOver(_ point: UInt64, _ pending: [SimulatedBitmap], _ restoring: [Bool], trusted: Bool) {
+    /// The operator tries until it is done; the process may end, power and saves may fail between any two steps.
+    private func carryOutFailover(to point: UInt64) throws(SimulationFailure) {
+        for attempt in 0..<1000 {
+            var outcome: Result<UInt64, any Error>?
+            runWest(
+                Failover(Takeover(point: point, volumes: ["0", "1"], generation: "back", at: 0, joins: false))
+            ) { outcome = $0 }
+            while outcome == nil {
+                if attempt < 4, random.chance(10) { break }
+                if westTasks.isEmpty { throw SimulationFailure("the failover waits for ever") }
+                westTasks.removeFirst()()
+                west[random.below(Self.volumes)].step(&random)
+            }
+            if case .success = outcome { return }
+            guard outcome == nil else { continue }
+            let powerLoss = random.chance(50)
+            restartWest(powerLoss: powerLoss)
+            guard westRecord.failedOver != nil else { continue }
+            // Decided, and not carried out: a start goes on.
+            return takeOver(point, Array(repeating: true, count: Self.volumes), trusted: !powerLoss)
+        }
+        throw SimulationFailure("the failover is never done")
+    }
+
+    /// As `SiteAction.markDifferences`.
+    func markDifferences(from point: UInt64) -> UInt64 {
+        var bytes = 0
+        for index in 0..<Self.volumes {
+            // A file of its own, made anew.
+            westRestores[index] = SimulatedBitmap(bits: Self.grains)
+            let differences = westRestores[index].bitmap(Self.grains)
+            west[index].volume.markDifferences(from: CopyID(point), in: differences)
+            west[index].volume.markChanged(differences)
+            if fault != .failOverUnmarked { westRestores[index].flush() }
+            westRecording[index].flush()
+            bytes += differences.population() * Self.grain
+        }
+        return UInt64(bytes)
+    }
+
+    /// As `SiteAction.open`, and as a start after a failover.
+    func takeOver(_ point: UInt64, _ restoring: [Bool], trusted: Bool) {
         for index in 0..<Self.volumes {
             west[index].volume.policy = .hostFirst
             west[index].volume.recording = true
             startLog(west[index], westLogs[index], westRecording[index], trusted)
             if restoring[index] {
                 west[index].volume.startRestore(
-                    from: CopyID(point), pending: pending[index].bitmap(Self.grains),
-                    bitmapFile: west[index].addStore(.bitmap(pending[index])))
+                    from: CopyID(point), pending: westRestores[index].bitmap(Self.grains),
+                    bitmapFile: west[index].addStore(.bitmap(westRestores[index])))
             }
             west[index].pump()
         }
@@ -132,10 +166,10 @@ extension World {
     }
 
     private func crashAfterFailover(
-        _ point: UInt64, _ pending: [SimulatedBitmap], _ restoring: [Bool], _ models: inout [Model], powerLoss: Bool
+        _ point: UInt64, _ restoring: [Bool], _ models: inout [Model], powerLoss: Bool
     ) throws(SimulationFailure) {
-        restartWest(powerLoss: powerLoss, also: pending)
-        takeOver(point, pending, restoring, trusted: !powerLoss)
+        restartWest(powerLoss: powerLoss)
+        takeOver(point, restoring, trusted: !powerLoss)
         for index in 0..<Self.volumes {
             let found = try complete(index, .read, 0, Self.size, nil)
             for sector in 0..<Self.size / 512 {

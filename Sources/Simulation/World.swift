@@ -1,8 +1,8 @@
 // World.swift: two sites, hosts that write dependent data, a link, and faults, all in the order that a seed gives.
 //
 // The engine (`Volume`), the cycle and the drain are the production code. What stands in for the rest: reactors and
-// their mailboxes (messages in order for each volume), the link (sends arrive and are acknowledged in any order), the
-// secondary's sessions and commit (the same steps in the same order as Site/Secondary.swift).
+// their mailboxes (messages in order for each volume), the link (sends arrive and are acknowledged in any order), and what the
+// actions of `Steps` do to files and volumes.
 
 import Base
 import Groups
@@ -78,7 +78,7 @@ package final class World: Scenario {
     var now: UInt64 = 0
     package private(set) var trace: [String] = []
     package private(set) var steps = 0
-    package private(set) var figures = SimulationFigures()
+    package internal(set) var figures = SimulationFigures()
 
     // East: files and metadata outlive its processes.
     var eastFiles: [SimulatedFile] = []
@@ -106,17 +106,20 @@ package final class World: Scenario {
     var westLogs: [SimulatedFile] = []
     var westCopies: [[CopyID: (SimulatedFile, SimulatedBitmap)]] = []
     /// As the process believes, and in its file.
-    private var westGroup = Group(record: .first(.secondary, identity: "west"))
+    var westGroup = Group(record: .first(.secondary, identity: "west"))
     private var westSaved = GroupRecord.first(.secondary, identity: "west")
     var westRecord: GroupRecord { westGroup.record }
     var westPoints: [UInt64] { westRecord.points.map(\.number) }
+    /// What must come back from the point that was failed over to.
+    var westRestores: [SimulatedBitmap] = []
     var westOrder = CopyRecord.orderStep
     var west: [SimulatedVolume] = []
-    private var westLife = 0
-    private var committing = false
-    /// Steps of a commit, which go on when the primary dies.
+    private(set) var westLife = 0
+    /// An operation is under way there.
+    var westIsBusy = false
+    /// Steps of an operation there, which go on when the primary dies.
     var westTasks: [() -> Void] = []
-    private var session: UInt64 = 0
+    var session: UInt64 = 0
     /// The session that the primary's connections belong to.
     private var linkSession: UInt64 = 0
 
@@ -159,6 +162,7 @@ package final class World: Scenario {
             westRecording.append(RecordingFile(grains: Self.grains))
             westLogs.append(Self.newLog())
             westCopies.append([:])
+            westRestores.append(SimulatedBitmap(bits: Self.grains))
             // The sites have nothing in common: what a first copy forgets is seen.
             eastFiles[index].fill(&random)
             westFiles[index].fill(&random)
@@ -267,7 +271,7 @@ package final class World: Scenario {
 
     func startWest() {
         westLife += 1
-        committing = false
+        westIsBusy = false
         westGroup = Group(record: westSaved)
         // What was made for a point that no record names.
         for index in 0..<Self.volumes {
@@ -290,7 +294,7 @@ package final class World: Scenario {
         }
     }
 
-    private func addPoint(_ point: UInt64, to simulated: SimulatedVolume, _ index: Int, resume: Bool) {
+    func addPoint(_ point: UInt64, to simulated: SimulatedVolume, _ index: Int, resume: Bool) {
         let id = CopyID(point)
         let files = westCopies[index][id] ?? (SimulatedFile(byteCount: Self.size), SimulatedBitmap(bits: Self.grains))
         westCopies[index][id] = files
@@ -356,11 +360,11 @@ package final class World: Scenario {
     }
 
     private func crashWest(powerLoss: Bool) {
-        restartWest(powerLoss: powerLoss, also: [])
+        restartWest(powerLoss: powerLoss)
         loseLink()
     }
 
-    func restartWest(powerLoss: Bool, also bitmaps: [SimulatedBitmap]) {
+    func restartWest(powerLoss: Bool) {
         note("west \(powerLoss ? "loses power" : "is killed")")
         figures.crashes += 1
         for volume in west { volume.crash(&random) }
@@ -372,7 +376,7 @@ package final class World: Scenario {
                     copies[id]!.1.losePower(&random)
                 }
             }
-            for bitmap in westRecording.flatMap(\.parts) + bitmaps { bitmap.losePower(&random) }
+            for bitmap in westRecording.flatMap(\.parts) + westRestores { bitmap.losePower(&random) }
         }
         startWest()
     }
@@ -437,7 +441,7 @@ package final class World: Scenario {
         (eastGroup, westGroup) = (Group(record: east), Group(record: west))
     }
 
-    private func saveWest(_ ready: Ready?) -> Bool {
+    func saveWest(_ ready: Ready?) -> Bool {
         guard let ready, ready.saves else { return ready != nil }
         guard save(westGroup.record, to: &westSaved) else {
             _ = westGroup.saveFailed("no space", ofCycle: false, now: now)
@@ -595,32 +599,21 @@ package final class World: Scenario {
         tasks.append { [unowned self] in
             guard sender == epoch else { return }
             guard steps >= partitionedUntil else { return loseSession(sender) }
-            session = random.next() | 1
-            answerSession(sender, session)
-        }
-    }
-
-    /// The secondary answers once nothing of earlier sessions is under way.
-    private func answerSession(_ sender: UInt64, _ opened: UInt64) {
-        tasks.append { [unowned self] in
-            guard session == opened else { return loseSession(sender) }
             // Sessions, commits and failovers come one after the other.
-            guard !committing else { return answerSession(sender, opened) }
-            guard fault == .skipFencing || west.allSatisfy({ $0.volume.modifyingInFlight == 0 }) else {
-                return answerSession(sender, opened)
+            guard !westIsBusy else { return openSession(sender) }
+            let asked = IntakeSession(
+                site: "east", generations: eastGroup.record.generations, session: random.next() | 1)
+            runWest(asked) { [unowned self] answer in
+                guard case .success(let opened) = answer else { return loseSession(sender) }
+                tasks.append { [unowned self] in
+                    if sender == epoch { linkSession = opened }
+                    event(
+                        .sessionOpened(
+                            PeerState(
+                                session: opened, site: "west", lineage: "west", committed: westRecord.points.last)),
+                        sender)
+                }
             }
-            // What the file holds beside the record must be gone before anything is let in that it knows nothing of.
-            guard fault == .openUnsaved || saveWest(westGroup.settle()) else {
-                session = 0
-                return loseSession(sender)
-            }
-            if sender == epoch { linkSession = opened }
-            event(
-                .sessionOpened(
-                    PeerState(
-                        session: opened, site: "west", lineage: "west",
-                        committed: westPoints.last.map { PointRecord(number: $0, formedAt: 0, committedAt: 0) })),
-                sender)
         }
     }
 
@@ -675,71 +668,24 @@ package final class World: Scenario {
         let sender = epoch
         let opened = linkSession
         tasks.append { [unowned self] in
-            guard session == opened, steps >= partitionedUntil, !committing else { return loseLink() }
-            if westRecord.hasCommitted(number) != nil { return answerCommit(sender) }
-            let writes = fault == .commitEarly ? 0 : west.reduce(0) { $0 + $1.volume.modifyingInFlight }
-            do {
-                let plan = try westRecord.planCommit(
-                    number, after: previous, formedAt: 0, now: 0, order: westOrder, keep: Retention(last: 4),
-                    left: retiredAndGone,
-                    writesUnderWay: writes)
-                carryOut(plan, CommitStep.allCases[...]) { [unowned self] isDone in
-                    isDone ? answerCommit(sender) : event(.linkLost("the commit failed"), sender)
+            guard session == opened, steps >= partitionedUntil, !westIsBusy else { return loseLink() }
+            let asked = RemoteCommit(
+                number: number, after: previous, formedAt: 0, keep: Retention(last: 4), session: opened)
+            runWest(asked) { [unowned self] answer in
+                switch answer {
+                case .success: answerCommit(sender)
+                case .failure(let refusal as TakeoverRefusal):
+                    failure = SimulationFailure("a commit is refused: \(refusal)")
+                case .failure: tasks.append { [unowned self] in event(.linkLost("the commit failed"), sender) }
                 }
-            } catch {
-                failure = SimulationFailure("a commit is refused: \(error)")
             }
         }
-    }
-
-    private var retiredAndGone: Set<UInt64> {
-        Set(
-            (westRecord.retired ?? []).map(\.number).filter { number in
-                westCopies.allSatisfy { $0[CopyID(number)] == nil }
-            })
     }
 
     private func answerCommit(_ sender: UInt64) {
         // The answer may be lost.
         if random.chance(5) { return loseLink() }
         tasks.append { [unowned self] in event(.committed(at: Double(now)), sender) }
-    }
-
-    /// One step after the other; west may be killed between any two, and its tasks with it.
-    private func carryOut(_ plan: CommitPlan, _ steps: ArraySlice<CommitStep>, done: @escaping (Bool) -> Void) {
-        committing = true
-        guard let step = steps.first else {
-            committing = false
-            return done(true)
-        }
-        let life = westLife
-        switch step {
-        case .files:
-            for index in 0..<Self.volumes {
-                westCopies[index][CopyID(plan.point.number)] = (
-                    SimulatedFile(byteCount: Self.size), SimulatedBitmap(bits: Self.grains)
-                )
-            }
-        case .record:
-            westOrder += CopyRecord.orderStep
-            guard saveWest(try? westGroup.change(.committed(plan))) else {
-                note("west cannot record point \(plan.point.number)")
-                (committing, session) = (false, 0)
-                return done(false)
-            }
-            note("point \(plan.point.number) is committed")
-            figures.commits += 1
-            for point in plan.dropped { remembered[point.number] = nil }
-        case .chains:
-            for index in 0..<Self.volumes {
-                addPoint(plan.point.number, to: west[index], index, resume: false)
-                for point in plan.dropped { west[index].volume.withdrawCopy(CopyID(point.number)) }
-                west[index].pump()
-            }
-        }
-        westTasks.append { [unowned self] in
-            if life == westLife { carryOut(plan, steps.dropFirst(), done: done) }
-        }
     }
 
     // MARK: Running

@@ -7,6 +7,7 @@ import Link
 import Ring
 import SiteConfiguration
 import Synchronization
+import Volumes
 
 /// The record's file, for the group's thread.
 final class GroupRecordFile: @unchecked Sendable {
@@ -40,6 +41,8 @@ final class GroupState {
     private(set) var isReplicating = false
     /// The session of the primary's replicator (secondary).
     var session: UInt64?
+    /// Files of a point that is not in the chains yet.
+    var madeFiles: (id: CopyID, files: [String: CopyFiles])?
     /// This site asks its peer to give up the role.
     var isJoining = false
     /// Sessions, commits and changes of roles come one after the other.

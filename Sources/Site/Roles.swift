@@ -291,29 +291,17 @@ extension Site {
         // No restore begins, and no FlashCopy is taken, until the role is given up.
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
-        do {
-            try checkYield(group, request)
-            await shutOutHosts(group)
-            try await settleChanges(group)
-            try await keepUnsent(group)
-            try await becomeSecondary(group, request)
-        } catch {
-            // The file may hold the role that was not taken: hosts come in when it does not any more.
-            if served { await admitWhenSettled(group) }
-            if group.isMirroring { try await startReplication(group) }
+        do { try checkYield(group, request) } catch {
+            try await perform(.startMirroring, group)
             throw error
         }
+        let point = try await run(
+            Yield(
+                to: request.siteID, generations: request.generations, highestPoint: request.highestPoint,
+                lineage: randomIdentity(), volumes: members(group).map(\.name), keep: group.entry.keep,
+                servesHosts: served), group)
         note(name, "'\(request.site)' is the primary; this site has given up that role")
-        return yieldAnswer(group, group.record.points.last!)
-    }
-
-    private func admitWhenSettled(_ group: GroupState) async {
-        if (try? await group.handle.settle()) != nil { return await admitHosts(group) }
-        note(group.entry.name, "hosts stay shut out until the group's record can be written")
-        Task {
-            while group.isUnsaved, !isStopping { try? await Task.sleep(for: .milliseconds(200)) }
-            if group.isMirroring, !group.servesHosts { await admitHosts(group) }
-        }
+        return yieldAnswer(group, point)
     }
 
     /// Of two sites that ask each other to give up the role, the one with the smaller identity goes on.
@@ -367,64 +355,6 @@ extension Site {
             point: point)
     }
 
-    /// Ends the point that is held, so that CR alone says what the peer lacks, on stable storage.
-    private func settleChanges(_ group: GroupState) async throws {
-        let deadline = monotonicNanoseconds() + UInt64(Limits.handOverSeconds) * 1_000_000_000
-        for volume in members(group) {
-            let number = volume.number
-            await volume.reactor.run { $0.hosted(number).volume.giveUpPoint() }
-            while await !volume.reactor.run({ $0.hosted(number).volume.mayFormPoint }) {
-                guard monotonicNanoseconds() < deadline else {
-                    throw Refusal("volume '\(volume.name)' is busy with a restore or a flush; try again", .passing)
-                }
-                try await Task.sleep(for: .milliseconds(2))
-            }
-            try volume.recording.synchronize()
-            try await volume.flushSource()
-        }
-        try await group.handle.change(.pointGivenUp)
-    }
-
-    private func keepUnsent(_ group: GroupState) async throws {
-        guard await standing(group).changedBytes > 0 else { return }
-        let members = members(group)
-        let base = "unsent-after-\(group.record.divergedFrom?.number ?? 0)"
-        var (name, attempt) = (base, 1)
-        while members.contains(where: { volume in volume.record.copies.contains { $0.name == name } }) {
-            attempt += 1
-            name = "\(base)-\(attempt)"
-        }
-        var request = FlashCopyRequest(name: name, volumes: members.map(\.name))
-        request.durable = true
-        try await patiently(name) { try await self.establish(request, members) }
-        note(
-            group.entry.name,
-            "what hosts wrote here and '\(group.entry.peer)' lacks is kept as FlashCopy '\(name)' until it is withdrawn"
-        )
-    }
-
-    private func becomeSecondary(_ group: GroupState, _ request: YieldRequest) async throws {
-        let members = members(group)
-        let now = realSeconds()
-        let point = PointRecord(
-            number: max(request.highestPoint, group.record.highestPoint) + 1, formedAt: now, committedAt: now,
-            order: members.map(\.nextOrder).max(), isBase: true)
-        let dropped = group.entry.keep.dropped(group.record.points + [point])
-        let yielding = Yielding(
-            point: point, peer: request.siteID, generations: request.generations, lineage: randomIdentity(),
-            volumes: members.map(\.name), dropped: dropped)
-        group.session = nil
-        try await carryOut(CommitPlan(point: point, dropped: dropped), as: .yielded(yielding), group)
-        for volume in members {
-            let number = volume.number
-            await volume.reactor.run { reactor in
-                reactor.hosted(number).volume.policy = .copiesFirst
-                reactor.hosted(number).volume.recording = false
-            }
-            await publish(volume, group)
-        }
-    }
-
     /// For the peer that takes the role: what it must take into its bitmaps.
     package func changes(_ name: String, volume: String, from first: Int) async throws -> ChangesAnswer {
         let group = try group(name)
@@ -460,43 +390,8 @@ extension Site {
         group.isJoining = true
         defer { group.isJoining = false }
         let theirs = try await peerStanding(group)
-        await stopReplication(group)
-        do { try await takeUp(group, theirs) } catch {
-            // Whatever direction the record says goes on: nobody else would start it again.
-            if group.isMirroring, group.replicator == nil { try? await startReplication(group) }
-            throw error
-        }
+        try await run(Join(group.record, theirs, identity: randomIdentity()), group)
         note(name, "mirroring to '\(group.entry.peer)' begins; what either site has changed is sent")
-    }
-
-    private func takeUp(_ group: GroupState, _ theirs: Standing) async throws {
-        // A point that was held is not the new direction's.
-        try await settleChanges(group)
-        if theirs.role == .primary, let head = group.record.generations.first, theirs.generations.contains(head) {
-            // The peer has seen every generation that this site had; from now on it is behind.
-            try await group.handle.change(.generationBegun(randomIdentity()))
-        }
-        let answer = try await callPeer(
-            group, Endpoints.yield,
-            body: YieldRequest(
-                site: configuration.site, siteID: siteRecord.id, generations: group.record.generations,
-                highestPoint: group.record.highestPoint, volumes: sessionVolumes(group)))
-        guard answer.point.isPlausible else { throw Refusal("the peer's answer makes no sense") }
-        for volume in members(group) {
-            let number = volume.number
-            try await eachPeerChange(group, volume) { words, first, geometry in
-                let ranges = byteRanges(words, firstWord: first, geometry)
-                await volume.reactor.run { $0.hosted(number).volume.markChanged(ranges) }
-            }
-            try volume.recording.synchronize()
-        }
-        try await group.handle.change(
-            .joined(
-                Joining(
-                    peer: answer.siteID, lineage: answer.lineage, volumeLineages: answer.volumeLineages,
-                    point: answer.point)))
-        await admitHosts(group)
-        try await startReplication(group)
     }
 
     func sessionVolumes(_ group: GroupState) -> [SessionRequest.Volume] {
@@ -526,18 +421,4 @@ extension Site {
         }
     }
 
-    /// The byte ranges of the set bits of a part of a bitmap.
-    private func byteRanges(_ words: [UInt64], firstWord: Int, _ geometry: Geometry) -> [Range<UInt64>] {
-        var words = words
-        let (first, bits) = (firstWord * 64, words.count * 64)
-        return words.withUnsafeMutableBytes { memory in
-            let part = Bitmap(memory: memory.baseAddress!, count: min(bits, geometry.grainCount - first))
-            var (ranges, at): ([Range<UInt64>], Int) = ([], 0)
-            while let start = part.firstSet(in: at..<part.count) {
-                at = part.firstClear(in: start..<part.count) ?? part.count
-                ranges.append(geometry.byteRange(first + start..<first + at))
-            }
-            return ranges
-        }
-    }
 }

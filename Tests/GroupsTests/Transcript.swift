@@ -156,11 +156,43 @@ extension Cycle.Action {
     }
 }
 
+extension SiteAction {
+    var words: String {
+        switch self {
+        case .settle: "settle the record"
+        case .change(let change): "save: \("\(change)".prefix { $0 != "(" })"
+        case .fence(let next): next == 0 ? "close the intake" : "fence the intake; only session \(next) is let in"
+        case .survey: "survey the volumes"
+        case .flushVolumes: "flush the volumes"
+        case .makePointFiles(let plan): "make the files of point \(plan.point.number)"
+        case .takePoint(let plan):
+            "take point \(plan.point.number) into the chains\(plan.dropped.isEmpty ? "" : ", and out of them \(plan.dropped.map { String($0.number) }.joined(separator: ", "))")"
+        case .forgetChanges: "forget what was changed as primary"
+        case .markDifferences(let point, let volumes):
+            "mark what must come back from point \(point) in \(volumes.joined(separator: ", "))"
+        case .dropDifferences: "drop these marks"
+        case .open(let point, let volumes): "open \(volumes.joined(separator: ", ")) at point \(point)"
+        case .stopMirroring: "stop mirroring"
+        case .startMirroring: "start mirroring, if the record says so"
+        case .shutHostsOut: "shut hosts out"
+        case .admitHosts: "admit hosts"
+        case .settleChanges: "give up the point in the volumes, and flush what has changed"
+        case .keepUnsent: "keep as a FlashCopy what the peer lacks"
+        case .serveAsSecondary: "serve as secondary"
+        case .askToYield: "ask the peer to yield"
+        case .takeChanges: "take over what the peer has changed"
+        }
+    }
+}
+
 /// A group, and what it answers.
 struct GroupTranscript {
     private var group = Group(record: .first(.primary, identity: "one"))
     private var now: UInt64 = 0
     private var shown: String?
+    /// An operation that is under way, and what it has asked for.
+    private var steps: ((Answer, GroupRecord) -> Next<String>)?
+    private var asked: SiteAction?
 
     mutating func answer(_ line: Line) throws -> [String] {
         now += 1
@@ -176,6 +208,28 @@ struct GroupTranscript {
                     Cycle.Settings(
                         interval: interval, volumes: Int(line.number("volumes") ?? 1), window: 2, checkpointBytes: 100)),
                 line)
+        case "commit", "session", "failover", "yield", "join":
+            steps = operation(line)
+            return goOn(.begin)
+        case "ok":
+            guard case .change(let change)? = asked else { return goOn(.done) }
+            do { _ = try group.change(change) } catch { return ["refused: \(error)"] }
+            group.wasSaved()
+            return ["record: \(group.record.words)"] + goOn(.done)
+        case "fails": return goOn(.failed(TranscriptError(description: line.fields["reason"] ?? "broken")))
+        case "survey":
+            return goOn(
+                .survey(
+                    IntakeSurvey(
+                        writesUnderWay: Int(line.number("writes") ?? 0), order: line.number("order") ?? 100,
+                        left: Set(line.list("left").compactMap { UInt64($0) }), at: 7)))
+        case "bytes": return goOn(.bytes(line.required("count")))
+        case "yielded":
+            return goOn(
+                .yielded(
+                    Joining(
+                        peer: "west", lineage: "new", volumeLineages: ["a": "new"], point: point(line.required("point"))
+                    )))
         case "end":
             group.end()
             return []
@@ -192,6 +246,67 @@ struct GroupTranscript {
             now += line.required("seconds") * 1_000_000_000
             return carryOut(group.handle(.tick, now: now), line)
         default: return carryOut(group.handle(try event(line), now: now), line)
+        }
+    }
+
+    private mutating func goOn(_ answer: Answer) -> [String] {
+        asked = nil
+        switch steps?(answer, group.record) {
+        case .perform(let action):
+            asked = action
+            return [action.words]
+        case .done(let outcome): return ["done\(outcome.isEmpty ? "" : ": \(outcome)")"]
+        case .failed(let error): return ["it has failed: \(error)"]
+        case nil: return ["nothing is under way"]
+        }
+    }
+
+    private func operation(_ line: Line) -> (Answer, GroupRecord) -> Next<String> {
+        switch line.word {
+        case "commit":
+            return erased(
+                RemoteCommit(
+                    number: line.required("point"), after: line.number("after"), formedAt: 1, keep: Retention(last: 2),
+                    session: line.number("session") ?? 1)
+            ) { "point \($0.number)" }
+        case "session":
+            return erased(IntakeSession(site: "east", generations: ["one"], session: line.required("number"))) {
+                "\($0)"
+            }
+        case "failover":
+            return erased(
+                Failover(
+                    Takeover(
+                        point: line.required("point"), volumes: ["a", "b"], generation: "two", at: 3, joins: false))
+            ) { "\($0) bytes are not part of it" }
+        case "yield":
+            return erased(
+                Yield(
+                    to: "west", generations: ["two", "one"], highestPoint: line.required("highest"), lineage: "new",
+                    volumes: ["a"], keep: Retention(last: 2), servesHosts: line.isSet("serves"))
+            ) { "point \($0.number)" }
+        default:
+            let theirs = try! GroupRecord(
+                "role=\(line.isSet("primary") ? "primary" : "secondary") generations=\(line.fields["knows"] ?? "one")")
+            return erased(
+                Join(
+                    group.record,
+                    Standing(site: "west", siteID: "west", record: theirs, wrote: false, changedBytes: 0),
+                    identity: "two")
+            ) { _ in "" }
+        }
+    }
+
+    private func erased<Operation: Steps>(
+        _ steps: Operation, _ words: @escaping (Operation.Outcome) -> String
+    ) -> (Answer, GroupRecord) -> Next<String> {
+        var steps = steps
+        return { answer, record in
+            switch steps.next(after: answer, record) {
+            case .perform(let action): .perform(action)
+            case .done(let outcome): .done(words(outcome))
+            case .failed(let error): .failed(error)
+            }
         }
     }
 

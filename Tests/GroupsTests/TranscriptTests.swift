@@ -5,7 +5,7 @@ import Testing
 
 private let folder = #filePath.split(separator: "/").dropLast().map { "/\($0)" }.joined() + "/Transcripts"
 
-@Test("what the machines answer", arguments: ["cycle", "commits", "roles"])
+@Test("what the machines answer", arguments: ["cycle", "commits", "roles", "steps"])
 func transcripts(name: String) throws {
     let path = "\(folder)/\(name).txt"
     let text = try String(contentsOfFile: path)

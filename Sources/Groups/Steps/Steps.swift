@@ -1,0 +1,106 @@
+// Steps.swift: an operation on a group as a value: what it does next, after what has become of the step before.
+//
+// A site carries the actions out; the simulator carries out the very same, and lets a process die, power or a save fail between any two.
+//
+// Must be prevented:
+//   an operation does one thing at a site and another in the simulator, which would prove its own
+//   what an operation that fails has begun is left standing: its value says how that is taken back
+
+/// What a group's site is asked to do. Each is done for all volumes of the group, or for those that are named, and has ended before
+/// the next begins.
+package enum SiteAction: Sendable, Equatable {
+    // The record.
+    /// Nothing that was taken back stands in the record's file.
+    case settle
+    /// Durably, or not at all.
+    case change(GroupChange)
+
+    // A secondary's intake and points.
+    /// Ends the intake's session; once nothing of it is under way, only this one is let in; 0 = none.
+    case fence(next: UInt64)
+    /// Answered by `Answer.survey`.
+    case survey
+    /// What was written to the volumes is on stable storage.
+    case flushVolumes
+    /// Target and bitmap of a point, empty, on stable storage. What was made goes again when it fails.
+    case makePointFiles(CommitPlan)
+    /// The point is the newest of the volumes' chains; points past their retention leave.
+    case takePoint(CommitPlan)
+    /// What the bitmaps say of the time as primary is forgotten.
+    case forgetChanges
+
+    // A takeover.
+    /// Which grains must come back from the point, in files of their own and in the bitmaps, on stable storage. Answered by
+    /// `Answer.bytes`.
+    case markDifferences(from: UInt64, [String])
+    case dropDifferences([String])
+    /// Data flows back from the point, and hosts may write.
+    case open(at: UInt64, [String])
+
+    // A primary's role.
+    case stopMirroring
+    /// If the record says that this site mirrors, and it does not.
+    case startMirroring
+    /// Ends the hosts' connections. What they asked for has been carried out.
+    case shutHostsOut
+    /// As soon as the record's file says that this site is primary.
+    case admitHosts
+    /// The volumes hold no point, and that is so on stable storage, as is what hosts wrote: CR alone says what the peer lacks.
+    case settleChanges
+    /// What hosts wrote here and the peer lacks becomes a FlashCopy.
+    case keepUnsent
+    /// The volumes' engines are a secondary's.
+    case serveAsSecondary
+    /// The peer becomes this site's secondary. Answered by `Answer.yielded`.
+    case askToYield
+    /// What the peer says it has changed is in the bitmaps, on stable storage.
+    case takeChanges
+}
+
+/// What has become of an action.
+package enum Answer: Sendable {
+    /// There was none yet.
+    case begin
+    case done
+    case failed(any Error)
+    case survey(IntakeSurvey)
+    case bytes(UInt64)
+    case yielded(Joining)
+}
+
+/// A secondary's volumes before a commit.
+package struct IntakeSurvey: Sendable {
+    /// Writes to the intake that have not ended.
+    package var writesUnderWay: Int
+    /// A place in the chains of all volumes that nothing has taken.
+    package var order: UInt64
+    /// Retired points that no volume has any more.
+    package var left: Set<UInt64>
+    /// The time of day, in seconds since 1970.
+    package var at: Double
+
+    package init(writesUnderWay: Int, order: UInt64, left: Set<UInt64>, at: Double) {
+        self.at = at
+        self.writesUnderWay = writesUnderWay
+        self.order = order
+        self.left = left
+    }
+}
+
+package enum Next<Outcome: Sendable>: Sendable {
+    case perform(SiteAction)
+    case done(Outcome)
+    case failed(any Error)
+}
+
+package protocol Steps {
+    associatedtype Outcome: Sendable
+    /// - Parameter record: as it is now.
+    mutating func next(after answer: Answer, _ record: GroupRecord) -> Next<Outcome>
+}
+
+/// An answer that does not belong to what was asked: a mistake of whoever carries the actions out.
+struct UnexpectedAnswer: Error, CustomStringConvertible {
+    var description: String
+    init(_ answer: Answer, _ state: some Any) { description = "'\(answer)' is no answer to '\(state)'" }
+}

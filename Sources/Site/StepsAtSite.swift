@@ -1,0 +1,280 @@
+// StepsAtSite.swift: the actions of `Steps`, as a site carries them out.
+
+import API
+import Base
+import Glibc
+import Groups
+import NBDServer
+import Ring
+import Volumes
+
+extension Site {
+    /// Carries an operation out.
+    func run<Operation: Steps>(_ steps: Operation, _ group: GroupState) async throws -> Operation.Outcome {
+        var (steps, answer) = (steps, Answer.begin)
+        while true {
+            switch steps.next(after: answer, group.record) {
+            case .perform(let action):
+                do { answer = try await perform(action, group) } catch { answer = .failed(error) }
+            case .done(let outcome): return outcome
+            case .failed(let error): throw error
+            }
+        }
+    }
+
+    @discardableResult
+    func perform(_ action: SiteAction, _ group: GroupState) async throws -> Answer {
+        switch action {
+        case .settle: try await group.handle.settle()
+        case .change(let change): try await group.handle.change(change)
+        case .fence(let session): await fence(group, next: session)
+        case .survey: return .survey(await survey(group))
+        case .flushVolumes: try await VolumeState.flushSources(members(group))
+        case .makePointFiles(let plan): try await makePointFiles(group, plan)
+        case .takePoint(let plan): await takePoint(group, plan)
+        case .forgetChanges: await onEngines(group) { $0.forgetChanges() }
+        case .markDifferences(let point, let names): return .bytes(try await markDifferences(names, CopyID(point)))
+        case .dropDifferences(let names): for name in names { volumes[name]?.restoreBitmap = nil }
+        case .open(let point, let names): try await open(group, names, CopyID(point))
+        case .stopMirroring: await stopReplication(group)
+        case .startMirroring: if group.isMirroring, !group.isReplicating { try await startReplication(group) }
+        case .shutHostsOut: await shutOutHosts(group)
+        case .admitHosts: await admitWhenSettled(group)
+        case .settleChanges: try await settleChanges(group)
+        case .keepUnsent: try await keepUnsent(group)
+        case .serveAsSecondary: await serveAsSecondary(group)
+        case .askToYield: return .yielded(try await askToYield(group))
+        case .takeChanges: try await takeChanges(group)
+        }
+        return .done
+    }
+
+    private func onEngines(_ group: GroupState, _ body: @escaping @Sendable (Volume) -> Void) async {
+        for volume in members(group) {
+            let number = volume.number
+            await volume.reactor.run { body($0.hosted(number).volume) }
+        }
+    }
+
+    // MARK: The intake
+
+    private func fence(_ group: GroupState, next session: UInt64) async {
+        group.session = session == 0 ? nil : session
+        group.madeFiles = nil
+        for volume in members(group) {
+            await endIntake(volume, next: session)
+            if session != 0 { await publish(volume, group) }
+        }
+    }
+
+    /// Ends the intake's connections, waits until nothing of them is under way, and lets only `next` in.
+    private func endIntake(_ volume: VolumeState, next: UInt64) async {
+        let number = volume.number
+        let reactor = volume.reactor
+        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
+            reactor.perform { reactor in
+                reactor.hosted(number).intakeSession = next
+                reactor.disconnect(number, .intake) { continuation.resume() }
+            }
+        }
+    }
+
+    private func survey(_ group: GroupState) async -> IntakeSurvey {
+        let members = members(group)
+        var writes = 0
+        for volume in members {
+            let number = volume.number
+            writes += await volume.reactor.run { $0.hosted(number).volume.modifyingInFlight }
+        }
+        let retired = (group.record.retired ?? []).map(\.number)
+        return IntakeSurvey(
+            writesUnderWay: writes, order: members.map(\.nextOrder).max() ?? CopyRecord.orderStep,
+            left: Set(retired.filter { number in members.allSatisfy { $0.copies[CopyID(number)] == nil } }),
+            at: realSeconds())
+    }
+
+    // MARK: Points
+
+    private func makePointFiles(_ group: GroupState, _ plan: CommitPlan) async throws {
+        let (members, id) = (members(group), CopyID(plan.point.number))
+        for volume in members { volume.nextOrder = (plan.point.order ?? 0) + CopyRecord.orderStep }
+        try descriptors.require(2 * members.count)
+        for volume in members { try await makeRoom(volume) }
+        do {
+            let made = try await disks.each(members.map { $0.newPoint(id) }) { try $0.make() }
+            group.madeFiles = (id, Dictionary(uniqueKeysWithValues: zip(members.map(\.name), made)))
+        } catch {
+            for volume in members where volume.copies[id] == nil { volume.removeCopyFiles(id, targetOwner: id) }
+            throw error
+        }
+    }
+
+    private func takePoint(_ group: GroupState, _ plan: CommitPlan) async {
+        let ids = plan.dropped.map { CopyID($0.number) }
+        let made = group.madeFiles
+        group.madeFiles = nil
+        invariant(made?.id == CopyID(plan.point.number), "the files of a point are made before it is taken")
+        for volume in members(group) {
+            guard let files = made?.files[volume.name] else { continue }
+            await enterChain(volume, CopyRecord(plan.point), files) { $0.addCopy($1) }
+            let number = volume.number
+            volume.reactor.perform { reactor in
+                for id in ids { reactor.hosted(number).volume.withdrawCopy(id) }
+            }
+            await publish(volume, group)
+        }
+    }
+
+    /// Points that readers keep open past their retention must not fill the chain.
+    private func makeRoom(_ volume: VolumeState) async throws {
+        let number = volume.number
+        await volume.reactor.run { reactor in
+            let engine = reactor.hosted(number).volume
+            if engine.chainCount >= Limits.copiesPerVolume - 4, let oldest = engine.oldestCopy {
+                reactor.disconnectReaders(number, of: oldest.id)
+            }
+        }
+        guard volume.copies.count < Limits.copiesPerVolume - 2 else {
+            throw Refusal("volume '\(volume.name)' has \(volume.copies.count) copies; withdraw some", .passing)
+        }
+    }
+
+    // MARK: A takeover
+
+    private func markDifferences(_ names: [String], _ id: CopyID) async throws -> UInt64 {
+        reserve.release()  // whatever is full
+        var bytes: UInt64 = 0
+        for volume in names.compactMap({ volumes[$0] }) { bytes += try await prepareRestore(volume, from: id) }
+        return bytes
+    }
+
+    private func open(_ group: GroupState, _ names: [String], _ id: CopyID) async throws {
+        group.servesHosts = true
+        var written: UInt64 = 0
+        for volume in names.compactMap({ volumes[$0] }) { written += try await open(volume, id, group) }
+        group.writtenAtFailover = written
+    }
+
+    private func open(_ volume: VolumeState, _ id: CopyID, _ group: GroupState) async throws -> UInt64 {
+        let number = volume.number
+        await beginRestore(volume, from: id, fresh: false)
+        try await startActivityLog(volume)
+        let written = await volume.reactor.run { reactor in
+            let hosted = reactor.hosted(number)
+            hosted.volume.policy = .hostFirst
+            hosted.volume.recording = true
+            hosted.writable = true
+            return hosted.bytesWritten
+        }
+        await publish(volume, group)
+        return written
+    }
+
+    /// Writes down, durably, which grains must come back from the point: to restore them, and because the old primary's
+    /// bitmaps take them for sent.
+    ///
+    /// - Returns: their bytes.
+    private func prepareRestore(_ volume: VolumeState, from id: CopyID) async throws -> UInt64 {
+        let file = try makeRestoreBitmap(volume)
+        let number = volume.number
+        let grains = await volume.reactor.run { reactor in
+            let engine = reactor.hosted(number).volume
+            engine.markDifferences(from: id, in: file.bitmap())
+            engine.markChanged(file.bitmap())
+            return file.bitmap().population()
+        }
+        try file.synchronize()
+        try volume.recording.synchronize()
+        return UInt64(grains) * UInt64(volume.geometry.grain)
+    }
+
+    // MARK: A primary's role
+
+    private func admitWhenSettled(_ group: GroupState) async {
+        if (try? await group.handle.settle()) != nil { return await admitHosts(group) }
+        note(group.entry.name, "hosts stay shut out until the group's record can be written")
+        Task {
+            while group.isUnsaved, !isStopping { try? await Task.sleep(for: .milliseconds(200)) }
+            if group.isMirroring, !group.servesHosts { await admitHosts(group) }
+        }
+    }
+
+    /// Ends the point that is held, so that CR alone says what the peer lacks, on stable storage.
+    func settleChanges(_ group: GroupState) async throws {
+        let deadline = monotonicNanoseconds() + UInt64(Limits.handOverSeconds) * 1_000_000_000
+        for volume in members(group) {
+            let number = volume.number
+            await volume.reactor.run { $0.hosted(number).volume.giveUpPoint() }
+            while await !volume.reactor.run({ $0.hosted(number).volume.mayFormPoint }) {
+                guard monotonicNanoseconds() < deadline else {
+                    throw Refusal("volume '\(volume.name)' is busy with a restore or a flush; try again", .passing)
+                }
+                try await Task.sleep(for: .milliseconds(2))
+            }
+            try volume.recording.synchronize()
+            try await volume.flushSource()
+        }
+    }
+
+    private func keepUnsent(_ group: GroupState) async throws {
+        guard await standing(group).changedBytes > 0 else { return }
+        let members = members(group)
+        let base = "unsent-after-\(group.record.divergedFrom?.number ?? 0)"
+        var (name, attempt) = (base, 1)
+        while members.contains(where: { volume in volume.record.copies.contains { $0.name == name } }) {
+            attempt += 1
+            name = "\(base)-\(attempt)"
+        }
+        var request = FlashCopyRequest(name: name, volumes: members.map(\.name))
+        request.durable = true
+        try await patiently(name) { try await self.establish(request, members) }
+        note(
+            group.entry.name,
+            "what hosts wrote here and '\(group.entry.peer)' lacks is kept as FlashCopy '\(name)' until it is withdrawn"
+        )
+    }
+
+    private func serveAsSecondary(_ group: GroupState) async {
+        await onEngines(group) { engine in
+            engine.policy = .copiesFirst
+            engine.recording = false
+        }
+        for volume in members(group) { await publish(volume, group) }
+    }
+
+    private func askToYield(_ group: GroupState) async throws -> Joining {
+        let answer = try await callPeer(
+            group, Endpoints.yield,
+            body: YieldRequest(
+                site: configuration.site, siteID: siteRecord.id, generations: group.record.generations,
+                highestPoint: group.record.highestPoint, volumes: sessionVolumes(group)))
+        return Joining(
+            peer: answer.siteID, lineage: answer.lineage, volumeLineages: answer.volumeLineages, point: answer.point)
+    }
+
+    private func takeChanges(_ group: GroupState) async throws {
+        for volume in members(group) {
+            let number = volume.number
+            try await eachPeerChange(group, volume) { words, first, geometry in
+                let ranges = byteRanges(words, firstWord: first, geometry)
+                await volume.reactor.run { $0.hosted(number).volume.markChanged(ranges) }
+            }
+            try volume.recording.synchronize()
+        }
+    }
+
+    /// The byte ranges of the set bits of a part of a bitmap.
+    private func byteRanges(_ words: [UInt64], firstWord: Int, _ geometry: Geometry) -> [Range<UInt64>] {
+        var words = words
+        let (first, bits) = (firstWord * 64, words.count * 64)
+        return words.withUnsafeMutableBytes { memory in
+            let part = Bitmap(memory: memory.baseAddress!, count: min(bits, geometry.grainCount - first))
+            var (ranges, at): ([Range<UInt64>], Int) = ([], 0)
+            while let start = part.firstSet(in: at..<part.count) {
+                at = part.firstClear(in: start..<part.count) ?? part.count
+                ranges.append(geometry.byteRange(first + start..<first + at))
+            }
+            return ranges
+        }
+    }
+}
