@@ -86,7 +86,7 @@ let package = Package(
             ], swiftSettings: control),
         .target(
             name: "Simulation", dependencies: ["Base", "Groups", "Volumes"],
-            swiftSettings: strict),
+            swiftSettings: dataPath),
         .executableTarget(
             name: "simulate",
             dependencies: ["Simulation"], swiftSettings: strict),

@@ -79,6 +79,9 @@ package enum GroupChange: Sendable, Equatable {
         }
     }
 
+    /// Without what it is about.
+    package var name: String { String("\(self)".prefix { $0 != "(" }) }
+
     /// It counts even if it cannot be saved yet.
     package var hasHappened: Bool {
         switch self {
@@ -178,7 +181,7 @@ extension GroupRecord {
         switch change.place(in: phase.kind) {
         case .late: return
         case .impossible:
-            throw IllegalPhase(description: "a group that is \(phase.kind.rawValue) cannot take '\(change)'")
+            throw IllegalPhase(description: "a group that is \(phase.kind.rawValue) cannot take '\(change.name)'")
         case .handled: carryOut(change)
         }
     }

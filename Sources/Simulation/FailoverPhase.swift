@@ -19,101 +19,69 @@ private struct Model {
 extension World {
     /// Fails over to a random point, works there for a while, and checks.
     func failOver() throws(SimulationFailure) {
-        for volume in east { volume.crash(&random) }
-        east = []
-        for volume in west { while !volume.pending.isEmpty { volume.step(&random) } }
-        for copies in westCopies { for (file, _) in copies.values { file.spaceLeft = nil } }
+        shutHostsOut()
+        primary.lose(powerLoss: random.chance(50))
+        let site = secondary!
+        settle(site)
+        for copies in site.copies { for (file, _) in copies.values { file.spaceLeft = nil } }
         // A commit that was under way is decided by the record.
-        if west.contains(where: { volume in westPoints.contains { volume.volume.copy(CopyID($0)) == nil } }) {
-            restartWest(powerLoss: false)
+        if site.volumes.contains(where: { volume in site.points.contains { volume.volume.copy(CopyID($0)) == nil } }) {
+            site.restart(powerLoss: false)
         }
-        guard let point = westPoints.randomElement(using: &random) else { return }
-        note("west fails over to point \(point)")
-        let before = try westPoints.map { number throws(SimulationFailure) in try readNow(number) }
-        let chosen = before[westPoints.firstIndex(of: point)!]
-        var models = chosen.map { Model(now: $0) }
+        guard let point = site.readablePoints.randomElement(using: &random) else { return }
+        note("\(site.name) fails over to point \(point)")
+        exchangeSites()
+        let kept = site.readablePoints
+        let before = try kept.map { number throws(SimulationFailure) in try readNow(number) }
+        var models = before[kept.firstIndex(of: point)!].map { Model(now: $0) }
         try carryOutFailover(to: point)
-        var restoring = Array(repeating: true, count: Self.volumes)
         var operations = 0
         // Few or many: what nobody writes again must be right as well.
         let wanted = random.chance(50) ? random.below(4) : 60
-        while operations < wanted || restoring.contains(true) {
+        while operations < wanted || !site.record.failedOver!.restoring.isEmpty {
             operations += 1
             let index = random.below(Self.volumes)
-            for _ in 0..<random.below(30) { west[random.below(Self.volumes)].step(&random) }
-            for volume in 0..<Self.volumes where west[volume].takeEvents().contains(.restoreFinished) {
-                restoring[volume] = false
-            }
+            for _ in 0..<random.below(30) { site.volumes[random.below(Self.volumes)].step(&random) }
+            site.collectEvents()
             if operations <= wanted { try act(index, &models[index]) }
-            if operations < wanted, random.chance(6) {
-                try crashAfterFailover(point, restoring, &models, powerLoss: random.chance(50))
-            }
+            if operations < wanted, random.chance(6) { try crashAfterFailover(&models) }
             guard operations < 100_000 else { throw SimulationFailure("a restore never ends") }
         }
-        for index in 0..<Self.volumes {
-            while !west[index].pending.isEmpty { west[index].step(&random) }
-            if westFiles[index].cached != models[index].now {
-                throw SimulationFailure("volume \(index) differs from its raw file after the restore")
-            }
+        settle(site)
+        for index in 0..<Self.volumes where site.files[index].cached != models[index].now {
+            throw SimulationFailure("volume \(index) differs from its raw file after the restore")
         }
-        for (number, images) in zip(westPoints, before) where try readNow(number) != images {
+        for (number, images) in zip(kept, before) where try readNow(number) != images {
             throw SimulationFailure("point \(number) has changed through the failover to point \(point)")
         }
     }
 
+    /// Everything that is under way in a site's volumes ends.
+    private func settle(_ site: SimulatedSite) {
+        for volume in site.volumes { while !volume.pending.isEmpty { volume.step(&random) } }
+    }
+
     /// The operator tries until it is done; the process may end, power and saves may fail between any two steps.
     private func carryOutFailover(to point: UInt64) throws(SimulationFailure) {
+        let site = primary!
         for attempt in 0..<1000 {
             var outcome: Result<UInt64, any Error>?
-            runWest(
-                Failover(Takeover(point: point, volumes: ["0", "1"], generation: "back", at: 0, joins: false))
+            site.run(
+                Failover(
+                    Takeover(
+                        point: point, volumes: ["0", "1"], generation: "\(random.next())", at: 0, joins: false))
             ) { outcome = $0 }
             while outcome == nil {
                 if attempt < 4, random.chance(10) { break }
-                if westTasks.isEmpty { throw SimulationFailure("the failover waits for ever") }
-                westTasks.removeFirst()()
-                west[random.below(Self.volumes)].step(&random)
+                if site.steps.isEmpty { throw SimulationFailure("the failover waits for ever") }
+                site.steps.removeFirst()()
+                site.volumes[random.below(Self.volumes)].step(&random)
             }
-            if case .success = outcome { return }
-            guard outcome == nil else { continue }
-            let powerLoss = random.chance(50)
-            restartWest(powerLoss: powerLoss)
-            guard westRecord.failedOver != nil else { continue }
-            // Decided, and not carried out: a start goes on.
-            return takeOver(point, Array(repeating: true, count: Self.volumes), trusted: !powerLoss)
+            if outcome == nil { site.restart(powerLoss: random.chance(50)) }
+            // Decided and not carried out: a start has gone on.
+            if site.record.failedOver != nil { return }
         }
         throw SimulationFailure("the failover is never done")
-    }
-
-    /// As `SiteAction.markDifferences`.
-    func markDifferences(from point: UInt64) -> UInt64 {
-        var bytes = 0
-        for index in 0..<Self.volumes {
-            // A file of its own, made anew.
-            westRestores[index] = SimulatedBitmap(bits: Self.grains)
-            let differences = westRestores[index].bitmap(Self.grains)
-            west[index].volume.markDifferences(from: CopyID(point), in: differences)
-            west[index].volume.markChanged(differences)
-            if fault != .failOverUnmarked { westRestores[index].flush() }
-            westRecording[index].flush()
-            bytes += differences.population() * Self.grain
-        }
-        return UInt64(bytes)
-    }
-
-    /// As `SiteAction.open`, and as a start after a failover.
-    func takeOver(_ point: UInt64, _ restoring: [Bool], trusted: Bool) {
-        for index in 0..<Self.volumes {
-            west[index].volume.policy = .hostFirst
-            west[index].volume.recording = true
-            startLog(west[index], westLogs[index], westRecording[index], trusted)
-            if restoring[index] {
-                west[index].volume.startRestore(
-                    from: CopyID(point), pending: westRestores[index].bitmap(Self.grains),
-                    bitmapFile: west[index].addStore(.bitmap(westRestores[index])))
-            }
-            west[index].pump()
-        }
     }
 
     /// One request, carried through while background work goes on.
@@ -150,14 +118,15 @@ extension World {
     ) throws(SimulationFailure) -> [UInt8] {
         var result: [UInt8]?
         var errno: Int32 = 0
-        let accepted = west[index].submit(operation, offset: offset, length: length, data: data, fua: fua) { request in
+        let accepted = primary.volumes[index].submit(operation, offset: offset, length: length, data: data, fua: fua) {
+            request in
             errno = request.error
             result =
                 operation == .read ? Array(UnsafeRawBufferPointer(start: request.buffer, count: length)) : []
         }
         var waited = 0
         while accepted, result == nil {
-            west[index].step(&random)
+            primary.volumes[index].step(&random)
             waited += 1
             if waited > 100_000 { throw SimulationFailure("a \(operation) after the failover never ends") }
         }
@@ -165,11 +134,8 @@ extension World {
         return result!
     }
 
-    private func crashAfterFailover(
-        _ point: UInt64, _ restoring: [Bool], _ models: inout [Model], powerLoss: Bool
-    ) throws(SimulationFailure) {
-        restartWest(powerLoss: powerLoss)
-        takeOver(point, restoring, trusted: !powerLoss)
+    private func crashAfterFailover(_ models: inout [Model]) throws(SimulationFailure) {
+        let powerLoss = primary.restart(powerLoss: random.chance(50))
         for index in 0..<Self.volumes {
             let found = try complete(index, .read, 0, Self.size, nil)
             for sector in 0..<Self.size / 512 {
@@ -190,11 +156,13 @@ extension World {
         var images: [[UInt8]] = []
         for index in 0..<Self.volumes {
             var image: [UInt8]?
-            let accepted = west[index].submit(.read, view: .copy(CopyID(point)), offset: 0, length: Self.size) {
+            let accepted = primary.volumes[index].submit(
+                .read, view: .copy(CopyID(point)), offset: 0, length: Self.size
+            ) {
                 request in
                 image = request.error == 0 ? Array(UnsafeRawBufferPointer(start: request.buffer, count: Self.size)) : []
             }
-            while accepted, image == nil { west[index].step(&random) }
+            while accepted, image == nil { primary.volumes[index].step(&random) }
             guard let image, !image.isEmpty else { throw SimulationFailure("point \(point) cannot be read") }
             images.append(image)
         }

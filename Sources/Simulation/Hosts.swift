@@ -63,7 +63,7 @@ struct Hosts {
         let step = chains[chain].issued + 1
         let life = life
         let fua = world.random.chance(5)
-        let accepted = world.east[step % 2].submit(
+        let accepted = world.primary.volumes[step % 2].submit(
             .write, offset: Self.offset(chain, step), length: SimulatedFile.sector,
             data: sector(chain, step), fua: fua
         ) { [unowned world] request in
@@ -84,7 +84,7 @@ struct Hosts {
         let kinds: [Request.Operation] = [.write, .write, .writeZeroes, .trim]
         let kind = kinds[world.random.below(kinds.count)]
         let life = life
-        let accepted = world.east[volume].submit(
+        let accepted = world.primary.volumes[volume].submit(
             kind, offset: Self.chainGrains * World.grain + start, length: length,
             data: kind == .write ? Array(repeating: byte, count: length) : nil
         ) { [unowned world] _ in

@@ -160,7 +160,7 @@ extension SiteAction {
     var words: String {
         switch self {
         case .settle: "settle the record"
-        case .change(let change): "save: \("\(change)".prefix { $0 != "(" })"
+        case .change(let change): "save: \(change.name)"
         case .fence(let next): next == 0 ? "close the intake" : "fence the intake; only session \(next) is let in"
         case .survey: "survey the volumes"
         case .flushVolumes: "flush the volumes"

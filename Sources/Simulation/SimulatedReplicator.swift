@@ -1,0 +1,285 @@
+// SimulatedReplicator.swift: what the cycle asks for, as `Replicator` carries it out: messages to the volumes' reactors, which are taken in
+// order for each volume, and a link on which everything arrives in any order.
+
+import Groups
+import Volumes
+
+extension SimulatedSite {
+    private var fault: DeliberateFault? { world.fault }
+
+    func beginMirroring() {
+        events = []
+        let ready = group.begin(
+            Cycle.Settings(interval: .continuous, volumes: World.volumes, window: 4, checkpointBytes: 4))
+        group.adapt(windowLimit: 1 + world.random.below(4), checkpointBytes: 4)
+        performing = true
+        save(ready, ofCycle: true)
+        performing = false
+        wakeAt = group.wakeAt ?? .max
+    }
+
+    func endMirroring() {
+        epoch += 1
+        group.end()
+    }
+
+    func event(_ event: Cycle.Event, _ sender: UInt64) {
+        if sender == epoch { handle(event) }
+    }
+
+    func handle(_ event: Cycle.Event) {
+        events.append(event)
+        guard !performing else { return }
+        performing = true
+        while !events.isEmpty { save(group.handle(events.removeFirst(), now: world.now), ofCycle: true) }
+        performing = false
+        wakeAt = group.wakeAt ?? .max
+    }
+
+    func tick() {
+        if wakeAt <= world.now { handle(.tick) }
+    }
+
+    func loseLink() {
+        let sender = epoch
+        world.tasks.append { [unowned self] in event(.linkLost("the link broke"), sender) }
+    }
+
+    func perform(_ action: Cycle.Action) {
+        switch action {
+        case .openSession:
+            epoch += 1
+            openSession(epoch)
+        case .closeLink: epoch += 1
+        case .prepare: prepare()
+        case .form(let number): form(number)
+        case .rewind:
+            epoch += 1
+            for index in 0..<World.volumes { post(index) { $0.volume.rewindDrain() } }
+        case .drain(let action): perform(action)
+        case .commit(let number, let previous, _): commit(number, previous)
+        case .endPoint(let number):
+            for index in 0..<World.volumes { post(index) { $0.volume.endPoint(number: number) } }
+        case .giveUp:
+            epoch += 1
+            let sender = epoch
+            world.note("the point is given up")
+            everyVolume({ $1.volume.giveUpPoint() }, then: { [unowned self] in event(.gaveUp, sender) })
+        case .markAllChanged(let names): markAllChanged(names)
+        }
+    }
+
+    // MARK: The volumes
+
+    /// Leaves a message for the volume's reactor.
+    func post(_ index: Int, _ body: @escaping (SimulatedVolume) -> Void) {
+        guard volumes.indices.contains(index) else { return }
+        let process = volumes[index]
+        mailboxes[index].append {
+            body(process)
+            process.pump()
+        }
+    }
+
+    private func everyVolume(_ body: @escaping (Int, SimulatedVolume) -> Void, then done: @escaping () -> Void) {
+        var left = World.volumes
+        for index in 0..<World.volumes {
+            post(index) { volume in
+                body(index, volume)
+                left -= 1
+                if left == 0 { done() }
+            }
+        }
+    }
+
+    private func markAllChanged(_ names: [String]?) {
+        let sender = epoch
+        let forgets = fault == .forgetFirstCopy
+        everyVolume(
+            { index, simulated in
+                if !forgets, names?.contains("\(index)") != false { simulated.volume.markAllChanged() }
+            },
+            then: { [unowned self] in
+                // The record relies on the marks, and outlives power loss.
+                let failed = fault != .relyOnUnflushedMarks && recording.map({ $0.flush() }).contains { $0 != 0 }
+                event(failed ? .linkLost("the marks cannot be flushed") : .allMarked, sender)
+            })
+    }
+
+    private func prepare() {
+        let sender = epoch
+        let clear: () -> Void = { [unowned self] in
+            guard sender == epoch else { return }
+            guard volumes.allSatisfy({ $0.volume.mayFormPoint }) else { return handle(.notReady) }
+            for bitmap in preserved { bitmap.bitmap(World.grains).clearAll() }
+            handle(.prepared(changed: volumes.contains { $0.volume.changedGrains > 0 }))
+        }
+        if fault == .prepareWithoutBarrier { return world.tasks.append(clear) }
+        everyVolume({ _, _ in }, then: { [unowned self] in world.tasks.append(clear) })
+    }
+
+    private func form(_ number: UInt64) {
+        let sender = epoch
+        world.note("point \(number) forms")
+        let early = fault == .releaseEarly
+        everyVolume(
+            { [unowned self] index, simulated in
+                simulated.volume.formPoint(
+                    number: number, targetFile: targetFiles[index],
+                    preserved: preserved[index].bitmap(World.grains))
+                if early { simulated.volume.releaseHold() }
+            },
+            then: { [unowned self] in
+                everyVolume(
+                    { $1.volume.releaseHold() },
+                    then: { [unowned self] in
+                        world.tasks.append { [unowned self] in
+                            event(.formed(at: Double(world.now), intact: true), sender)
+                        }
+                    })
+            })
+    }
+
+    // MARK: Draining
+
+    private func perform(_ action: Drain.Action) {
+        let sender = epoch
+        switch action {
+        case .read(let slot, let index):
+            guard let point = record.held?.number else { return }
+            post(index) { [unowned self] volume in drainRead(slot, index, volume, point, sender) }
+        case .send: break  // follows the read at once; see drainRead
+        case .flush: flush(sender)
+        case .clear(let runs):
+            guard let point = record.held?.number else { return }
+            for run in runs { post(run.volume) { $0.volume.clearOutOfSync(run.grains, point: point) } }
+        case .finished: break
+        }
+    }
+
+    private func drainRead(
+        _ slot: Int, _ index: Int, _ volume: SimulatedVolume, _ point: UInt64, _ sender: UInt64
+    ) {
+        guard volume.volume.point?.number == point, sender == epoch else { return }
+        guard let grains = volume.volume.nextOutOfSync(limit: 1 + world.random.below(4)) else {
+            world.tasks.append { [unowned self] in
+                event(.read(slot: slot, grains: nil, offset: 0, length: 0), sender)
+            }
+            return
+        }
+        let range = volume.volume.geometry.byteRange(grains)
+        let (offset, length) = (Int(range.lowerBound), Int(range.upperBound - range.lowerBound))
+        let submitted = volume.submit(.read, view: .point, offset: offset, length: length) { [unowned self] request in
+            guard request.error == 0 else {
+                return world.tasks.append { [unowned self] in event(.pointLost("it cannot be read"), sender) }
+            }
+            let data = Array(UnsafeRawBufferPointer(start: request.buffer, count: length))
+            world.tasks.append { [unowned self] in
+                guard sender == epoch else { return }
+                handle(.read(slot: slot, grains: grains, offset: UInt64(offset), length: length))
+                if fault == .clearEarly { post(index) { $0.volume.clearOutOfSync(grains, point: point) } }
+                send(slot, index, offset, data, sender)
+            }
+        }
+        if !submitted {
+            volume.volume.returnOutOfSync(from: grains.lowerBound)
+            post(index) { [unowned self] volume in drainRead(slot, index, volume, point, sender) }
+        }
+    }
+
+    private func send(_ slot: Int, _ index: Int, _ offset: Int, _ data: [UInt8], _ sender: UInt64) {
+        let (opened, peer) = (linkSession, peer)
+        world.tasks.append { [unowned self] in
+            // The session's end closes its connections: what has not arrived never does.
+            guard peer.session == opened else { return event(.linkLost("the connection is closed"), sender) }
+            let zero = !data.contains { $0 != 0 }
+            let accepted = peer.volumes[index].submit(
+                zero ? .writeZeroes : .write, offset: offset, length: data.count, data: zero ? nil : data
+            ) { [unowned self] request in
+                let failed = request.error != 0
+                world.tasks.append { [unowned self] in
+                    event(failed ? .linkLost("the peer failed") : .sent(slot: slot, wire: 1), sender)
+                }
+            }
+            if !accepted { send(slot, index, offset, data, sender) }
+        }
+        if fault == .commitEarly { event(.sent(slot: slot, wire: 1), sender) }
+    }
+
+    private func flush(_ sender: UInt64) {
+        let opened = linkSession
+        if fault == .acknowledgeFlushEarly {
+            world.tasks.append { [unowned self] in event(.flushed, sender) }
+            return
+        }
+        var left = World.volumes
+        for index in 0..<World.volumes {
+            world.tasks.append { [unowned self] in
+                flushOne(index, peer, opened) { [unowned self] in
+                    left -= 1
+                    if left == 0 { world.tasks.append { [unowned self] in event(.flushed, sender) } }
+                }
+            }
+        }
+    }
+
+    private func flushOne(_ index: Int, _ peer: SimulatedSite, _ opened: UInt64, done: @escaping () -> Void) {
+        guard peer.session == opened else { return }
+        if !peer.volumes[index].submit(.flush, offset: 0, length: 0, done: { _ in done() }) {
+            world.tasks.append { [unowned self] in flushOne(index, peer, opened, done: done) }
+        }
+    }
+
+    // MARK: The peer's control API
+
+    private func openSession(_ sender: UInt64) {
+        world.tasks.append { [unowned self] in
+            guard sender == epoch else { return }
+            let peer = peer
+            guard !world.isPartitioned else { return loseSession(sender) }
+            guard peer.record.role == .secondary else {
+                return event(.sessionFailed("the peer is primary", retry: false), sender)
+            }
+            // Sessions, commits and failovers come one after the other.
+            guard !peer.isBusy else { return openSession(sender) }
+            let asked = IntakeSession(
+                site: name, generations: record.generations, session: world.random.next() | 1)
+            peer.onCrash.append { [unowned self] in loseSession(sender) }
+            peer.run(asked) { [unowned self] answer in
+                guard case .success(let opened) = answer else { return loseSession(sender) }
+                let state = PeerState(
+                    session: opened, site: peer.name, lineage: peer.record.lineage ?? "",
+                    volumeLineages: peer.record.volumeLineages, committed: peer.record.points.last)
+                world.tasks.append { [unowned self] in
+                    if sender == epoch { linkSession = opened }
+                    event(.sessionOpened(state), sender)
+                }
+            }
+        }
+    }
+
+    private func loseSession(_ sender: UInt64) {
+        world.tasks.append { [unowned self] in event(.sessionFailed("the peer is gone", retry: true), sender) }
+    }
+
+    private func commit(_ number: UInt64, _ previous: UInt64?) {
+        let (sender, opened, peer) = (epoch, linkSession, peer)
+        world.tasks.append { [unowned self] in
+            guard peer.session == opened, !world.isPartitioned, !peer.isBusy else { return loseLink() }
+            let asked = RemoteCommit(
+                number: number, after: previous, formedAt: 0, keep: Retention(last: 4), session: opened)
+            peer.onCrash.append { [unowned self] in loseLink() }
+            peer.run(asked) { [unowned self] answer in
+                switch answer {
+                // The answer may be lost.
+                case .success where world.random.chance(5): loseLink()
+                case .success:
+                    world.tasks.append { [unowned self] in event(.committed(at: Double(world.now)), sender) }
+                case .failure(let refusal as TakeoverRefusal): world.fail("a commit is refused: \(refusal)")
+                case .failure:
+                    world.tasks.append { [unowned self] in event(.linkLost("the commit failed"), sender) }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,374 @@
+// SimulatedSite.swift: one of two sites: what outlives its processes, and the process that there is.
+//
+// A process is started as `Site.start` starts one, in whatever role the group's record says, and may end between any two steps of that.
+
+import Base
+import Groups
+import Volumes
+
+/// A volume's recording bitmaps, and which of them records: one mapped file.
+final class RecordingFile {
+    let first: SimulatedBitmap
+    let second: SimulatedBitmap
+    private let header = SimulatedBitmap(bits: 8 * MemoryLayout<RecordingRoles>.size, unit: 8)
+    let roles: UnsafeMutablePointer<RecordingRoles>
+
+    init(grains: Int) {
+        (first, second) = (SimulatedBitmap(bits: grains), SimulatedBitmap(bits: grains))
+        roles = header.memory.bindMemory(to: RecordingRoles.self, capacity: 1)
+    }
+
+    var parts: [SimulatedBitmap] { [first, second, header] }
+    /// - Returns: an errno.
+    @discardableResult
+    func flush() -> Int32 { parts.map { $0.flush() }.max() ?? 0 }
+}
+
+final class SimulatedSite {
+    unowned let world: World
+    let name: String
+
+    // On disk.
+    private(set) var files: [SimulatedFile] = []
+    private(set) var recording: [RecordingFile] = []
+    /// Takes what colliding writes overwrite while this site is primary, and says which grains it has.
+    private(set) var targets: [SimulatedFile] = []
+    private(set) var preserved: [SimulatedBitmap] = []
+    private(set) var logs: [SimulatedFile] = []
+    var copies: [[CopyID: (SimulatedFile, SimulatedBitmap)]] = []
+    /// What must come back from the point that was failed over to.
+    var restores: [SimulatedBitmap] = []
+    private(set) var saved: GroupRecord
+    /// What the bitmaps and logs say is this run's: a start came to its end since power was lost.
+    private var isConfirmed = true
+    /// The disk under all of these but the volumes takes nothing any more.
+    private(set) var stateFails = false
+    /// Volumes whose own file says that their bitmaps and log are not to be relied on.
+    private var distrusted: Set<Int> = []
+
+    // The process.
+    private(set) var life = 0
+    var volumes: [SimulatedVolume] = []
+    var group: Group
+    /// Hosts may write.
+    var servesHosts = false
+    /// An operation is under way.
+    var isBusy = false
+    /// Its next step, and what waits beside it.
+    var steps: [() -> Void] = []
+    /// Who waits for an answer of this process, which has ended.
+    var onCrash: [() -> Void] = []
+    /// The one that the intake lets in; 0 = none.
+    var session: UInt64 = 0
+    var order = CopyRecord.orderStep
+    private var copyBuffers: CopyBuffers
+    private let copyMemory: UnsafeMutableRawPointer
+
+    // While it mirrors: what `Replicator` has.
+    var mailboxes: [[() -> Void]] = []
+    var targetFiles: [StoreFile] = []
+    /// Changes with every link, every drain and every process.
+    var epoch: UInt64 = 0
+    var events: [Cycle.Event] = []
+    var performing = false
+    /// When the group must be told the time.
+    var wakeAt = UInt64.max
+    /// The session that its connections belong to.
+    var linkSession: UInt64 = 0
+
+    var record: GroupRecord { group.record }
+    var points: [UInt64] { record.points.map(\.number) }
+    var readablePoints: [UInt64] { record.points.filter { $0.isFailed != true }.map(\.number) }
+    private var fault: DeliberateFault? { world.fault }
+    var peer: SimulatedSite { world.primary === self ? world.secondary : world.primary }
+
+    init(_ world: World, _ name: String, _ role: Role) {
+        (self.world, self.name) = (world, name)
+        saved = .first(role, identity: name)
+        group = Group(record: saved)
+        copyMemory = .allocate(byteCount: 8 << 20, alignment: 4096)
+        copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
+        for _ in 0..<World.volumes {
+            files.append(SimulatedFile(byteCount: World.size))
+            // The sites have nothing in common: what a first copy forgets is seen.
+            files.last!.fill(&world.random)
+            recording.append(RecordingFile(grains: World.grains))
+            targets.append(SimulatedFile(byteCount: World.size))
+            preserved.append(SimulatedBitmap(bits: World.grains))
+            logs.append(SimulatedFile(byteCount: ActivityLog.fileOffset + 4096))
+            copies.append([:])
+            restores.append(SimulatedBitmap(bits: World.grains))
+        }
+    }
+
+    deinit { copyMemory.deallocate() }
+
+    // MARK: The record
+
+    /// A save that fails may have reached the file all the same.
+    @discardableResult
+    func save(_ ready: Ready?, ofCycle: Bool = false) -> Bool {
+        guard let ready else { return false }
+        for action in ready.before { perform(action) }
+        if ready.saves {
+            let fails = stateFails || world.saveFails()
+            if !fails || (!stateFails && world.random.chance(50)) { saved = group.record }
+            guard !fails else {
+                world.note("\(name) cannot save its record")
+                save(group.saveFailed("no space", ofCycle: ofCycle, now: world.now), ofCycle: ofCycle)
+                wakeAt = group.wakeAt ?? .max
+                return false
+            }
+            group.wasSaved()
+        }
+        for action in ready.after { perform(action) }
+        return true
+    }
+
+    func take(_ change: GroupChange) -> Bool { save(try? group.change(change)) }
+
+    // MARK: Starting
+
+    /// As often as it takes: a start may end between any two of its steps.
+    ///
+    /// - Returns: whether power was lost meanwhile.
+    @discardableResult
+    func start() -> Bool {
+        var lostPower = false
+        while !tryStart(
+            endingAt: !world.isQuiet && world.random.chance(15) ? world.random.below(World.volumes + 2) : nil)
+        {
+            let powerLoss = world.random.chance(50)
+            lose(powerLoss: powerLoss)
+            lostPower = lostPower || powerLoss
+        }
+        servesHosts = record.role == .primary && record.handingOver == nil
+        if record.isMirroring { beginMirroring() }
+        return lostPower
+    }
+
+    /// - Parameter last: the step before which it ends; nil = it goes through.
+    private func tryStart(endingAt last: Int?) -> Bool {
+        let trusted = isConfirmed && distrusted.isEmpty
+        group = Group(record: saved)
+        if fault == .confirmPrimaryEarly { isConfirmed = true }
+        if last == 0 { return false }
+        let held = recording.map { trusted ? $0.roles.pointee.heldPoint : nil }
+        if record.mustGiveUpPoint(heldBy: held), !take(.pointGivenUp) { return false }
+        copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
+        mailboxes = Array(repeating: [], count: World.volumes)
+        (targetFiles, volumes) = ([], [])
+        for index in 0..<World.volumes {
+            if last == index + 1 { return false }
+            volumes.append(resume(index, trusted))
+        }
+        if last == World.volumes + 1 { return false }
+        // As `VolumeState.confirm`: what hosts wrote while nothing was logged is on no stable storage, and was perhaps sent.
+        if !trusted { for file in files { file.flush() } }
+        for recording in recording { recording.flush() }
+        (isConfirmed, distrusted) = (true, [])
+        for simulated in volumes { simulated.volume.finishResuming() }
+        return true
+    }
+
+    private func resume(_ index: Int, _ trusted: Bool) -> SimulatedVolume {
+        let simulated = makeVolume(index)
+        let engine = simulated.volume
+        let isPrimary = record.role == .primary
+        engine.policy = isPrimary ? .hostFirst : .copiesFirst
+        simulated.skipFlushes = fault == .skipFlushes && !isPrimary
+        engine.beginResuming()
+        resumeChain(index, simulated)
+        let target = simulated.addStore(.file(targets[index]))
+        targetFiles.append(target)
+        engine.recording = isPrimary
+        if isPrimary { startLog(index, simulated, trusted) }
+        if isPrimary || record.yielded != nil, distrusted.contains(index) { engine.markAllChanged() }
+        if let held = record.held?.number {
+            engine.resumePoint(
+                number: held, targetFile: target, preserved: preserved[index].bitmap(World.grains))
+        } else if isPrimary {
+            engine.mergeOutOfSync()
+        }
+        if let failover = record.failedOver, failover.restoring.contains("\(index)") {
+            startRestore(index, simulated, from: failover.point)
+        }
+        return simulated
+    }
+
+    private func makeVolume(_ index: Int) -> SimulatedVolume {
+        let recording = recording[index]
+        let simulated = SimulatedVolume(
+            volume: Volume(
+                geometry: Geometry(size: UInt64(World.size), grain: World.grain)!,
+                bitmaps: (recording.first.bitmap(World.grains), recording.second.bitmap(World.grains)),
+                roles: recording.roles, copyBuffers: copyBuffers, requestCapacity: 48,
+                smallestRegion: World.regionBytes, faults: fault?.engine ?? []))
+        _ = simulated.addStore(.file(files[index]))
+        return simulated
+    }
+
+    private func resumeChain(_ index: Int, _ simulated: SimulatedVolume) {
+        let retired = (record.retired ?? []).map(\.number)
+        // What was made for a point that no record names.
+        for id in copies[index].keys where !(points + retired).contains(UInt64(id)) { copies[index][id] = nil }
+        let leaving = retired.filter { copies[index][CopyID($0)] != nil }
+        for point in leaving + points {
+            let failed = record.points.contains { $0.number == point && $0.isFailed == true }
+            addPoint(point, to: simulated, index, resume: true, failed: failed)
+        }
+        for point in leaving { simulated.volume.withdrawCopy(CopyID(point)) }
+    }
+
+    func addPoint(
+        _ point: UInt64, to simulated: SimulatedVolume, _ index: Int, resume: Bool, failed: Bool = false
+    ) {
+        let id = CopyID(point)
+        let files = copies[index][id] ?? (SimulatedFile(byteCount: World.size), SimulatedBitmap(bits: World.grains))
+        copies[index][id] = files
+        // A bit that only the killed process's mapping had must be durable before a write relies on it.
+        if resume, fault != .trustUnflushedBits { files.1.flush() }
+        let copy = FlashCopy(
+            id: id, targetFile: simulated.addStore(.file(files.0)),
+            bitmapFile: simulated.addStore(.bitmap(files.1)), preserved: files.1.bitmap(World.grains), durable: true)
+        if resume { simulated.volume.resumeCopy(copy, failed: failed) } else { simulated.volume.addCopy(copy) }
+    }
+
+    func startLog(_ index: Int, _ simulated: SimulatedVolume, _ trusted: Bool) {
+        let regions = SimulatedBitmap(bits: 64)
+        let layout = ActivityLog.layout(size: UInt64(World.size), smallest: World.regionBytes)
+        let region = Bitmap(memory: regions.memory, count: layout.count)
+        let bitmapFile = simulated.addStore(.bitmaps(recording[index].parts))
+        let logFile = simulated.addStore(.file(logs[index]))
+        logs[index].cached.withUnsafeBytes { bytes in
+            let contents = UnsafeRawBufferPointer(rebasing: bytes[ActivityLog.fileOffset...])
+            _ = ActivityLog.decode(contents, into: region)
+            simulated.volume.startActivityLog(file: logFile, contents: contents, recordingFile: bitmapFile)
+        }
+        if !trusted, fault != .trustBitmapsAfterPowerLoss { simulated.volume.recoverChanges(regions: region) }
+    }
+
+    func startRestore(_ index: Int, _ simulated: SimulatedVolume, from point: UInt64) {
+        simulated.volume.startRestore(
+            from: CopyID(point), pending: restores[index].bitmap(World.grains),
+            bitmapFile: simulated.addStore(.bitmap(restores[index])))
+        simulated.pump()
+    }
+
+    // MARK: Ending
+
+    /// - Returns: whether power was lost.
+    @discardableResult
+    func restart(powerLoss: Bool) -> Bool {
+        lose(powerLoss: powerLoss)
+        return start() || powerLoss
+    }
+
+    func lose(powerLoss: Bool) {
+        world.note("\(name) \(powerLoss ? "loses power" : "is killed")")
+        world.figures.crashes += 1
+        for volume in volumes { volume.crash(&world.random) }
+        (volumes, steps, isBusy, session, servesHosts) = ([], [], false, 0, false)
+        life += 1
+        epoch += 1
+        let waiting = onCrash
+        onCrash = []
+        for tell in waiting { tell() }
+        if powerLoss {
+            for file in files { file.losePower(&world.random) }
+            loseState()
+        }
+        if stateFails {
+            // It comes back as it was.
+            if !powerLoss { loseState() }
+            setState(fails: false)
+        }
+        world.siteWasLost(self, powerLoss: powerLoss)
+    }
+
+    private func loseState() {
+        isConfirmed = false
+        for file in stateFiles { file.losePower(&world.random) }
+        for bitmap in stateBitmaps { bitmap.losePower(&world.random) }
+    }
+
+    private var stateFiles: [SimulatedFile] {
+        logs + targets + copies.flatMap { copies in copies.keys.sorted().map { copies[$0]!.0 } }
+    }
+    private var stateBitmaps: [SimulatedBitmap] {
+        preserved + recording.flatMap(\.parts) + restores
+            + copies.flatMap { copies in copies.keys.sorted().map { copies[$0]!.1 } }
+    }
+
+    /// Dirty pages reach the disk, flushed or not.
+    func writeBack() {
+        for file in files + stateFiles { file.writeBack(&world.random) }
+        for bitmap in stateBitmaps { bitmap.writeBack(&world.random) }
+    }
+
+    // MARK: Trouble
+
+    /// Takes nothing any more, while the volumes' own disk is well. Hosts were quiet before: the log has few regions.
+    func failState() {
+        for volume in volumes + volumes {
+            volume.volume.sweepActivity()
+            volume.pump()
+            for _ in 0..<200 where !volume.pending.isEmpty { volume.step(&world.random) }
+        }
+        world.note("\(name)'s state disk fails")
+        setState(fails: true)
+    }
+
+    func setState(fails: Bool) {
+        stateFails = fails
+        for file in stateFiles { file.isDead = fails }
+        for bitmap in stateBitmaps { bitmap.isDead = fails }
+    }
+
+    func endTrouble() {
+        setState(fails: false)
+        for file in files { file.latent = [] }
+        for target in targets { target.spaceLeft = nil }
+        for copies in copies { for (file, _) in copies.values { file.spaceLeft = nil } }
+    }
+
+    // MARK: Events of its volumes
+
+    func collectEvents() {
+        for index in volumes.indices {
+            for event in volumes[index].takeEvents() {
+                world.note("\(name): \(event)")
+                carryOut(event, index)
+            }
+        }
+    }
+
+    private func carryOut(_ event: VolumeEvent, _ index: Int) {
+        let process = life
+        switch event {
+        case .pointGivenUp:
+            world.tasks.append { [unowned self] in
+                if process == life { handle(.pointLost("a volume could not hold it")) }
+            }
+        case .activityLogFailed: distrust(index)
+        case .copyWithdrawn(let id): copies[index][id] = nil
+        case .copyFailed(let id, _), .failureUnwritten(let id, _):
+            _ = take(.pointFailed(UInt64(id)))
+            if !points.contains(UInt64(id)) { for simulated in volumes { simulated.volume.withdrawCopy(id) } }
+            if case .failureUnwritten = event { volumes[index].volume.failureIsWritten() }
+            for simulated in volumes { simulated.pump() }
+        case .restoreFinished: _ = take(.restored(volume: "\(index)"))
+        default: break
+        }
+    }
+
+    /// The volume's own file knows before its hosts go on.
+    private func distrust(_ index: Int) {
+        let process = life
+        world.tasks.append { [unowned self] in
+            guard process == life else { return }
+            if fault != .goOnUnlogged { distrusted.insert(index) }
+            post(index) { $0.volume.distrustActivityLog() }
+        }
+    }
+}

@@ -1,0 +1,233 @@
+// SimulatedSteps.swift: the actions of `Steps`, as a simulated site carries them out.
+//
+// Between any two of them, and while one waits, the process may be killed, power may be lost, and a save may fail.
+
+import Groups
+import Volumes
+
+extension SimulatedSite {
+    private var fault: DeliberateFault? { world.fault }
+
+    /// One action after the other; a kill ends it.
+    func run<Operation: Steps>(
+        _ steps: Operation, done: @escaping (Result<Operation.Outcome, any Error>) -> Void
+    ) {
+        isBusy = true
+        goOn(steps, after: .begin, life, done)
+    }
+
+    private func goOn<Operation: Steps>(
+        _ operation: Operation, after answer: Answer, _ process: Int,
+        _ done: @escaping (Result<Operation.Outcome, any Error>) -> Void
+    ) {
+        guard process == life else { return }
+        var operation = operation
+        switch operation.next(after: answer, record) {
+        case .perform(let action):
+            let taken = operation
+            perform(action) { [unowned self] answer in
+                steps.append { [unowned self] in goOn(taken, after: answer, process, done) }
+            }
+        case .done(let outcome): end(.success(outcome), done)
+        case .failed(let error): end(.failure(error), done)
+        }
+    }
+
+    private func end<Outcome>(
+        _ result: Result<Outcome, any Error>, _ done: (Result<Outcome, any Error>) -> Void
+    ) {
+        isBusy = false
+        onCrash = []
+        done(result)
+    }
+
+    private func perform(_ action: SiteAction, _ done: @escaping (Answer) -> Void) {
+        switch action {
+        case .settle: done(answer(fault == .openUnsaved || save(group.settle())))
+        case .change(let change): done(answer(decide(change)))
+        case .fence(let next):
+            session = next
+            wait { [unowned self] in
+                fault == .skipFencing || volumes.allSatisfy { $0.volume.modifyingInFlight == 0 }
+            } then: {
+                done(.done)
+            }
+        case .survey: done(.survey(survey))
+        case .flushVolumes:
+            if fault != .skipFlushes { for file in files { file.flush() } }
+            done(.done)
+        case .makePointFiles(let plan):
+            order += CopyRecord.orderStep
+            for index in 0..<World.volumes {
+                copies[index][CopyID(plan.point.number)] = (
+                    SimulatedFile(byteCount: World.size), SimulatedBitmap(bits: World.grains)
+                )
+            }
+            done(.done)
+        case .takePoint(let plan):
+            for index in 0..<World.volumes {
+                addPoint(plan.point.number, to: volumes[index], index, resume: false)
+                for point in plan.dropped { volumes[index].volume.withdrawCopy(CopyID(point.number)) }
+                volumes[index].pump()
+            }
+            done(.done)
+        case .forgetChanges: onEngines(done) { $0.forgetChanges() }
+        case .markDifferences(let point, _): done(.bytes(markDifferences(from: point)))
+        case .dropDifferences: done(.done)
+        case .open(let point, _):
+            for index in 0..<World.volumes {
+                startRestore(index, volumes[index], from: point)
+                startLog(index, volumes[index], true)
+            }
+            servesHosts = true
+            onEngines(done) { engine in
+                engine.policy = .hostFirst
+                engine.recording = true
+            }
+        case .stopMirroring:
+            endMirroring()
+            done(.done)
+        case .startMirroring:
+            if record.isMirroring, group.cycle == nil { beginMirroring() }
+            done(.done)
+        case .shutHostsOut:
+            servesHosts = false
+            // What they had asked for is carried out.
+            wait { [unowned self] in
+                volumes.allSatisfy { $0.volume.modifyingInFlight == 0 }
+            } then: {
+                done(.done)
+            }
+        case .admitHosts:
+            servesHosts = true
+            done(.done)
+        case .settleChanges: settleChanges(done)
+        case .keepUnsent: done(.done)  // FlashCopies are CopyWorld's
+        case .serveAsSecondary:
+            onEngines(done) { engine in
+                engine.policy = .copiesFirst
+                engine.recording = false
+            }
+        case .askToYield: askToYield(done)
+        case .takeChanges: done(answer(takeChanges()))
+        }
+    }
+
+    private func answer(_ ok: Bool) -> Answer { ok ? .done : .failed(SimulationFailure("it cannot be saved")) }
+
+    private func onEngines(_ done: (Answer) -> Void, _ body: (Volume) -> Void) {
+        for simulated in volumes {
+            body(simulated.volume)
+            simulated.pump()
+        }
+        done(.done)
+    }
+
+    /// Looks now and then until something is so.
+    private func wait(_ condition: @escaping () -> Bool, then done: @escaping () -> Void) {
+        if condition() { return done() }
+        let process = life
+        steps.append { [unowned self] in if process == life { wait(condition, then: done) } }
+    }
+
+    private func decide(_ change: GroupChange) -> Bool {
+        guard take(change) else {
+            world.note("\(name) cannot record \(change.name)")
+            return false
+        }
+        world.note("\(name) records \(change.name)")
+        if case .committed(let plan) = change {
+            world.figures.commits += 1
+            for point in plan.dropped { world.remembered[point.number] = nil }
+        }
+        return true
+    }
+
+    // MARK: A secondary's
+
+    private var survey: IntakeSurvey {
+        let writes = volumes.reduce(0) { $0 + $1.volume.modifyingInFlight }
+        let retired = (record.retired ?? []).map(\.number)
+        return IntakeSurvey(
+            writesUnderWay: fault == .commitEarly ? 0 : writes, order: order,
+            left: Set(retired.filter { number in copies.allSatisfy { $0[CopyID(number)] == nil } }), at: 0)
+    }
+
+    private func markDifferences(from point: UInt64) -> UInt64 {
+        var bytes = 0
+        for index in 0..<World.volumes {
+            // A file of its own, made anew.
+            restores[index] = SimulatedBitmap(bits: World.grains)
+            let differences = restores[index].bitmap(World.grains)
+            volumes[index].volume.markDifferences(from: CopyID(point), in: differences)
+            volumes[index].volume.markChanged(differences)
+            if fault != .failOverUnmarked { restores[index].flush() }
+            recording[index].flush()
+            bytes += differences.population() * World.grain
+        }
+        return UInt64(bytes)
+    }
+
+    // MARK: A primary's
+
+    private func settleChanges(_ done: @escaping (Answer) -> Void) {
+        for simulated in volumes {
+            simulated.volume.giveUpPoint()
+            simulated.pump()
+        }
+        wait { [unowned self] in
+            volumes.allSatisfy { $0.volume.mayFormPoint }
+        } then: { [unowned self] in
+            let errno = (recording.map { $0.flush() } + files.map { $0.flush() }).max() ?? 0
+            done(answer(errno == 0))
+        }
+    }
+
+    /// The peer's answer, or that it did not come.
+    private func askToYield(_ done: @escaping (Answer) -> Void) {
+        let (process, peer) = (life, peer)
+        var isAnswered = false
+        let answered: (Answer) -> Void = { [unowned self] answer in
+            guard !isAnswered else { return }
+            isAnswered = true
+            world.tasks.append { [unowned self] in if process == life { done(answer) } }
+        }
+        let lost = Answer.failed(SimulationFailure("no answer"))
+        world.tasks.append { [unowned self] in
+            guard !world.isPartitioned, !peer.isBusy else { return answered(lost) }
+            if peer.record.role == .secondary {
+                // Asked again: the answer was lost.
+                guard let point = peer.record.points.first(where: { $0.number == peer.record.yielded }) else {
+                    return answered(lost)
+                }
+                guard peer.take(.paired(site: name, generations: record.generations)) else { return answered(lost) }
+                return answered(.yielded(peer.joining(at: point)))
+            }
+            peer.onCrash.append { answered(lost) }
+            let asked = Yield(
+                to: name, generations: record.generations, highestPoint: record.highestPoint,
+                lineage: "after \(world.random.next())", volumes: (0..<World.volumes).map { "\($0)" },
+                keep: Retention(last: 4), servesHosts: peer.servesHosts)
+            peer.run(asked) { [unowned self] outcome in
+                guard case .success(let point) = outcome, !world.random.chance(10) else { return answered(lost) }
+                answered(.yielded(peer.joining(at: point)))
+            }
+        }
+    }
+
+    private func joining(at point: PointRecord) -> Joining {
+        Joining(peer: name, lineage: record.lineage ?? "", volumeLineages: record.volumeLineages, point: point)
+    }
+
+    private func takeChanges() -> Bool {
+        guard peer.volumes.count == World.volumes, !world.isPartitioned else { return false }
+        for index in 0..<World.volumes where fault != .forgetPeersChanges {
+            let words = peer.volumes[index].volume.changedWords(from: 0, count: 8)
+            for grain in 0..<World.grains where words[grain >> 6] & (1 << UInt64(grain & 63)) != 0 {
+                let start = UInt64(grain * World.grain)
+                volumes[index].volume.markChanged([start..<start + UInt64(World.grain)])
+            }
+        }
+        return (recording.map { $0.flush() }.max() ?? 0) == 0
+    }
+}
