@@ -39,6 +39,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case confirmPrimaryEarly
     /// Writes go on although their regions could not be logged and nothing else says that the log is not to be relied on.
     case goOnUnlogged
+    /// The peer, which may have taken over, is not waited for.
+    case takeBackUnheard
     /// A failover is decided before it is on stable storage which grains must come back from the point.
     case failOverUnmarked
 

@@ -25,7 +25,10 @@ extension World {
         settle(site)
         for copies in site.copies { for (file, _) in copies.values { file.spaceLeft = nil } }
         // A commit that was under way is decided by the record.
-        if site.volumes.contains(where: { volume in site.points.contains { volume.volume.copy(CopyID($0)) == nil } }) {
+        if site.isBusy
+            || site.volumes.contains(where: { volume in site.points.contains { volume.volume.copy(CopyID($0)) == nil } }
+            )
+        {
             site.restart(powerLoss: false)
         }
         guard let point = site.readablePoints.randomElement(using: &random) else { return }
@@ -65,6 +68,7 @@ extension World {
     private func carryOutFailover(to point: UInt64) throws(SimulationFailure) {
         let site = primary!
         for attempt in 0..<1000 {
+            if attempt == 10 { site.endTrouble() }
             var outcome: Result<UInt64, any Error>?
             site.run(
                 Failover(

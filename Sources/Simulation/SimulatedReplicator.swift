@@ -21,6 +21,8 @@ extension SimulatedSite {
     func endMirroring() {
         epoch += 1
         group.end()
+        // What follows is asked of the reactors as well, and comes behind what they have been asked.
+        for index in mailboxes.indices { while !mailboxes[index].isEmpty { mailboxes[index].removeFirst()() } }
     }
 
     func event(_ event: Cycle.Event, _ sender: UInt64) {
@@ -37,7 +39,7 @@ extension SimulatedSite {
     }
 
     func tick() {
-        if wakeAt <= world.now { handle(.tick) }
+        if wakeAt <= world.now, group.cycle != nil || world.retriesSaves || world.isQuiet { handle(.tick) }
     }
 
     func loseLink() {

@@ -43,6 +43,8 @@ final class SimulatedSite {
     private var isConfirmed = true
     /// The disk under all of these but the volumes takes nothing any more.
     private(set) var stateFails = false
+    /// No record can be saved before this step.
+    private var fullUntil = 0
     /// Volumes whose own file says that their bitmaps and log are not to be relied on.
     private var distrusted: Set<Int> = []
 
@@ -52,6 +54,8 @@ final class SimulatedSite {
     var group: Group
     /// Hosts may write.
     var servesHosts = false
+    /// There is a process.
+    var isUp: Bool { volumes.count == World.volumes }
     /// An operation is under way.
     var isBusy = false
     /// Its next step, and what waits beside it.
@@ -111,9 +115,11 @@ final class SimulatedSite {
         guard let ready else { return false }
         for action in ready.before { perform(action) }
         if ready.saves {
-            let fails = stateFails || world.saveFails()
-            if !fails || (!stateFails && world.random.chance(50)) { saved = group.record }
+            let isFull = world.steps < fullUntil && !world.isQuiet
+            let fails = stateFails || isFull || world.saveFails()
+            if !fails || (!stateFails && !isFull && world.random.chance(50)) { saved = group.record }
             guard !fails else {
+                if !isFull { fullUntil = world.steps + world.recordWasNotSaved(self) }
                 world.note("\(name) cannot save its record")
                 save(group.saveFailed("no space", ofCycle: ofCycle, now: world.now), ofCycle: ofCycle)
                 wakeAt = group.wakeAt ?? .max
@@ -271,6 +277,7 @@ final class SimulatedSite {
         (volumes, steps, isBusy, session, servesHosts) = ([], [], false, 0, false)
         life += 1
         epoch += 1
+        fullUntil = 0  // a start would wait for the operator
         let waiting = onCrash
         onCrash = []
         for tell in waiting { tell() }
@@ -327,6 +334,7 @@ final class SimulatedSite {
 
     func endTrouble() {
         setState(fails: false)
+        fullUntil = 0
         for file in files { file.latent = [] }
         for target in targets { target.spaceLeft = nil }
         for copies in copies { for (file, _) in copies.values { file.spaceLeft = nil } }

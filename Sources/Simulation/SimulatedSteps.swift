@@ -37,7 +37,6 @@ extension SimulatedSite {
         _ result: Result<Outcome, any Error>, _ done: (Result<Outcome, any Error>) -> Void
     ) {
         isBusy = false
-        onCrash = []
         done(result)
     }
 
@@ -90,6 +89,15 @@ extension SimulatedSite {
         case .startMirroring:
             if record.isMirroring, group.cycle == nil { beginMirroring() }
             done(.done)
+        case .formPoint: formPoint(done)
+        case .holdCopies:
+            let isRestoring = record.failedOver?.restoring.isEmpty == false
+            done(isRestoring ? .failed(Refusal("a volume is being restored", .passing)) : .done)
+        case .countChanges:
+            let grains = volumes.reduce(0) { $0 + $1.volume.changedGrains + $1.volume.outOfSyncGrains }
+            done(.bytes(UInt64(grains * World.grain)))
+        case .askToPromote(let point): askToPromote(point, done)
+        case .endPeersSessions: endPeersSessions(done)
         case .shutHostsOut:
             servesHosts = false
             // What they had asked for is carried out.
@@ -99,7 +107,7 @@ extension SimulatedSite {
                 done(.done)
             }
         case .admitHosts:
-            servesHosts = true
+            admitWhenSettled(life)
             done(.done)
         case .settleChanges: settleChanges(done)
         case .keepUnsent: done(.done)  // FlashCopies are CopyWorld's
@@ -170,6 +178,13 @@ extension SimulatedSite {
 
     // MARK: A primary's
 
+    /// As `Site.admitWhenSettled`, which does not wait either.
+    private func admitWhenSettled(_ process: Int) {
+        guard process == life, record.role == .primary, record.handingOver == nil else { return }
+        if save(group.settle()) { return servesHosts = true }
+        world.tasks.append { [unowned self] in admitWhenSettled(process) }
+    }
+
     private func settleChanges(_ done: @escaping (Answer) -> Void) {
         for simulated in volumes {
             simulated.volume.giveUpPoint()
@@ -183,8 +198,27 @@ extension SimulatedSite {
         }
     }
 
-    /// The peer's answer, or that it did not come.
-    private func askToYield(_ done: @escaping (Answer) -> Void) {
+    /// As `GroupHandle.cycle`, which fails at once when mirroring does not go on.
+    private func formPoint(_ done: @escaping (Answer) -> Void) {
+        let number = group.nextNumber
+        guard group.cycle != nil else { return done(.failed(Refusal("it does not mirror"))) }
+        handle(.request)
+        wait { [unowned self] in
+            group.cycle?.suspension != nil || record.lastCommitted?.number ?? 0 >= number
+        } then: { [unowned self] in
+            guard let point = record.lastCommitted, point.number >= number else {
+                return done(.failed(Refusal("it is suspended", .passing)))
+            }
+            done(.point(point))
+        }
+    }
+
+    /// Asks the peer something.
+    ///
+    /// - Parameter done: is given its answer, or that it did not come, once.
+    private func ask(
+        _ done: @escaping (Answer) -> Void, _ body: @escaping (SimulatedSite, @escaping (Answer) -> Void) -> Void
+    ) {
         let (process, peer) = (life, peer)
         var isAnswered = false
         let answered: (Answer) -> Void = { [unowned self] answer in
@@ -194,7 +228,46 @@ extension SimulatedSite {
         }
         let lost = Answer.failed(SimulationFailure("no answer"))
         world.tasks.append { [unowned self] in
-            guard !world.isPartitioned, !peer.isBusy else { return answered(lost) }
+            guard !world.isPartitioned, !peer.isBusy, peer.isUp else { return answered(lost) }
+            peer.onCrash.append { answered(lost) }
+            body(peer) { [unowned self] answer in answered(world.random.chance(10) ? lost : answer) }
+        }
+    }
+
+    /// In a session that ends every earlier request of this kind.
+    private func askToPromote(_ point: UInt64, _ done: @escaping (Answer) -> Void) {
+        ask(done) { [unowned self] peer, answered in
+            guard peer.record.role == .secondary else {
+                return answered(peer.record.failedOver?.point == point ? .done : .failed(PeerRefusal("it is primary")))
+            }
+            peer.run(IntakeSession(site: name, generations: record.generations, session: world.random.next() | 1)) {
+                [unowned self] session in
+                guard case .success = session else { return answered(.failed(Refusal("no session", .passing))) }
+                guard peer.points.last == point else { return answered(.failed(PeerRefusal("it is not the newest"))) }
+                let takeover = Takeover(
+                    point: point, volumes: (0..<World.volumes).map { "\($0)" }, generation: "\(world.random.next())",
+                    at: 0, joins: true)
+                peer.run(Failover(takeover)) { outcome in
+                    if case .success = outcome { return answered(.done) }
+                    answered(.failed(Refusal("it could not", .passing)))
+                }
+            }
+        }
+    }
+
+    private func endPeersSessions(_ done: @escaping (Answer) -> Void) {
+        if fault == .takeBackUnheard { return done(.done) }
+        ask(done) { [unowned self] peer, answered in
+            guard peer.record.role == .secondary else { return answered(.failed(PeerRefusal("it is primary"))) }
+            peer.run(IntakeSession(site: name, generations: record.generations, session: world.random.next() | 1)) {
+                if case .success = $0 { answered(.done) } else { answered(.failed(Refusal("no session", .passing))) }
+            }
+        }
+    }
+
+    private func askToYield(_ done: @escaping (Answer) -> Void) {
+        ask(done) { [unowned self] peer, answered in
+            let lost = Answer.failed(SimulationFailure("refused"))
             if peer.record.role == .secondary {
                 // Asked again: the answer was lost.
                 guard let point = peer.record.points.first(where: { $0.number == peer.record.yielded }) else {
@@ -203,13 +276,12 @@ extension SimulatedSite {
                 guard peer.take(.paired(site: name, generations: record.generations)) else { return answered(lost) }
                 return answered(.yielded(peer.joining(at: point)))
             }
-            peer.onCrash.append { answered(lost) }
             let asked = Yield(
                 to: name, generations: record.generations, highestPoint: record.highestPoint,
                 lineage: "after \(world.random.next())", volumes: (0..<World.volumes).map { "\($0)" },
                 keep: Retention(last: 4), servesHosts: peer.servesHosts)
-            peer.run(asked) { [unowned self] outcome in
-                guard case .success(let point) = outcome, !world.random.chance(10) else { return answered(lost) }
+            peer.run(asked) { outcome in
+                guard case .success(let point) = outcome else { return answered(lost) }
                 answered(.yielded(peer.joining(at: point)))
             }
         }

@@ -56,6 +56,8 @@ package final class World: Scenario {
     private let quietWeights: [Int]
     /// One of so many saves of a record fails; 0 = none.
     private let failingSaves: Int
+    /// In some seeds a record that could not be saved is not tried again in time.
+    let retriesSaves: Bool
     /// Faults are over.
     private(set) var isQuiet = false
     let fault: DeliberateFault?
@@ -72,8 +74,8 @@ package final class World: Scenario {
     /// Nothing reaches the other site before this step.
     private var partitionedUntil = 0
     var isPartitioned: Bool { steps < partitionedUntil }
-    /// A site that was restarted loses power at this step: what the last process left is hardly used yet.
-    private var relapse: (step: Int, site: SimulatedSite)?
+    /// Sites that lose power, or are killed, at a step: what the last process left is hardly used yet, or could not be saved.
+    private var relapses: [(step: Int, site: SimulatedSite, powerLoss: Bool)] = []
 
     /// At the primary, but for the time of a change of roles.
     var hosts: Hosts
@@ -91,6 +93,7 @@ package final class World: Scenario {
         }
         quietWeights = Happening.allCases.map { $0.isFault ? 0 : $0.usualWeight }
         failingSaves = [0, 40, 12, 5][generator.below(4)]
+        retriesSaves = generator.chance(50)
         random = generator
         self.fault = fault
         hosts = Hosts(chains: Self.chains)
@@ -114,6 +117,17 @@ package final class World: Scenario {
     }
 
     func saveFails() -> Bool { failingSaves > 0 && !isQuiet && random.below(failingSaves) == 0 }
+    /// How many steps a disk that takes no record goes on with that. Somebody may restart the site because of it.
+    func recordWasNotSaved(_ site: SimulatedSite) -> Int {
+        guard failingSaves > 0 else { return 0 }
+        if random.chance(30), site === primary { relapses.append((steps + random.below(600), site, random.chance(50))) }
+        if random.chance(30), site === secondary, hostsAreServed {
+            // The primary forgets which point it was, and sends another.
+            relapses.append((steps + random.below(300), primary, true))
+            relapses.append((steps + 300 + random.below(1500), secondary, random.chance(50)))
+        }
+        return random.chance(40) ? random.below(3000) : 0
+    }
 
     func fail(_ text: String) { failure = SimulationFailure(text) }
 
@@ -121,7 +135,7 @@ package final class World: Scenario {
 
     private func crash(_ site: SimulatedSite, powerLoss: Bool) {
         site.restart(powerLoss: powerLoss)
-        if random.chance(40) { relapse = (steps + random.below([20, 300, 1500][random.below(3)]), site) }
+        if random.chance(40) { relapses.append((steps + random.below([20, 300, 1500][random.below(3)]), site, true)) }
     }
 
     /// Hosts find out what is there.
@@ -158,6 +172,7 @@ package final class World: Scenario {
             try step(faults: true)
         }
         random = SeededGenerator(seed: ~seed)
+        if random.chance(33) { return try switchOver(steps: count / 4) }
         let settles = random.chance(50)
         if settles { try settle() }
         if fault == nil || !settles {
@@ -173,9 +188,9 @@ package final class World: Scenario {
         now += UInt64(random.below(20_000_000))
         primary.tick()
         secondary.tick()
-        if faults, let next = relapse, steps >= next.step {
-            relapse = nil
-            next.site.restart(powerLoss: true)
+        if faults, let index = relapses.firstIndex(where: { steps >= $0.step }) {
+            let next = relapses.remove(at: index)
+            next.site.restart(powerLoss: next.powerLoss)
         }
         switch choose(faults) {
         case .host:
@@ -245,7 +260,7 @@ package final class World: Scenario {
         // Points of its own would fail with it.
         case 3 where hostsAreServed && primary.copies.allSatisfy(\.isEmpty):
             primary.failState()
-            relapse = (steps + random.below([100, 600, 3000][random.below(3)]), primary)
+            relapses.append((steps + random.below([100, 600, 3000][random.below(3)]), primary, true))
         default: endTrouble()
         }
     }

@@ -43,6 +43,8 @@ final class GroupState {
     var session: UInt64?
     /// Files of a point that is not in the chains yet.
     var madeFiles: (id: CopyID, files: [String: CopyFiles])?
+    /// An operation on it lets none begin on FlashCopies.
+    var holdsCopies = false
     /// This site asks its peer to give up the role.
     var isJoining = false
     /// Sessions, commits and changes of roles come one after the other.

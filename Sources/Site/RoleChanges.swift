@@ -130,42 +130,24 @@ extension Site {
         guard peerClient(group) != nil else {
             throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site and cannot take over")
         }
-        operation.step = "sends what has changed while hosts go on"
-        _ = try await pointOf(replicator, operation, seconds: 7 * 86400)
-        operation.step = "hosts are shut out; sends the last point"
-        await copyTurnstile.enter()  // no restore begins in between
-        defer { copyTurnstile.leave() }
-        for volume in members(group) where volume.restoreBitmap != nil {
-            throw Refusal("volume '\(volume.name)' is being restored since; try again", .passing)
-        }
-        await shutOutHosts(group)
         do {
-            let point = try await pointOf(replicator, operation, seconds: Double(Limits.handOverSeconds))
-            guard await standing(group).changedBytes == 0 else {
-                throw Refusal("group '\(name)': something was still written; nothing has changed, try again")
-            }
-            await stopReplication(group)
-            try await group.handle.change(.handingOver(point: point.number))
-            try await promotePeer(group, point.number)
-            return point
-        } catch let refusal as PeerRefusal {
-            do { try await takeBack(group) } catch {
-                // It may have failed over meanwhile. Hosts stay shut out until it is known who is primary.
-                Task { await finishHandover(group) }
-                throw Refusal(
-                    "'\(group.entry.peer)' does not take over: \(refusal); nor can the switchover be taken back: \(error)"
-                )
-            }
-            throw Refusal("'\(group.entry.peer)' does not take over: \(refusal)")
-        } catch {
-            if group.record.handingOver == nil {
-                if group.replicator == nil { try await startReplication(group) }
-                await admitHosts(group)
-                throw error
-            }
-            Task { await finishHandover(group) }
-            throw Refusal(
-                "'\(group.entry.peer)' may or may not have taken over (\(error)); hosts stay shut out until it answers, or until "
+            return try await run(HandOver(seconds: Double(Limits.handOverSeconds)), group)
+        } catch let failure as HandOverFailure {
+            throw refusal(failure, group)
+        }
+    }
+
+    private func refusal(_ failure: HandOverFailure, _ group: GroupState) -> Refusal {
+        let (name, peer) = (group.entry.name, group.entry.peer)
+        if group.record.handingOver != nil { Task { await finishHandover(group) } }
+        switch failure {
+        case .refused(let refusal, nil): return Refusal("'\(peer)' does not take over: \(refusal)")
+        // It may have failed over meanwhile. Hosts stay shut out until it is known who is primary.
+        case .refused(let refusal, let error?):
+            return Refusal("'\(peer)' does not take over: \(refusal); nor can the switchover be taken back: \(error)")
+        case .unknown(let error):
+            return Refusal(
+                "'\(peer)' may or may not have taken over (\(error)); hosts stay shut out until it answers, or until "
                     + "`farcopy abort switchover:\(name)` takes the switchover back")
         }
     }
@@ -177,8 +159,13 @@ extension Site {
     }
 
     /// A point formed from now on and committed by the peer.
-    private func pointOf(_ replicator: GroupHandle, _ operation: Operation, seconds: Double) async throws -> PointRecord
-    {
+    func pointOf(_ group: GroupState, seconds: Double) async throws -> PointRecord {
+        guard let replicator = group.replicator, let operation = group.operation else {
+            throw Refusal(notMirroring(group))
+        }
+        operation.step =
+            group.servesHosts
+            ? "sends what has changed while hosts go on" : "hosts are shut out; sends the last point"
         let outcome = Outcome()
         Task { [site = self] in
             do {
@@ -210,7 +197,7 @@ extension Site {
     }
 
     /// Asks the peer to become primary at the point, in a session that ends every earlier request of this kind.
-    private func promotePeer(_ group: GroupState, _ point: UInt64) async throws {
+    func promotePeer(_ group: GroupState, _ point: UInt64) async throws {
         guard let peer = peer(group) else { throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site") }
         let opened = try await peer.openSession(
             volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
@@ -228,7 +215,7 @@ extension Site {
                     try await promotePeer(group, point)
                 } catch let refusal as PeerRefusal {
                     note(group.entry.name, "'\(group.entry.peer)' does not take over: \(refusal)")
-                    try? await takeBack(group)
+                    _ = try? await run(TakeBack(), group)
                 } catch {
                     logger.info("group \(group.entry.name): handing over: \(error)")
                 }
@@ -238,14 +225,11 @@ extension Site {
         }
     }
 
-    /// This site is primary again. The peer has said that it is secondary, in a session that no late request can use.
-    private func takeBack(_ group: GroupState) async throws {
-        guard let peer = peer(group) else { return }
+    /// Every earlier request of this site's has come to its end at the peer.
+    func endPeersSessions(_ group: GroupState) async throws {
+        guard let peer = peer(group) else { throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site") }
         _ = try await peer.openSession(
             volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
-        try await group.handle.change(.handoverTakenBack)
-        await admitHosts(group)
-        try await startReplication(group)
     }
 
     /// The primary hands over: this site takes its place, and mirrors to it as soon as it has given up its role.
@@ -402,7 +386,7 @@ extension Site {
             defer { group.turnstile.leave() }
             guard group.record.handingOver != nil else { throw Refusal("the switchover is over") }
             do {
-                try await takeBack(group)
+                try await run(TakeBack(), group)
             } catch {
                 throw Refusal("the switchover cannot be taken back: \(error)")
             }

@@ -285,16 +285,9 @@ extension Site {
             try await group.handle.change(.paired(site: request.siteID, generations: request.generations))
             return yieldAnswer(group, point)
         }
+        try checkYield(group, request)
         try await checkStillAsked(group, request)
         let served = group.servesHosts
-        await stopReplication(group)
-        // No restore begins, and no FlashCopy is taken, until the role is given up.
-        await copyTurnstile.enter()
-        defer { copyTurnstile.leave() }
-        do { try checkYield(group, request) } catch {
-            try await perform(.startMirroring, group)
-            throw error
-        }
         let point = try await run(
             Yield(
                 to: request.siteID, generations: request.generations, highestPoint: request.highestPoint,

@@ -12,6 +12,7 @@ extension Site {
     /// Carries an operation out.
     func run<Operation: Steps>(_ steps: Operation, _ group: GroupState) async throws -> Operation.Outcome {
         var (steps, answer) = (steps, Answer.begin)
+        defer { releaseCopies(group) }
         while true {
             switch steps.next(after: answer, group.record) {
             case .perform(let action):
@@ -38,6 +39,11 @@ extension Site {
         case .open(let point, let names): try await open(group, names, CopyID(point))
         case .stopMirroring: await stopReplication(group)
         case .startMirroring: if group.isMirroring, !group.isReplicating { try await startReplication(group) }
+        case .formPoint(let seconds): return .point(try await pointOf(group, seconds: seconds))
+        case .holdCopies: try await holdCopies(group)
+        case .countChanges: return .bytes(await standing(group).changedBytes)
+        case .askToPromote(let point): try await promotePeer(group, point)
+        case .endPeersSessions: try await endPeersSessions(group)
         case .shutHostsOut: await shutOutHosts(group)
         case .admitHosts: await admitWhenSettled(group)
         case .settleChanges: try await settleChanges(group)
@@ -189,6 +195,21 @@ extension Site {
     }
 
     // MARK: A primary's role
+
+    private func holdCopies(_ group: GroupState) async throws {
+        await copyTurnstile.enter()
+        group.holdsCopies = true
+        for volume in members(group) where volume.restoreBitmap != nil {
+            throw Refusal(
+                "volume '\(volume.name)' at '\(configuration.site)' is being restored; wait until it holds all of its data",
+                .passing)
+        }
+    }
+
+    private func releaseCopies(_ group: GroupState) {
+        if group.holdsCopies { copyTurnstile.leave() }
+        group.holdsCopies = false
+    }
 
     private func admitWhenSettled(_ group: GroupState) async {
         if (try? await group.handle.settle()) != nil { return await admitHosts(group) }

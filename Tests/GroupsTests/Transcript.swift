@@ -172,6 +172,11 @@ extension SiteAction {
             "mark what must come back from point \(point) in \(volumes.joined(separator: ", "))"
         case .dropDifferences: "drop these marks"
         case .open(let point, let volumes): "open \(volumes.joined(separator: ", ")) at point \(point)"
+        case .formPoint: "form a point, and let the peer commit it"
+        case .holdCopies: "let nothing begin on FlashCopies"
+        case .countChanges: "count what the peer lacks"
+        case .askToPromote(let point): "ask the peer to take over at point \(point)"
+        case .endPeersSessions: "end what was asked of the peer"
         case .stopMirroring: "stop mirroring"
         case .startMirroring: "start mirroring, if the record says so"
         case .shutHostsOut: "shut hosts out"
@@ -208,7 +213,7 @@ struct GroupTranscript {
                     Cycle.Settings(
                         interval: interval, volumes: Int(line.number("volumes") ?? 1), window: 2, checkpointBytes: 100)),
                 line)
-        case "commit", "session", "failover", "yield", "join":
+        case "commit", "session", "failover", "yield", "join", "handover", "takeback":
             steps = operation(line)
             return goOn(.begin)
         case "ok":
@@ -223,6 +228,8 @@ struct GroupTranscript {
                     IntakeSurvey(
                         writesUnderWay: Int(line.number("writes") ?? 0), order: line.number("order") ?? 100,
                         left: Set(line.list("left").compactMap { UInt64($0) }), at: 7)))
+        case "declines": return goOn(.failed(PeerRefusal("no")))
+        case "formed-point": return goOn(.point(point(line.required("point"))))
         case "bytes": return goOn(.bytes(line.required("count")))
         case "yielded":
             return goOn(
@@ -285,6 +292,8 @@ struct GroupTranscript {
                     to: "west", generations: ["two", "one"], highestPoint: line.required("highest"), lineage: "new",
                     volumes: ["a"], keep: Retention(last: 2), servesHosts: line.isSet("serves"))
             ) { "point \($0.number)" }
+        case "handover": return erased(HandOver(seconds: 60)) { "at point \($0.number)" }
+        case "takeback": return erased(TakeBack()) { _ in "" }
         default:
             let theirs = try! GroupRecord(
                 "role=\(line.isSet("primary") ? "primary" : "secondary") generations=\(line.fields["knows"] ?? "one")")

@@ -41,6 +41,16 @@ package enum SiteAction: Sendable, Equatable {
     case stopMirroring
     /// If the record says that this site mirrors, and it does not.
     case startMirroring
+    /// A point is formed from now on, and committed by the peer. Answered by `Answer.point`.
+    case formPoint(seconds: Double)
+    /// Nothing begins on FlashCopies until the operation has ended. Fails while data flows back into a volume.
+    case holdCopies
+    /// In how much the peer may differ. Answered by `Answer.bytes`.
+    case countChanges
+    /// The peer becomes primary at its newest point, which must be this one. Fails with `PeerRefusal` if it surely has not.
+    case askToPromote(UInt64)
+    /// Nothing that was asked of the peer before is carried out any more.
+    case endPeersSessions
     /// Ends the hosts' connections. What they asked for has been carried out.
     case shutHostsOut
     /// As soon as the record's file says that this site is primary.
@@ -65,6 +75,7 @@ package enum Answer: Sendable {
     case failed(any Error)
     case survey(IntakeSurvey)
     case bytes(UInt64)
+    case point(PointRecord)
     case yielded(Joining)
 }
 

@@ -6,7 +6,7 @@
 
 package struct Yield: Steps {
     private enum State {
-        case begins, stops, shutsOut, settles, givesUp, keeps, surveys
+        case begins, stops, holdsCopies, shutsOut, settles, givesUp, keeps, surveys
         case makesFiles(Yielding), decides(Yielding), takes(Yielding), serves(Yielding)
         case closes(any Error), admits(any Error), goesOn(any Error)
     }
@@ -42,7 +42,8 @@ package struct Yield: Steps {
         case (.takes, .failed(let error)), (.serves, .failed(let error)): return .failed(error)
         case (_, .failed(let error)): return takeBack(error)
         case (.begins, .begin): return go(.stops, .stopMirroring)
-        case (.stops, .done): return go(.shutsOut, .shutHostsOut)
+        case (.stops, .done): return go(.holdsCopies, .holdCopies)
+        case (.holdsCopies, .done): return go(.shutsOut, .shutHostsOut)
         case (.shutsOut, .done): return go(.settles, .settleChanges)
         case (.settles, .done): return go(.givesUp, .change(.pointGivenUp))
         case (.givesUp, .done): return go(.keeps, .keepUnsent)

@@ -1,0 +1,97 @@
+// HandOver.swift: a switchover as the primary does it: hosts are shut out, the last point is sent, the peer takes over.
+//
+// Must be prevented:
+//   a switchover that the peer may have carried out is taken back
+//   hosts stay shut out because a step failed before the peer was asked
+//   hosts write while the record's file may say that the role is being handed over: a start would go on with that
+
+package struct HandOver: Steps {
+    private enum State {
+        case begins, catchesUp, holdsCopies, shutsOut, sendsLast
+        case counts(PointRecord), stops(PointRecord), decides(PointRecord), asks(PointRecord)
+        case admits(any Error), goesOn(any Error), takesBack(TakeBack, PeerRefusal)
+    }
+    private var state = State.begins
+    private let seconds: Double
+
+    /// - Parameter seconds: for which hosts may be shut out while the last point is sent.
+    package init(seconds: Double) { self.seconds = seconds }
+
+    /// - Returns: the point at which the peer has taken over.
+    /// - Throws: `HandOverFailure` once the peer was asked.
+    package mutating func next(after answer: Answer, _ record: GroupRecord) -> Next<PointRecord> {
+        switch (state, answer) {
+        case (.admits(let error), _): return go(.goesOn(error), .startMirroring)
+        case (.goesOn(let error), _): return .failed(error)
+        case (.takesBack(let steps, let refusal), _): return takeBack(steps, refusal, answer, record)
+        case (.asks, .failed(let refusal as PeerRefusal)): return takeBack(TakeBack(), refusal, .begin, record)
+        case (.asks, .failed(let error)): return .failed(HandOverFailure.unknown(error))
+        case (.catchesUp, .failed(let error)), (.holdsCopies, .failed(let error)): return .failed(error)
+        case (_, .failed(let error)): return go(.admits(error), .admitHosts)
+        case (.begins, .begin): return go(.catchesUp, .formPoint(seconds: 7 * 86400))
+        case (.catchesUp, .point): return go(.holdsCopies, .holdCopies)
+        case (.holdsCopies, .done): return go(.shutsOut, .shutHostsOut)
+        case (.shutsOut, .done): return go(.sendsLast, .formPoint(seconds: seconds))
+        case (.sendsLast, .point(let point)): return go(.counts(point), .countChanges)
+        case (.counts(let point), .bytes(0)): return go(.stops(point), .stopMirroring)
+        case (.counts, .bytes):
+            return go(.admits(Refusal("something was still written; nothing has changed, try again")), .admitHosts)
+        case (.stops(let point), .done): return go(.decides(point), .change(.handingOver(point: point.number)))
+        case (.decides(let point), .done): return go(.asks(point), .askToPromote(point.number))
+        case (.asks(let point), .done): return .done(point)
+        default: return .failed(UnexpectedAnswer(answer, state))
+        }
+    }
+
+    private mutating func takeBack(
+        _ steps: TakeBack, _ refusal: PeerRefusal, _ answer: Answer, _ record: GroupRecord
+    ) -> Next<PointRecord> {
+        var steps = steps
+        switch steps.next(after: answer, record) {
+        case .perform(let action): return go(.takesBack(steps, refusal), action)
+        case .done: return .failed(HandOverFailure.refused(refusal, notTakenBack: nil))
+        case .failed(let error): return .failed(HandOverFailure.refused(refusal, notTakenBack: error))
+        }
+    }
+
+    private mutating func go(_ next: State, _ action: SiteAction) -> Next<PointRecord> {
+        state = next
+        return .perform(action)
+    }
+}
+
+/// What has become of a switchover once the peer was asked.
+package enum HandOverFailure: Error {
+    /// The peer does not take over; with an error, that could not be taken back here.
+    case refused(PeerRefusal, notTakenBack: (any Error)?)
+    /// The peer may or may not have taken over. Hosts stay shut out until it says.
+    case unknown(any Error)
+}
+
+/// The site that was handing over is primary again. The peer has said that it is secondary.
+package struct TakeBack: Steps {
+    private enum State {
+        case begins, ends, decides, admits, starts
+    }
+    private var state = State.begins
+
+    package init() {}
+
+    package mutating func next(after answer: Answer, _ record: GroupRecord) -> Next<Void> {
+        switch (state, answer) {
+        case (_, .failed(let error)): return .failed(error)
+        // No late request to take over can be used from now on.
+        case (.begins, .begin): return go(.ends, .endPeersSessions)
+        case (.ends, .done): return go(.decides, .change(.handoverTakenBack))
+        case (.decides, .done): return go(.admits, .admitHosts)
+        case (.admits, .done): return go(.starts, .startMirroring)
+        case (.starts, .done): return .done(())
+        default: return .failed(UnexpectedAnswer(answer, state))
+        }
+    }
+
+    private mutating func go(_ next: State, _ action: SiteAction) -> Next<Void> {
+        state = next
+        return .perform(action)
+    }
+}
