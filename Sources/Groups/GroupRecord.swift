@@ -89,7 +89,7 @@ package struct GroupRecord: Sendable, Equatable {
         return record
     }
 
-    package init(role: Role, generation: String) {
+    private init(role: Role, generation: String) {
         phase = role == .primary ? .mirroring(Phase.Primary()) : .secondary(Phase.Secondary())
         generations = [generation]
     }

@@ -1,38 +1,13 @@
-// Takeover.swift: what a secondary decides: whether a point is committed, and what a failover makes of the group.
-//
-// Only decisions and the order of steps, without I/O, so that a site and the simulator do the same.
+// Takeover.swift: what a secondary decides: whether a point may be committed, and which one a failover goes to.
 //
 // Must be prevented:
-//   a point is committed out of order, twice, from an ended session, or while writes to the intake are under way
-//   a commit is half done after a crash: the record alone decides, files come before it and chains after
-//   a group has two current primaries
+//   a point is committed out of order, twice, or while writes to the intake are under way
+//   a failover goes to a point that cannot be read
 
 /// Why something was not done, in words for the operator.
 package struct TakeoverRefusal: Error, CustomStringConvertible {
     package var description: String
     package init(_ description: String) { self.description = description }
-}
-
-/// The steps of a commit, in order; a crash may come between any two.
-package enum CommitStep: CaseIterable, Sendable {
-    /// Targets and bitmaps of every volume, empty and on stable storage.
-    case files
-    /// The group's record: the decision.
-    case record
-    /// Each volume takes the point as the newest of its chain, and points past their retention leave.
-    case chains
-}
-
-/// The steps of a failover, in order.
-package enum FailoverStep: CaseIterable, Sendable {
-    /// Nothing of the replicator's is under way any more.
-    case fence
-    /// Which grains must come back from the point, on stable storage.
-    case differences
-    /// The group's record: the decision.
-    case record
-    /// Hosts may write; data flows back.
-    case open
 }
 
 package struct CommitPlan: Sendable, Equatable {

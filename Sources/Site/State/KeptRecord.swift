@@ -33,12 +33,6 @@ package final class KeptRecord<Value: VersionedRecord> {
         try? save(value)
     }
 
-    /// Takes over what another has saved, or tried to.
-    package func takeOver(_ saved: Value, isUnsaved unsaved: Bool) {
-        value = saved
-        isUnsaved = unsaved
-    }
-
     /// Makes sure that the file holds this value.
     package func settle() throws {
         if isUnsaved { try save(value) }
