@@ -68,7 +68,7 @@ extension World {
     private func carryOutFailover(to point: UInt64) throws(SimulationFailure) {
         let site = primary!
         for attempt in 0..<1000 {
-            if attempt == 10 { site.endTrouble() }
+            if attempt >= 10 { site.endTrouble() }
             var outcome: Result<UInt64, any Error>?
             site.run(
                 Failover(
