@@ -89,18 +89,10 @@ package final class GroupHandle: Sendable {
     // MARK: Mirroring
 
     /// Begins to send to the peer.
-    package func begin(_ configuration: Replicator.Configuration) async {
-        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-            if !ask(.begin(configuration) { continuation.resume() }) { continuation.resume() }
-        }
-    }
+    package func begin(_ configuration: Replicator.Configuration) async { await until { .begin(configuration, $0) } }
 
     /// Ends it. A point that is held stays held, and is taken up when it begins again.
-    package func end() async {
-        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-            if !ask(.end { continuation.resume() }) { continuation.resume() }
-        }
-    }
+    package func end() async { await until { .end($0) } }
 
     package func suspend() { mailbox.send(.event(.suspend, epoch: 0)) }
     package func resume() { mailbox.send(.event(.resume, epoch: 0)) }
@@ -135,9 +127,12 @@ package final class GroupHandle: Sendable {
     // MARK: The thread
 
     /// Ends the thread.
-    package func stop() async {
+    package func stop() async { await until { .stop($0) } }
+
+    /// Leaves a message, and waits until it was taken, or nobody takes it any more.
+    private func until(_ message: (@escaping @Sendable () -> Void) -> Message) async {
         await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-            if !ask(.stop { continuation.resume() }) { continuation.resume() }
+            if !ask(message { continuation.resume() }) { continuation.resume() }
         }
     }
 

@@ -72,7 +72,7 @@ final class GroupThread {
         for message in mailbox.drain() {
             switch message {
             case .change(let change, let done): take(change, done)
-            case .settle(let done): done(perform(group.settle(), ofCycle: false))
+            case .settle(let done): done(save(group.settle()))
             case .stop(let done): stopped.append(done)
             case .end(let done):
                 end()
@@ -99,12 +99,17 @@ final class GroupThread {
 
     private func take(_ change: GroupChange, _ done: ((any Error)?) -> Void) {
         do {
-            let problem = perform(try group.change(change), ofCycle: false)
-            publish()  // whoever asked finds it there
+            let problem = save(try group.change(change))
             done(change.hasHappened ? nil : problem)
         } catch {
             done(error)
         }
+    }
+
+    /// What is not of the cycle's asking; whoever asked finds it in the status.
+    private func save(_ ready: Ready) -> (any Error)? {
+        defer { publish() }
+        return perform(ready, ofCycle: false)
     }
 
     /// - Returns: why the record could not be saved.

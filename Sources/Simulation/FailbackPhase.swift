@@ -28,9 +28,7 @@ extension World {
             guard tries < 500 else { throw SimulationFailure("the old primary never becomes secondary") }
             let process = primary.life
             var outcome: Result<Void, any Error>?
-            let theirs = Standing(
-                site: secondary.name, siteID: secondary.name, record: secondary.record, wrote: true, changedBytes: 0)
-            primary.run(Join(primary.record, theirs, identity: "\(random.next())")) { outcome = $0 }
+            primary.join { outcome = $0 }
             let deadline = steps + 100_000
             while outcome == nil, process == primary.life {
                 try step(faults: tries < 20)

@@ -16,6 +16,12 @@ extension SimulatedSite {
         goOn(steps, after: .begin, life, done)
     }
 
+    func join(done: @escaping (Result<Void, any Error>) -> Void) {
+        let theirs = Standing(
+            site: peer.name, siteID: peer.name, record: peer.record, wrote: true, changedBytes: 0)
+        run(Join(record, theirs, identity: "\(world.random.next())"), done: done)
+    }
+
     private func goOn<Operation: Steps>(
         _ operation: Operation, after answer: Answer, _ process: Int,
         _ done: @escaping (Result<Operation.Outcome, any Error>) -> Void
@@ -226,7 +232,8 @@ extension SimulatedSite {
             isAnswered = true
             world.tasks.append { [unowned self] in if process == life { done(answer) } }
         }
-        let lost = Answer.failed(SimulationFailure("no answer"))
+        let lost = Answer.failed(
+            fault == .takeBackUnheard ? PeerRefusal("no answer") : SimulationFailure("no answer"))
         world.tasks.append { [unowned self] in
             guard !world.isPartitioned, !peer.isBusy, peer.isUp else { return answered(lost) }
             peer.onCrash.append { answered(lost) }

@@ -27,16 +27,18 @@ extension World {
             }
             // As `switchover`, `finishHandover` and `joinAfterPromotion`: whoever has something left to do does it.
             if old.isUp, !old.isBusy, old.record.role == .primary {
-                if old.record.handingOver != nil {
-                    if random.chance(1) { finishHandover(old) }
+                if let point = old.record.handingOver {
+                    if random.chance(1) { old.run(Promotion(at: point)) { _ in } }
                 } else if new.record.role == .secondary, old.group.cycle?.suspension == nil, !asked || random.chance(2)
                 {
                     asked = true
                     old.run(HandOver(seconds: 1)) { _ in }
                 }
             }
-            if new.isUp, !new.isBusy, new.record.failedOver?.joins == true {
-                join(new, old)
+            if new.isUp, !new.isBusy, new.record.failedOver?.joins == true,
+                new.record.failedOver?.restoring.isEmpty == true
+            {
+                new.join { _ in }
             }
         }
         if primary === old { try moveHosts() }
@@ -44,39 +46,10 @@ extension World {
         try settle()
     }
 
-    private func join(_ site: SimulatedSite, _ other: SimulatedSite) {
-        guard site.record.failedOver?.restoring.isEmpty == true else { return }
-        let theirs = Standing(
-            site: other.name, siteID: other.name, record: other.record, wrote: true, changedBytes: 0)
-        site.run(Join(site.record, theirs, identity: "\(random.next())")) { _ in }
-    }
-
-    /// As `Site.finishHandover`: asks again, and takes it back when the peer surely does not take over.
-    private func finishHandover(_ site: SimulatedSite) {
-        guard let point = site.record.handingOver else { return }
-        site.run(Promotion(point: point)) { [unowned self] outcome in
-            if case .failure(let error) = outcome, error is PeerRefusal || self.fault == .takeBackUnheard {
-                site.run(TakeBack()) { _ in }
-            }
-        }
-    }
-
     /// Hosts find at the other site what was acknowledged to them.
     private func moveHosts() throws(SimulationFailure) {
         exchangeSites()
         remembered = [:]
         hosts.lostServer(primary.files.map(\.cached), powerLoss: false)
-    }
-}
-
-/// The peer is asked once more.
-private struct Promotion: Steps {
-    var point: UInt64
-    mutating func next(after answer: Answer, _ record: GroupRecord) -> Next<Void> {
-        switch answer {
-        case .begin: .perform(.askToPromote(point))
-        case .failed(let error): .failed(error)
-        default: .done(())
-        }
     }
 }

@@ -42,7 +42,7 @@ final class GroupState {
     /// The session of the primary's replicator (secondary).
     var session: UInt64?
     /// Files of a point that is not in the chains yet.
-    var madeFiles: (id: CopyID, files: [String: CopyFiles])?
+    var madeFiles: (id: CopyID, files: [(VolumeState, CopyFiles)])?
     /// An operation on it lets none begin on FlashCopies.
     var holdsCopies = false
     /// This site asks its peer to give up the role.

@@ -123,10 +123,7 @@ extension Site {
         }
         guard let replicator = group.replicator, group.isMirroring else { throw Refusal(notMirroring(group)) }
         if let reason = replicator.status.reason { throw Refusal("group '\(name)' is suspended: \(reason)") }
-        for volume in members(group) where volume.restoreBitmap != nil {
-            throw Refusal(
-                "volume '\(volume.name)' is still being restored; wait until it holds all of its data", .passing)
-        }
+        try refuseWhileRestoring(group)
         guard peerClient(group) != nil else {
             throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site and cannot take over")
         }
@@ -198,11 +195,9 @@ extension Site {
 
     /// Asks the peer to become primary at the point, in a session that ends every earlier request of this kind.
     func promotePeer(_ group: GroupState, _ point: UInt64) async throws {
-        guard let peer = peer(group) else { throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site") }
-        let opened = try await peer.openSession(
-            volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
+        let (peer, session) = try await openPeersSession(group)
         // Whether the point is the newest there, the peer looks itself: nothing is committed in this session.
-        try await peer.promote(session: opened.state.session, point: point)
+        try await peer.promote(session: session, point: point)
     }
 
     /// After an interruption: asks again until the peer has taken over, or the switchover is aborted.
@@ -212,10 +207,9 @@ extension Site {
             if group.record.handingOver == point, let theirs = try? await peerStanding(group), theirs.role == .secondary
             {
                 do {
-                    try await promotePeer(group, point)
-                } catch let refusal as PeerRefusal {
+                    try await run(Promotion(at: point), group)
+                } catch HandOverFailure.refused(let refusal, _) {
                     note(group.entry.name, "'\(group.entry.peer)' does not take over: \(refusal)")
-                    _ = try? await run(TakeBack(), group)
                 } catch {
                     logger.info("group \(group.entry.name): handing over: \(error)")
                 }
@@ -226,10 +220,11 @@ extension Site {
     }
 
     /// Every earlier request of this site's has come to its end at the peer.
-    func endPeersSessions(_ group: GroupState) async throws {
+    func openPeersSession(_ group: GroupState) async throws -> (peer: HTTPPeer, session: UInt64) {
         guard let peer = peer(group) else { throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site") }
-        _ = try await peer.openSession(
+        let opened = try await peer.openSession(
             volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
+        return (peer, opened.state.session)
     }
 
     /// The primary hands over: this site takes its place, and mirrors to it as soon as it has given up its role.

@@ -173,7 +173,7 @@ extension Site {
 
     private func beginService(_ group: GroupState) async throws {
         await admitHosts(group)
-        if group.isMirroring, group.replicator == nil { try await startReplication(group) }
+        try await startMirroring(group)
     }
 
     /// The operator has made sure that the peer has not taken over.
@@ -335,11 +335,7 @@ extension Site {
                 "group '\(name)' at '\(configuration.site)' belongs to another '\(request.site)'", .refused)
         }
         try checkVolumes(group, request.site, request.volumes)
-        for volume in members(group) where volume.restoreBitmap != nil {
-            throw Refusal(
-                "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
-                .passing)
-        }
+        try refuseWhileRestoring(group)
     }
 
     private func yieldAnswer(_ group: GroupState, _ point: PointRecord) -> YieldAnswer {
@@ -375,11 +371,7 @@ extension Site {
                 "group '\(name)' at '\(configuration.site)' has given up its role to '\(group.entry.peer)' meanwhile; nothing of this "
                     + "command was done")
         }
-        for volume in members(group) where volume.restoreBitmap != nil {
-            throw Refusal(
-                "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
-                .passing)
-        }
+        try refuseWhileRestoring(group)
         group.isJoining = true
         defer { group.isJoining = false }
         let theirs = try await peerStanding(group)

@@ -338,10 +338,7 @@ package actor Site {
             if await volume.reactor.run({ $0.hosted(number).volume.point?.number }) != held { apart = true }
         }
         guard apart else { return }
-        for volume in members(group) {
-            let number = volume.number
-            await volume.reactor.run { $0.hosted(number).volume.giveUpPoint() }
-        }
+        await onEngines(group) { $0.giveUpPoint() }
         if held != nil { try await group.handle.change(.pointGivenUp) }
     }
 

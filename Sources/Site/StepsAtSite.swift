@@ -38,12 +38,12 @@ extension Site {
         case .dropDifferences(let names): for name in names { volumes[name]?.restoreBitmap = nil }
         case .open(let point, let names): try await open(group, names, CopyID(point))
         case .stopMirroring: await stopReplication(group)
-        case .startMirroring: if group.isMirroring, !group.isReplicating { try await startReplication(group) }
+        case .startMirroring: try await startMirroring(group)
         case .formPoint(let seconds): return .point(try await pointOf(group, seconds: seconds))
         case .holdCopies: try await holdCopies(group)
         case .countChanges: return .bytes(await standing(group).changedBytes)
         case .askToPromote(let point): try await promotePeer(group, point)
-        case .endPeersSessions: try await endPeersSessions(group)
+        case .endPeersSessions: _ = try await openPeersSession(group)
         case .shutHostsOut: await shutOutHosts(group)
         case .admitHosts: await admitWhenSettled(group)
         case .settleChanges: try await settleChanges(group)
@@ -55,7 +55,7 @@ extension Site {
         return .done
     }
 
-    private func onEngines(_ group: GroupState, _ body: @escaping @Sendable (Volume) -> Void) async {
+    func onEngines(_ group: GroupState, _ body: @escaping @Sendable (Volume) -> Void) async {
         for volume in members(group) {
             let number = volume.number
             await volume.reactor.run { body($0.hosted(number).volume) }
@@ -108,7 +108,7 @@ extension Site {
         for volume in members { try await makeRoom(volume) }
         do {
             let made = try await disks.each(members.map { $0.newPoint(id) }) { try $0.make() }
-            group.madeFiles = (id, Dictionary(uniqueKeysWithValues: zip(members.map(\.name), made)))
+            group.madeFiles = (id, Array(zip(members, made)))
         } catch {
             for volume in members where volume.copies[id] == nil { volume.removeCopyFiles(id, targetOwner: id) }
             throw error
@@ -120,8 +120,7 @@ extension Site {
         let made = group.madeFiles
         group.madeFiles = nil
         invariant(made?.id == CopyID(plan.point.number), "the files of a point are made before it is taken")
-        for volume in members(group) {
-            guard let files = made?.files[volume.name] else { continue }
+        for (volume, files) in made!.files {
             await enterChain(volume, CopyRecord(plan.point), files) { $0.addCopy($1) }
             let number = volume.number
             volume.reactor.perform { reactor in
@@ -199,9 +198,14 @@ extension Site {
     private func holdCopies(_ group: GroupState) async throws {
         await copyTurnstile.enter()
         group.holdsCopies = true
+        try refuseWhileRestoring(group)
+    }
+
+    /// No role changes while data flows back into a volume.
+    func refuseWhileRestoring(_ group: GroupState) throws {
         for volume in members(group) where volume.restoreBitmap != nil {
             throw Refusal(
-                "volume '\(volume.name)' at '\(configuration.site)' is being restored; wait until it holds all of its data",
+                "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
                 .passing)
         }
     }
@@ -220,8 +224,13 @@ extension Site {
         }
     }
 
+    /// Unless it does already.
+    func startMirroring(_ group: GroupState) async throws {
+        if group.isMirroring, !group.isReplicating { try await startReplication(group) }
+    }
+
     /// Ends the point that is held, so that CR alone says what the peer lacks, on stable storage.
-    func settleChanges(_ group: GroupState) async throws {
+    private func settleChanges(_ group: GroupState) async throws {
         let deadline = monotonicNanoseconds() + UInt64(Limits.handOverSeconds) * 1_000_000_000
         for volume in members(group) {
             let number = volume.number

@@ -8,7 +8,7 @@ private let folder = #filePath.split(separator: "/").dropLast().map { "/\($0)" }
 @Test("what the machines answer", arguments: ["cycle", "commits", "roles", "steps"])
 func transcripts(name: String) throws {
     let path = "\(folder)/\(name).txt"
-    let text = try String(contentsOfFile: path)
+    let text = String(decoding: try Data(contentsOf: URL(filePath: path)), as: UTF8.self)
     var machine = GroupTranscript()
     var made: [String] = []
     for line in text.split(separator: "\n", omittingEmptySubsequences: false) where !line.hasPrefix("  ") {
@@ -17,7 +17,7 @@ func transcripts(name: String) throws {
         made += try machine.answer(Line(line)).map { "  \($0)" }
     }
     if getenv("TRANSCRIPTS").map({ String(cString: $0) }) == "write" {
-        try Data(made.joined(separator: "\n").utf8).write(to: path)
+        try Data(made.joined(separator: "\n").utf8).write(to: URL(filePath: path))
         return
     }
     let expected = text.split(separator: "\n", omittingEmptySubsequences: false).map(String.init)
@@ -69,24 +69,4 @@ func places(phase: String) throws {
     ]
     let found = samples(Line("change")).map { "\($0.key) \($0.value.place(in: record.phase.kind))" }.sorted()
     #expect(found.joined(separator: ", ") == places[phase])
-}
-
-extension String {
-    fileprivate init(contentsOfFile path: String) throws {
-        guard let file = fopen(path, "r") else {
-            throw TranscriptError(description: "\(path): \(String(cString: strerror(errno)))")
-        }
-        defer { fclose(file) }
-        var (bytes, buffer) = ([UInt8](), [UInt8](repeating: 0, count: 1 << 16))
-        while case let count = fread(&buffer, 1, buffer.count, file), count > 0 { bytes += buffer[..<count] }
-        self = String(decoding: bytes, as: UTF8.self)
-    }
-}
-
-extension Data {
-    fileprivate func write(to path: String) throws {
-        guard let file = fopen(path, "w") else { throw TranscriptError(description: "\(path) cannot be written") }
-        defer { fclose(file) }
-        _ = [UInt8](self).withUnsafeBytes { fwrite($0.baseAddress, 1, $0.count, file) }
-    }
 }

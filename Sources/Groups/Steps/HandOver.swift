@@ -5,13 +5,13 @@
 //   hosts stay shut out because a step failed before the peer was asked
 //   hosts write while the record's file may say that the role is being handed over: a start would go on with that
 
-package struct HandOver: Steps {
-    private enum State {
+package struct HandOver: StepTable {
+    enum State {
         case begins, catchesUp, holdsCopies, shutsOut, sendsLast
-        case counts(PointRecord), stops(PointRecord), decides(PointRecord), asks(PointRecord)
-        case admits(any Error), goesOn(any Error), takesBack(TakeBack, PeerRefusal)
+        case counts(PointRecord), stops(PointRecord), decides(PointRecord), promotes(Promotion, PointRecord)
+        case admits(any Error), goesOn(any Error)
     }
-    private var state = State.begins
+    var state = State.begins
     private let seconds: Double
 
     /// - Parameter seconds: for which hosts may be shut out while the last point is sent.
@@ -23,9 +23,7 @@ package struct HandOver: Steps {
         switch (state, answer) {
         case (.admits(let error), _): return go(.goesOn(error), .startMirroring)
         case (.goesOn(let error), _): return .failed(error)
-        case (.takesBack(let steps, let refusal), _): return takeBack(steps, refusal, answer, record)
-        case (.asks, .failed(let refusal as PeerRefusal)): return takeBack(TakeBack(), refusal, .begin, record)
-        case (.asks, .failed(let error)): return .failed(HandOverFailure.unknown(error))
+        case (.promotes(let promotion, let point), _): return promote(promotion, point, answer, record)
         case (.catchesUp, .failed(let error)), (.holdsCopies, .failed(let error)): return .failed(error)
         case (_, .failed(let error)): return go(.admits(error), .admitHosts)
         case (.begins, .begin): return go(.catchesUp, .formPoint(seconds: 7 * 86400))
@@ -37,26 +35,54 @@ package struct HandOver: Steps {
         case (.counts, .bytes):
             return go(.admits(Refusal("something was still written; nothing has changed, try again")), .admitHosts)
         case (.stops(let point), .done): return go(.decides(point), .change(.handingOver(point: point.number)))
-        case (.decides(let point), .done): return go(.asks(point), .askToPromote(point.number))
-        case (.asks(let point), .done): return .done(point)
+        case (.decides(let point), .done): return promote(Promotion(at: point.number), point, .begin, record)
+        default: return .failed(UnexpectedAnswer(answer, state))
+        }
+    }
+
+    private mutating func promote(
+        _ promotion: Promotion, _ point: PointRecord, _ answer: Answer, _ record: GroupRecord
+    ) -> Next<PointRecord> {
+        var promotion = promotion
+        switch promotion.next(after: answer, record) {
+        case .perform(let action): return go(.promotes(promotion, point), action)
+        case .done: return .done(point)
+        case .failed(let error): return .failed(error)
+        }
+    }
+}
+
+/// A site that hands over asks its peer to take over, for the first time or after an interruption.
+package struct Promotion: StepTable {
+    enum State {
+        case begins, asks, takesBack(TakeBack, PeerRefusal)
+    }
+    var state = State.begins
+    private let point: UInt64
+
+    package init(at point: UInt64) { self.point = point }
+
+    /// - Throws: `HandOverFailure`.
+    package mutating func next(after answer: Answer, _ record: GroupRecord) -> Next<Void> {
+        switch (state, answer) {
+        case (.begins, .begin): return go(.asks, .askToPromote(point))
+        case (.asks, .done): return .done(())
+        case (.asks, .failed(let refusal as PeerRefusal)): return takeBack(TakeBack(), refusal, .begin, record)
+        case (.asks, .failed(let error)): return .failed(HandOverFailure.unknown(error))
+        case (.takesBack(let steps, let refusal), _): return takeBack(steps, refusal, answer, record)
         default: return .failed(UnexpectedAnswer(answer, state))
         }
     }
 
     private mutating func takeBack(
         _ steps: TakeBack, _ refusal: PeerRefusal, _ answer: Answer, _ record: GroupRecord
-    ) -> Next<PointRecord> {
+    ) -> Next<Void> {
         var steps = steps
         switch steps.next(after: answer, record) {
         case .perform(let action): return go(.takesBack(steps, refusal), action)
         case .done: return .failed(HandOverFailure.refused(refusal, notTakenBack: nil))
         case .failed(let error): return .failed(HandOverFailure.refused(refusal, notTakenBack: error))
         }
-    }
-
-    private mutating func go(_ next: State, _ action: SiteAction) -> Next<PointRecord> {
-        state = next
-        return .perform(action)
     }
 }
 
@@ -69,11 +95,11 @@ package enum HandOverFailure: Error {
 }
 
 /// The site that was handing over is primary again. The peer has said that it is secondary.
-package struct TakeBack: Steps {
-    private enum State {
+package struct TakeBack: StepTable {
+    enum State {
         case begins, ends, decides, admits, starts
     }
-    private var state = State.begins
+    var state = State.begins
 
     package init() {}
 
@@ -88,10 +114,5 @@ package struct TakeBack: Steps {
         case (.starts, .done): return .done(())
         default: return .failed(UnexpectedAnswer(answer, state))
         }
-    }
-
-    private mutating func go(_ next: State, _ action: SiteAction) -> Next<Void> {
-        state = next
-        return .perform(action)
     }
 }

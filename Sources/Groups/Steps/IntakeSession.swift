@@ -4,11 +4,11 @@
 //   something of the peer's is let in while the record's file may hold what was taken back: a start would take that for true
 //   a write of an earlier session arrives after the new one has begun
 
-package struct IntakeSession: Steps {
-    private enum State {
+package struct IntakeSession: StepTable {
+    enum State {
         case begins, settles, pairs, forgets, isKnown, fences
     }
-    private var state = State.begins
+    var state = State.begins
     private let site: String
     private let generations: [String]
     private let session: UInt64
@@ -25,26 +25,21 @@ package struct IntakeSession: Steps {
         if case .failed(let error) = answer { return .failed(error) }
         switch state {
         case .begins:
-            state = .settles
-            return .perform(.settle)
+            return go(.settles, .settle)
         case .settles where record.peerSite == nil || record.generations != generations:
-            state = .pairs
-            return .perform(.change(.paired(site: site, generations: generations)))
+            return go(.pairs, .change(.paired(site: site, generations: generations)))
         case .settles, .pairs:
             guard record.yielded != nil else { return fence() }
-            state = .forgets
-            return .perform(.forgetChanges)
+            return go(.forgets, .forgetChanges)
         case .forgets:
             // The primary has taken what this site had changed into its own bitmaps, or it would not open a session.
-            state = .isKnown
-            return .perform(.change(.yieldIsKnown))
+            return go(.isKnown, .change(.yieldIsKnown))
         case .isKnown: return fence()
         case .fences: return .done(session)
         }
     }
 
     private mutating func fence() -> Next<UInt64> {
-        state = .fences
-        return .perform(.fence(next: session))
+        return go(.fences, .fence(next: session))
     }
 }

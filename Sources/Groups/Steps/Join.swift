@@ -5,12 +5,12 @@
 //     the record says that it is this site's secondary
 //   mirroring in whatever direction the record says ends because this has failed
 
-package struct Join: Steps {
-    private enum State {
+package struct Join: StepTable {
+    enum State {
         case begins, stops, settles, givesUp, begunGeneration, asks, takes(Joining), decides, admits, starts
         case goesOn(any Error)
     }
-    private var state = State.begins
+    var state = State.begins
     /// The peer has seen every generation that this site had.
     private let generation: String?
 
@@ -45,10 +45,5 @@ package struct Join: Steps {
         case (.starts, .done): return .done(())
         default: return .failed(UnexpectedAnswer(answer, state))
         }
-    }
-
-    private mutating func go(_ next: State, _ action: SiteAction) -> Next<Void> {
-        state = next
-        return .perform(action)
     }
 }

@@ -5,12 +5,12 @@
 //   a commit is half done after a crash: the record alone decides, files come before it and chains after
 //   something is let in while the record's file may hold a point whose commit has failed
 
-package struct RemoteCommit: Steps {
-    private enum State {
+package struct RemoteCommit: StepTable {
+    enum State {
         case begins, surveys, flushes(CommitPlan), makesFiles(CommitPlan), decides(CommitPlan), takes(CommitPlan)
         case isSentAnew(CommitPlan), closes(any Error)
     }
-    private var state = State.begins
+    var state = State.begins
     private let number: UInt64
     private let previous: UInt64?
     private let formedAt: Double
@@ -33,34 +33,27 @@ package struct RemoteCommit: Steps {
         case (.begins, .begin):
             // Asked again: the answer was lost.
             if let done = record.hasCommitted(number) { return .done(done) }
-            state = .surveys
-            return .perform(.survey)
+            return go(.surveys, .survey)
         case (.surveys, .survey(let survey)):
             do {
                 let plan = try record.planCommit(
                     number, after: previous, formedAt: formedAt, now: survey.at, order: survey.order, keep: keep,
                     left: survey.left, writesUnderWay: survey.writesUnderWay)
-                state = .flushes(plan)
-                return .perform(.flushVolumes)
+                return go(.flushes(plan), .flushVolumes)
             } catch { return .failed(error) }
         case (.flushes(let plan), .done):
-            state = .makesFiles(plan)
-            return .perform(.makePointFiles(plan))
+            return go(.makesFiles(plan), .makePointFiles(plan))
         case (.makesFiles(let plan), .done):
-            state = .decides(plan)
-            return .perform(.change(.committed(plan)))
+            return go(.decides(plan), .change(.committed(plan)))
         case (.decides, .failed(let error)):
             // The file may hold the point all the same, and a start would take it then as the volumes are.
-            state = .closes(error)
-            return .perform(.fence(next: 0))
+            return go(.closes(error), .fence(next: 0))
         case (.closes(let error), _): return .failed(error)
         case (.decides(let plan), .done):
-            state = .takes(plan)
-            return .perform(.takePoint(plan))
+            return go(.takes(plan), .takePoint(plan))
         case (.takes(let plan), .done):
             guard record.untracked != nil else { return .done(plan.point) }
-            state = .isSentAnew(plan)
-            return .perform(.change(.sentAnew(session: session)))
+            return go(.isSentAnew(plan), .change(.sentAnew(session: session)))
         case (.isSentAnew(let plan), _): return .done(plan.point)
         case (_, .failed(let error)): return .failed(error)
         default: return .failed(UnexpectedAnswer(answer, state))

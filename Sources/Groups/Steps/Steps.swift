@@ -91,10 +91,10 @@ package struct IntakeSurvey: Sendable {
     package var at: Double
 
     package init(writesUnderWay: Int, order: UInt64, left: Set<UInt64>, at: Double) {
-        self.at = at
         self.writesUnderWay = writesUnderWay
         self.order = order
         self.left = left
+        self.at = at
     }
 }
 
@@ -108,6 +108,19 @@ package protocol Steps {
     associatedtype Outcome: Sendable
     /// - Parameter record: as it is now.
     mutating func next(after answer: Answer, _ record: GroupRecord) -> Next<Outcome>
+}
+
+/// Steps that are a table: in this state, after this answer, that comes next.
+protocol StepTable: Steps {
+    associatedtype State
+    var state: State { get set }
+}
+
+extension StepTable {
+    mutating func go(_ next: State, _ action: SiteAction) -> Next<Outcome> {
+        state = next
+        return .perform(action)
+    }
 }
 
 /// An answer that does not belong to what was asked: a mistake of whoever carries the actions out.

@@ -4,13 +4,13 @@
 //   a role is given up before the hosts' last acknowledged write is in what is kept
 //   hosts stay shut out, or mirroring stopped, because the role was not given up
 
-package struct Yield: Steps {
-    private enum State {
+package struct Yield: StepTable {
+    enum State {
         case begins, stops, holdsCopies, shutsOut, settles, givesUp, keeps, surveys
         case makesFiles(Yielding), decides(Yielding), takes(Yielding), serves(Yielding)
         case closes(any Error), admits(any Error), goesOn(any Error)
     }
-    private var state = State.begins
+    var state = State.begins
     private let peer: String
     private let generations: [String]
     private let highestPoint: UInt64
@@ -66,11 +66,6 @@ package struct Yield: Steps {
         return Yielding(
             point: point, peer: peer, generations: generations, lineage: lineage, volumes: volumes,
             dropped: keep.dropped(record.points + [point]))
-    }
-
-    private mutating func go(_ next: State, _ action: SiteAction) -> Next<PointRecord> {
-        state = next
-        return .perform(action)
     }
 
     private mutating func takeBack(_ error: any Error) -> Next<PointRecord> {
