@@ -32,9 +32,10 @@ private struct Server {
                 reactor.hosted(number).writable = true
                 exports.set(
                     "disk",
-                    ExportEntry(
-                        size: volumeBytes, kind: .volume, readOnly: false, reactor: ReactorReference.handle!,
-                        volume: number))
+                    VolumeExports(
+                        own: ExportEntry(
+                            size: volumeBytes, kind: .volume, readOnly: false, reactor: ReactorReference.handle!,
+                            volume: number)))
                 done.open()
             }
             ReactorReference.handle = reactor

@@ -56,7 +56,9 @@ package struct Cycle {
         /// was nor what hosts see; or the bits of the point before are not yet merged back.
         case notReady
         /// Every volume has formed, and acknowledgements go again; `intact`: none let go before all had formed.
-        case formed(at: Double, intact: Bool)
+        ///
+        /// `changed`: volumes that have something to send.
+        case formed(at: Double, intact: Bool, changed: [Int])
         case read(slot: Int, grains: Range<Int>?, offset: UInt64, length: Int)
         /// `wire`: bytes that crossed the link for it.
         case sent(slot: Int, wire: Int)
@@ -226,7 +228,7 @@ package struct Cycle {
             notBefore = now + Self.readyRetry
             state = .idle
             return Ready()
-        case (.forming(let number), .formed(let time, let intact)):
+        case (.forming(let number), .formed(let time, let intact, let changed)):
             guard intact else {
                 // Whoever asked for it still waits; but not at once, since hosts were held for nothing.
                 requested = true
@@ -235,7 +237,7 @@ package struct Cycle {
             }
             let point = PointRecord(number: number, formedAt: time)
             record.primary?.point = .held(point)
-            return .saved() + startDrain(point, record)
+            return .saved() + startDrain(point, record, changed)
         case (.draining(let point, var drain), .read(let slot, let grains, let offset, let length)):
             return carry(
                 point, &drain, record,
@@ -286,7 +288,7 @@ package struct Cycle {
                 if waitsForCommand(record) { resyncing = false }
                 return .saved() + becomeIdle(record, now, due: now)
             }
-            return .saved(then: [.rewind]) + startDrain(held, record)
+            return .saved(then: [.rewind]) + startDrain(held, record, Array(0..<settings.volumes))
         }
         let theirs = peer.committed.map { String($0.number) } ?? "none"
         let ours = record.lastCommitted.map { String($0.number) } ?? "none"
@@ -416,9 +418,9 @@ package struct Cycle {
         return tick(record, now)
     }
 
-    private mutating func startDrain(_ point: PointRecord, _ record: GroupRecord) -> Ready {
+    private mutating func startDrain(_ point: PointRecord, _ record: GroupRecord, _ volumes: [Int]) -> Ready {
         var drain = Drain(
-            volumes: settings.volumes, window: settings.window,
+            volumes: volumes, window: settings.window,
             checkpointBytes: checkpointBytes)
         drain.limit = windowLimit
         return carry(point, &drain, record, drain.start())

@@ -23,7 +23,8 @@ package struct Drain {
         case read(slot: Int, volume: Int)
         /// Send the slot's buffer.
         case send(slot: Int, volume: Int, offset: UInt64, length: Int)
-        case flush
+        /// Everything that these volumes have acknowledged.
+        case flush(volumes: [Int])
         case clear([VolumeRun])
         /// Every bit of the point is cleared.
         case finished
@@ -39,8 +40,9 @@ package struct Drain {
     private var freeSlots: [Int]
     /// How many slots may be busy.
     package var limit: Int
-    private var exhausted: [Bool]
-    private var nextVolume = 0
+    /// Volumes that may have more to read, and whose turn it is.
+    private var unread: [Int]
+    private var turn = 0
     private var acknowledged: [VolumeRun] = []
     private var acknowledgedBytes = 0
     private var flushing: [VolumeRun]?
@@ -50,12 +52,14 @@ package struct Drain {
     /// Bytes that crossed the link; zeroes count as nothing.
     package private(set) var bytesSent: UInt64 = 0
 
-    /// - Parameter window: reads and sends under way at a time.
-    package init(volumes: Int, window: Int, checkpointBytes: Int) {
+    /// - Parameters:
+    ///   - volumes: those that may have something to send; the others are left alone.
+    ///   - window: reads and sends under way at a time.
+    package init(volumes: [Int], window: Int, checkpointBytes: Int) {
         slots = Array(repeating: .free, count: window)
         freeSlots = Array((0..<window).reversed())
         limit = window
-        exhausted = Array(repeating: false, count: volumes)
+        unread = volumes
         self.checkpointBytes = checkpointBytes
     }
 
@@ -68,7 +72,7 @@ package struct Drain {
         guard case .reading(let volume) = slots[slot] else { return [] }
         guard let grains else {
             free(slot)
-            exhausted[volume] = true
+            if let index = unread.firstIndex(of: volume) { unread.remove(at: index) }
             return advance()
         }
         slots[slot] = .sending(VolumeRun(volume: volume, grains: grains))
@@ -92,7 +96,7 @@ package struct Drain {
         freeSlots.append(slot)
     }
 
-    /// Every connection's flush ended.
+    /// The flush ended, of every volume that it was asked of.
     package mutating func didFlush() -> [Action] {
         guard let flushed = flushing else { return [] }
         flushing = nil
@@ -110,14 +114,14 @@ package struct Drain {
             actions.append(.read(slot: slot, volume: volume))
         }
         guard flushing == nil else { return actions }
-        let done = busy == 0 && !exhausted.contains(false)
+        let done = busy == 0 && unread.isEmpty
         if acknowledgedBytes >= checkpointBytes || acknowledged.count >= Self.checkpointRuns
             || (done && !acknowledged.isEmpty)
         {
             flushing = acknowledged
             acknowledged = []
             acknowledgedBytes = 0
-            actions.append(.flush)
+            actions.append(.flush(volumes: Set(flushing!.map(\.volume)).sorted()))
         } else if done {
             actions.append(.finished)
         }
@@ -126,13 +130,9 @@ package struct Drain {
 
     /// Volumes take turns, so that one large volume does not hold up the small ones.
     private mutating func volumeToRead() -> Int? {
-        for step in 0..<exhausted.count {
-            let volume = (nextVolume + step) % exhausted.count
-            if !exhausted[volume] {
-                nextVolume = volume + 1
-                return volume
-            }
-        }
-        return nil
+        guard !unread.isEmpty else { return nil }
+        turn %= unread.count
+        defer { turn += 1 }
+        return unread[turn]
     }
 }

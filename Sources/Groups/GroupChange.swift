@@ -39,7 +39,8 @@ package enum GroupChange: Sendable, Equatable {
     /// Bytes a second over the link; nil = as configured.
     case rate(UInt64?)
     case retired([UInt64])
-    case pointFailed(UInt64)
+    /// Files that hold points of a volume have lost old content.
+    case pointFailed(UInt64, volume: String)
     case started(Membership)
     /// Points up to this one are lost; when it is the newest, the peer must send everything to a copy of this identity.
     case pointsVoided(through: UInt64, lineage: String)
@@ -209,7 +210,7 @@ extension GroupRecord {
             noteUntracked(volume, lineage: lineage, session: session)
         case .rate(let rate): self.rate = rate
         case .retired(let numbers): retire(numbers)
-        case .pointFailed(let number): failPoint(number)
+        case .pointFailed(let number, let volume): fail(points(carriedBy: number, volume))
         case .started(let membership): begin(membership)
         case .pointsVoided(let number, let lineage): voidPoints(through: number, lineage)
         }
@@ -219,7 +220,12 @@ extension GroupRecord {
 
     private mutating func commit(_ plan: CommitPlan) {
         points.append(plan.point)
-        retired = retired?.filter { !plan.left.contains($0.number) }
+        retired = retired?.compactMap { point in
+            guard let names = plan.retired[point.number] else { return point }
+            var point = point
+            point.changed = names
+            return names.isEmpty ? nil : point
+        }
         retire(plan.dropped.map(\.number))
     }
 
@@ -235,7 +241,7 @@ extension GroupRecord {
 
     private mutating func voidPoints(through number: UInt64, _ identity: String) {
         if points.last?.number ?? 0 <= number { lineage = identity }
-        points.removeAll { $0.number <= number }
+        retire(points.map(\.number).filter { $0 <= number })
     }
 
     // MARK: Of a primary
@@ -288,19 +294,19 @@ extension GroupRecord {
         untracked = left?.isEmpty == false ? left : nil
     }
 
-    /// Ends recovery points. They stay written down until they have handed over what older copies read through them.
+    /// Ends recovery points. They stay written down as long as some volume has files of them.
     private mutating func retire(_ numbers: [UInt64]) {
         let ended = points.filter { numbers.contains($0.number) }
         points.removeAll { numbers.contains($0.number) }
         retired = (retired ?? []) + ended
     }
 
-    /// A recovery point has lost old content. It goes, unless the primary goes on from it, or a failover went to it: then it stays, as
+    /// Recovery points have lost old content. They go, unless the primary goes on from one, or a failover went to it: then it stays, as
     /// one that cannot be read.
-    private mutating func failPoint(_ number: UInt64) {
-        guard let index = points.firstIndex(where: { $0.number == number }) else { return }
-        points[index].isFailed = true
-        if number != points.last?.number, number != failedOver?.point { retire([number]) }
+    private mutating func fail(_ failed: [PointRecord]) {
+        let numbers = failed.map(\.number)
+        for index in points.indices where numbers.contains(points[index].number) { points[index].isFailed = true }
+        retire(numbers.filter { $0 != points.last?.number && $0 != failedOver?.point })
     }
 
     private mutating func begin(_ membership: Membership) {
@@ -312,7 +318,7 @@ extension GroupRecord {
             if volumeLineages != nil { volumeLineages = lineages }
             for name in membership.exchanged.sorted() {
                 // Points from when this site was secondary read through a file that is not what they knew.
-                for point in points { failPoint(point.number) }
+                fail(points)
                 endRestore(of: name)
             }
             return

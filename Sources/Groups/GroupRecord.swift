@@ -18,6 +18,8 @@ package struct PointRecord: Codable, Sendable, Equatable {
     package var isBase: Bool?
     /// Old content of it was lost: it cannot be read, or failed over to. Its number counts.
     package var isFailed: Bool?
+    /// Volumes that have files of it, since they had changed since the point before; nil = all that it holds (secondary).
+    package var changed: [String]?
 
     /// The highest number of a point, and the latest time, that a peer is believed: what is counted on from there must not overflow.
     package static let highestNumber: UInt64 = 1 << 60
@@ -31,7 +33,7 @@ package struct PointRecord: Codable, Sendable, Equatable {
 
     package init(
         number: UInt64, formedAt: Double, committedAt: Double? = nil, bytes: UInt64? = nil,
-        order: UInt64? = nil, isBase: Bool? = nil
+        order: UInt64? = nil, isBase: Bool? = nil, changed: [String]? = nil
     ) {
         self.number = number
         self.formedAt = formedAt
@@ -39,12 +41,15 @@ package struct PointRecord: Codable, Sendable, Equatable {
         self.bytes = bytes
         self.order = order
         self.isBase = isBase
+        self.changed = changed
     }
 }
 
 /// What is of no phase in particular, and the phase. It is read and changed through `Phase.swift`.
 package struct GroupRecord: Sendable, Equatable {
-    package static let currentFormat = 2
+    package static let currentFormat = 3
+    /// Without `PointRecord.changed`: every volume has files of every point.
+    package static let oldestFormat = 2
     package internal(set) var format = currentFormat
     package internal(set) var phase: Phase
     /// Newest first; a new one is put in front at every failover.
@@ -68,7 +73,8 @@ package struct GroupRecord: Sendable, Equatable {
     /// Recovery points, oldest first.
     package internal(set) var points: [PointRecord] = []
 
-    /// Points past their retention that may still have to hand over what an older FlashCopy, a clone, reads through them.
+    /// Points past their retention of which some volume still has files: a carrier, or one that has to hand over first what an older
+    /// FlashCopy, a clone, reads through it.
     package internal(set) var retired: [PointRecord]?
     /// Volumes of which the peer, as primary, could not write down any more what its hosts change, and the session in which it said so:
     /// until it has sent all of them, what it says it has changed may be too little.

@@ -243,7 +243,7 @@ extension GroupRecord: Codable {
     package init(from decoder: any Decoder) throws {
         let stored = try Stored(from: decoder)
         phase = try stored.phase()
-        format = stored.format
+        format = GroupRecord.currentFormat
         generations = stored.generations
         peerSite = stored.peerSite
         lastNumber = stored.lastNumber

@@ -14,13 +14,13 @@ package struct CommitPlan: Sendable, Equatable {
     package var point: PointRecord
     /// Points past their retention.
     package var dropped: [PointRecord]
-    /// Retired points that no volume has any more.
-    package var left: Set<UInt64>
+    /// Of each retired point, the volumes that still have files.
+    package var retired: [UInt64: [String]]
 
-    package init(point: PointRecord, dropped: [PointRecord], left: Set<UInt64> = []) {
+    package init(point: PointRecord, dropped: [PointRecord], retired: [UInt64: [String]] = [:]) {
         self.point = point
         self.dropped = dropped
-        self.left = left
+        self.retired = retired
     }
 }
 
@@ -34,13 +34,9 @@ extension GroupRecord {
     ///
     /// - Parameters:
     ///   - previous: the newest point that the primary knows to be committed.
-    ///   - order: the point's place in the chains.
     ///   - keep: which points stay.
-    ///   - left: retired points that no volume has any more.
-    ///   - writesUnderWay: writes to the intake that have not ended, of all volumes.
     package func planCommit(
-        _ number: UInt64, after previous: UInt64?, formedAt: Double, now: Double, order: UInt64, keep: Retention,
-        left: Set<UInt64>, writesUnderWay: Int
+        _ number: UInt64, after previous: UInt64?, formedAt: Double, keep: Retention, _ survey: IntakeSurvey
     ) throws(TakeoverRefusal) -> CommitPlan {
         guard failedOver == nil, role == .secondary else { throw TakeoverRefusal("the group has failed over") }
         let newest = points.last
@@ -49,12 +45,12 @@ extension GroupRecord {
                 "point \(number) is out of order: the newest here is \(newest.map { String($0.number) } ?? "none"), "
                     + "the primary expects \(previous.map(String.init) ?? "none")")
         }
-        guard writesUnderWay == 0 else {
-            throw TakeoverRefusal("\(writesUnderWay) writes to the intake are under way")
+        guard survey.writesUnderWay == 0 else {
+            throw TakeoverRefusal("\(survey.writesUnderWay) writes to the intake are under way")
         }
-        let point = PointRecord(number: number, formedAt: formedAt, committedAt: now, order: order)
-        let dropped = keep.dropped(points + [point])
-        return CommitPlan(point: point, dropped: dropped, left: left)
+        let point = PointRecord(
+            number: number, formedAt: formedAt, committedAt: survey.at, order: survey.order, changed: survey.changed)
+        return CommitPlan(point: point, dropped: keep.dropped(points + [point]), retired: survey.retired)
     }
 
     /// The point that a failover goes to.

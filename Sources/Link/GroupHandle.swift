@@ -37,7 +37,7 @@ package final class GroupHandle: Sendable {
         /// Every grain of the peer's volumes that are not known is marked, in memory.
         case marked(epoch: UInt64)
         /// No reactor holds the point before any more.
-        case released(changed: Bool, epoch: UInt64)
+        case released(changed: Bool, used: [Int], epoch: UInt64)
         /// The peer's checksums of what a slot holds.
         case compared(slot: Int, [UInt8], epoch: UInt64)
         case setRate(UInt64)

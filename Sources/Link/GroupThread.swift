@@ -90,7 +90,7 @@ final class GroupThread {
             case .compared(let slot, let digests, let asker): replicator?.compared(slot, digests, asker)
             case .setRate(let rate): replicator?.setRate(rate)
             case .marked(let asker): replicator?.marked(asker)
-            case .released(let changed, let asker): replicator?.released(changed, asker)
+            case .released(let changed, let used, let asker): replicator?.released(changed, used, asker)
             }
         }
     }

@@ -209,6 +209,17 @@ final class NBDLink {
         }
     }
 
+    /// Flushes every connection of a volume.
+    ///
+    /// - Parameter first: the index of the first flush's completion.
+    /// - Returns: false when the link takes nothing any more.
+    func flush(_ volume: Int, firstCompletion first: Int) -> Bool {
+        let start = first + volume * connections[volume].count
+        for (index, connection) in connections[volume].enumerated()
+        where !connection.flush(completions.slots + start + index) { return false }
+        return true
+    }
+
     /// Connections of a volume take turns.
     func connection(forVolume volume: Int) -> LinkConnection {
         next &+= 1

@@ -159,7 +159,9 @@ package final class Replicator {
     }
 
     func marked(_ asker: UInt64) { if asker == epoch { makeMarksDurable() } }
-    func released(_ changed: Bool, _ asker: UInt64) { if asker == epoch { clearPreserved(changed: changed) } }
+    func released(_ changed: Bool, _ used: [Int], _ asker: UInt64) {
+        if asker == epoch { clearPreserved(used, changed: changed) }
+    }
     func setRate(_ rate: UInt64) { sender.bucket.rate = rate }
 
     func event(_ event: Cycle.Event, _ asker: UInt64) {
@@ -293,28 +295,31 @@ package final class Replicator {
         let mailbox = group.mailbox
         let asker = epoch
         let volumes = configuration.volumes
-        onEveryVolume { reactor, volume in
-            reactor.hosted(volume.number).volume.mayFormPoint
+        onEveryVolume { reactor, index in
+            reactor.hosted(volumes[index].number).volume.mayFormPoint
         } done: { reactor, whole in
             guard whole else {
                 mailbox.send(.event(.notReady, epoch: asker))
                 return
             }
-            onEvery(volumes, from: reactor) { reactor, volume in
-                reactor.hosted(volume.number).volume.changedGrains == 0
+            let used = NotedVolumes()
+            onEvery(volumes, from: reactor) { reactor, index in
+                let volume = reactor.hosted(volumes[index].number).volume
+                if volume.pointBitmapIsDirty { used.note(index) }
+                return volume.changedGrains == 0
             } done: { _, unchanged in
-                mailbox.send(.released(changed: !unchanged, epoch: asker))
+                mailbox.send(.released(changed: !unchanged, used: used.all, epoch: asker))
             }
         }
     }
 
-    private func clearPreserved(changed: Bool) {
-        for volume in configuration.volumes { volume.preservedBitmap.clearAll() }
+    private func clearPreserved(_ used: [Int], changed: Bool) {
+        for index in used { configuration.volumes[index].preservedBitmap.clearAll() }
         group.handle(.prepared(changed: changed))
     }
 
     private func onEveryVolume(
-        _ body: @escaping @Sendable (Reactor, ReplicatedVolume) -> Bool,
+        _ body: @escaping @Sendable (Reactor, Int) -> Bool,
         done: @escaping @Sendable (Reactor, Bool) -> Void
     ) {
         onEvery(configuration.volumes, body, done: done)
@@ -323,8 +328,11 @@ package final class Replicator {
     private func markAllChanged(_ names: [String]?) {
         let mailbox = group.mailbox
         let asker = epoch
-        onEveryVolume { reactor, volume in
-            if names?.contains(volume.name) != false { reactor.hosted(volume.number).volume.markAllChanged() }
+        let volumes = configuration.volumes
+        onEveryVolume { reactor, index in
+            if names?.contains(volumes[index].name) != false {
+                reactor.hosted(volumes[index].number).volume.markAllChanged()
+            }
             return true
         } done: { _, _ in
             mailbox.send(.marked(epoch: asker))
@@ -348,31 +356,36 @@ package final class Replicator {
         let volumes = configuration.volumes
         let handle = group.handle
         let alongside = group.alongside(number)
-        let names = volumes.map(\.name)
         let longest = LongestHold()
-        onEveryVolume { reactor, volume in
+        onEveryVolume { reactor, index in
+            let volume = volumes[index]
             reactor.formPoint(
                 volume.number, point: number, targetFile: volume.targetFile,
                 preserved: volume.preservedBitmap)
-            if let alongside, let index = names.firstIndex(of: volume.name) { alongside(reactor, index) }
+            alongside?(reactor, index)
             return true
         } done: { reactor, _ in
             let formedAt = realSeconds()
-            onEvery(volumes, from: reactor) { reactor, volume in
-                longest.note(reactor.heldFor(volume.number))
-                return reactor.releaseHold(volume.number)
+            let changed = NotedVolumes()
+            onEvery(volumes, from: reactor) { reactor, index in
+                let number = volumes[index].number
+                longest.note(reactor.heldFor(number))
+                if reactor.hosted(number).volume.outOfSyncGrains > 0 { changed.note(index) }
+                return reactor.releaseHold(number)
             } done: { _, intact in
                 handle.noteHold(longest.nanoseconds)
-                mailbox.send(.event(.formed(at: formedAt, intact: intact), epoch: asker))
+                mailbox.send(.event(.formed(at: formedAt, intact: intact, changed: changed.all), epoch: asker))
             }
         }
     }
 
     private func rewind() {
         epoch += 1
-        for volume in configuration.volumes {
-            let number = volume.number
-            volume.reactor.perform { $0.rewindDrain(number) }
+        let volumes = configuration.volumes
+        onEveryVolume { reactor, index in
+            reactor.rewindDrain(volumes[index].number)
+            return true
+        } done: { _, _ in
         }
     }
 
@@ -380,8 +393,9 @@ package final class Replicator {
         let mailbox = group.mailbox
         epoch += 1
         let asker = epoch
-        onEveryVolume { reactor, volume in
-            reactor.hosted(volume.number).volume.giveUpPoint()
+        let volumes = configuration.volumes
+        onEveryVolume { reactor, index in
+            reactor.hosted(volumes[index].number).volume.giveUpPoint()
             return true
         } done: { _, _ in
             mailbox.send(.event(.gaveUp, epoch: asker))
@@ -399,9 +413,11 @@ package final class Replicator {
     }
 
     private func endPoint(_ number: UInt64) {
-        for volume in configuration.volumes {
-            let index = volume.number
-            volume.reactor.perform { $0.hosted(index).volume.endPoint(number: number) }
+        let volumes = configuration.volumes
+        onEveryVolume { reactor, index in
+            reactor.hosted(volumes[index].number).volume.endPoint(number: number)
+            return true
+        } done: { _, _ in
         }
     }
 
@@ -435,19 +451,18 @@ package final class Replicator {
             guard let session else { return group.handle(.linkLost("the link is closed")) }
             sender.send(
                 slot, offset, length, session: session, epoch: epoch, isSeeded: group.record.primary?.fromImage == true)
-        case .flush: flush()
+        case .flush(let volumes): flush(volumes)
         case .clear(let runs): clear(runs)
         case .finished: break
         }
     }
 
-    /// On every connection: each covers what was acknowledged on it.
-    private func flush() {
+    /// On every connection of these volumes: each covers what was acknowledged on it.
+    private func flush(_ volumes: [Int]) {
         guard let link else { return group.handle(.linkLost("the link is closed")) }
-        let connections = link.connections.joined()
-        flushesLeft = connections.count
-        for (index, connection) in connections.enumerated() {
-            guard connection.flush(link.completions.slots + (window * NBDLink.partsPerSlot + index)) else {
+        flushesLeft = volumes.reduce(0) { $0 + link.connections[$1].count }
+        for volume in volumes {
+            guard link.flush(volume, firstCompletion: window * NBDLink.partsPerSlot) else {
                 return group.handle(.linkLost("\(LinkConnection.failure("flush"))"))
             }
         }
@@ -491,23 +506,31 @@ package final class Replicator {
     }
 }
 
-/// Performs `body` for each volume on its reactor, with one message to each reactor; the last one calls `done`, on its thread.
+/// Performs `body` for each volume, by its index, on its reactor, with one message to each reactor; the last one calls `done`, on its
+/// thread.
 ///
 /// - Parameter own: the reactor that this runs on: the others are told first, then it takes its part at once.
 private func onEvery(
     _ volumes: [ReplicatedVolume], from own: Reactor? = nil,
-    _ body: @escaping @Sendable (Reactor, ReplicatedVolume) -> Bool,
+    _ body: @escaping @Sendable (Reactor, Int) -> Bool,
     done: @escaping @Sendable (Reactor, Bool) -> Void
 ) {
-    let parts = Dictionary(grouping: volumes, by: \.reactor.number)
+    let parts = Dictionary(grouping: volumes.indices, by: { volumes[$0].reactor.number })
     let gathered = Gathered(count: parts.count, done: done)
-    @Sendable func perform(_ part: [ReplicatedVolume], _ reactor: Reactor) {
+    @Sendable func perform(_ part: [Int], _ reactor: Reactor) {
         gathered.answer(reactor, part.reduce(true) { body(reactor, $1) && $0 })
     }
     for (number, part) in parts where number != own?.number {
-        part[0].reactor.perform { perform(part, $0) }
+        volumes[part[0]].reactor.perform { perform(part, $0) }
     }
     if let own, let part = parts[own.number] { perform(part, own) }
+}
+
+/// Volumes of which reactors say something, by their indices.
+private final class NotedVolumes: Sendable {
+    private let indices = Mutex<[Int]>([])
+    var all: [Int] { indices.withLock { $0.sorted() } }
+    func note(_ index: Int) { indices.withLock { $0.append(index) } }
 }
 
 /// The longest of the holds of a point's volumes.

@@ -1,8 +1,7 @@
-// Exports.swift: what clients may open, as a directory that the control plane writes and the handshake reads.
+// Exports.swift: one thing that clients may open.
 
 import Base
 import NBDProtocol
-import Synchronization
 import Volumes
 
 /// One export and where it lives.
@@ -88,33 +87,3 @@ enum MetaContext: Sendable, BitwiseCopyable {
 
 /// Index of a volume on its reactor.
 package typealias VolumeNumber = Int
-
-package final class ExportDirectory: Sendable {
-    private let entries = Mutex<[String: ExportEntry]>([:])
-    package let tlsPolicy: TLSPolicy
-
-    package init(tlsPolicy: TLSPolicy = .off) { self.tlsPolicy = tlsPolicy }
-
-    package func set(_ name: String, _ entry: ExportEntry?) {
-        entries.withLock { $0[name] = entry }
-    }
-
-    /// Replaces every export of a volume whose name satisfies `matching`, in one step.
-    package func replace(
-        where matching: @Sendable (String) -> Bool, with replacements: [String: ExportEntry]
-    ) {
-        entries.withLock { entries in
-            for name in entries.keys where matching(name) { entries[name] = nil }
-            entries.merge(replacements) { _, new in new }
-        }
-    }
-
-    package func find(_ name: String) -> ExportEntry? { entries.withLock { $0[name] } }
-
-    /// Names of the exports that are shown to everybody and satisfy `matching`, in order.
-    package func listed(where matching: (ExportEntry) -> Bool = { _ in true }) -> [String] {
-        entries.withLock { entries in
-            entries.filter { $0.value.listed && matching($0.value) }.keys.sorted()
-        }
-    }
-}

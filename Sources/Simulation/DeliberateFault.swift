@@ -44,6 +44,13 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     /// A failover is decided before it is on stable storage which grains must come back from the point.
     case failOverUnmarked
 
+    /// A volume has no files of a point although it has changed since the one before.
+    case takeForUnchanged
+    /// Files leave with their point, although newer points have none of the volume.
+    case dropCarriers
+    /// Files of points that have failed leave although the record's file may still name these.
+    case leaveUnsaid
+
     // One site with FlashCopies (CopyWorld).
     /// A copy takes old content before it is written down.
     case recordAfterChain

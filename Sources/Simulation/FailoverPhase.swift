@@ -25,12 +25,7 @@ extension World {
         settle(site)
         for copies in site.copies { for (file, _) in copies.values { file.spaceLeft = nil } }
         // A commit that was under way is decided by the record.
-        if site.isBusy
-            || site.volumes.contains(where: { volume in site.points.contains { volume.volume.copy(CopyID($0)) == nil } }
-            )
-        {
-            site.restart(powerLoss: false)
-        }
+        if site.isBusy || !site.chainsAreWhole { site.restart(powerLoss: false) }
         guard let point = site.readablePoints.randomElement(using: &random) else { return }
         note("\(site.name) fails over to point \(point)")
         exchangeSites()
@@ -161,7 +156,7 @@ extension World {
         for index in 0..<Self.volumes {
             var image: [UInt8]?
             let accepted = primary.volumes[index].submit(
-                .read, view: .copy(CopyID(point)), offset: 0, length: Self.size
+                .read, view: .copy(CopyID(primary.carrier(of: point, index))), offset: 0, length: Self.size
             ) {
                 request in
                 image = request.error == 0 ? Array(UnsafeRawBufferPointer(start: request.buffer, count: Self.size)) : []

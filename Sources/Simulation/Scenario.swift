@@ -15,6 +15,8 @@ package struct SimulationFigures: Sendable {
     package var crashes = 0
     /// Points committed.
     package var commits = 0
+    /// Volumes that had no files of a point at its commit, since they had not changed.
+    package var unchanged = 0
     package init() {}
 
     package static func += (sum: inout SimulationFigures, more: SimulationFigures) {
@@ -23,6 +25,7 @@ package struct SimulationFigures: Sendable {
         sum.checks += more.checks
         sum.crashes += more.crashes
         sum.commits += more.commits
+        sum.unchanged += more.unchanged
     }
 }
 

@@ -113,7 +113,9 @@ extension SimulatedSite {
         let clear: () -> Void = { [unowned self] in
             guard sender == epoch else { return }
             guard volumes.allSatisfy({ $0.volume.mayFormPoint }) else { return handle(.notReady) }
-            for bitmap in preserved { bitmap.bitmap(World.grains).clearAll() }
+            for index in volumes.indices where volumes[index].volume.pointBitmapIsDirty {
+                preserved[index].bitmap(World.grains).clearAll()
+            }
             handle(.prepared(changed: volumes.contains { $0.volume.changedGrains > 0 }))
         }
         if fault == .prepareWithoutBarrier { return world.tasks.append(clear) }
@@ -132,11 +134,15 @@ extension SimulatedSite {
                 if early { simulated.volume.releaseHold() }
             },
             then: { [unowned self] in
+                var changed: [Int] = []
                 everyVolume(
-                    { $1.volume.releaseHold() },
+                    { index, simulated in
+                        if simulated.volume.outOfSyncGrains > 0 { changed.append(index) }
+                        simulated.volume.releaseHold()
+                    },
                     then: { [unowned self] in
                         world.tasks.append { [unowned self] in
-                            event(.formed(at: Double(world.now), intact: true), sender)
+                            event(.formed(at: Double(world.now), intact: true, changed: changed.sorted()), sender)
                         }
                     })
             })
@@ -151,7 +157,7 @@ extension SimulatedSite {
             guard let point = record.held?.number else { return }
             post(index) { [unowned self] volume in drainRead(slot, index, volume, point, sender) }
         case .send: break  // follows the read at once; see drainRead
-        case .flush: flush(sender)
+        case .flush(let volumes): flush(volumes, sender)
         case .clear(let runs):
             guard let point = record.held?.number else { return }
             for run in runs { post(run.volume) { $0.volume.clearOutOfSync(run.grains, point: point) } }
@@ -208,14 +214,14 @@ extension SimulatedSite {
         if fault == .commitEarly { event(.sent(slot: slot, wire: 1), sender) }
     }
 
-    private func flush(_ sender: UInt64) {
+    private func flush(_ flushed: [Int], _ sender: UInt64) {
         let opened = linkSession
         if fault == .acknowledgeFlushEarly {
             world.tasks.append { [unowned self] in event(.flushed, sender) }
             return
         }
-        var left = World.volumes
-        for index in 0..<World.volumes {
+        var left = flushed.count
+        for index in flushed {
             world.tasks.append { [unowned self] in
                 flushOne(index, peer, opened) { [unowned self] in
                     left -= 1

@@ -125,7 +125,9 @@ final class SimulatedSite {
                 wakeAt = group.wakeAt ?? .max
                 return false
             }
+            let wasUnsaved = group.isUnsaved
             group.wasSaved()
+            if wasUnsaved { settleChains() }
         }
         for action in ready.after { perform(action) }
         return true
@@ -197,7 +199,7 @@ final class SimulatedSite {
             engine.mergeOutOfSync()
         }
         if let failover = record.failedOver, failover.restoring.contains("\(index)") {
-            startRestore(index, simulated, from: failover.point)
+            startRestore(index, simulated, from: carrier(of: failover.point, index))
         }
         return simulated
     }
@@ -215,15 +217,50 @@ final class SimulatedSite {
     }
 
     private func resumeChain(_ index: Int, _ simulated: SimulatedVolume) {
+        let carriers = carriers(index)
         let retired = (record.retired ?? []).map(\.number)
         // What was made for a point that no record names.
-        for id in copies[index].keys where !(points + retired).contains(UInt64(id)) { copies[index][id] = nil }
-        let leaving = retired.filter { copies[index][CopyID($0)] != nil }
-        for point in leaving + points {
-            let failed = record.points.contains { $0.number == point && $0.isFailed == true }
+        for id in copies[index].keys where !(carriers + retired).contains(UInt64(id)) { copies[index][id] = nil }
+        let leaving = retired.filter { !carriers.contains($0) && copies[index][CopyID($0)] != nil }
+        for point in (leaving + carriers).sorted() {
+            if copies[index][CopyID(point)] == nil { world.fail("the files of point \(point) are missing at a start") }
+            let failed =
+                carriers.contains(point)
+                && record.points(carriedBy: point, "\(index)").allSatisfy { $0.isFailed == true }
             addPoint(point, to: simulated, index, resume: true, failed: failed)
         }
         for point in leaving { simulated.volume.withdrawCopy(CopyID(point)) }
+    }
+
+    /// Points whose files a volume's chain must have.
+    func carriers(_ index: Int) -> [UInt64] { record.carriers(of: World.names)["\(index)"] ?? [] }
+
+    /// The point whose files hold what another is of a volume.
+    func carrier(of point: UInt64, _ index: Int) -> UInt64 {
+        guard let carrier = record.carrier(of: point, "\(index)") else {
+            world.fail("nothing holds point \(point) of volume \(index)")
+            return point
+        }
+        return carrier
+    }
+
+    /// Of every point that is kept, the chains have what holds it.
+    var chainsAreWhole: Bool {
+        volumes.indices.allSatisfy { index in
+            carriers(index).allSatisfy { volumes[index].volume.copy(CopyID($0)) != nil }
+        }
+    }
+
+    /// What carries no point that is kept leaves, once the record's file does not name it any more.
+    func settleChains() {
+        guard !group.isUnsaved || fault == .leaveUnsaid else { return }
+        for index in volumes.indices {
+            let carriers = fault == .dropCarriers ? points : carriers(index)
+            for id in copies[index].keys.sorted() where !carriers.contains(UInt64(id)) {
+                volumes[index].volume.withdrawCopy(id)
+            }
+            volumes[index].pump()
+        }
     }
 
     func addPoint(
@@ -361,10 +398,9 @@ final class SimulatedSite {
         case .activityLogFailed: distrust(index)
         case .copyWithdrawn(let id): copies[index][id] = nil
         case .copyFailed(let id, _), .failureUnwritten(let id, _):
-            _ = take(.pointFailed(UInt64(id)))
-            if !points.contains(UInt64(id)) { for simulated in volumes { simulated.volume.withdrawCopy(id) } }
+            _ = take(.pointFailed(UInt64(id), volume: "\(index)"))
             if case .failureUnwritten = event { volumes[index].volume.failureIsWritten() }
-            for simulated in volumes { simulated.pump() }
+            settleChains()
         case .restoreFinished: _ = take(.restored(volume: "\(index)"))
         default: break
         }

@@ -58,30 +58,29 @@ extension SimulatedSite {
                 done(.done)
             }
         case .survey: done(.survey(survey))
-        case .flushVolumes:
-            if fault != .skipFlushes { for file in files { file.flush() } }
+        case .flushVolumes(let names):
+            if fault != .skipFlushes { for name in names { files[Int(name)!].flush() } }
             done(.done)
         case .makePointFiles(let plan):
             order += CopyRecord.orderStep
-            for index in 0..<World.volumes {
+            for index in 0..<World.volumes where plan.point.hasFiles(of: "\(index)") {
                 copies[index][CopyID(plan.point.number)] = (
                     SimulatedFile(byteCount: World.size), SimulatedBitmap(bits: World.grains)
                 )
             }
             done(.done)
         case .takePoint(let plan):
-            for index in 0..<World.volumes {
+            for index in 0..<World.volumes where plan.point.hasFiles(of: "\(index)") {
                 addPoint(plan.point.number, to: volumes[index], index, resume: false)
-                for point in plan.dropped { volumes[index].volume.withdrawCopy(CopyID(point.number)) }
-                volumes[index].pump()
             }
+            settleChains()
             done(.done)
         case .forgetChanges: onEngines(done) { $0.forgetChanges() }
         case .markDifferences(let point, _): done(.bytes(markDifferences(from: point)))
         case .dropDifferences: done(.done)
         case .open(let point, _):
             for index in 0..<World.volumes {
-                startRestore(index, volumes[index], from: point)
+                startRestore(index, volumes[index], from: carrier(of: point, index))
                 startLog(index, volumes[index], true)
             }
             servesHosts = true
@@ -152,6 +151,7 @@ extension SimulatedSite {
         world.note("\(name) records \(change.name)")
         if case .committed(let plan) = change {
             world.figures.commits += 1
+            world.figures.unchanged += World.volumes - (plan.point.changed?.count ?? World.volumes)
             for point in plan.dropped { world.remembered[point.number] = nil }
         }
         return true
@@ -161,10 +161,19 @@ extension SimulatedSite {
 
     private var survey: IntakeSurvey {
         let writes = volumes.reduce(0) { $0 + $1.volume.modifyingInFlight }
-        let retired = (record.retired ?? []).map(\.number)
+        let retired = (record.retired ?? []).map { point in
+            (point.number, World.names.filter { copies[Int($0)!][CopyID(point.number)] != nil })
+        }
         return IntakeSurvey(
             writesUnderWay: fault == .commitEarly ? 0 : writes, order: order,
-            left: Set(retired.filter { number in copies.allSatisfy { $0[CopyID(number)] == nil } }), at: 0)
+            changed: World.names.filter { hasChanged(Int($0)!) },
+            retired: Dictionary(uniqueKeysWithValues: retired), at: 0)
+    }
+
+    /// Since the newest point.
+    private func hasChanged(_ index: Int) -> Bool {
+        guard let carrier = points.last.flatMap({ record.carrier(of: $0, "\(index)") }) else { return true }
+        return fault != .takeForUnchanged && !volumes[index].volume.isUnchanged(since: CopyID(carrier))
     }
 
     private func markDifferences(from point: UInt64) -> UInt64 {
@@ -173,7 +182,7 @@ extension SimulatedSite {
             // A file of its own, made anew.
             restores[index] = SimulatedBitmap(bits: World.grains)
             let differences = restores[index].bitmap(World.grains)
-            volumes[index].volume.markDifferences(from: CopyID(point), in: differences)
+            volumes[index].volume.markDifferences(from: CopyID(carrier(of: point, index)), in: differences)
             volumes[index].volume.markChanged(differences)
             if fault != .failOverUnmarked { restores[index].flush() }
             recording[index].flush()

@@ -47,6 +47,7 @@ package final class World: Scenario {
     static let grains = 24
     static let size = grains * grain
     static let volumes = 2
+    static let names = (0..<volumes).map { "\($0)" }
     static let regionBytes: UInt64 = 8192
     static let chains = 4
 
@@ -277,10 +278,11 @@ package final class World: Scenario {
         let process = secondary.volumes
         var images: [[UInt8]?] = [nil, nil]
         for index in 0..<Self.volumes {
-            guard process[index].volume.retainCopy(CopyID(point)) else { return }
-            _ = process[index].submit(.read, view: .copy(CopyID(point)), offset: 0, length: Self.size) {
+            let id = CopyID(secondary.carrier(of: point, index))
+            guard process[index].volume.retainCopy(id) else { return }
+            _ = process[index].submit(.read, view: .copy(id), offset: 0, length: Self.size) {
                 [unowned self] request in
-                process[index].volume.releaseCopy(CopyID(point))
+                process[index].volume.releaseCopy(id)
                 guard request.error == 0 else { return }
                 images[index] = Array(UnsafeRawBufferPointer(start: request.buffer, count: Self.size))
                 if let first = images[0], let second = images[1] { check(point, [first, second]) }
@@ -326,7 +328,7 @@ package final class World: Scenario {
             }
         }
         let last = secondary.points.last!
-        while secondary.volumes.contains(where: { $0.volume.copy(CopyID(last)) == nil }) { try step(faults: false) }
+        while !secondary.chainsAreWhole { try step(faults: false) }
         try compareSites(last)
     }
 
@@ -346,7 +348,7 @@ package final class World: Scenario {
             while images[index] == nil {
                 if !submitted {
                     submitted = secondary.volumes[index].submit(
-                        .read, view: .copy(CopyID(point)), offset: 0, length: Self.size
+                        .read, view: .copy(CopyID(secondary.carrier(of: point, index))), offset: 0, length: Self.size
                     ) {
                         request in
                         images[index] = Array(UnsafeRawBufferPointer(start: request.buffer, count: Self.size))

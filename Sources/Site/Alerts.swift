@@ -138,16 +138,12 @@ extension Site {
     /// Recovery points from when this site was secondary leave once the peer has as many newer ones.
     private func retirePoints(_ group: GroupState) async {
         defer { group.isRetiring = false }
-        let numbers = group.record.points.map(\.number)
         do {
-            try await group.handle.change(.retired(numbers))
+            try await group.handle.change(.retired(group.record.points.map(\.number)))
         } catch {
             return note(group.entry.name, "\(error)")
         }
-        for volume in members(group) {
-            for number in numbers { await leave(volume, CopyID(number)) }
-            await publish(volume, group)
-        }
+        await settlePoints(group, endsReaders: true)
     }
 
     /// The rate for this time of day, and what is due by the schedules.

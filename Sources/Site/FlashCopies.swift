@@ -333,7 +333,7 @@ extension Site {
             await giveUp(made)
             throw error
         }
-        for copy in made { await publish(copy.volume, group(ofVolume: copy.volume.name)) }
+        for copy in made { publish(copy.volume, group(ofVolume: copy.volume.name)) }
     }
 
     /// Takes copies out that may be recorded as active: one that leaves preserves nothing any more, and so must not be served by a
@@ -474,7 +474,7 @@ extension Site {
                 fillStarts[id] = nil
                 await volume.reactor.run { $0.hosted(number).volume.setRate(id, rate) }
             }
-            await publish(volume, group(ofVolume: volume.name))
+            publish(volume, group(ofVolume: volume.name))
             if request.writable == false { await volume.reactor.run { $0.disconnectReaders(number, of: id) } }
         }
         return try await reports(request.name, members)
@@ -498,7 +498,7 @@ extension Site {
                 copy.state = .withdrawing
                 copy.set = nil  // this one alone
             }
-            await publish(volume, group(ofVolume: volume.name))
+            publish(volume, group(ofVolume: volume.name))
             await leave(volume, record.id)
         }
         note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) withdrawn")
@@ -508,12 +508,13 @@ extension Site {
 
     func copyFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async {
         let name = volume.record.copies.first { $0.id == id }?.name ?? String(id)
+        let isRetired = volume.copyIsRetired(id)
         let reason = await markFailed(volume, id, errno)
         // What was leaving already, and only had readers left.
-        if volume.copyIsRetired(id, group(ofVolume: volume.name)) { await leave(volume, id) }
+        if isRetired, !waitsToLeave(volume, id) { await leave(volume, id) }
         note(nil, "volume \(volume.name): FlashCopy '\(name)' has failed: \(reason)")
         copyReady(id)  // a refresh that waits for it begins again
-        Task { await publish(volume, group(ofVolume: volume.name)) }
+        publish(volume, group(ofVolume: volume.name))
     }
 
     /// - Returns: why, in words.
@@ -525,19 +526,15 @@ extension Site {
             copy.state = .failed
             copy.reason = reason
         }
-        if let group = group(ofVolume: volume.name) { await failPoint(group, UInt64(id)) }
+        if let group = group(ofVolume: volume.name) { await failPoints(group, volume, UInt64(id)) }
         return reason
     }
 
-    /// A recovery point that has failed is none any more (`GroupChange.pointFailed`).
-    private func failPoint(_ group: GroupState, _ number: UInt64) async {
-        guard group.record.points.contains(where: { $0.number == number }) else { return }
-        try? await group.handle.change(.pointFailed(number))
-        let leaves = !group.record.points.contains { $0.number == number }
-        for volume in members(group) {
-            if leaves { await leave(volume, CopyID(number)) }
-            await publish(volume, group)
-        }
+    /// Recovery points that have failed are none any more (`GroupChange.pointFailed`).
+    private func failPoints(_ group: GroupState, _ volume: VolumeState, _ carrier: UInt64) async {
+        guard volume.carriers.contains(carrier) else { return }
+        try? await group.handle.change(.pointFailed(carrier, volume: volume.name))
+        await settlePoints(group, endsReaders: true)
     }
 
     private func reviewCompletion(_ volume: VolumeState, _ id: CopyID) async {

@@ -51,10 +51,11 @@ extension Site {
     /// A FlashCopy by name, or a recovery point by number.
     func chainPlace(_ volume: VolumeState, _ name: String) throws -> Origin {
         if let point = UInt64(name),
-            let found = group(ofVolume: volume.name)?.record.points.first(where: { $0.number == point }),
-            found.isFailed != true
+            let known = group(ofVolume: volume.name)?.record,
+            known.points.contains(where: { $0.number == point && $0.isFailed != true }),
+            let carrier = known.carrier(of: point, volume.name).flatMap(known.pointRecord)
         {
-            return Origin(id: CopyID(point), order: found.order ?? point, isDurable: true)
+            return Origin(id: CopyID(carrier.number), order: carrier.order ?? carrier.number, isDurable: true)
         }
         let record = try copies(name, [volume])[0].1
         guard record.state == .active else {
@@ -66,7 +67,8 @@ extension Site {
 
     /// Right below the origin, where a clone reads everything through it.
     private func orderBelow(_ volume: VolumeState, _ order: UInt64) throws -> UInt64 {
-        let points = group(ofVolume: volume.name)?.record.points.map { $0.order ?? $0.number } ?? []
+        let record = group(ofVolume: volume.name)?.record
+        let points = volume.carriers.compactMap { record?.pointRecord($0) }.map { $0.order ?? $0.number }
         let below = (volume.record.copies.map(\.order) + points).filter { $0 < order }.max() ?? 0
         let middle = below + (order - below) / 2
         guard middle > below else {
@@ -138,7 +140,7 @@ extension Site {
             )
         }
         try volume.update(record.id) { $0.state = .refreshing }
-        await publish(volume, group(ofVolume: volume.name))
+        publish(volume, group(ofVolume: volume.name))
         await withCheckedContinuation { continuation in
             readyWaiters[id] = continuation
             volume.reactor.perform { reactor in
@@ -203,7 +205,7 @@ extension Site {
             // Nobody is told of what a start would not find.
             do { try volume.settle() } catch { problem = problem ?? error }
             release(volume, record, keepsTarget: keepsTarget)
-            await publish(volume, group(ofVolume: volume.name))
+            publish(volume, group(ofVolume: volume.name))
         }
         if let problem { throw problem }
         guard intact, inUse.isEmpty else {
@@ -286,6 +288,6 @@ extension Site {
         if volume.record.restoring != nil { volume.acknowledge { $0.restoring = nil } }
         dropRestoreBitmap(volume)
         note(group(ofVolume: volume.name)?.entry.name, "volume \(volume.name) holds all of its point in time again")
-        Task { await publish(volume, group(ofVolume: volume.name)) }
+        publish(volume, group(ofVolume: volume.name))
     }
 }

@@ -125,7 +125,7 @@ extension Site {
         volume.shutsHostsOut = true
         let (number, reactor) = (volume.number, volume.reactor)
         await reactor.run { $0.hosted(number).writable = false }
-        await publish(volume, group(ofVolume: volume.name))
+        publish(volume, group(ofVolume: volume.name))
         await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
             reactor.perform { $0.disconnect(number, .hosts) { continuation.resume() } }
         }
@@ -138,7 +138,7 @@ extension Site {
         let writable =
             group == nil || group?.servesHosts == true && group?.record.leftOut?.contains(volume.name) != true
         await volume.reactor.run { $0.hosted(number).writable = writable }
-        await publish(volume, group)
+        publish(volume, group)
     }
 
     // MARK: The steps
@@ -177,7 +177,7 @@ extension Site {
             record.restoring = VolumeRecord.Restoring(
                 copy: part.copy.id, decided: false, kept: kept.record.id, decision: decision)
         }
-        await publish(volume, group(ofVolume: volume.name))  // the copy is read-only from here on
+        publish(volume, group(ofVolume: volume.name))  // the copy is read-only from here on
         guard part.copy.isWritable else { return }
         let (number, id) = (volume.number, part.copy.id)
         await volume.reactor.run { $0.disconnectReaders(number, of: id) }

@@ -4,6 +4,7 @@ import API
 import Base
 import Groups
 import Link
+import NBDServer
 import Ring
 import SiteConfiguration
 import Synchronization
@@ -43,6 +44,10 @@ final class GroupState {
     var session: UInt64?
     /// Files of a point that is not in the chains yet.
     var madeFiles: (id: CopyID, files: [(VolumeState, CopyFiles)])?
+    /// What the exports of its volumes show of recovery points.
+    let points = RecoveryPoints()
+    /// What carries no recovery point any more, and leaves once the record's file says so.
+    var leavingCarriers: [(volume: VolumeState, ids: [CopyID], endsReaders: Bool)] = []
     /// An operation on it lets none begin on FlashCopies.
     var holdsCopies = false
     /// This site asks its peer to give up the role.

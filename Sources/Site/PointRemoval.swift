@@ -30,11 +30,7 @@ extension Site {
         } catch {
             return note(group.entry.name, "recovery points that 'keep' does not cover cannot be dropped: \(error)")
         }
-        for volume in members(group) {
-            let (number, ids) = (volume.number, dropped.map { CopyID($0.number) })
-            await volume.reactor.run { reactor in for id in ids { reactor.hosted(number).volume.withdrawCopy(id) } }
-            await publish(volume, group)
-        }
+        await settlePoints(group)
         let numbers = dropped.map { String($0.number) }.joined(separator: ", ")
         note(group.entry.name, "recovery points \(numbers) leave, since 'keep' does not cover them any more")
     }
@@ -75,17 +71,13 @@ extension Site {
             kept += wanted.map { PointDropReport.Kept(id: $0.number, reason: reason) }
             wanted = []
         }
-        let bytes = members(group).reduce(0) { sum, volume in
-            wanted.reduce(sum) { $0 + allocatedBytes(volume, CopyID($1.number)) }
+        let bytes = leaving(group, with: wanted).reduce(0) { sum, left in
+            left.ids.reduce(sum) { $0 + allocatedBytes(left.volume, $1) }
         }
         let report = PointDropReport(dropped: wanted.map(\.report), kept: kept, freedBytes: bytes, leaving: [])
         guard request.preview != true, !wanted.isEmpty else { return report }
         try await retire(wanted, group)
-        for volume in members(group) {
-            // Oldest first: it has nobody to hand over to, and those after it then have not either.
-            for point in wanted { await leave(volume, CopyID(point.number)) }
-            await publish(volume, group)
-        }
+        await settlePoints(group, endsReaders: true)
         return report
     }
 
@@ -93,6 +85,16 @@ extension Site {
     private func retire(_ points: [PointRecord], _ group: GroupState) async throws {
         reserve.releaseIfShort()
         try await group.handle.change(.retired(points.map(\.number)))
+    }
+
+    /// What of each volume's chain leaves when these points do, oldest first: what carries other points as well stays.
+    private func leaving(_ group: GroupState, with points: [PointRecord]) -> [(volume: VolumeState, ids: [CopyID])] {
+        var without = group.record
+        do { try without.apply(.retired(points.map(\.number))) } catch { return [] }
+        let carriers = without.carriers(of: group.entry.volumes)
+        return members(group).map { volume in
+            (volume, volume.carriers.filter { carriers[volume.name]?.contains($0) != true }.map { CopyID($0) })
+        }
     }
 
     /// Oldest first; and those that were meant and cannot be dropped.
@@ -122,7 +124,7 @@ extension Site {
         }
         var (dropped, kept): ([PointRecord], [PointDropReport.Kept]) = ([], [])
         for point in meant {
-            if let reason = await reasonToKeep(point, group) {
+            if let reason = await reasonToKeep(point, group, meant) {
                 kept.append(PointDropReport.Kept(id: point.number, reason: reason))
             } else {
                 dropped.append(point)
@@ -131,13 +133,16 @@ extension Site {
         return (dropped, kept)
     }
 
-    private func reasonToKeep(_ point: PointRecord, _ group: GroupState) async -> String? {
+    private func reasonToKeep(_ point: PointRecord, _ group: GroupState, _ meant: [PointRecord]) async -> String? {
         let record = group.record
         if point.number == record.points.last?.number { return "it is the newest, which the next one builds on" }
         if point.number == record.failedOver?.point { return "it is the one that was failed over to" }
         var readers: [String] = []
-        for volume in members(group) {
-            let (number, id) = (volume.number, CopyID(point.number))
+        for (volume, ids) in leaving(group, with: meant) {
+            guard let id = record.carrier(of: point.number, volume.name).map({ CopyID($0) }), ids.contains(id) else {
+                continue
+            }
+            let number = volume.number
             let count = await volume.reactor.run { $0.hosted(number).volume.copy(id)?.readers ?? 0 }
             if count > 0 { readers.append("\(count) of \(volume.name)@\(point.number)") }
         }
@@ -148,9 +153,8 @@ extension Site {
     /// Why dropping points would only move their data, and there is no room for that; nil when there is.
     private func shortage(_ group: GroupState, _ points: [PointRecord]) async -> String? {
         guard let space = FileSystem(holding: state.path) else { return nil }
-        let ids = points.map { CopyID($0.number) }
         var bytes: UInt64 = 0
-        for volume in members(group) {
+        for (volume, ids) in leaving(group, with: points) {
             let number = volume.number
             let grains = await volume.reactor.run { $0.hosted(number).volume.handoverBound(of: ids) }
             bytes += UInt64(grains) * UInt64(volume.geometry.grain)
@@ -173,7 +177,9 @@ extension Site {
     private func waitUntilFilesAreGone(_ group: GroupState, _ points: [UInt64]) async -> [UInt64] {
         let members = members(group)
         func left() -> [UInt64] {
-            points.filter { number in members.contains { $0.copies[CopyID(number)] != nil } }
+            points.filter { number in
+                members.contains { $0.copies[CopyID(number)] != nil && !$0.carriers.contains(number) }
+            }
         }
         let deadline = monotonicNanoseconds() + UInt64(Limits.dropSeconds) * 1_000_000_000
         while !left().isEmpty, monotonicNanoseconds() < deadline { try? await Task.sleep(for: .milliseconds(10)) }

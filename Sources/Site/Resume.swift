@@ -31,7 +31,7 @@ extension Site {
         try volume.confirm(bootID: bootID, servedAs: group?.servedAs)
         let number = volume.number
         await volume.reactor.run { $0.hosted(number).volume.finishResuming() }
-        await publish(volume, group)
+        publish(volume, group)
     }
 
     // MARK: The chain
@@ -46,12 +46,7 @@ extension Site {
 
     /// The chain, oldest first: recovery points from the group's record, FlashCopies from the volume's.
     private func resumeChain(_ volume: VolumeState, _ group: GroupState?) async throws {
-        var links = (group?.record.points ?? []).filter { group?.record.holds($0, volume.name) == true }.map {
-            Link(record: CopyRecord($0), resumption: $0.isFailed == true ? .servesOlder : .serves, isPoint: true)
-        }
-        for point in group?.record.retired ?? [] where try exists(volume.bitmapPath(CopyID(point.number))) {
-            links.append(Link(record: CopyRecord(point), resumption: .leaves, isPoint: true))
-        }
+        var links = try pointLinks(volume, group)
         var copies = volume.record.copies
         for index in copies.indices {
             let overtaken = try isOvertaken(volume, copies[index])
@@ -62,7 +57,8 @@ extension Site {
         if copies != volume.record.copies { try volume.amend { $0.copies = copies } }
         links = links.filter { $0.resumption != .forgotten && $0.resumption != .absent }
         links.sort { $0.record.order < $1.record.order }
-        volume.nextOrder = ((links.last?.record.order ?? 0) / CopyRecord.orderStep + 1) * CopyRecord.orderStep
+        let newest = max(links.last?.record.order ?? 0, group?.record.points.last?.order ?? 0)
+        volume.nextOrder = (newest / CopyRecord.orderStep + 1) * CopyRecord.orderStep
         state.removeOrphans(
             volume.name, bitmaps: Set(links.map(\.id)), targets: Set(links.map(\.record.targetOwner)))
         let opened = try openLinks(volume, links)
@@ -70,9 +66,25 @@ extension Site {
         let lost = opened.lastIndex { $0 == nil }.map { $0 + 1 } ?? 0
         if lost > 0 { try await loseCopies(volume, group, links[..<lost]) }
         for (link, files) in zip(links, opened).dropFirst(lost) { try await resumeLink(volume, link, files!) }
+        volume.carriers = group?.record.carriers(of: [volume.name])[volume.name] ?? []
         guard !forgotten.isEmpty else { return }
         try synchronizeChanges(volume)
         try volume.amend { $0.copies.removeAll { forgotten.contains($0.id) } }
+    }
+
+    /// Recovery points of which the volume has files: those that carry what is kept must be there, the others leave.
+    private func pointLinks(_ volume: VolumeState, _ group: GroupState?) throws -> [Link] {
+        guard let record = group?.record else { return [] }
+        let carriers = record.carriers(of: [volume.name])[volume.name] ?? []
+        var links = carriers.compactMap { record.pointRecord($0) }.map { point in
+            let hasFailed = record.points(carriedBy: point.number, volume.name).allSatisfy { $0.isFailed == true }
+            return Link(record: CopyRecord(point), resumption: hasFailed ? .servesOlder : .serves, isPoint: true)
+        }
+        for point in record.retired ?? [] where !carriers.contains(point.number) {
+            guard try exists(volume.bitmapPath(CopyID(point.number))) else { continue }
+            links.append(Link(record: CopyRecord(point), resumption: .leaves, isPoint: true))
+        }
+        return links
     }
 
     /// Whether the copy that is to take the place of a refreshed one has begun to use its target.
@@ -109,9 +121,9 @@ extension Site {
             links[index].resumption = .servesOlder
             let id = links[index].id
             if links[index].isPoint {
-                try await group?.handle.change(.pointFailed(UInt64(id)))
+                try await group?.handle.change(.pointFailed(UInt64(id), volume: volume.name))
                 try await group?.handle.settle()  // nothing else says so once the volume is taken up
-                if group?.record.points.contains(where: { $0.number == UInt64(id) }) == false {
+                if group?.record.points(carriedBy: UInt64(id), volume.name).isEmpty == true {
                     links[index].resumption = .leaves
                 }
                 note(
@@ -166,15 +178,13 @@ extension Site {
     }
 
     private func voidPoints(_ volume: VolumeState, _ group: GroupState?, _ ids: Set<CopyID>) async throws {
-        guard let group, let last = group.record.points.lastIndex(where: { ids.contains(CopyID($0.number)) }) else {
-            return
-        }
+        guard let group, let last = ids.compactMap({ $0 < 0 ? nil : group.record.points(carriedBy: UInt64($0), volume.name).last?.number }).max()
+        else { return }
         note(
             group.entry.name,
-            "volume \(volume.name): the recovery points up to \(group.record.points[last].number) are void, since a bitmap is "
-                + "damaged\(last == group.record.points.count - 1 ? "; everything is copied anew" : "")")
-        try await group.handle.change(
-            .pointsVoided(through: group.record.points[last].number, lineage: randomIdentity()))
+            "volume \(volume.name): the recovery points up to \(last) are void, since a bitmap is "
+                + "damaged\(last == group.record.points.last?.number ? "; everything is copied anew" : "")")
+        try await group.handle.change(.pointsVoided(through: last, lineage: randomIdentity()))
     }
 
     private func resumeLink(_ volume: VolumeState, _ link: Link, _ files: CopyFiles) async throws {
@@ -246,9 +256,11 @@ extension Site {
 
     private func resumeRestore(_ volume: VolumeState, _ group: GroupState?) async throws {
         if let failover = group?.record.failedOver, failover.restoring.contains(volume.name) {
-            if volume.copies[CopyID(failover.point)] != nil {
+            if let id = group?.record.carrier(of: failover.point, volume.name).map({ CopyID($0) }),
+                volume.copies[id] != nil
+            {
                 try openRestoreBitmap(volume)
-                await beginRestore(volume, from: CopyID(failover.point), fresh: false)
+                await beginRestore(volume, from: id, fresh: false)
             } else {
                 note(
                     group?.entry.name,

@@ -241,7 +241,7 @@ extension Site {
         for volume in members(group) {
             let (number, writable) = (volume.number, !volume.shutsHostsOut)
             await volume.reactor.run { $0.hosted(number).writable = writable }
-            await publish(volume, group)
+            publish(volume, group)
         }
     }
 
@@ -251,7 +251,7 @@ extension Site {
         for volume in members(group) {
             let (number, reactor) = (volume.number, volume.reactor)
             await reactor.run { $0.hosted(number).writable = false }
-            await publish(volume, group)
+            publish(volume, group)
             await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
                 reactor.perform { $0.disconnect(number, .hosts) { continuation.resume() } }
             }

@@ -127,6 +127,7 @@ package actor Site {
         try completeSets()
         for group in groups.values { try await decideService(group) }
         for entry in configuration.volumes { try await host(volumes[entry.name]!) }
+        for group in groups.values { await settlePoints(group) }
         for socket in try SocketActivation.take() { greeter.perform { $0.listen(on: socket) } }
         for address in configuration.nbd.listen {
             for socket in try ListeningSocket.open(address) {
@@ -210,89 +211,42 @@ package actor Site {
 
     // MARK: Exports
 
-    /// Brings the directory of exports in line with what a volume has.
-    func publish(_ volume: VolumeState, _ group: GroupState?) async {
-        var entries: [String: ExportEntry] = [:]
+    /// Brings the directory of exports in line with what a volume has. Of recovery points `settlePoints` tells.
+    func publish(_ volume: VolumeState, _ group: GroupState?) {
         let name = volume.name
-        if group?.record.leftOut?.contains(name) == true {
-            return exports.replace(where: { $0 == name || $0.hasPrefix("\(name)@") }, with: [:])
+        if group?.record.leftOut?.contains(name) == true { return exports.set(name, nil) }
+        var own = ExportEntry(
+            size: volume.geometry.size, kind: .volume,
+            readOnly: volume.entry.readOnly || group?.servesHosts == false || volume.shutsHostsOut,
+            reactor: volume.reactor, volume: volume.number)
+        own.text =
+            "volume \(name) of site \(configuration.site)"
+            + (volume.record.restoredAt.map { ", restored \(timestamp($0))" } ?? "")
+        own.minimumBlockSize = max(1, volume.source.directAlignment)
+        own.access = volume.entry.access.orElse(group?.entry.access)
+        var offered = VolumeExports(own: own)
+        offered.copies = volume.record.copies.filter { $0.state == .active && !$0.name.contains(":") }.map {
+            VolumeExports.Copy(
+                id: $0.id, name: $0.name, order: $0.order, text: "FlashCopy of \(timestamp($0.createdAt))",
+                readOnly: !$0.isWritable || volume.record.restoring?.copy == $0.id)
         }
-        let kept = keptCopies(volume, group)
-        let access = volume.entry.access.orElse(group?.entry.access)
-        func entry(_ kind: ExportEntry.Kind, _ text: String, readOnly: Bool, since bases: ArraySlice<KeptCopy>)
-            -> ExportEntry
-        {
-            var entry = ExportEntry(
-                size: volume.geometry.size, kind: kind, readOnly: readOnly, reactor: volume.reactor,
-                volume: volume.number)
-            entry.text = text
-            entry.minimumBlockSize = max(1, volume.source.directAlignment)
-            entry.bases = bases.suffix(Limits.changeBasesPerExport).map { ExportEntry.Base(name: $0.name, copy: $0.id) }
-            entry.access = access
-            return entry
-        }
-        for (index, copy) in kept.enumerated() {
-            entries["\(name)@\(copy.name)"] = entry(
-                .copy(copy.id), "\(copy.text) of \(name)",
-                readOnly: !copy.isWritable || volume.record.restoring?.copy == copy.id, since: kept[..<index])
-        }
+        offered.points = group?.points
+        offered.joinedAfter = group?.record.joinedAfter?[name] ?? 0
+        offered.carriers = volume.carriers
         if let group, group.record.role == .secondary {
-            if let newest = group.record.newestReadable,
-                let index = kept.firstIndex(where: { $0.id == CopyID(newest.number) })
-            {
-                entries[name] = entry(
-                    .copy(kept[index].id), "the newest \(kept[index].text) of \(name)", readOnly: true,
-                    since: kept[..<index])
-            }
+            offered.showsNewestPoint = true
             if let session = group.session {
-                var intake = entry(.intake(session: session), "intake of \(name)", readOnly: false, since: [])
-                // Its name is the key: only the peer is told it.
-                intake.listed = false
-                intake.access = configuration.peers[group.entry.peer]?.access ?? AccessList()
-                entries[intakeName(name, session)] = intake
+                offered.intake = (
+                    intakeSuffix(session), session, configuration.peers[group.entry.peer]?.access ?? AccessList()
+                )
             }
-        } else {
-            entries[name] = entry(
-                .volume,
-                "volume \(name) of site \(configuration.site)"
-                    + (volume.record.restoredAt.map { ", restored \(timestamp($0))" } ?? ""),
-                readOnly: volume.entry.readOnly || group?.servesHosts == false || volume.shutsHostsOut,
-                since: kept[...])
         }
-        exports.replace(where: { $0 == name || $0.hasPrefix("\(name)@") }, with: entries)
-    }
-
-    /// A FlashCopy or recovery point that can be read.
-    private struct KeptCopy {
-        var id: CopyID
-        var name: String
-        var text: String
-        var order: UInt64
-        var isWritable = false
-    }
-
-    /// Oldest first.
-    private func keptCopies(_ volume: VolumeState, _ group: GroupState?) -> [KeptCopy] {
-        var kept = volume.record.copies.filter { $0.state == .active && !$0.name.contains(":") }.map {
-            KeptCopy(
-                id: $0.id, name: $0.name, text: "FlashCopy of \(timestamp($0.createdAt))", order: $0.order,
-                isWritable: $0.isWritable)
-        }
-        let points = (group?.record.points ?? []).filter {
-            $0.isFailed != true && group?.record.holds($0, volume.name) == true
-        }
-        kept += points.map {
-            KeptCopy(
-                id: CopyID($0.number), name: String($0.number),
-                text: "recovery point \($0.number) of \(timestamp($0.formedAt))", order: $0.order ?? $0.number)
-        }
-        return kept.sorted { $0.order < $1.order }
+        exports.set(name, offered)
     }
 
     /// The intake's name holds the session's secret, so that nobody else can open it.
-    func intakeName(_ volume: String, _ session: UInt64) -> String {
-        "\(volume)@secondary:\(String(session, radix: 16))"
-    }
+    func intakeName(_ volume: String, _ session: UInt64) -> String { "\(volume)@\(intakeSuffix(session))" }
+    private func intakeSuffix(_ session: UInt64) -> String { "secondary:\(String(session, radix: 16))" }
 
     // MARK: Replication
 
@@ -397,10 +351,14 @@ package actor Site {
 
     /// Writes records again whose last save has failed, until their files say what memory does.
     func settleRecords() async {
-        guard volumes.values.contains(where: \.isUnsaved) || groups.values.contains(where: \.isUnsaved) else { return }
-        reserve.releaseIfShort()
+        if volumes.values.contains(where: \.isUnsaved) || groups.values.contains(where: \.isUnsaved) {
+            reserve.releaseIfShort()
+        }
         for volume in volumes.values where volume.isUnsaved { try? volume.settle() }
-        for group in groups.values where group.isUnsaved { try? await group.handle.settle() }
+        for group in groups.values {
+            if group.isUnsaved { try? await group.handle.settle() }
+            await withdrawCarriers(group)
+        }
     }
 
     // MARK: Stopping

@@ -29,7 +29,6 @@ extension Site {
         report.alerts = alerts.isEmpty ? nil : alerts
         report.fileSystems = space.fileSystems
         var pending: [String: UInt64] = [:]
-        let names = exports.listed()
         for volume in volumes.values {
             let number = volume.number
             let figures = await volume.reactor.run { reactor in
@@ -44,7 +43,7 @@ extension Site {
             pending[volume.name] = UInt64(figures.pending) * grain
             report.volumes[volume.name] = StatusReport.VolumeReport(
                 size: volume.geometry.size, grain: volume.geometry.grain,
-                exports: names.filter { $0 == volume.name || $0.hasPrefix("\(volume.name)@") },
+                exports: exports.names(of: volume.name),
                 restoringBytes: UInt64(figures.restoring) * grain,
                 bytesRead: figures.read, bytesWritten: figures.written,
                 flashcopies: volume.record.copies.filter { $0.state != .creating }.map {

@@ -30,13 +30,13 @@ extension Site {
         case .change(let change): try await group.handle.change(change)
         case .fence(let session): await fence(group, next: session)
         case .survey: return .survey(await survey(group))
-        case .flushVolumes: try await VolumeState.flushSources(members(group))
+        case .flushVolumes(let names): try await VolumeState.flushSources(names.compactMap { volumes[$0] })
         case .makePointFiles(let plan): try await makePointFiles(group, plan)
         case .takePoint(let plan): await takePoint(group, plan)
         case .forgetChanges: await onEngines(group) { $0.forgetChanges() }
-        case .markDifferences(let point, let names): return .bytes(try await markDifferences(names, CopyID(point)))
+        case .markDifferences(let point, let names): return .bytes(try await markDifferences(group, names, point))
         case .dropDifferences(let names): for name in names { volumes[name]?.restoreBitmap = nil }
-        case .open(let point, let names): try await open(group, names, CopyID(point))
+        case .open(let point, let names): try await open(group, names, point)
         case .stopMirroring: await stopReplication(group)
         case .startMirroring: try await startMirroring(group)
         case .formPoint(let seconds): return .point(try await pointOf(group, seconds: seconds))
@@ -69,7 +69,7 @@ extension Site {
         group.madeFiles = nil
         for volume in members(group) {
             await endIntake(volume, next: session)
-            if session != 0 { await publish(volume, group) }
+            if session != 0 { publish(volume, group) }
         }
     }
 
@@ -86,24 +86,46 @@ extension Site {
     }
 
     private func survey(_ group: GroupState) async -> IntakeSurvey {
-        let members = members(group)
-        var writes = 0
-        for volume in members {
-            let number = volume.number
-            writes += await volume.reactor.run { $0.hosted(number).volume.modifyingInFlight }
+        let (members, record) = (members(group), group.record)
+        let carriers = members.map { volume in
+            record.points.last.flatMap { record.carrier(of: $0.number, volume.name) }.map { CopyID($0) }
         }
-        let retired = (group.record.retired ?? []).map(\.number)
+        let found = await ask(members) { hosted, index in
+            (
+                writes: hosted.volume.modifyingInFlight,
+                isUnchanged: carriers[index].map { hosted.volume.isUnchanged(since: $0) } ?? false
+            )
+        }
+        let retired = (record.retired ?? []).map { point in
+            (point.number, members.filter { $0.copies[CopyID(point.number)] != nil }.map(\.name))
+        }
         return IntakeSurvey(
-            writesUnderWay: writes, order: members.map(\.nextOrder).max() ?? CopyRecord.orderStep,
-            left: Set(retired.filter { number in members.allSatisfy { $0.copies[CopyID(number)] == nil } }),
-            at: realSeconds())
+            writesUnderWay: found.reduce(0) { $0 + $1.writes },
+            order: members.map(\.nextOrder).max() ?? CopyRecord.orderStep,
+            changed: zip(members, found).filter { !$1.isUnchanged }.map(\.0.name),
+            retired: Dictionary(uniqueKeysWithValues: retired), at: realSeconds())
+    }
+
+    /// Looks at the engines of volumes, with one message to each reactor.
+    func ask<Found: Sendable>(
+        _ volumes: [VolumeState], _ look: @escaping @Sendable (HostedVolume, Int) -> Found
+    ) async -> [Found] {
+        var answers: [(Int, Found)] = []
+        for part in Dictionary(grouping: volumes.indices, by: { volumes[$0].reactor.number }).values {
+            let numbers = part.map { ($0, volumes[$0].number) }
+            answers += await volumes[part[0]].reactor.run { reactor in
+                numbers.map { ($0, look(reactor.hosted($1), $0)) }
+            }
+        }
+        return answers.sorted { $0.0 < $1.0 }.map(\.1)
     }
 
     // MARK: Points
 
     private func makePointFiles(_ group: GroupState, _ plan: CommitPlan) async throws {
-        let (members, id) = (members(group), CopyID(plan.point.number))
-        for volume in members { volume.nextOrder = (plan.point.order ?? 0) + CopyRecord.orderStep }
+        let id = CopyID(plan.point.number)
+        let members = members(group).filter { plan.point.hasFiles(of: $0.name) }
+        for volume in self.members(group) { volume.nextOrder = (plan.point.order ?? 0) + CopyRecord.orderStep }
         try descriptors.require(2 * members.count)
         for volume in members { try await makeRoom(volume) }
         do {
@@ -116,18 +138,13 @@ extension Site {
     }
 
     private func takePoint(_ group: GroupState, _ plan: CommitPlan) async {
-        let ids = plan.dropped.map { CopyID($0.number) }
         let made = group.madeFiles
         group.madeFiles = nil
         invariant(made?.id == CopyID(plan.point.number), "the files of a point are made before it is taken")
         for (volume, files) in made!.files {
             await enterChain(volume, CopyRecord(plan.point), files) { $0.addCopy($1) }
-            let number = volume.number
-            volume.reactor.perform { reactor in
-                for id in ids { reactor.hosted(number).volume.withdrawCopy(id) }
-            }
-            await publish(volume, group)
         }
+        await settlePoints(group)
     }
 
     /// Points that readers keep open past their retention must not fill the chain.
@@ -146,17 +163,29 @@ extension Site {
 
     // MARK: A takeover
 
-    private func markDifferences(_ names: [String], _ id: CopyID) async throws -> UInt64 {
+    private func markDifferences(_ group: GroupState, _ names: [String], _ point: UInt64) async throws -> UInt64 {
         reserve.release()  // whatever is full
         var bytes: UInt64 = 0
-        for volume in names.compactMap({ volumes[$0] }) { bytes += try await prepareRestore(volume, from: id) }
+        for volume in names.compactMap({ volumes[$0] }) {
+            bytes += try await prepareRestore(volume, from: carrier(of: point, volume, group))
+        }
         return bytes
     }
 
-    private func open(_ group: GroupState, _ names: [String], _ id: CopyID) async throws {
+    /// The copy in the volume's chain that holds a recovery point.
+    func carrier(of point: UInt64, _ volume: VolumeState, _ group: GroupState) throws -> CopyID {
+        guard let carrier = group.record.carrier(of: point, volume.name) else {
+            throw Refusal("point \(point) has no part of volume '\(volume.name)'")
+        }
+        return CopyID(carrier)
+    }
+
+    private func open(_ group: GroupState, _ names: [String], _ point: UInt64) async throws {
         group.servesHosts = true
         var written: UInt64 = 0
-        for volume in names.compactMap({ volumes[$0] }) { written += try await open(volume, id, group) }
+        for volume in names.compactMap({ volumes[$0] }) {
+            written += try await open(volume, carrier(of: point, volume, group), group)
+        }
         group.writtenAtFailover = written
     }
 
@@ -171,7 +200,7 @@ extension Site {
             hosted.writable = true
             return hosted.bytesWritten
         }
-        await publish(volume, group)
+        publish(volume, group)
         return written
     }
 
@@ -269,7 +298,7 @@ extension Site {
             engine.policy = .copiesFirst
             engine.recording = false
         }
-        for volume in members(group) { await publish(volume, group) }
+        for volume in members(group) { publish(volume, group) }
     }
 
     private func askToYield(_ group: GroupState) async throws -> Joining {

@@ -370,6 +370,7 @@ extension Volume {
         }
         if job.targetPoint != 0, job.pointError == 0, let point, point.number == job.targetPoint {
             point.preserved.set(job.grains)
+            pointBitmapIsDirty = true
         }
         if job.targetCopy >= 0, job.copyError == 0, let index = chainIndex(job.targetCopy) {
             chain[index].preservedCount += chain[index].preserved.set(job.grains)

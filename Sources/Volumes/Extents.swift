@@ -53,14 +53,16 @@ extension Volume {
     private static let changeScanWords = 1 << 18
 
     /// Whether the data at `offset` of a view may differ from FlashCopy `base`, and how far that goes. Everything counts
-    /// as changed when the copy is gone, has failed, or is not older than the view.
+    /// as changed when the copy is gone or has failed.
     package func changedRun(since base: CopyID, in view: View, offset: UInt64, length: UInt64) -> ChangedRun {
         let all = ChangedRun(changed: true, end: offset + length)
-        guard let first = chainIndex(base), chain[first].state != .failed else { return all }
+        guard var first = chainIndex(base), chain[first].state != .failed else { return all }
         var last = chainCount
         if view != .volume {
-            guard let index = chainIndex(view.rawValue), index > first else { return all }
-            last = index
+            guard let index = chainIndex(view.rawValue) else { return all }
+            // Recovery points that one copy holds are alike; and one that an older copy holds than the base is like any newer.
+            if index == first { return ChangedRun(changed: false, end: all.end) }
+            (first, last) = (min(first, index), max(first, index))
         }
         let grains = geometry.grains(offset: offset, length: length)
         let pending = view == .volume ? restore?.pending : nil

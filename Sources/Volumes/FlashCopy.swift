@@ -110,6 +110,16 @@ extension Volume {
 
     package func copy(_ id: CopyID) -> FlashCopy? { chainIndex(id).map { chain[$0] } }
     package var oldestCopy: FlashCopy? { chainCount > 0 ? chain[0] : nil }
+    /// Whether the source holds what it held when a copy was taken: none from then on has taken old content. What is under way is
+    /// not looked at (`modifyingInFlight`).
+    package func isUnchanged(since id: CopyID) -> Bool {
+        guard let first = chainIndex(id), restore == nil else { return false }
+        for index in first..<chainCount where chain[index].state != .active || chain[index].preservedCount > 0 {
+            return false
+        }
+        return true
+    }
+
     /// Whether some copy of the chain must survive power loss, so that a newer one has to as well (C3).
     package var chainIsDurable: Bool {
         for index in 0..<chainCount where chain[index].durable && chain[index].state != .failed { return true }

@@ -24,6 +24,7 @@ extension Volume {
         invariant(point == nil && outOfSyncCount == 0 && mayFormPoint, "a point waits for the one before")
         holding = true
         epoch &+= 1
+        pointBitmapIsDirty = false
         point = PointHold(number: number, targetFile: targetFile, preserved: preserved)
         roles.pointee.changeRecordingIndex ^= 1
         roles.pointee.heldPoint = number

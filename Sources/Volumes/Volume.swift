@@ -65,6 +65,8 @@ package final class Volume {
     var changeCount = 0
     var outOfSyncCount = 0
     package var point: PointHold?
+    /// The bitmap of the next point must be cleared first: the last one has set bits there, or nobody knows.
+    package internal(set) var pointBitmapIsDirty = true
     /// The drain has been given every run before this grain.
     var drainCursor = 0
     var epoch: UInt32 = 0

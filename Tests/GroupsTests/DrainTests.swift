@@ -3,16 +3,16 @@ import Testing
 
 @Test("bits are cleared only for data acknowledged before the flush began")
 func drainClearsBehindTheFlush() {
-    var drain = Drain(volumes: 1, window: 2, checkpointBytes: 100)
+    var drain = Drain(volumes: [0], window: 2, checkpointBytes: 100)
     #expect(drain.start().count == 2)
     _ = drain.didRead(slot: 0, grains: 0..<1, offset: 0, length: 100)
     _ = drain.didRead(slot: 1, grains: 1..<2, offset: 100, length: 100)
-    #expect(drain.didSend(slot: 0, wire: 100).contains(.flush))
+    #expect(drain.didSend(slot: 0, wire: 100).contains(.flush(volumes: [0])))
     let late = drain.didSend(slot: 1, wire: 100)
-    #expect(!late.contains(.flush), "one flush at a time")
+    #expect(!late.contains(.flush(volumes: [0])), "one flush at a time")
     let flushed = drain.didFlush()
     #expect(flushed.first == .clear([VolumeRun(volume: 0, grains: 0..<1)]))
-    #expect(flushed.contains(.flush), "the second run has a flush of its own")
+    #expect(flushed.contains(.flush(volumes: [0])), "the second run has a flush of its own")
     _ = drain.didRead(slot: 0, grains: nil, offset: 0, length: 0)
     _ = drain.didRead(slot: 1, grains: nil, offset: 0, length: 0)
     #expect(drain.didFlush() == [.clear([VolumeRun(volume: 0, grains: 1..<2)]), .finished])
@@ -20,10 +20,23 @@ func drainClearsBehindTheFlush() {
 
 @Test("a drain ends when a flush has ended that began after everything was acknowledged, however little that is")
 func lastFlushOfADrain() {
-    var drain = Drain(volumes: 1, window: 1, checkpointBytes: 1 << 20)
+    var drain = Drain(volumes: [0], window: 1, checkpointBytes: 1 << 20)
     _ = drain.start()
     _ = drain.didRead(slot: 0, grains: 0..<1, offset: 0, length: 100)
     #expect(drain.didSend(slot: 0, wire: 100) == [.read(slot: 0, volume: 0)])
-    #expect(drain.didRead(slot: 0, grains: nil, offset: 0, length: 0) == [.flush])
+    #expect(drain.didRead(slot: 0, grains: nil, offset: 0, length: 0) == [.flush(volumes: [0])])
     #expect(drain.didFlush() == [.clear([VolumeRun(volume: 0, grains: 0..<1)]), .finished])
+}
+
+@Test("only volumes that have something to send are read and flushed, and a point without any is done at once")
+func volumesWithoutChanges() {
+    var drain = Drain(volumes: [3, 5], window: 3, checkpointBytes: 1 << 20)
+    #expect(drain.start() == [.read(slot: 0, volume: 3), .read(slot: 1, volume: 5), .read(slot: 2, volume: 3)])
+    _ = drain.didRead(slot: 0, grains: 0..<1, offset: 0, length: 100)
+    #expect(drain.didRead(slot: 1, grains: nil, offset: 0, length: 0) == [.read(slot: 1, volume: 3)])
+    _ = drain.didRead(slot: 2, grains: nil, offset: 0, length: 0)
+    _ = drain.didRead(slot: 1, grains: nil, offset: 0, length: 0)
+    #expect(drain.didSend(slot: 0, wire: 100) == [.flush(volumes: [3])])
+    var empty = Drain(volumes: [], window: 3, checkpointBytes: 1 << 20)
+    #expect(empty.start() == [.finished])
 }

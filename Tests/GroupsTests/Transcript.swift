@@ -36,7 +36,7 @@ struct Line {
             : Dictionary(
                 uniqueKeysWithValues: list(name).map { pair in
                     let sides = pair.split(separator: ":").map(String.init)
-                    return (sides[0], sides[1])
+                    return (sides[0], sides.count > 1 ? sides[1] : "")
                 })
     }
 }
@@ -54,13 +54,20 @@ extension GroupRecord {
         )
         json.append(#""lastNumber": \#(line.number("counted") ?? 0)"#)
         json.append(#""suspendedByOperator": \#(line.isSet("suspended"))"#)
-        func pointText(_ number: String, failed: Bool = false) -> String {
-            #"{"number": \#(number), "formedAt": 1\#(failed ? #", "isFailed": true"# : "")}"#
+        // `4` has files of every volume, `4:a+b` of these, `4:` of none.
+        func pointText(_ text: String, failed: Bool = false) -> String {
+            let sides = text.split(separator: ":", omittingEmptySubsequences: false)
+            let names = sides.count > 1 ? sides[1].split(separator: "+").map { "\"\($0)\"" } : nil
+            let changed = names.map { #", "changed": [\#($0.joined(separator: ","))]"# } ?? ""
+            return #"{"number": \#(sides[0]), "formedAt": 1\#(failed ? #", "isFailed": true"# : "")\#(changed)}"#
         }
         let failed = line.list("failed")
         json.append(
             #""points": [\#(line.list("points").map { pointText($0, failed: failed.contains($0)) }.joined(separator: ","))]"#
         )
+        if line.fields["retired"] != nil {
+            json.append(#""retired": [\#(line.list("retired").map { pointText($0) }.joined(separator: ","))]"#)
+        }
         for (field, name) in [("lineage", "lineage"), ("peer", "peerSite")] {
             if let text = line.fields[field] { json.append(#""\#(name)": "\#(text)""#) }
         }
@@ -107,11 +114,11 @@ extension GroupRecord {
         if let yielded { parts.append("yielded \(yielded)") }
         if !points.isEmpty {
             parts.append(
-                "points \(points.map { "\($0.number)\($0.isFailed == true ? " (failed)" : $0.isBase == true ? " (base)" : "")" }.joined(separator: ", "))"
+                "points \(points.map { "\($0.number)\($0.isFailed == true ? " (failed)" : $0.isBase == true ? " (base)" : "")\($0.filed)" }.joined(separator: ", "))"
             )
         }
         if let retired, !retired.isEmpty {
-            parts.append("retired \(retired.map { String($0.number) }.joined(separator: ", "))")
+            parts.append("retired \(retired.map { "\($0.number)\($0.filed)" }.joined(separator: ", "))")
         }
         if let untracked {
             parts.append(
@@ -144,7 +151,7 @@ extension Cycle.Action {
         case .rewind: "begin the drain anew"
         case .drain(.read(let slot, let volume)): "read volume \(volume) into slot \(slot)"
         case .drain(.send(let slot, _, let offset, let length)): "send \(length) bytes at \(offset) from slot \(slot)"
-        case .drain(.flush): "flush the peer"
+        case .drain(.flush(let volumes)): "flush volume \(volumes.map(String.init).joined(separator: ", ")) at the peer"
         case .drain(.clear(let runs)):
             "clear \(runs.map { "\($0.grains) of volume \($0.volume)" }.joined(separator: ", "))"
         case .drain(.finished): "drained"
@@ -163,8 +170,8 @@ extension SiteAction {
         case .change(let change): "save: \(change.name)"
         case .fence(let next): next == 0 ? "close the intake" : "fence the intake; only session \(next) is let in"
         case .survey: "survey the volumes"
-        case .flushVolumes: "flush the volumes"
-        case .makePointFiles(let plan): "make the files of point \(plan.point.number)"
+        case .flushVolumes(let names): names.isEmpty ? "flush nothing" : "flush \(names.joined(separator: ", "))"
+        case .makePointFiles(let plan): "make the files of point \(plan.point.number)\(plan.point.filed)"
         case .takePoint(let plan):
             "take point \(plan.point.number) into the chains\(plan.dropped.isEmpty ? "" : ", and out of them \(plan.dropped.map { String($0.number) }.joined(separator: ", "))")"
         case .forgetChanges: "forget what was changed as primary"
@@ -227,7 +234,8 @@ struct GroupTranscript {
                 .survey(
                     IntakeSurvey(
                         writesUnderWay: Int(line.number("writes") ?? 0), order: line.number("order") ?? 100,
-                        left: Set(line.list("left").compactMap { UInt64($0) }), at: 7)))
+                        changed: line.fields["changed"] == nil ? ["a", "b"] : line.list("changed"),
+                        retired: line.retired, at: 7)))
         case "declines": return goOn(.failed(PeerRefusal("no")))
         case "formed-point": return goOn(.point(point(line.required("point"))))
         case "bytes": return goOn(.bytes(line.required("count")))
@@ -353,7 +361,11 @@ struct GroupTranscript {
         case "marked": return .allMarked
         case "prepared": return .prepared(changed: line.isSet("changed"))
         case "unready": return .notReady
-        case "formed": return .formed(at: 5, intact: !line.isSet("broken"))
+        case "formed":
+            let volumes = Array(0..<(group.cycle?.settings.volumes ?? 1))
+            return .formed(
+                at: 5, intact: !line.isSet("broken"),
+                changed: line.fields["changed"] == nil ? volumes : line.list("changed").compactMap { Int($0) })
         case "read":
             let grains = line.number("grain").map { Int($0)..<Int($0) + 1 }
             return .read(slot: Int(line.required("slot")), grains: grains, offset: 0, length: grains == nil ? 0 : 100)
@@ -378,6 +390,21 @@ struct GroupTranscript {
     }
 }
 
+extension PointRecord {
+    fileprivate var filed: String {
+        changed.map { $0.isEmpty ? " (of nothing)" : " (of \($0.joined(separator: "+")))" } ?? ""
+    }
+}
+
+extension Line {
+    /// Points, each with the volumes that have files of it: `left=3:a+b,4:`.
+    fileprivate var retired: [UInt64: [String]] {
+        (map("left") ?? [:]).reduce(into: [:]) { found, entry in
+            found[UInt64(entry.key)!] = entry.value.split(separator: "+").map(String.init)
+        }
+    }
+}
+
 struct TranscriptError: Error, CustomStringConvertible {
     var description: String
 }
@@ -388,7 +415,7 @@ func samples(_ line: Line) -> [String: GroupChange] {
     let volume = line.fields["volume"] ?? "a"
     let plan = CommitPlan(
         point: point(number), dropped: line.list("dropped").compactMap { UInt64($0) }.map(point),
-        left: Set(line.list("left").compactMap { UInt64($0) }))
+        retired: line.retired)
     return [
         "paired": .paired(site: "west", generations: ["one"]),
         "yieldIsKnown": .yieldIsKnown,
@@ -416,7 +443,7 @@ func samples(_ line: Line) -> [String: GroupChange] {
         "untracked": .untracked(volume: volume, lineage: "lost", session: line.number("session") ?? 1),
         "rate": .rate(line.number("bytes") ?? 1000),
         "retired": .retired(line.list("points").compactMap { UInt64($0) }),
-        "pointFailed": .pointFailed(number),
+        "pointFailed": .pointFailed(number, volume: volume),
         "started": .started(
             Membership(
                 volumes: ["a", "b"], foreign: line.map("foreign") ?? [:], exchanged: Set(line.list("exchanged")),

@@ -6,16 +6,36 @@ import Testing
 func directory() throws {
     let exports = ExportDirectory()
     let reactor = try Reactor.start(number: 90, exports: exports)
-    func entry(listed: Bool = true) -> ExportEntry {
-        var entry = ExportEntry(size: 4096, kind: .volume, readOnly: false, reactor: reactor, volume: 0)
-        entry.listed = listed
-        return entry
-    }
-    exports.replace(where: { _ in true }, with: ["b": entry(), "a": entry(), "secret": entry(listed: false)])
+    var own = VolumeExports(own: ExportEntry(size: 4096, kind: .volume, readOnly: false, reactor: reactor, volume: 0))
+    exports.set("a", own)
+    own.intake = ("secret", 7, AccessList())
+    exports.set("b", own)
     #expect(exports.listed() == ["a", "b"])
-    #expect(exports.find("secret") != nil && exports.find("c") == nil)
-    exports.replace(where: { $0 == "a" }, with: [:])
+    #expect(exports.find("b@secret")?.kind == .intake(session: 7))
+    #expect(exports.find("a@secret") == nil && exports.find("c") == nil && exports.find("a@") == nil)
+    exports.set("a", nil)
     #expect(exports.listed() == ["b"])
+}
+
+@Test("a recovery point is read where the volume's files of it, or of an older one, lie")
+func recoveryPoints() throws {
+    let exports = ExportDirectory()
+    let reactor = try Reactor.start(number: 92, exports: exports)
+    var offered = VolumeExports(own: ExportEntry(size: 4096, kind: .volume, readOnly: false, reactor: reactor, volume: 0))
+    let points = RecoveryPoints()
+    (offered.points, offered.carriers, offered.joinedAfter) = (points, [3, 6], 3)
+    offered.showsNewestPoint = true
+    offered.copies = [.init(id: 1 << 62, name: "monday", order: 45, text: "FlashCopy", readOnly: false)]
+    exports.set("a", offered)
+    #expect(exports.names(of: "a") == ["a@monday"] && exports.find("a") == nil)
+    points.all = [3, 4, 5, 6, 7].map { RecoveryPoints.Point(number: $0, order: $0 * 10, text: "point \($0)") }
+    #expect(exports.names(of: "a") == ["a", "a@4", "a@5", "a@6", "a@7", "a@monday"])
+    #expect([4, 5, 6, 7].map { exports.find("a@\($0)")?.kind } == [.copy(3), .copy(3), .copy(6), .copy(6)])
+    #expect(exports.find("a")?.kind == .copy(6) && exports.find("a@3") == nil)
+    #expect(exports.find("a@5")?.bases.map(\.name) == ["4", "monday"])
+    #expect(exports.find("a@monday")?.readOnly == false && exports.find("a@7")?.readOnly == true)
+    exports.setCarriers("a", [6])
+    #expect(exports.find("a@5") == nil && exports.find("a@7")?.kind == .copy(6))
 }
 
 @Test("address ranges are networks of either family, or the unix sockets")

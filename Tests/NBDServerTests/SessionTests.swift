@@ -65,7 +65,9 @@ private struct Server {
 
     func export(_ name: String, _ volume: VolumeNumber, _ kind: ExportEntry.Kind = .volume) {
         exports.set(
-            name, ExportEntry(size: Self.size, kind: kind, readOnly: false, reactor: reactor, volume: volume))
+            name,
+            VolumeExports(
+                own: ExportEntry(size: Self.size, kind: kind, readOnly: false, reactor: reactor, volume: volume)))
     }
 
     /// A client that has chosen the export; nil when the server ended the connection instead of serving it.

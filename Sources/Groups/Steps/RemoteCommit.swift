@@ -3,6 +3,7 @@
 // Must be prevented:
 //   a point is committed out of order, twice, or while writes to the intake are under way
 //   a commit is half done after a crash: the record alone decides, files come before it and chains after
+//   what a volume has changed since the point before is not in the point (`IntakeSurvey.changed`)
 //   something is let in while the record's file may hold a point whose commit has failed
 
 package struct RemoteCommit: StepTable {
@@ -37,9 +38,8 @@ package struct RemoteCommit: StepTable {
         case (.surveys, .survey(let survey)):
             do {
                 let plan = try record.planCommit(
-                    number, after: previous, formedAt: formedAt, now: survey.at, order: survey.order, keep: keep,
-                    left: survey.left, writesUnderWay: survey.writesUnderWay)
-                return go(.flushes(plan), .flushVolumes)
+                    number, after: previous, formedAt: formedAt, keep: keep, survey)
+                return go(.flushes(plan), .flushVolumes(survey.changed))
             } catch { return .failed(error) }
         case (.flushes(let plan), .done):
             return go(.makesFiles(plan), .makePointFiles(plan))

@@ -20,11 +20,12 @@ package enum SiteAction: Sendable, Equatable {
     case fence(next: UInt64)
     /// Answered by `Answer.survey`.
     case survey
-    /// What was written to the volumes is on stable storage.
-    case flushVolumes
-    /// Target and bitmap of a point, empty, on stable storage. What was made goes again when it fails.
+    /// What was written to these volumes is on stable storage.
+    case flushVolumes([String])
+    /// Target and bitmap of a point, empty, on stable storage, for every volume that has files of it. What was made goes again when it
+    /// fails.
     case makePointFiles(CommitPlan)
-    /// The point is the newest of the volumes' chains; points past their retention leave.
+    /// The point is the newest of those volumes' chains; what carries no point that is kept leaves.
     case takePoint(CommitPlan)
     /// What the bitmaps say of the time as primary is forgotten.
     case forgetChanges
@@ -85,15 +86,20 @@ package struct IntakeSurvey: Sendable {
     package var writesUnderWay: Int
     /// A place in the chains of all volumes that nothing has taken.
     package var order: UInt64
-    /// Retired points that no volume has any more.
-    package var left: Set<UInt64>
+    /// Volumes that have changed since the newest point, or may have.
+    package var changed: [String]
+    /// Of each retired point, the volumes that still have files.
+    package var retired: [UInt64: [String]]
     /// The time of day, in seconds since 1970.
     package var at: Double
 
-    package init(writesUnderWay: Int, order: UInt64, left: Set<UInt64>, at: Double) {
+    package init(
+        writesUnderWay: Int, order: UInt64, changed: [String], retired: [UInt64: [String]] = [:], at: Double
+    ) {
         self.writesUnderWay = writesUnderWay
         self.order = order
-        self.left = left
+        self.changed = changed
+        self.retired = retired
         self.at = at
     }
 }

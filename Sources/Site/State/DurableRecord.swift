@@ -59,7 +59,8 @@ package final class DurableRecord<Value: VersionedRecord> {
     private struct Format: Decodable { var format: Int }
 
     private func checkFormat(_ payload: Data) throws {
-        guard let found = (try? JSONDecoder().decode(Format.self, from: payload))?.format, found != Value.currentFormat
+        guard let found = (try? JSONDecoder().decode(Format.self, from: payload))?.format,
+            !(Value.oldestFormat...Value.currentFormat).contains(found)
         else { return }
         throw Refusal(
             found > Value.currentFormat

@@ -7,6 +7,12 @@ import Volumes
 /// A record that says which version of its layout it has.
 package protocol VersionedRecord: Codable, Sendable {
     static var currentFormat: Int { get }
+    /// The oldest that is read; it becomes the current one with the next save.
+    static var oldestFormat: Int { get }
+}
+
+extension VersionedRecord {
+    package static var oldestFormat: Int { currentFormat }
 }
 
 extension CopyRecord {

@@ -65,6 +65,8 @@ final class VolumeState {
     var activityLogIsOn = false
     var pointTargetFile: StoreFile = -1
     var copies: [CopyID: CopyFiles] = [:]
+    /// Recovery points whose files hold those that its group keeps, oldest first.
+    var carriers: [UInt64] = []
     /// Of copies that have left while the record's file may still name them: `settle` removes them, or the next start.
     private var unnamedFiles: [(id: CopyID, targetOwner: CopyID?)] = []
     var restoreBitmap: BitmapFile?
@@ -517,9 +519,9 @@ final class VolumeState {
         removeCopyFiles(id, targetOwner: targetOwner)
     }
 
-    /// Whether a copy is neither written down as one of the volume's nor a recovery point of its group.
-    func copyIsRetired(_ id: CopyID, _ group: GroupState?) -> Bool {
-        !record.copies.contains { $0.id == id } && group?.record.points.contains { CopyID($0.number) == id } != true
+    /// Whether a copy is neither written down as one of the volume's nor carries a recovery point of its group.
+    func copyIsRetired(_ id: CopyID) -> Bool {
+        !record.copies.contains { $0.id == id } && !carriers.contains { CopyID($0) == id }
     }
 
     func takeOrder() -> UInt64 {
