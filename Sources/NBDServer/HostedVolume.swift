@@ -49,8 +49,7 @@ package final class HostedVolume {
         name = setup.name
         self.volume = volume
         slots = .allocate(capacity: Volume.fileCapacity)
-        slots.initialize(repeating: FileSlot(), count: Volume.fileCapacity)
-        files = Array(repeating: nil, count: Volume.fileCapacity)
+        files = []
         let slot = addFile(setup.source)
         invariant(slot == Volume.source, "the source is the first file")
         recordingFile = addFile(setup.recording.file, mapping: setup.recording)
@@ -60,16 +59,15 @@ package final class HostedVolume {
 
     /// Gives a file its number in the block store.
     package func addFile(_ file: OpenFile, mapping: MappedFile? = nil) -> StoreFile {
-        guard let slot = files.firstIndex(where: { $0 == nil }) else {
-            invariantFailed("a volume has room for the files of its copies", #fileID, #line)
-        }
-        files[slot] = file
+        let slot = files.firstIndex { $0 == nil } ?? files.count
+        invariant(slot < Volume.fileCapacity, "a volume has room for the files of its copies")
+        if slot == files.count { files.append(file) } else { files[slot] = file }
         let immediate = file.isOnTmpfs
-        slots[slot] = FileSlot(
+        (slots + slot).initialize(to: FileSlot(
             descriptor: file.descriptor, immediate: immediate, flushNeedsProof: file.flushNeedsProof,
             isMapped: mapping != nil, alignment: file.directAlignment,
             noWaitReads: !immediate && file.directAlignment == 0,
-            noWaitWrites: !immediate && file.directAlignment == 0)
+            noWaitWrites: !immediate && file.directAlignment == 0))
         mappings[StoreFile(slot)] = mapping
         return StoreFile(slot)
     }

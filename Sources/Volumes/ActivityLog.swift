@@ -292,7 +292,7 @@ extension Volume {
         if activity.writing, activity.writes == activity.writesAtSweep { return loseActivityLog(110) }  // ETIMEDOUT
         activity.writesAtSweep = activity.writes
         guard activity.flushesLeft == 0, flushError == 0 else { return }
-        for slot in 0..<requestCapacity {
+        for slot in 0..<requestsUsed {
             let request = requests + slot
             guard request.pointee.isModifying, request.pointee.view == .volume, request.pointee.state == .issued else {
                 continue

@@ -208,7 +208,7 @@ extension Volume {
     /// A free job slot with a buffer for the run, or nil when slots or memory are lent out.
     func takeJob(_ run: Range<Int>) -> Int32? {
         invariant(activeJob(overlapping: run) == nil, "one copy job on a grain at a time")
-        guard let slot = freeJobs.popFirst() else { return nil }
+        guard let slot = freeJobs.popFirst() ?? unusedJob() else { return nil }
         let range = geometry.byteRange(run)
         guard let buffer = copyBuffers.take(Int(range.upperBound - range.lowerBound)) else {
             freeJobs.append(slot)
@@ -226,6 +226,13 @@ extension Volume {
         activeJobCount += 1
         if backgroundAllowance > 0 { backgroundAllowance -= 1 }
         return slot
+    }
+
+    private func unusedJob() -> Int32? {
+        guard jobsUsed < Limits.copyJobsPerVolume else { return nil }
+        (jobs + jobsUsed).initialize(to: CopyJob())
+        jobsUsed += 1
+        return Int32(jobsUsed - 1)
     }
 
     private func startJob(_ slot: Int32) {

@@ -35,6 +35,8 @@ package final class Volume {
     let requests: UnsafeMutablePointer<Request>
     let requestCapacity: Int
     private var freeRequests = SlotList()
+    /// Slots that were ever used; the memory of the others is not touched, so that a volume costs what is asked of it.
+    private(set) var requestsUsed = 0
     package private(set) var requestsInUse = 0
     /// Modifying requests that were submitted and have not finished.
     package private(set) var modifyingInFlight = 0
@@ -119,6 +121,8 @@ package final class Volume {
     // Copy jobs.
     let jobs: UnsafeMutablePointer<CopyJob>
     var freeJobs: FixedQueue<Int32>
+    /// As `requestsUsed`.
+    var jobsUsed = 0
     var activeJobs: UnsafeMutablePointer<Int32>
     var activeJobCount = 0
     var flushBatch = FlushBatch()
@@ -144,8 +148,6 @@ package final class Volume {
         self.roles = roles
         self.copyBuffers = copyBuffers
         requests = .allocate(capacity: requestCapacity)
-        requests.initialize(repeating: Request(), count: requestCapacity)
-        for slot in 0..<requestCapacity { freeRequests.append(Int32(slot), in: requests) }
         // Each request has at most two I/Os in flight (a flush during a restore), each job two, plus the batch's flush.
         // The activity log writes once and flushes every bitmap file at a time; each copy may fail once.
         outbox = FixedQueue(
@@ -156,9 +158,7 @@ package final class Volume {
         fileInFlight.initialize(repeating: 0, count: Self.fileCapacity)
         chain = .allocate(capacity: Limits.copiesPerVolume)
         jobs = .allocate(capacity: Limits.copyJobsPerVolume)
-        jobs.initialize(repeating: CopyJob(), count: Limits.copyJobsPerVolume)
         freeJobs = FixedQueue(capacity: Limits.copyJobsPerVolume)
-        for slot in 0..<Limits.copyJobsPerVolume { freeJobs.append(Int32(slot)) }
         activeJobs = .allocate(capacity: Limits.copyJobsPerVolume)
         changeCount = changeRecording.population()
         outOfSyncCount = outOfSync.population()
@@ -176,13 +176,20 @@ package final class Volume {
 
     /// A free slot for the caller to fill, or nil when the volume has as many requests as it may.
     package func takeRequest() -> Int32? {
-        guard let slot = freeRequests.popFirst(in: requests) else { return nil }
+        guard let slot = freeRequests.popFirst(in: requests) ?? unusedRequest() else { return nil }
         let generation = requests[Int(slot)].generation &+ 1
         requests[Int(slot)] = Request()
         requests[Int(slot)].generation = generation
         requests[Int(slot)].state = .taken
         requestsInUse += 1
         return slot
+    }
+
+    private func unusedRequest() -> Int32? {
+        guard requestsUsed < requestCapacity else { return nil }
+        (requests + requestsUsed).initialize(to: Request())
+        requestsUsed += 1
+        return Int32(requestsUsed - 1)
     }
 
     /// The slot's memory; valid until it is released.

@@ -127,7 +127,7 @@ extension Volume {
     /// the cut for sure, and nobody may read that range of the file as point-in-time data.
     func unsettleWritesInFlight(to file: StoreFile) {
         guard modifyingInFlight > 0, !faults.contains(.ignoreUnsettled) else { return }
-        for slot in 0..<requestCapacity {
+        for slot in 0..<requestsUsed {
             let request = requests + slot
             if request.pointee.isModifying, request.pointee.state == .issued, request.pointee.segmentFile == file,
                 !request.pointee.unsettled, request.pointee.flushesLeft == 0  // else its data is there already
@@ -149,7 +149,7 @@ extension Volume {
     func unsettledGrains(in grains: Range<Int>, of file: StoreFile) -> Range<Int>? {
         guard unsettledCount > 0 else { return nil }
         var found: Range<Int>?
-        for slot in 0..<requestCapacity where requests[slot].unsettled && requests[slot].segmentFile == file {
+        for slot in 0..<requestsUsed where requests[slot].unsettled && requests[slot].segmentFile == file {
             let request = requests + slot
             let touched = geometry.grains(
                 offset: request.pointee.cursor,
@@ -170,7 +170,7 @@ extension Volume {
     /// Tells that the owner of requests is gone. A client with several connections sends what was not answered again on
     /// another one; so whatever comes later and overlaps waits until these have ended.
     package func orphanRequests(of owner: UInt64) {
-        for slot in 0..<requestCapacity {
+        for slot in 0..<requestsUsed {
             let request = requests + slot
             guard request.pointee.owner == owner, request.pointee.isModifying, !request.pointee.orphaned,
                 request.pointee.state == .waiting || request.pointee.state == .issued
@@ -182,7 +182,7 @@ extension Volume {
 
     private func overlapsOrphan(_ slot: Int32) -> Bool {
         let request = requests[Int(slot)]
-        for other in 0..<requestCapacity
+        for other in 0..<requestsUsed
         where requests[other].orphaned && requests[other].view == request.view
             && requests[other].offset < request.end && request.offset < requests[other].end
         {
