@@ -13,6 +13,8 @@ package final class HostedVolume {
     package var intakeSession: UInt64 = 0
     /// Whether hosts may write (role primary, or after failover).
     package var writable = false
+    /// The reactor drives it in this turn.
+    var isAwake = false
     /// Points and FlashCopies that hold acknowledgements just now; the last to release lets them go.
     var holders = 0
     var holdDeadline: UInt64 = 0
@@ -63,11 +65,12 @@ package final class HostedVolume {
         invariant(slot < Volume.fileCapacity, "a volume has room for the files of its copies")
         if slot == files.count { files.append(file) } else { files[slot] = file }
         let immediate = file.isOnTmpfs
-        (slots + slot).initialize(to: FileSlot(
-            descriptor: file.descriptor, immediate: immediate, flushNeedsProof: file.flushNeedsProof,
-            isMapped: mapping != nil, alignment: file.directAlignment,
-            noWaitReads: !immediate && file.directAlignment == 0,
-            noWaitWrites: !immediate && file.directAlignment == 0))
+        (slots + slot).initialize(
+            to: FileSlot(
+                descriptor: file.descriptor, immediate: immediate, flushNeedsProof: file.flushNeedsProof,
+                isMapped: mapping != nil, alignment: file.directAlignment,
+                noWaitReads: !immediate && file.directAlignment == 0,
+                noWaitWrites: !immediate && file.directAlignment == 0))
         mappings[StoreFile(slot)] = mapping
         return StoreFile(slot)
     }

@@ -93,6 +93,11 @@ package final class Reactor {
     private var nextSweep: UInt64 = 0
     /// Some volume has background work for the next turn.
     private var backgroundDue = false
+    /// Volumes that may have something to do, and those of them that have been driven and may go on.
+    private var awake: [VolumeNumber] = []
+    private var resting: [VolumeNumber] = []
+    /// Volumes that hold acknowledgements.
+    private var held: [VolumeNumber] = []
     /// Turns since the kernel was last asked for completions.
     private var turnsUnseen = 0
     private static let turnsBetweenLooks = 8
@@ -210,7 +215,7 @@ package final class Reactor {
             }
         } else if !finished {
             let longest = restingListeners.isEmpty ? 1000 : Limits.acceptPauseMilliseconds
-            ring.submitAndWait(milliseconds: anyHold ? 5 : anyClock ? 20 : longest)
+            ring.submitAndWait(milliseconds: !held.isEmpty ? 5 : anyClock ? 20 : longest)
         }
     }
 
@@ -302,49 +307,64 @@ package final class Reactor {
             roles: (memory + BitmapHeader.rolesOffset).bindMemory(to: RecordingRoles.self, capacity: 1),
             copyBuffers: copyBuffers)
         volumes.append(HostedVolume(setup, volume: volume))
+        for list in [\Reactor.awake, \.resting, \.held] { self[keyPath: list].reserveCapacity(volumes.count) }
         return volumes.count - 1
     }
 
+    /// Whoever asks for it may give it something to do.
     package func hosted(_ number: VolumeNumber) -> HostedVolume {
         guard let hosted = volumes[number] else {
             invariantFailed("a volume's number names a hosted volume", #fileID, #line)
         }
+        wake(number, hosted)
         return hosted
     }
 
+    /// The volume is driven in this turn.
+    @inline(__always)
+    func wake(_ number: VolumeNumber, _ hosted: HostedVolume) {
+        guard !hosted.isAwake else { return }
+        hosted.isAwake = true
+        awake.append(number)
+    }
+
     /// Some volume's background work goes on by the time.
-    private var anyClock: Bool {
-        for hosted in volumes { if let hosted, hosted.volume.fillsWithRate { return true } }
-        return false
-    }
+    private var anyClock: Bool { awake.contains { volumes[$0]?.volume.fillsWithRate == true } }
 
-    private var anyHold: Bool {
-        for hosted in volumes { if let hosted, hosted.volume.holding { return true } }
-        return false
-    }
-
-    /// Drives every volume until none has anything to do at once.
+    /// Drives the volumes that may have something to do until none has anything to do at once.
     func pumpVolumes() {
         backgroundDue = false
-        for number in volumes.indices {
+        var index = 0
+        // The list may grow: what one ends may be what another waited for.
+        while index < awake.count {
+            let number = awake[index]
+            index += 1
             guard let hosted = volumes[number] else { continue }
-            if hosted.volume.fillsWithRate { hosted.volume.advanceClock(to: monotonicNanoseconds()) }
-            if hosted.volume.backgroundDue || hosted.volume.isStarved { hosted.volume.runBackground() }
-            var busy = true
-            while busy {
-                busy = false
-                while stores.hasRoom, let io = hosted.volume.popIO() {
-                    startStore(io, number, hosted)
-                    busy = true
-                }
-                while let slot = hosted.volume.popFinished() {
-                    finishedRequest(slot, number, hosted)
-                    busy = true
-                }
-            }
-            while let event = hosted.volume.popEvent() { onEvent?(hosted.name, event) }
-            if hosted.volume.backgroundDue, stores.hasRoom { backgroundDue = true }
+            pump(number, hosted)
+            hosted.isAwake = hosted.volume.mayGoOn
+            if hosted.isAwake { resting.append(number) }
         }
+        awake.removeAll(keepingCapacity: true)
+        swap(&awake, &resting)
+    }
+
+    private func pump(_ number: VolumeNumber, _ hosted: HostedVolume) {
+        if hosted.volume.fillsWithRate { hosted.volume.advanceClock(to: monotonicNanoseconds()) }
+        if hosted.volume.backgroundDue || hosted.volume.isStarved { hosted.volume.runBackground() }
+        var busy = true
+        while busy {
+            busy = false
+            while stores.hasRoom, let io = hosted.volume.popIO() {
+                startStore(io, number, hosted)
+                busy = true
+            }
+            while let slot = hosted.volume.popFinished() {
+                finishedRequest(slot, number, hosted)
+                busy = true
+            }
+        }
+        while let event = hosted.volume.popEvent() { onEvent?(hosted.name, event) }
+        if hosted.volume.backgroundDue, stores.hasRoom { backgroundDue = true }
     }
 
     private func finishedRequest(_ slot: Int32, _ number: VolumeNumber, _ hosted: HostedVolume) {
@@ -421,10 +441,7 @@ package final class Reactor {
     /// Whenever a hold is on: its deadline.
     private func tick() {
         let now = monotonicNanoseconds()
-        for case let hosted? in volumes where hosted.volume.holding && now > hosted.holdDeadline {
-            hosted.holdExpired = true
-            hosted.volume.releaseHold()
-        }
+        if !held.isEmpty { endHolds(now) }
         if !restingListeners.isEmpty, now >= acceptAgainAt, stopping == nil {
             for listener in restingListeners { armListener(listener) }
             restingListeners = []
@@ -433,7 +450,7 @@ package final class Reactor {
         nextTick = now + 1_000_000_000
         if now >= nextSweep {
             nextSweep = now + UInt64(Limits.activitySweepSeconds) * 1_000_000_000
-            for case let hosted? in volumes { hosted.volume.sweepActivity() }
+            for number in volumes.indices { hosted(number).volume.sweepActivity() }
         }
         guard openConnections > 0 else { return }
         let second: UInt64 = 1_000_000_000
@@ -464,7 +481,7 @@ package final class Reactor {
         _ number: VolumeNumber, point: UInt64, targetFile: StoreFile, preserved: Bitmap
     ) {
         let hosted = hosted(number)
-        beginHold(hosted)
+        beginHold(number, hosted)
         guard hosted.volume.mayFormPoint else {
             // A restore began meanwhile: hosts see the restored data before it is there, and a drain would send what was.
             hosted.holdExpired = true
@@ -477,12 +494,23 @@ package final class Reactor {
     /// Holds acknowledgements while FlashCopies of several volumes are established.
     package func hold(_ number: VolumeNumber) {
         let hosted = hosted(number)
-        beginHold(hosted)
+        beginHold(number, hosted)
         hosted.volume.hold()
     }
 
-    private func beginHold(_ hosted: HostedVolume) {
+    /// At the deadline acknowledgements go by themselves.
+    private func endHolds(_ now: UInt64) {
+        for number in held where volumes[number]!.volume.holding && now > volumes[number]!.holdDeadline {
+            let hosted = hosted(number)
+            hosted.holdExpired = true
+            hosted.volume.releaseHold()
+        }
+        held.removeAll { volumes[$0]?.volume.holding != true }
+    }
+
+    private func beginHold(_ number: VolumeNumber, _ hosted: HostedVolume) {
         let now = monotonicNanoseconds()
+        if !held.contains(number) { held.append(number) }
         if hosted.holders == 0 {
             hosted.holdExpired = false
             hosted.heldSince = now

@@ -206,7 +206,7 @@ extension Reactor {
             if errno != 0, operation.io.operation == .flush {
                 volumes[operation.volume]?.flushFailed(operation.io.file)
             }
-            volumes[operation.volume]?.volume.complete(operation.io, errno: errno)
+            hosted(operation.volume).volume.complete(operation.io, errno: errno)
         }
     }
 

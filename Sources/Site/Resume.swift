@@ -178,7 +178,10 @@ extension Site {
     }
 
     private func voidPoints(_ volume: VolumeState, _ group: GroupState?, _ ids: Set<CopyID>) async throws {
-        guard let group, let last = ids.compactMap({ $0 < 0 ? nil : group.record.points(carriedBy: UInt64($0), volume.name).last?.number }).max()
+        guard let group,
+            let last = ids.compactMap({
+                $0 < 0 ? nil : group.record.points(carriedBy: UInt64($0), volume.name).last?.number
+            }).max()
         else { return }
         note(
             group.entry.name,

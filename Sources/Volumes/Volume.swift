@@ -258,6 +258,11 @@ package final class Volume {
 
     // MARK: Driver
 
+    /// It has something to do without being asked or answered.
+    package var mayGoOn: Bool {
+        !outbox.isEmpty || !finished.isEmpty || backgroundDue || isStarved || fillsWithRate
+    }
+
     package func popIO() -> StoreIO? { outbox.popFirst() }
     package func popEvent() -> VolumeEvent? { events.isEmpty ? nil : events.removeFirst() }
     func emit(_ event: VolumeEvent) { events.append(event) }

@@ -234,7 +234,8 @@ struct GroupTranscript {
                 .survey(
                     IntakeSurvey(
                         writesUnderWay: Int(line.number("writes") ?? 0), order: line.number("order") ?? 100,
-                        changed: line.fields["changed"] == nil ? ["a", "b"] : line.list("changed"),
+                        changed: line.fields["changed"] == nil
+                            ? ["a", "b"] : line.list("changed").filter { $0 != "none" },
                         retired: line.retired, at: 7)))
         case "declines": return goOn(.failed(PeerRefusal("no")))
         case "formed-point": return goOn(.point(point(line.required("point"))))

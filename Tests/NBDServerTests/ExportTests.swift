@@ -21,7 +21,8 @@ func directory() throws {
 func recoveryPoints() throws {
     let exports = ExportDirectory()
     let reactor = try Reactor.start(number: 92, exports: exports)
-    var offered = VolumeExports(own: ExportEntry(size: 4096, kind: .volume, readOnly: false, reactor: reactor, volume: 0))
+    var offered = VolumeExports(
+        own: ExportEntry(size: 4096, kind: .volume, readOnly: false, reactor: reactor, volume: 0))
     let points = RecoveryPoints()
     (offered.points, offered.carriers, offered.joinedAfter) = (points, [3, 6], 3)
     offered.showsNewestPoint = true

@@ -69,8 +69,29 @@ func changedSince() {
     #expect(changes(bench, since: 1) == [0..<1, 64..<129, 500..<512])
     #expect(changes(bench, since: 2) == [500..<512])
     #expect(changes(bench, since: 1, in: .copy(2)) == [0..<1, 64..<129])
-    #expect(changes(bench, since: 2, in: .copy(1)) == [0..<512], "a copy knows nothing of the time before it")
+    #expect(changes(bench, since: 2, in: .copy(1)) == [0..<1, 64..<129], "two copies differ in the same, either way")
+    #expect(changes(bench, since: 2, in: .copy(2)) == [])
     #expect(changes(bench, since: 99) == [0..<512], "without its base everything may have changed")
+}
+
+@Test("the source is as it was when a copy was taken until that, or a newer one, takes old content")
+func unchangedSince() {
+    let bench = Bench()
+    #expect(!bench.volume.isUnchanged(since: 1), "without the copy nobody knows")
+    bench.addCopy(1)
+    #expect(bench.volume.isUnchanged(since: 1))
+    bench.submit(.write, grain: 3)
+    _ = bench.settle()
+    #expect(!bench.volume.isUnchanged(since: 1))
+    bench.addCopy(2)
+    bench.addCopy(3)
+    #expect(bench.volume.isUnchanged(since: 2))
+    bench.submit(.trim, grain: 9)
+    _ = bench.settle()
+    #expect(!bench.volume.isUnchanged(since: 2), "the newer copy has taken what was there")
+    bench.addCopy(4)
+    bench.volume.withdrawCopy(4)
+    #expect(!bench.volume.isUnchanged(since: 4), "a copy that leaves vouches for nothing")
 }
 
 @Test("where a copy's data lies: its own target, a newer one's, or the source")
