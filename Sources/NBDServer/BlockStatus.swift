@@ -87,7 +87,7 @@ extension Reactor {
             else { return }
             let file = hosted.slots[Int(location.file)]
             // Memory has nothing to read ahead, and direct I/O nowhere to put it.
-            if !file.immediate, !file.isDirect {
+            if !file.immediate, !file.isDirect, file.descriptor >= 0 {
                 ring.readAhead(
                     file.descriptor, offset: cursor, length: location.end - cursor,
                     UserData(kind: CompletionKind.ignored, generation: 0, slot: 0))
@@ -100,7 +100,7 @@ extension Reactor {
 extension HostedVolume {
     /// The end of the run at `start` of a file that is all data or all hole, cut at `end`.
     func run(in file: StoreFile, _ start: UInt64, _ end: UInt64) -> (end: UInt64, isHole: Bool) {
-        let descriptor = slots[Int(file)].descriptor
+        guard let descriptor = descriptor(file) else { return (end, false) }
         let data = lseek(descriptor, off_t(start), SEEK_DATA)
         if data < 0 {
             // No data up to the end of the file; a device that does not know counts as data.

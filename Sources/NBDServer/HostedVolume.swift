@@ -27,7 +27,10 @@ package final class HostedVolume {
     package internal(set) var bytesWritten: UInt64 = 0
 
     struct FileSlot {
+        /// -1 = it is closed, and opened again for the next I/O.
         var descriptor: Int32 = -1
+        /// It may be closed while nothing uses it.
+        var mayRest = false
         /// Memory-backed: calls cannot block, flushes have nothing to do.
         var immediate = false
         /// A flush counts only after another look (`OpenFile.flushProofError`).
@@ -41,7 +44,9 @@ package final class HostedVolume {
         var noWaitWrites = false
     }
     let slots: UnsafeMutablePointer<FileSlot>
-    private var files: [OpenFile?]
+    private var files: [ReopenableFile?]
+    /// The same, while they are open here.
+    private var opened: [OpenFile?]
     /// Mappings under the engine's bitmaps, kept alive as long as the engine.
     private var mappings: [StoreFile: MappedFile] = [:]
     /// The file of the recording bitmaps.
@@ -51,7 +56,7 @@ package final class HostedVolume {
         name = setup.name
         self.volume = volume
         slots = .allocate(capacity: Volume.fileCapacity)
-        files = []
+        (files, opened) = ([], [])
         let slot = addFile(setup.source)
         invariant(slot == Volume.source, "the source is the first file")
         recordingFile = addFile(setup.recording.file, mapping: setup.recording)
@@ -59,20 +64,59 @@ package final class HostedVolume {
 
     deinit { slots.deallocate() }
 
-    /// Gives a file its number in the block store.
-    package func addFile(_ file: OpenFile, mapping: MappedFile? = nil) -> StoreFile {
+    /// Gives a file that stays open its number in the block store.
+    package func addFile(_ file: OpenFile) -> StoreFile { addFile(ReopenableFile(file)) }
+
+    /// - Parameter mayRest: it is closed while only old copies need it and nobody reads those.
+    package func addFile(_ file: ReopenableFile, mapping: MappedFile? = nil, mayRest: Bool = false) -> StoreFile {
         let slot = files.firstIndex { $0 == nil } ?? files.count
         invariant(slot < Volume.fileCapacity, "a volume has room for the files of its copies")
-        if slot == files.count { files.append(file) } else { files[slot] = file }
-        let immediate = file.isOnTmpfs
-        (slots + slot).initialize(
-            to: FileSlot(
-                descriptor: file.descriptor, immediate: immediate, flushNeedsProof: file.flushNeedsProof,
-                isMapped: mapping != nil, alignment: file.directAlignment,
-                noWaitReads: !immediate && file.directAlignment == 0,
-                noWaitWrites: !immediate && file.directAlignment == 0))
+        if slot == files.count {
+            files.append(file)
+            opened.append(nil)
+        } else {
+            files[slot] = file
+        }
         mappings[StoreFile(slot)] = mapping
+        (slots + slot).initialize(to: FileSlot())
+        slots[slot].mayRest = mayRest
+        if let open = file.openNow { wasOpened(StoreFile(slot), open) }
         return StoreFile(slot)
+    }
+
+    /// The file is open from now on.
+    func wasOpened(_ slot: StoreFile, _ file: OpenFile) {
+        let immediate = file.isOnTmpfs
+        opened[Int(slot)] = file
+        files[Int(slot)]?.hold(file)
+        slots[Int(slot)] = FileSlot(
+            descriptor: file.descriptor, mayRest: slots[Int(slot)].mayRest, immediate: immediate,
+            flushNeedsProof: file.flushNeedsProof, isMapped: mappings[slot] != nil, alignment: file.directAlignment,
+            noWaitReads: !immediate && file.directAlignment == 0,
+            noWaitWrites: !immediate && file.directAlignment == 0)
+    }
+
+    func path(_ slot: StoreFile) -> String { files[Int(slot)]?.path ?? "" }
+
+    /// Closes the files of old recovery points: all that they have is on stable storage, and nothing uses them just now.
+    package func restFiles() {
+        volume.forEachIdleOldCopy { copy in
+            rest(copy.targetFile)
+            rest(copy.bitmapFile)
+        }
+    }
+
+    /// Of a file that is looked at for holes, which waits for the disk as an opening does; nil = it cannot be opened.
+    func descriptor(_ slot: StoreFile) -> Int32? {
+        if slots[Int(slot)].descriptor < 0, let file = try? files[Int(slot)]?.open() { wasOpened(slot, file) }
+        return slots[Int(slot)].descriptor >= 0 ? slots[Int(slot)].descriptor : nil
+    }
+
+    private func rest(_ slot: StoreFile) {
+        guard slots[Int(slot)].mayRest, slots[Int(slot)].descriptor >= 0 else { return }
+        slots[Int(slot)].descriptor = -1
+        opened[Int(slot)] = nil
+        files[Int(slot)]?.rest()
     }
 
     func isLost(_ slot: StoreFile) -> Bool { mappings[slot]?.isLost == true }
@@ -82,6 +126,7 @@ package final class HostedVolume {
 
     package func removeFile(_ slot: StoreFile) {
         files[Int(slot)] = nil
+        opened[Int(slot)] = nil
         slots[Int(slot)] = FileSlot()
         mappings[slot] = nil
     }

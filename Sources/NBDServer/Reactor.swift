@@ -23,6 +23,7 @@ enum CompletionKind {
     static let send: UInt8 = 4
     static let store: UInt8 = 5
     static let ignored: UInt8 = 6
+    static let opened: UInt8 = 7
 }
 
 /// What the reactors of a site have in common.
@@ -73,6 +74,8 @@ package final class Reactor {
 
     package private(set) var volumes: [HostedVolume?] = []
     var stores: StoreTable
+    /// Files that are being opened, with the I/O that waits for it.
+    var openings: [Opening?] = []
     /// I/O on direct files that waits for other I/O, or for memory; and whether it is worth another try.
     var deferredStores: [DeferredStore] = []
     var deferredStoresReady = false
@@ -190,7 +193,9 @@ package final class Reactor {
         stopping?()
     }
 
-    private var finished: Bool { stopping != nil && openConnections == 0 && stores.inUse == 0 }
+    private var finished: Bool {
+        stopping != nil && openConnections == 0 && stores.inUse == 0 && openings.allSatisfy { $0 == nil }
+    }
 
     private func turn() {
         reapCompletions()
@@ -240,6 +245,7 @@ package final class Reactor {
         case CompletionKind.accept: accepted(completion)
         case CompletionKind.receive: received(Int32(data.slot), completion.result)
         case CompletionKind.send: sent(Int32(data.slot), completion.result)
+        case CompletionKind.opened: fileOpened(Int(data.slot), completion.result)
         case CompletionKind.store: storeCompleted(Int32(data.slot), completion.result)
         default: break
         }
@@ -446,6 +452,7 @@ package final class Reactor {
             for listener in restingListeners { armListener(listener) }
             restingListeners = []
         }
+        if !openings.isEmpty { retryOpenings(now) }
         guard now >= nextTick else { return }
         nextTick = now + 1_000_000_000
         if now >= nextSweep {

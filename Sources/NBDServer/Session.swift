@@ -277,7 +277,9 @@ extension Reactor {
     private func release(_ slot: Int32) {
         let connection = connections + Int(slot)
         if connection.pointee.volume >= 0, connection.pointee.view.rawValue >= 0 {
-            hosted(connection.pointee.volume).volume.releaseCopy(connection.pointee.view.rawValue)
+            let hosted = hosted(connection.pointee.volume)
+            hosted.volume.releaseCopy(connection.pointee.view.rawValue)
+            hosted.restFiles()
         }
         if connection.pointee.polled { unpoll(slot) }
         if connection.pointee.isWide { wideConnections -= 1 }

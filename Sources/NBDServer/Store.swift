@@ -81,6 +81,7 @@ extension Reactor {
 
     func startStore(_ io: StoreIO, _ number: VolumeNumber, _ hosted: HostedVolume) {
         let file = hosted.slots + Int(io.file)
+        guard file.pointee.descriptor >= 0 else { return openFirst(io, number, hosted) }
         if io.seeksHole, isHole(io, file.pointee.descriptor) {
             hosted.volume.complete(io, errno: StoreIO.hole)
             return

@@ -265,11 +265,39 @@ package final class OpenFile: Sendable {
     package func tryLock() -> Bool { flock(descriptor, LOCK_EX | LOCK_NB) == 0 }
 }
 
+/// A file that is closed while nobody needs it, and opened again by whoever does.
+package final class ReopenableFile: Sendable {
+    package let path: String
+    private let held: Mutex<OpenFile?>
+
+    package init(_ file: OpenFile) {
+        path = file.path
+        held = Mutex(file)
+    }
+
+    package var isOpen: Bool { openNow != nil }
+    /// Nil while it is closed.
+    package var openNow: OpenFile? { held.withLock { $0 } }
+
+    /// It stays open as long as somebody has what this gives.
+    package func open() throws(SystemError) -> OpenFile {
+        if let file = openNow { return file }
+        return try OpenFile(path: path, flags: O_RDWR)
+    }
+
+    /// From now on it is open.
+    package func hold(_ file: OpenFile) { held.withLock { $0 = file } }
+    /// Closes it, unless somebody still has it.
+    package func rest() { held.withLock { $0 = nil } }
+}
+
 /// A file mapped shared and writable: what is stored survives the process, and the machine once flushed.
 package final class MappedFile: @unchecked Sendable {
     // Safe because: the mapping is fixed at init; who may store to which part is the business of the owner
     // (a volume's reactor, once the mapping was handed to it).
-    package let file: OpenFile
+    /// The mapping needs it no more; flushes look at it on file systems that want a proof.
+    package let file: ReopenableFile
+    private let flushNeedsProof: Bool
     package let memory: UnsafeMutableRawPointer
     package let byteCount: Int
     private let markOffset: Int
@@ -291,7 +319,8 @@ package final class MappedFile: @unchecked Sendable {
         }
         let memory = mmap(nil, byteCount, PROT_READ | PROT_WRITE, MAP_SHARED, file.descriptor, 0)
         guard let memory, memory != MAP_FAILED else { throw SystemError("map \(path)") }
-        self.file = file
+        self.file = ReopenableFile(file)
+        flushNeedsProof = file.flushNeedsProof
         self.memory = memory
         self.byteCount = byteCount
         self.markOffset = markOffset
@@ -334,7 +363,7 @@ package final class MappedFile: @unchecked Sendable {
         guard !isLost else { throw SystemError("flush \(file.path)", errno: EIO) }
         do throws(SystemError) {
             guard msync(memory, byteCount, MS_SYNC) == 0 else { throw SystemError("flush \(file.path)") }
-            try file.proveFlush()
+            if flushNeedsProof { try file.open().proveFlush() }
         } catch {
             flushFailed()
             throw error
@@ -346,7 +375,7 @@ package final class MappedFile: @unchecked Sendable {
     /// nothing: all are made dirty again. Should this process end before that flush, the next one finds the mark.
     package func flushFailed() {
         // Otherwise nothing can be written.
-        guard !isLost, OpenFile.flushProofError(file.descriptor) == 0 else { return }
+        guard !isLost, let file = try? file.open(), OpenFile.flushProofError(file.descriptor) == 0 else { return }
         isMarked = true
         farcopy_make_dirty(memory, byteCount)
     }

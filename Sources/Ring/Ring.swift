@@ -158,6 +158,13 @@ package struct Ring: ~Copyable {
         entry.pointee.user_data = userData.rawValue
     }
 
+    /// Opens a file for reading and writing; `path` is there until this has ended. The result is its descriptor.
+    package mutating func open(_ path: UnsafePointer<CChar>, _ userData: UserData) {
+        let entry = entry()
+        io_uring_prep_openat(entry, AT_FDCWD, path, O_RDWR | O_CLOEXEC, 0)
+        entry.pointee.user_data = userData.rawValue
+    }
+
     package mutating func cancel(_ target: UserData, _ userData: UserData) {
         let entry = entry()
         io_uring_prep_cancel64(entry, target.rawValue, 0)

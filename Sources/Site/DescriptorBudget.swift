@@ -32,8 +32,7 @@ package struct DescriptorBudget: Sendable {
         let least = need.now + Limits.fewestClients + need.intake + Limits.fewestControlConnections
         guard limit >= least else {
             throw Refusal(
-                "this site needs \(least) descriptors and may have \(limit): \(need.words); \(Self.remedy), or keep fewer "
-                    + "recovery points ('keep')")
+                "this site needs \(least) descriptors and may have \(limit): \(need.words); \(Self.remedy)")
         }
         let left = limit - least
         control = min(Limits.controlConnections, Limits.fewestControlConnections + left / 4)
@@ -69,7 +68,7 @@ package struct DescriptorBudget: Sendable {
         guard open + count > files else { return }
         throw Refusal(
             "\(open) files are open, and at most \(files) of the \(limit) descriptors of this process are for files; withdraw "
-                + "FlashCopies, keep fewer recovery points, or stop the site and \(Self.remedy)", .passing)
+                + "FlashCopies, or stop the site and \(Self.remedy)", .passing)
     }
 
     static func processLimit() -> Int {
@@ -84,7 +83,7 @@ extension Site {
     func requireDescriptors(forCopies count: Int) throws {
         var toCome = 0
         for group in groups.values where group.record.role == .secondary {
-            toCome += group.entry.volumes.count * max(0, group.entry.keep.most + 1 - group.record.points.count)
+            toCome += group.entry.volumes.count * (group.record.points.isEmpty ? 2 : 1)
         }
         try descriptors.require(2 * (count + toCome))
     }
@@ -108,7 +107,10 @@ private struct Need {
             + "\(intake + Limits.fewestClients) for NBD clients and \(apart + Limits.fewestControlConnections) for itself"
     }
 
-    private static let filesPerVolume = 7
+    /// Its own file, the bitmaps of changes, the activity log, those of a restore; a primary's besides: the target of points, and a record
+    /// while it is replaced.
+    private static let filesPerVolume = 4
+    private static let filesPerPrimary = 2
     private static let filesPerCopy = 2
 
     init(_ configuration: Configuration) {
@@ -125,13 +127,14 @@ private struct Need {
         for group in configuration.groups {
             let each = group.link.connections ?? max(1, 4 / group.volumes.count)
             let isSecondary = Self.isSecondary(group, configuration.state)
+            let ofPrimary = Self.filesPerPrimary * group.volumes.count
+            if isSecondary { later += ofPrimary } else { volumes += ofPrimary }
             if isSecondary { intake += each * group.volumes.count } else { apart += each * group.volumes.count + 2 }
             for name in group.volumes {
-                let present = Self.filesPerCopy * (pointsThere[name] ?? 0)
-                // One more while the oldest leaves.
-                let kept = max(present, Self.filesPerCopy * (group.keep.most + 1))
-                points += isSecondary ? kept : present
-                later += isSecondary ? 0 : kept - present
+                // Older ones are open while they are read. One more is made before the newest is one of those.
+                let present = Self.filesPerCopy * min(1, pointsThere[name] ?? 0)
+                points += isSecondary ? 2 * Self.filesPerCopy : present
+                later += isSecondary ? 0 : 2 * Self.filesPerCopy - present
             }
         }
     }

@@ -186,7 +186,7 @@ extension Site {
     func writeDown(_ record: CopyRecord, _ volume: VolumeState, _ target: OpenFile) async throws -> NewCopy {
         if record.isFilled { try await startActivityLog(volume) }
         let files = CopyFiles(
-            target: target,
+            target: ReopenableFile(target),
             bitmap: try BitmapFile(
                 path: volume.bitmapPath(record.id),
                 header: volume.header(ofCopy: record.id, recordsChanges: record.isFilled), create: true))
@@ -282,8 +282,9 @@ extension Site {
     ) -> @Sendable (Reactor) -> (StoreFile, StoreFile) {
         { reactor in
             let hosted = reactor.hosted(number)
-            let target = targetFile ?? hosted.addFile(parts.target)
-            let bitmap = hosted.addFile(parts.bitmap.file, mapping: parts.bitmap.mapping)
+            let isPoint = record.id < firstCopyID
+            let target = targetFile ?? hosted.addFile(parts.target, mayRest: isPoint)
+            let bitmap = hosted.addFile(parts.bitmap.mapping.file, mapping: parts.bitmap.mapping, mayRest: isPoint)
             place(
                 hosted.volume,
                 FlashCopy(
@@ -550,7 +551,7 @@ extension Site {
         guard let files = volume.copies[id], let record = volume.record.copies.first(where: { $0.id == id }) else {
             return
         }
-        do { try files.target.synchronize() } catch {
+        do { try files.target.open().synchronize() } catch {
             let (number, errno) = (volume.number, error.errno)
             volume.reactor.perform { $0.hosted(number).volume.targetFlushFailed(id, errno: errno) }
             return

@@ -242,7 +242,7 @@ extension Site {
         record.isDurable = old.isDurable || chainIsDurable
         let target: OpenFile
         if let files = volume.copies[old.id], record.isFilled || record.target != nil {
-            target = files.target
+            target = try files.target.open()
             record.targetIsZero = false
         } else if let path = old.target {
             (target, record.targetIsZero) = try openOperatorTarget(path, volume)
@@ -262,7 +262,7 @@ extension Site {
         let number = volume.number
         volume.restoreFile = await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
-            let slot = hosted.addFile(file.file, mapping: file.mapping)
+            let slot = hosted.addFile(file.mapping.file, mapping: file.mapping)
             if fresh { hosted.volume.markDifferences(from: id, in: file.bitmap()) }
             hosted.volume.startRestore(from: id, pending: file.bitmap(), bitmapFile: slot, paused: fresh)
             return slot

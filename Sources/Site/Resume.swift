@@ -30,7 +30,10 @@ extension Site {
         try await resumeRestore(volume, group)
         try volume.confirm(bootID: bootID, servedAs: group?.servedAs)
         let number = volume.number
-        await volume.reactor.run { $0.hosted(number).volume.finishResuming() }
+        await volume.reactor.run { reactor in
+            reactor.hosted(number).volume.finishResuming()
+            reactor.hosted(number).restFiles()
+        }
         publish(volume, group)
     }
 
@@ -160,7 +163,7 @@ extension Site {
             try target.synchronize()
             target.dropCache()
         }
-        return CopyFiles(target: target, bitmap: bitmap)
+        return CopyFiles(target: ReopenableFile(target), bitmap: bitmap)
     }
 
     /// Copies up to one whose bitmap is damaged: they read through it, and nobody knows what it has.
@@ -216,20 +219,20 @@ extension Site {
         let serves = !isSecondary && group?.servesHosts != false && group?.record.leftOut?.contains(volume.name) != true
         let yielded = group?.record.yielded != nil
         let held = group?.record.held?.number
-        let (target, bitmap) = (volume.pointTarget, volume.pointBitmap)
+        let hold = isPrimary ? try volume.openPointHold() : nil
         let knowsNothing = !recorded || !volume.recordingIsWhole || (!volume.isTrusted && volume.record.logIsBroken)
         let regions = isPrimary && !volume.isTrusted && !knowsNothing ? volume.activeRegions : nil
         if isPrimary { try await startActivityLog(volume) }
         volume.pointTargetFile = await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
-            let targetFile = hosted.addFile(target)
+            let targetFile = hold.map { hosted.addFile($0.target) } ?? -1
             hosted.writable = serves
             hosted.volume.policy = isSecondary ? .copiesFirst : .hostFirst
             hosted.volume.recording = isPrimary
             if isPrimary || yielded, knowsNothing { hosted.volume.markAllChanged() }
             if let regions { hosted.volume.recoverChanges(regions: regions.bitmap) }
-            if isPrimary, let held {
-                hosted.volume.resumePoint(number: held, targetFile: targetFile, preserved: bitmap.bitmap())
+            if let hold, let held {
+                hosted.volume.resumePoint(number: held, targetFile: targetFile, preserved: hold.bitmap.bitmap())
             } else if isPrimary {
                 hosted.volume.mergeOutOfSync()
             }
@@ -246,11 +249,11 @@ extension Site {
     /// Writes to the volume are logged before they are issued, from now on.
     func startActivityLog(_ volume: VolumeState) async throws {
         guard !volume.activityLogIsOn else { return }
+        let (number, log) = (volume.number, try volume.openActivityLog())
         volume.activityLogIsOn = true
-        let (number, log) = (volume.number, volume.activityLog)
         await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
-            let file = hosted.addFile(log.file, mapping: log.mapping)
+            let file = hosted.addFile(log.mapping.file, mapping: log.mapping)
             hosted.volume.startActivityLog(file: file, contents: log.contents, recordingFile: hosted.recordingFile)
         }
     }

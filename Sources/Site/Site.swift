@@ -104,10 +104,10 @@ package actor Site {
         listenForEvents()
         for entry in configuration.groups { try openGroup(entry) }
         for (index, entry) in configuration.volumes.enumerated() {
-            let points = group(ofVolume: entry.name)?.record.points ?? []
+            let record = group(ofVolume: entry.name)?.record
             let volume = try VolumeState(
-                entry, state: state, reactor: reactors[index % count], bootID: bootID, hasPoints: !points.isEmpty,
-                force: force)
+                entry, state: state, reactor: reactors[index % count], bootID: bootID, role: record?.role,
+                hasPoints: record?.points.isEmpty == false, force: force)
             volumes[entry.name] = volume
             for finding in volume.findings {
                 note(group(ofVolume: entry.name)?.entry.name, "volume \(entry.name): \(finding)")
@@ -254,6 +254,11 @@ package actor Site {
         guard let peer = configuration.peers[group.entry.peer] else { return }
         try await alignPoint(group)
         let members = members(group)
+        let holds = try members.map { try $0.openPointHold() }
+        for (volume, hold) in zip(members, holds) where volume.pointTargetFile < 0 {
+            let number = volume.number
+            volume.pointTargetFile = await volume.reactor.run { $0.hosted(number).addFile(hold.target) }
+        }
         let name = group.entry.name
         let logger = logger
         let events = events
@@ -262,12 +267,13 @@ package actor Site {
         await group.begin(
             Replicator.Configuration(
                 settings: Cycle.Settings(
-                    interval: group.entry.interval, volumes: members.count, window: Limits.linkWindowBytes / slotBytes),
-                volumes: members.map { volume in
+                    mode: group.entry.mode, interval: group.entry.interval, volumes: members.count,
+                    window: Limits.linkWindowBytes / slotBytes),
+                volumes: zip(members, holds).map { volume, hold in
                     ReplicatedVolume(
                         name: volume.name, reactor: volume.reactor, number: volume.number,
                         geometry: volume.geometry, targetFile: volume.pointTargetFile,
-                        target: volume.pointTarget, preserved: volume.pointBitmap.mapping,
+                        target: hold.target, preserved: hold.bitmap.mapping,
                         recording: volume.recording.mapping)
                 },
                 address: peer.nbd,

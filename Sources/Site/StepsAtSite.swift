@@ -143,6 +143,8 @@ extension Site {
         invariant(made?.id == CopyID(plan.point.number), "the files of a point are made before it is taken")
         for (volume, files) in made!.files {
             await enterChain(volume, CopyRecord(plan.point), files) { $0.addCopy($1) }
+            let number = volume.number
+            volume.reactor.perform { $0.hosted(number).restFiles() }
         }
         await settlePoints(group)
     }
@@ -209,6 +211,7 @@ extension Site {
     ///
     /// - Returns: their bytes.
     private func prepareRestore(_ volume: VolumeState, from id: CopyID) async throws -> UInt64 {
+        _ = try volume.openActivityLog()  // a start finds it, should this be decided
         let file = try makeRestoreBitmap(volume)
         let number = volume.number
         let grains = await volume.reactor.run { reactor in

@@ -327,6 +327,13 @@ extension Volume {
         return true
     }
 
+    /// Copies that take no old content, survive power loss, and that nothing reads or writes just now: their files may be closed.
+    package func forEachIdleOldCopy(_ body: (FlashCopy) -> Void) {
+        for index in 0..<max(0, preserveIndex) where chain[index].durable && !chain[index].isFilled && isIdle(index) {
+            body(chain[index])
+        }
+    }
+
     func remove(_ index: Int) {
         // C1: what the source changed while this was the newest, it changed since the older ones were taken, too.
         var older = index - 1
@@ -370,8 +377,8 @@ extension Volume {
 
     /// C1: the source, which is about to be written, differs here from every copy.
     func recordChanges(_ grains: Range<Int>) {
-        if recording, !faults.contains(.forgetMark) { mark(grains) }  // V1
-        guard !faults.contains(.forgetChanges) else { return }
+        if recording, !omits(.forgetMark) { mark(grains) }  // V1
+        guard !omits(.forgetChanges) else { return }
         if preserveIndex >= 0, chain[preserveIndex].recordsChanges { chain[preserveIndex].changes.set(grains) }
         guard refreshingCount > 0 else { return }
         for index in 0..<chainCount where chain[index].state == .refreshing && chain[index].recordsChanges {

@@ -70,7 +70,7 @@ func mapping() throws {
     defer { unlink(path) }
     let mapping = try MappedFile(path: path, byteCount: 8192, create: true)
     mapping.memory.storeBytes(of: 0xAB, toByteOffset: 8191, as: UInt8.self)
-    #expect(try mapping.file.readAll().last == 0xAB)
+    #expect(try mapping.file.open().readAll().last == 0xAB)
     #expect(throws: SystemError.self) { try MappedFile(path: path, byteCount: 4096, create: false) }
 }
 
@@ -109,7 +109,7 @@ func storesThatTheFileDoesNotTake() throws {
     (mapping.memory + 100).storeBytes(of: 7, as: UInt8.self)
     try mapping.synchronize()
     #expect(!mapping.isLost)
-    try mapping.file.truncate(to: 4096)  // what lies behind has no page any more
+    try mapping.file.open().truncate(to: 4096)  // what lies behind has no page any more
     (mapping.memory + 5000).storeBytes(of: 9, as: UInt8.self)
     #expect(mapping.isLost && !other.isLost)
     #expect(mapping.memory.load(fromByteOffset: 5000, as: UInt8.self) == 9)

@@ -294,22 +294,20 @@ class Descriptors(SiteTest):
         site.status()
 
     def test_what_cannot_fit_is_refused_at_the_start(self):
-        volumes = {f"disk{number}": "1MiB" for number in range(8)}
+        volumes = {f"disk{number}": "1MiB" for number in range(60)}
         east, west = self.pair(volumes, keep=100, start=False)
-        self.limit(west, 1024).start(wait=False)
+        self.limit(west, 640).start(wait=False)
         self.assertEqual(west.process.wait(timeout=30), 1)
         words = self.log(west)
-        for part in (r"needs \d+ descriptors and may have 1024", f"{8 * 2 * 101} for recovery points", "ulimit -n", "LimitNOFILE",
-                     "'keep'"):
+        for part in (r"needs \d+ descriptors and may have 640", f"{60 * 2 * 2} for recovery points", "ulimit -n", "LimitNOFILE"):
             self.assertRegex(words, part)
         self.assertFalse(os.path.exists(f"{west.path}/state/volumes"), "nothing was made")
         west.process.stdout.close()
         west.process = None
         # The primary has no such points yet: it is told, and serves its hosts.
-        self.limit(east, 1024).start()
+        self.limit(east, 640).start()
         self.assertIn("before roles are exchanged", self.log(east))
-        west.edit("keep = 100", "keep = 3")
-        west.start()
+        self.limit(west, 2048).start()
         wait_for(lambda: east.group()["state"] == "mirroring", what="mirroring")
 
     def test_a_commit_without_descriptors_is_refused_in_words(self):

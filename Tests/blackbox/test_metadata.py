@@ -161,7 +161,7 @@ class Metadata(SiteTest):
     def test_metadata_of_another_volume_or_a_newer_version_is_refused(self):
         site = self.site("solo", {"disk": "16MiB", "other": "16MiB"})
         for name in ("disk", "other"):
-            site.farcopy("flashcopy", "create", name, "copy")
+            site.farcopy("flashcopy", "create", name, "copy", "--copy")  # with a log of changes
         site.stop()
         kept = os.path.join(self.directory, "kept")
         shutil.copytree(self.volume(site), kept)
@@ -255,6 +255,7 @@ class Metadata(SiteTest):
 
     def test_inspect_tells_what_there_is(self):
         site, _ = self.solo()
+        site.farcopy("flashcopy", "create", "disk", "filled", "--copy")  # only those have changes logged
         state = os.path.join(site.path, "state")
         shown = run(FARCOPY, "inspect", state).stdout
         for text in ("site.record: record", "volume.record: record", "recording, format 1", "activityLog, format 1",

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 
 import nbd
 
@@ -187,6 +188,82 @@ class Points(SiteTest):
             site.kill()
             site.start()
         self.assertEqual([text(west, f"wal@{point}") for point in (5, 6, number)], ["wal as of point 4"] * 3)
+
+
+class Descriptors(SiteTest):
+    def open_files(self, site, what):
+        directory, found = f"/proc/{site.process.pid}/fd", set()
+        for number in os.listdir(directory):
+            try:
+                path = os.readlink(f"{directory}/{number}")
+            except FileNotFoundError:
+                continue
+            if what in path:
+                found.add(os.path.basename(path))
+        return found
+
+    def test_files_of_old_points_are_open_while_somebody_reads_them(self):
+        east, west = self.pair({"a": "4MiB"}, interval="manual", keep=8)
+        wait_for(west.points, what="the first copy")
+        images, handle = {}, east.connect("a")
+        for _ in range(6):
+            handle.pwrite(random.randbytes(MIB), random.randrange(4) * MIB)
+            images[east.cycle()] = bytes(handle.pread(4 * MIB, 0))
+        newest = max(images)
+        mine = {f"{newest}.target", f"{newest}.bitmap"}
+
+        def settled():
+            return self.open_files(west, "/copies/") == mine
+        wait_for(settled, what="old files to be closed")
+        for start in (lambda: None, lambda: (west.kill(), west.start()), lambda: (west.stop(), west.start())):
+            start()
+            wait_for(settled, what="old files to be closed after a start")
+            readers = {number: west.connect(f"a@{number}") for number in sorted(images)[1:4]}
+            for number, reader in readers.items():
+                self.assertEqual(bytes(reader.pread(4 * MIB, 0)), images[number])
+            self.assertIn(f"{min(readers)}.target", self.open_files(west, "/copies/"))
+            for reader in readers.values():
+                reader.shutdown()
+            wait_for(settled, what="old files to be closed after their readers")
+            for number, image in images.items():
+                self.assertEqual(west.read(f"a@{number}"), image)
+        # Whatever is under way in the background: a clone is handed over what it needs of points that leave.
+        second = sorted(images)[1]
+        west.farcopy("flashcopy", "clone", "a", str(second), "trial")
+        handle.pwrite(random.randbytes(4 * MIB), 0)
+        wait_for(lambda: east.group()["state"] == "mirroring", what="the link")
+        east.cycle()
+        west.farcopy("points", "shop", "--drop", *map(str, sorted(images)[:4]), "--yes")
+        self.assertEqual(west.read("a@trial"), images[second])
+        east.kill()
+        west.farcopy("failover", "shop", "--point", str(sorted(images)[4]))
+        self.assertEqual(west.read("a"), images[sorted(images)[4]])
+        wait_for(lambda: not west.status()["volumes"]["a"]["restoring_bytes"], what="the restore")
+        self.assertEqual(west.read("a"), images[sorted(images)[4]])
+
+    def test_a_reader_waits_while_there_is_no_descriptor(self):
+        east, west = self.pair({"a": "1MiB"}, interval="manual", keep=4, start=False)
+        west.start()
+        east.start()
+        wait_for(west.points, what="the first copy")
+        handle = east.connect("a")
+        points = []
+        for number in range(3):
+            handle.pwrite(bytes([number + 1]) * PAGE, 0)
+            points.append(east.cycle())
+        reader = west.connect(f"a@{points[0]}")
+        wait_for(lambda: self.open_files(west, "/copies/") == {f"{points[2]}.target", f"{points[2]}.bitmap"}, what="old files to be closed")
+        hard = resource.prlimit(west.process.pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(west.process.pid, resource.RLIMIT_NOFILE, (3, hard))
+        self.addCleanup(lambda: west.process and resource.prlimit(west.process.pid, resource.RLIMIT_NOFILE, (hard, hard)))
+        buffer = nbd.Buffer(PAGE)
+        cookie = reader.aio_pread(buffer, 0)
+        for _ in range(10):
+            reader.poll(50)
+            self.assertFalse(reader.aio_command_completed(cookie))
+        resource.prlimit(west.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        wait_for(lambda: reader.poll(50) >= 0 and reader.aio_command_completed(cookie), what="the answer")
+        self.assertEqual(bytes(buffer.to_bytearray()), bytes([1]) * PAGE)
 
 
 class UnsaidPoints(OrderTest):

@@ -14,7 +14,6 @@ struct DamagedMetadata: Error, CustomStringConvertible {
 final class BitmapFile: Sendable {
     let mapping: MappedFile
     let header: BitmapHeader
-    var file: OpenFile { mapping.file }
     var path: String { mapping.file.path }
 
     /// Opens a file that must be the one that `header` describes, or makes it. A new one takes its place when all of it is on stable
@@ -125,7 +124,8 @@ final class BitmapFile: Sendable {
     /// A checksum of everything behind the identity: of each page that is not all zero, with its number. It is kept while
     /// the site is stopped, so that bits that flip meanwhile are seen. The mark of a flush that has failed, which a start may leave that ends
     /// because of it, is not looked at.
-    func checksum() -> UInt32 {
+    func checksum() throws -> UInt32 {
+        let file = try mapping.file.open()
         let page = BitmapHeader.byteCount
         let header = UnsafeMutableRawBufferPointer.allocate(byteCount: page, alignment: 8)
         defer { header.deallocate() }

@@ -68,7 +68,7 @@ enum Growth {
         // Otherwise it has grown already, or is refused when it is opened.
         guard header.volume == identity, header.size == record.size else { return }
         let old = try BitmapFile(path: path, header: header)
-        if let expected = record.clean?.checksums[name], old.checksum() != expected {
+        if let expected = record.clean?.checksums[name], try old.checksum() != expected {
             unlink(path)
             return
         }

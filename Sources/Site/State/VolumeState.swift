@@ -16,7 +16,7 @@ import Volumes
 
 /// Files of one FlashCopy or recovery point.
 struct CopyFiles: Sendable {
-    var target: OpenFile
+    var target: ReopenableFile
     var bitmap: BitmapFile
     var targetFile: StoreFile = -1
     var bitmapFile: StoreFile = -1
@@ -32,10 +32,10 @@ struct NewPoint: Sendable {
 
     /// On return the files are on stable storage, under their names.
     func make() throws -> CopyFiles {
+        let file = try makeTarget(target, size: size)
         let files = CopyFiles(
-            target: try makeTarget(target, size: size),
-            bitmap: try BitmapFile(path: bitmap, header: header, create: true))
-        try files.target.synchronize()
+            target: ReopenableFile(file), bitmap: try BitmapFile(path: bitmap, header: header, create: true))
+        try file.synchronize()
         try synchronizeDirectory(parentDirectory(target))
         return files
     }
@@ -59,11 +59,12 @@ final class VolumeState {
     private let kept: KeptRecord<VolumeRecord>
     var record: VolumeRecord { kept.value }
     let recording: BitmapFile
-    let pointTarget: OpenFile
-    let pointBitmap: BitmapFile
-    let activityLog: BitmapFile
-    var activityLogIsOn = false
+    /// Takes the old content of a point, and says which grains it has; nil until the volume is a primary's.
+    private(set) var pointHold: (target: OpenFile, bitmap: BitmapFile)?
     var pointTargetFile: StoreFile = -1
+    /// Nil until changes must be recorded: at a primary, and for FlashCopies with a background copy.
+    private(set) var activityLog: BitmapFile?
+    var activityLogIsOn = false
     var copies: [CopyID: CopyFiles] = [:]
     /// Recovery points whose files hold those that its group keeps, oldest first.
     var carriers: [UInt64] = []
@@ -118,10 +119,12 @@ final class VolumeState {
 
     /// Opens the volume's file and its metadata, creating what is new.
     ///
-    /// - Parameter hasPoints: the volume's group has recovery points of it.
+    /// - Parameters:
+    ///   - role: in its group; nil = it is in none.
+    ///   - hasPoints: the group has recovery points of it.
     init(
         _ entry: Configuration.VolumeEntry, state: StateDirectory, reactor: ReactorHandle, bootID: String,
-        hasPoints: Bool, force: Bool
+        role: Role?, hasPoints: Bool, force: Bool
     ) throws {
         self.entry = entry
         self.reactor = reactor
@@ -211,10 +214,15 @@ final class VolumeState {
         }
         (recording, recordingIsWhole) = try open("recording.bitmap", header(.recording, 2))
         held = recording
-        (pointBitmap, pointIsWhole) = try open("point.bitmap", header(.point))
-        (activityLog, _) = try open("activity.log", header(.activityLog))
-        pointTarget = try OpenFile(path: "\(directory)/point.target", flags: O_RDWR | O_CREAT)
-        if try pointTarget.size() != size { try pointTarget.truncate(to: size) }
+        if role == .primary {
+            let (bitmap, isWhole) = try open("point.bitmap", header(.point))
+            pointIsWhole = isWhole
+            pointHold = (try Self.openPointTarget(directory, size), bitmap)
+            bitmap.mapping.file.rest()
+        }
+        if role == .primary || record.copies.contains(where: \.isFilled) {
+            activityLog = try open("activity.log", header(.activityLog)).0
+        }
         self.findings = findings
         try synchronizeDirectory(directory)
         if isNew {
@@ -222,6 +230,45 @@ final class VolumeState {
             try recordFile.save(record)
         }
         kept = KeptRecord(record) { try recordFile.save($0) }
+    }
+
+    // MARK: What only some need
+
+    private static func openPointTarget(_ directory: String, _ size: UInt64) throws -> OpenFile {
+        let target = try OpenFile(path: "\(directory)/point.target", flags: O_RDWR | O_CREAT)
+        if try target.size() != size { try target.truncate(to: size) }
+        return target
+    }
+
+    /// What the volume needs as a primary's, on stable storage.
+    func openPointHold() throws -> (target: OpenFile, bitmap: BitmapFile) {
+        if let pointHold { return pointHold }
+        let hold = (try Self.openPointTarget(directory, geometry.size), try openLate("point.bitmap", .point))
+        hold.1.mapping.file.rest()
+        pointHold = hold
+        return hold
+    }
+
+    func openActivityLog() throws -> BitmapFile {
+        if let activityLog { return activityLog }
+        let log = try openLate("activity.log", .activityLog)
+        activityLog = log
+        return log
+    }
+
+    /// What the start had no need of says nothing that anybody relies on: if it is missing or damaged it is made anew.
+    private func openLate(_ name: String, _ kind: BitmapHeader.Kind) throws -> BitmapFile {
+        let path = "\(directory)/\(name)"
+        let header = BitmapHeader(kind, volume: identity, geometry: geometry)
+        do {
+            let file = try BitmapFile(path: path, header: header)
+            try verify(file, name)
+            return file
+        } catch is DamagedMetadata {
+            let file = try BitmapFile(path: path, header: header, create: true)
+            try synchronizeDirectory(directory)
+            return file
+        }
     }
 
     // MARK: What the last run left
@@ -262,7 +309,7 @@ final class VolumeState {
         for files in copies.values { try files.bitmap.synchronize() }
         // What the log says is in memory, and may not be on disk.
         var logIsWhole = true
-        if record.logIsBroken {
+        if record.logIsBroken, let activityLog {
             activityLog.mapping.flushFailed()
             logIsWhole = (try? activityLog.synchronize()) != nil
         }
@@ -330,8 +377,9 @@ final class VolumeState {
 
     /// Flushes the targets of all copies, for what reads through them. An error counts for the copy jobs that write there as well.
     func flushTargets(isolation: isolated (any Actor)? = #isolation) async throws {
+        // All that one at rest has is there already.
         for (id, files) in copies {
-            do { try files.target.synchronize() } catch {
+            do { try files.target.openNow?.synchronize() } catch {
                 let (number, errno) = (number, error.errno)
                 await reactor.run { $0.hosted(number).volume.targetFlushFailed(id, errno: errno) }
                 throw error
@@ -342,7 +390,7 @@ final class VolumeState {
     /// After a clean stop a bitmap has the checksum that it had then.
     private static func verify(_ file: BitmapFile, _ name: String, _ mark: VolumeRecord.CleanMark?) throws {
         guard let expected = mark?.checksums[name], name != "activity.log" else { return }
-        guard file.checksum() == expected else {
+        guard try file.checksum() == expected else {
             throw DamagedMetadata(description: "\(file.path) is not as the last stop left it: some bits are wrong")
         }
     }
@@ -468,7 +516,7 @@ final class VolumeState {
     /// Bytes that the last run left changed, at most; for a volume that is not hosted yet.
     var changesLeft: UInt64 {
         let grains = recording.bitmap(0).population() + recording.bitmap(1).population()
-        let regions = isTrusted ? 0 : activeRegions.bitmap.population()
+        let regions = isTrusted || activityLog == nil ? 0 : activeRegions.bitmap.population()
         return UInt64(grains) * UInt64(geometry.grain) + UInt64(regions)
             << UInt64(ActivityLog.layout(size: geometry.size).shift)
     }
@@ -480,7 +528,10 @@ final class VolumeState {
     var restoreBitmapPath: String { "\(directory)/restore.bitmap" }
     var restoreHeader: BitmapHeader { BitmapHeader(.restore, volume: identity, geometry: geometry) }
     /// The regions that the last run was active in.
-    var activeRegions: Regions { Regions(size: geometry.size, log: activityLog.contents) }
+    var activeRegions: Regions {
+        guard let activityLog else { invariantFailed("who asks for regions has opened the log", #fileID, #line) }
+        return Regions(size: geometry.size, log: activityLog.contents)
+    }
 
     func bitmapPath(_ id: CopyID) -> String { "\(directory)/copies/\(id).bitmap" }
     func targetPath(_ owner: CopyID) -> String { "\(directory)/copies/\(owner).target" }
@@ -542,7 +593,8 @@ final class VolumeState {
     // MARK: Stopping
 
     private var bitmaps: [(name: String, file: BitmapFile)] {
-        var all = [("recording.bitmap", recording), ("point.bitmap", pointBitmap)]
+        var all = [("recording.bitmap", recording)]
+        if let pointHold { all.append(("point.bitmap", pointHold.bitmap)) }
         if let restoreBitmap { all.append(("restore.bitmap", restoreBitmap)) }
         return all + copies.map { ("copies/\($0.key).bitmap", $0.value.bitmap) }
     }
@@ -551,12 +603,12 @@ final class VolumeState {
     func finish() throws {
         guard !recording.hasLostSource else { throw SystemError("flush \(source.path)", errno: EIO) }
         try source.synchronize()
-        try pointTarget.synchronize()
-        for files in copies.values { try files.target.synchronize() }
+        try pointHold?.target.synchronize()
+        for files in copies.values { try files.target.openNow?.synchronize() }
         var mark = VolumeRecord.CleanMark(stoppedAt: realSeconds(), modifiedAt: try source.modifiedAt(), checksums: [:])
         for (name, file) in bitmaps {
             try file.synchronize()
-            mark.checksums[name] = file.checksum()
+            mark.checksums[name] = try file.checksum()
         }
         try amend { $0.clean = mark }
     }
