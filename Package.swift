@@ -14,6 +14,9 @@ let dataPath =
             ["-enforce-exclusivity=unchecked", "-cross-module-optimization"], .when(configuration: .release))
     ]
 
+/// Rules of the engine can be left out, to show that the simulator sees that: in a build of its own (`make test-simulation`).
+let faults: [SwiftSetting] = Context.environment["FARCOPY_FAULTS"] == nil ? [] : [.define("DELIBERATE_FAULTS")]
+
 /// Targets over NIO, whose members come from many modules.
 let control: [SwiftSetting] = [.enableUpcomingFeature("ExistentialAny")]
 
@@ -40,7 +43,7 @@ let package = Package(
         .target(name: "Base", swiftSettings: dataPath),
         .target(name: "TLS", dependencies: ["CGnuTLS"], swiftSettings: strict),
         .target(name: "NBDProtocol", dependencies: ["Base"], swiftSettings: dataPath),
-        .target(name: "Volumes", dependencies: ["Base"], swiftSettings: dataPath),
+        .target(name: "Volumes", dependencies: ["Base"], swiftSettings: dataPath + faults),
         .target(name: "Ring", dependencies: ["Base", "CLibURing"], swiftSettings: dataPath),
         .target(
             name: "NBDServer", dependencies: ["Base", "NBDProtocol", "Volumes", "Ring", "TLS"],

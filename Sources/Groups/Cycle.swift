@@ -59,10 +59,7 @@ package struct Cycle {
         ///
         /// `changed`: volumes that have something to send.
         case formed(at: Double, intact: Bool, changed: [Int])
-        case read(slot: Int, grains: Range<Int>?, offset: UInt64, length: Int)
-        /// `wire`: bytes that crossed the link for it.
-        case sent(slot: Int, wire: Int)
-        case flushed
+        case move(MoveEvent)
         case committed(at: Double)
         case commitRefused(String)
         /// A volume could not hold the point, or its data could not be read.
@@ -82,7 +79,7 @@ package struct Cycle {
         /// Hold acknowledgements and form on every volume; when all have, let go.
         case form(number: UInt64)
         case rewind
-        case drain(Drain.Action)
+        case move(MoveAction)
         case commit(number: UInt64, previous: UInt64?, formedAt: Double)
         case endPoint(number: UInt64)
         /// Merge the bits of a held or half-formed point back.
@@ -101,7 +98,7 @@ package struct Cycle {
         case idle
         case preparing(UInt64)
         case forming(UInt64)
-        case draining(PointRecord, Drain)
+        case moving(PointRecord, any Mover)
         case committing(PointRecord)
         case givingUp(Next)
     }
@@ -117,13 +114,16 @@ package struct Cycle {
     }
 
     package struct Settings: Sendable {
+        package var mode: Mode
         package var interval: Interval
         package var volumes: Int
         package var window: Int
         package var checkpointBytes: Int
         package init(
-            interval: Interval, volumes: Int, window: Int = 16, checkpointBytes: Int = 64 << 20
+            mode: Mode = .flashcopy, interval: Interval, volumes: Int, window: Int = 16,
+            checkpointBytes: Int = 64 << 20
         ) {
+            self.mode = mode
             self.interval = interval
             self.volumes = volumes
             self.window = window
@@ -142,9 +142,8 @@ package struct Cycle {
     private var notBefore: UInt64 = 0
     private static let readyRetry: UInt64 = 50_000_000
     private var attempt = 0
-    /// How many slots of the window may be busy, and how often a flush is asked for; the driver adapts them to the link.
-    package var windowLimit: Int
-    package var checkpointBytes: Int
+    /// The driver adapts it to the link.
+    package var pace: MovePace
     /// A link lost for longer than this ends the point that is held, so that its target stops growing.
     package static let heldLimit: UInt64 = 30_000_000_000
     private var lostAt: UInt64?
@@ -155,8 +154,7 @@ package struct Cycle {
 
     package init(settings: Settings) {
         self.settings = settings
-        windowLimit = settings.window
-        checkpointBytes = settings.checkpointBytes
+        pace = MovePace(limit: settings.window, checkpointBytes: settings.checkpointBytes)
         state = .connecting
     }
 
@@ -237,17 +235,8 @@ package struct Cycle {
             }
             let point = PointRecord(number: number, formedAt: time)
             record.primary?.point = .held(point)
-            return .saved() + startDrain(point, record, changed)
-        case (.draining(let point, var drain), .read(let slot, let grains, let offset, let length)):
-            return carry(
-                point, &drain, record,
-                drain.didRead(slot: slot, grains: grains, offset: offset, length: length))
-        case (.draining(let point, var drain), .sent(let slot, let wire)):
-            drain.limit = windowLimit
-            drain.checkpointBytes = checkpointBytes
-            return carry(point, &drain, record, drain.didSend(slot: slot, wire: wire))
-        case (.draining(let point, var drain), .flushed):
-            return carry(point, &drain, record, drain.didFlush())
+            return .saved() + startMove(point, record, changed)
+        case (.moving(let point, let mover), .move(let event)): return move(point, mover, event, record)
         case (.committing(let point), .committed(let time)): return committed(point, time, &record, now)
         case (.committing, .commitRefused(let reason)):
             return Ready([.closeLink]) + giveUp(.retry("the peer refused the point: \(reason)"))
@@ -288,7 +277,7 @@ package struct Cycle {
                 if waitsForCommand(record) { resyncing = false }
                 return .saved() + becomeIdle(record, now, due: now)
             }
-            return .saved(then: [.rewind]) + startDrain(held, record, Array(0..<settings.volumes))
+            return .saved(then: [.rewind]) + startMove(held, record, Array(0..<settings.volumes))
         }
         let theirs = peer.committed.map { String($0.number) } ?? "none"
         let ours = record.lastCommitted.map { String($0.number) } ?? "none"
@@ -330,7 +319,7 @@ package struct Cycle {
         case .preparing, .forming:
             // Nothing of the point was sent; forming goes on and the drain will find the link closed.
             return Ready([.closeLink]) + giveUp(.retry(reason))
-        case .connecting, .marking, .idle, .draining, .committing:
+        case .connecting, .marking, .idle, .moving, .committing:
             return failed(reason, retry: true, &record, now)
         }
     }
@@ -342,7 +331,7 @@ package struct Cycle {
         case .stopped, .offline: return Ready([.closeLink])
         // What was asked for before the link is closed is not answered any more, so it is asked for again.
         case .givingUp(.stop(let reason)): return Ready([.closeLink]) + giveUp(.stop(reason))
-        case .preparing, .forming, .draining, .committing, .givingUp: return Ready([.closeLink]) + giveUp(.retry(words))
+        case .preparing, .forming, .moving, .committing, .givingUp: return Ready([.closeLink]) + giveUp(.retry(words))
         case .connecting, .marking, .idle: return failed(words, retry: true, &record, now)
         }
     }
@@ -418,27 +407,27 @@ package struct Cycle {
         return tick(record, now)
     }
 
-    private mutating func startDrain(_ point: PointRecord, _ record: GroupRecord, _ volumes: [Int]) -> Ready {
-        var drain = Drain(
-            volumes: volumes, window: settings.window,
-            checkpointBytes: checkpointBytes)
-        drain.limit = windowLimit
-        return carry(point, &drain, record, drain.start())
+    private mutating func startMove(_ point: PointRecord, _ record: GroupRecord, _ volumes: [Int]) -> Ready {
+        let mover = settings.mode.mover(MoveShape(volumes: volumes, window: settings.window, pace: pace))
+        return move(point, mover, .begin, record)
     }
 
-    private mutating func carry(
-        _ point: PointRecord, _ drain: inout Drain, _ record: GroupRecord, _ actions: [Drain.Action]
+    private mutating func move(
+        _ point: PointRecord, _ mover: consuming any Mover, _ event: MoveEvent, _ record: GroupRecord
     ) -> Ready {
-        guard actions.contains(.finished) else {
-            state = .draining(point, drain)
-            return Ready(actions.map { .drain($0) })
+        state = .idle  // so that there is one mover, and its tables are not copied
+        mover.pace = pace
+        let actions = mover.handle(event).map { Action.move($0) }
+        guard mover.isDone else {
+            state = .moving(point, mover)
+            return Ready(actions)
         }
         var sent = point
-        sent.bytes = drain.bytesSent
+        sent.bytes = mover.bytesSent
         state = .committing(sent)
         let commit = Action.commit(
             number: point.number, previous: record.lastCommitted?.number, formedAt: point.formedAt)
-        return Ready(actions.filter { $0 != .finished }.map { .drain($0) } + [commit])
+        return Ready(actions + [commit])
     }
 
     private mutating func committed(

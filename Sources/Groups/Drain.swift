@@ -7,29 +7,7 @@
 // Each window slot reads a run of a volume, sends it, and is free again. Acknowledged runs collect until a flush that
 // began after their acknowledgement has ended; then their bits are cleared.
 
-/// A run of grains of one volume of the group, by the volume's index in the group.
-package struct VolumeRun: Sendable, Equatable {
-    package var volume: Int
-    package var grains: Range<Int>
-    package init(volume: Int, grains: Range<Int>) {
-        self.volume = volume
-        self.grains = grains
-    }
-}
-
-package struct Drain {
-    package enum Action: Equatable {
-        /// Read the volume's next run into the slot's buffer.
-        case read(slot: Int, volume: Int)
-        /// Send the slot's buffer.
-        case send(slot: Int, volume: Int, offset: UInt64, length: Int)
-        /// Everything that these volumes have acknowledged.
-        case flush(volumes: [Int])
-        case clear([VolumeRun])
-        /// Every bit of the point is cleared.
-        case finished
-    }
-
+package struct Drain: Mover {
     private enum Slot {
         case free
         case reading(volume: Int)
@@ -38,37 +16,35 @@ package struct Drain {
 
     private var slots: [Slot]
     private var freeSlots: [Int]
-    /// How many slots may be busy.
-    package var limit: Int
+    package var pace: MovePace
     /// Volumes that may have more to read, and whose turn it is.
     private var unread: [Int]
     private var turn = 0
     private var acknowledged: [VolumeRun] = []
     private var acknowledgedBytes = 0
     private var flushing: [VolumeRun]?
-    /// A flush is asked for after this much, so that a lost link costs no more than that.
-    package var checkpointBytes: Int
     private static let checkpointRuns = 64 << 10
-    /// Bytes that crossed the link; zeroes count as nothing.
     package private(set) var bytesSent: UInt64 = 0
 
-    /// - Parameters:
-    ///   - volumes: those that may have something to send; the others are left alone.
-    ///   - window: reads and sends under way at a time.
-    package init(volumes: [Int], window: Int, checkpointBytes: Int) {
-        slots = Array(repeating: .free, count: window)
-        freeSlots = Array((0..<window).reversed())
-        limit = window
-        unread = volumes
-        self.checkpointBytes = checkpointBytes
+    package init(_ shape: MoveShape) {
+        slots = Array(repeating: .free, count: shape.window)
+        freeSlots = Array((0..<shape.window).reversed())
+        unread = shape.volumes
+        pace = shape.pace
     }
 
-    package mutating func start() -> [Action] { advance() }
+    package var isDone: Bool { busy == 0 && unread.isEmpty && acknowledged.isEmpty && flushing == nil }
 
-    /// A read ended: with data, or with nothing left in that volume.
-    package mutating func didRead(
-        slot: Int, grains: Range<Int>?, offset: UInt64, length: Int
-    ) -> [Action] {
+    package mutating func handle(_ event: MoveEvent) -> [MoveAction] {
+        switch event {
+        case .begin: advance()
+        case .read(let slot, let grains, let offset, let length): didRead(slot, grains, offset, length)
+        case .sent(let slot, let wire): didSend(slot, wire)
+        case .flushed: didFlush()
+        }
+    }
+
+    private mutating func didRead(_ slot: Int, _ grains: Range<Int>?, _ offset: UInt64, _ length: Int) -> [MoveAction] {
         guard case .reading(let volume) = slots[slot] else { return [] }
         guard let grains else {
             free(slot)
@@ -79,10 +55,7 @@ package struct Drain {
         return [.send(slot: slot, volume: volume, offset: offset, length: length)]
     }
 
-    /// The remote acknowledged the slot's data, or has it already.
-    ///
-    /// - Parameter wire: bytes that crossed the link for it.
-    package mutating func didSend(slot: Int, wire: Int) -> [Action] {
+    private mutating func didSend(_ slot: Int, _ wire: Int) -> [MoveAction] {
         guard case .sending(let run) = slots[slot] else { return [] }
         free(slot)
         acknowledged.append(run)
@@ -91,39 +64,35 @@ package struct Drain {
         return advance()
     }
 
-    private mutating func free(_ slot: Int) {
-        slots[slot] = .free
-        freeSlots.append(slot)
-    }
-
-    /// The flush ended, of every volume that it was asked of.
-    package mutating func didFlush() -> [Action] {
+    private mutating func didFlush() -> [MoveAction] {
         guard let flushed = flushing else { return [] }
         flushing = nil
         return (flushed.isEmpty ? [] : [.clear(flushed)]) + advance()
     }
 
-    /// Slots that read or send.
-    package var busy: Int { slots.count - freeSlots.count }
+    private mutating func free(_ slot: Int) {
+        slots[slot] = .free
+        freeSlots.append(slot)
+    }
 
-    private mutating func advance() -> [Action] {
-        var actions: [Action] = []
-        while busy < limit, let slot = freeSlots.last, let volume = volumeToRead() {
+    /// Slots that read or send.
+    private var busy: Int { slots.count - freeSlots.count }
+
+    private mutating func advance() -> [MoveAction] {
+        var actions: [MoveAction] = []
+        while busy < pace.limit, let slot = freeSlots.last, let volume = volumeToRead() {
             freeSlots.removeLast()
             slots[slot] = .reading(volume: volume)
             actions.append(.read(slot: slot, volume: volume))
         }
-        guard flushing == nil else { return actions }
-        let done = busy == 0 && unread.isEmpty
-        if acknowledgedBytes >= checkpointBytes || acknowledged.count >= Self.checkpointRuns
-            || (done && !acknowledged.isEmpty)
+        let isLast = busy == 0 && unread.isEmpty && !acknowledged.isEmpty
+        if flushing == nil,
+            acknowledgedBytes >= pace.checkpointBytes || acknowledged.count >= Self.checkpointRuns || isLast
         {
             flushing = acknowledged
             acknowledged = []
             acknowledgedBytes = 0
             actions.append(.flush(volumes: Set(flushing!.map(\.volume)).sorted()))
-        } else if done {
-            actions.append(.finished)
         }
         return actions
     }

@@ -69,11 +69,7 @@ package struct Group {
         return .saved() + ready
     }
 
-    /// How many slots of the window may be busy, and how often a flush is asked for.
-    package mutating func adapt(windowLimit: Int, checkpointBytes: Int) {
-        cycle?.windowLimit = windowLimit
-        cycle?.checkpointBytes = checkpointBytes
-    }
+    package mutating func adapt(_ pace: MovePace) { cycle?.pace = pace }
 
     /// The number that a point formed for a request made now will have at least.
     package var nextNumber: UInt64 { cycle?.nextNumber(record) ?? record.lastNumber + 1 }

@@ -142,9 +142,7 @@ final class GroupThread {
         performing = false
     }
 
-    func adapt(windowLimit: Int, checkpointBytes: Int) {
-        group.adapt(windowLimit: windowLimit, checkpointBytes: checkpointBytes)
-    }
+    func adapt(_ pace: MovePace) { group.adapt(pace) }
 
     private func begin(_ configuration: Replicator.Configuration) {
         end()

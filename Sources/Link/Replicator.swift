@@ -261,13 +261,13 @@ package final class Replicator {
                 group.handle(.linkLost("the peer answered \(String(cString: strerror(error)))"))
             } else if index < window * NBDLink.partsPerSlot {
                 if let event = sender.acknowledged(index) {
-                    group.adapt(windowLimit: sender.windowLimit, checkpointBytes: sender.checkpointBytes)
+                    group.adapt(sender.pace)
                     group.handle(event)
                 }
             } else {
                 sender.noteProgress()
                 flushesLeft -= 1
-                if flushesLeft == 0 { group.handle(.flushed) }
+                if flushesLeft == 0 { group.handle(.move(.flushed)) }
             }
         }
     }
@@ -281,7 +281,7 @@ package final class Replicator {
         case .prepare: prepare()
         case .form(let number): form(number)
         case .rewind: rewind()
-        case .drain(let action): perform(action)
+        case .move(let action): perform(action)
         case .commit(let number, let previous, let formedAt): commit(number, previous, formedAt)
         case .endPoint(let number): endPoint(number)
         case .giveUp: giveUp()
@@ -442,7 +442,7 @@ package final class Replicator {
 
     // MARK: Draining
 
-    private func perform(_ action: Drain.Action) {
+    private func perform(_ action: MoveAction) {
         switch action {
         case .read(let slot, let volume):
             guard let point = group.record.held?.number else { return }
@@ -453,7 +453,6 @@ package final class Replicator {
                 slot, offset, length, session: session, epoch: epoch, isSeeded: group.record.primary?.fromImage == true)
         case .flush(let volumes): flush(volumes)
         case .clear(let runs): clear(runs)
-        case .finished: break
         }
     }
 

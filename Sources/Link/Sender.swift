@@ -142,14 +142,16 @@ package final class Sender {
         comparison = Comparison(policy: configuration.compare)
     }
 
+    var pace: MovePace { MovePace(limit: windowLimit, checkpointBytes: checkpointBytes) }
+
     /// Slots that may be busy: as many as hold what should be on its way.
-    var windowLimit: Int {
+    private var windowLimit: Int {
         let slots = Int((flow.bytes / max(4096, runLength)).rounded(.up))
         return min(window, max(Limits.linkSmallestWindow, slots))
     }
 
     /// Two seconds' worth: what a lost link costs at most.
-    var checkpointBytes: Int {
+    private var checkpointBytes: Int {
         let bounded = bucket.rate > 0 ? min(flow.bytesPerSecond, Double(bucket.rate)) : flow.bytesPerSecond
         return Int(min(Double(configuration.settings.checkpointBytes), max(1_048_576, 2 * bounded)))
     }
@@ -194,11 +196,11 @@ package final class Sender {
         case .data(let grains, let offset, let length):
             slots[slot].isZero = isZero(contents(slot), length)
             runLength = 0.98 * runLength + 0.02 * Double(length)
-            return .read(slot: slot, grains: grains, offset: offset, length: length)
+            return .move(.read(slot: slot, grains: grains, offset: offset, length: length))
         case .zeroes(let grains, let offset, let length):
             slots[slot].isZero = true
-            return .read(slot: slot, grains: grains, offset: offset, length: length)
-        case .nothing: return .read(slot: slot, grains: nil, offset: 0, length: 0)
+            return .move(.read(slot: slot, grains: grains, offset: offset, length: length))
+        case .nothing: return .move(.read(slot: slot, grains: nil, offset: 0, length: 0))
         case .gone: return nil  // whoever ended the point has told
         case .failed(let errno):
             let volume = configuration.volumes[slots[slot].volume].name
@@ -256,7 +258,7 @@ package final class Sender {
         let spared = length - runs.reduce(0) { $0 + $1.count }
         bytesSpared += UInt64(spared)
         comparison.found(alike: spared, of: length)
-        guard !runs.isEmpty else { return .sent(slot: slot, wire: 0) }
+        guard !runs.isEmpty else { return .move(.sent(slot: slot, wire: 0)) }
         slots[slot].parts = runs.count
         for (index, run) in runs.enumerated() { outgoing.append(Part(slot: slot, index: index, range: run)) }
         return nil
@@ -339,7 +341,7 @@ package final class Sender {
         onTheWay -= slots[slot].onTheWay
         slots[slot].onTheWay = 0
         if !slots[slot].isZero { flow.acknowledged(slots[slot].sending, bytes: slots[slot].wire, now: lastProgress) }
-        return .sent(slot: slot, wire: slots[slot].wire)
+        return .move(.sent(slot: slot, wire: slots[slot].wire))
     }
 
     func noteProgress() { lastProgress = monotonicNanoseconds() }

@@ -492,7 +492,7 @@ package final class Reactor {
         guard hosted.volume.mayFormPoint else {
             // A restore began meanwhile: hosts see the restored data before it is there, and a drain would send what was.
             hosted.holdExpired = true
-            hosted.volume.hold()
+            hosted.volume.holdAcknowledgements()
             return
         }
         hosted.volume.formPoint(number: point, targetFile: targetFile, preserved: preserved)
@@ -502,7 +502,7 @@ package final class Reactor {
     package func hold(_ number: VolumeNumber) {
         let hosted = hosted(number)
         beginHold(number, hosted)
-        hosted.volume.hold()
+        hosted.volume.holdAcknowledgements()
     }
 
     /// At the deadline acknowledgements go by themselves.

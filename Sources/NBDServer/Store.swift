@@ -279,7 +279,7 @@ extension Reactor {
     private func startDrain(_ drain: DrainRead) -> Bool {
         let hosted = hosted(drain.volume)
         let volume = hosted.volume
-        guard let point = volume.point, point.number == drain.point else {
+        guard volume.heldPoint == drain.point else {
             drain.answer(.gone)
             return true
         }
@@ -389,7 +389,7 @@ extension Reactor {
         drains[index] = nil
         hosted.volume.releaseRequest(slot)
         resourcesFreed = true
-        if hosted.volume.point?.number != drain.point {
+        if hosted.volume.heldPoint != drain.point {
             drain.answer(.gone)
         } else if request.error != 0 {
             drain.answer(.failed(errno: request.error))

@@ -82,6 +82,10 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
         }
     }
 
+    /// It leaves out a rule of the engine, which other builds cannot.
+    package var needsOwnBuild: Bool { !engine.isEmpty }
+    package static var areBuiltIn: Bool { EngineFaults.areBuiltIn }
+
     /// The scenario that shows it.
     package var scenario: any Scenario.Type {
         switch self {

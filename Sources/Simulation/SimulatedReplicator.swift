@@ -11,7 +11,7 @@ extension SimulatedSite {
         events = []
         let ready = group.begin(
             Cycle.Settings(interval: .continuous, volumes: World.volumes, window: 4, checkpointBytes: 4))
-        group.adapt(windowLimit: 1 + world.random.below(4), checkpointBytes: 4)
+        group.adapt(MovePace(limit: 1 + world.random.below(4), checkpointBytes: 4))
         performing = true
         save(ready, ofCycle: true)
         performing = false
@@ -58,7 +58,7 @@ extension SimulatedSite {
         case .rewind:
             epoch += 1
             for index in 0..<World.volumes { post(index) { $0.volume.rewindDrain() } }
-        case .drain(let action): perform(action)
+        case .move(let action): perform(action)
         case .commit(let number, let previous, _): commit(number, previous)
         case .endPoint(let number):
             for index in 0..<World.volumes { post(index) { $0.volume.endPoint(number: number) } }
@@ -150,7 +150,7 @@ extension SimulatedSite {
 
     // MARK: Draining
 
-    private func perform(_ action: Drain.Action) {
+    private func perform(_ action: MoveAction) {
         let sender = epoch
         switch action {
         case .read(let slot, let index):
@@ -161,17 +161,16 @@ extension SimulatedSite {
         case .clear(let runs):
             guard let point = record.held?.number else { return }
             for run in runs { post(run.volume) { $0.volume.clearOutOfSync(run.grains, point: point) } }
-        case .finished: break
         }
     }
 
     private func drainRead(
         _ slot: Int, _ index: Int, _ volume: SimulatedVolume, _ point: UInt64, _ sender: UInt64
     ) {
-        guard volume.volume.point?.number == point, sender == epoch else { return }
+        guard volume.volume.heldPoint == point, sender == epoch else { return }
         guard let grains = volume.volume.nextOutOfSync(limit: 1 + world.random.below(4)) else {
             world.tasks.append { [unowned self] in
-                event(.read(slot: slot, grains: nil, offset: 0, length: 0), sender)
+                event(.move(.read(slot: slot, grains: nil, offset: 0, length: 0)), sender)
             }
             return
         }
@@ -184,7 +183,7 @@ extension SimulatedSite {
             let data = Array(UnsafeRawBufferPointer(start: request.buffer, count: length))
             world.tasks.append { [unowned self] in
                 guard sender == epoch else { return }
-                handle(.read(slot: slot, grains: grains, offset: UInt64(offset), length: length))
+                handle(.move(.read(slot: slot, grains: grains, offset: UInt64(offset), length: length)))
                 if fault == .clearEarly { post(index) { $0.volume.clearOutOfSync(grains, point: point) } }
                 send(slot, index, offset, data, sender)
             }
@@ -206,18 +205,18 @@ extension SimulatedSite {
             ) { [unowned self] request in
                 let failed = request.error != 0
                 world.tasks.append { [unowned self] in
-                    event(failed ? .linkLost("the peer failed") : .sent(slot: slot, wire: 1), sender)
+                    event(failed ? .linkLost("the peer failed") : .move(.sent(slot: slot, wire: 1)), sender)
                 }
             }
             if !accepted { send(slot, index, offset, data, sender) }
         }
-        if fault == .commitEarly { event(.sent(slot: slot, wire: 1), sender) }
+        if fault == .commitEarly { event(.move(.sent(slot: slot, wire: 1)), sender) }
     }
 
     private func flush(_ flushed: [Int], _ sender: UInt64) {
         let opened = linkSession
         if fault == .acknowledgeFlushEarly {
-            world.tasks.append { [unowned self] in event(.flushed, sender) }
+            world.tasks.append { [unowned self] in event(.move(.flushed), sender) }
             return
         }
         var left = flushed.count
@@ -225,7 +224,7 @@ extension SimulatedSite {
             world.tasks.append { [unowned self] in
                 flushOne(index, peer, opened) { [unowned self] in
                     left -= 1
-                    if left == 0 { world.tasks.append { [unowned self] in event(.flushed, sender) } }
+                    if left == 0 { world.tasks.append { [unowned self] in event(.move(.flushed), sender) } }
                 }
             }
         }

@@ -334,7 +334,7 @@ package final class World: Scenario {
 
     private var stuckState: String {
         let volumes = primary.volumes.map {
-            "point \($0.volume.point?.number ?? 0) oos \($0.volume.outOfSyncGrains) ready \($0.volume.mayFormPoint) requests \($0.volume.requestsInUse) io \($0.pending.count)"
+            "point \($0.volume.heldPoint ?? 0) oos \($0.volume.outOfSyncGrains) ready \($0.volume.mayFormPoint) requests \($0.volume.requestsInUse) io \($0.pending.count)"
         }
         let state = primary.group.cycle.map { "\($0.state)" } ?? "no cycle"
         return

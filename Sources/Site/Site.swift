@@ -295,7 +295,7 @@ package actor Site {
         var apart = false
         for volume in members(group) {
             let number = volume.number
-            if await volume.reactor.run({ $0.hosted(number).volume.point?.number }) != held { apart = true }
+            if await volume.reactor.run({ $0.hosted(number).volume.heldPoint }) != held { apart = true }
         }
         guard apart else { return }
         await onEngines(group) { $0.giveUpPoint() }

@@ -37,8 +37,6 @@ package struct Configuration: Sendable {
         package var limits: ServerLimits
     }
 
-    package enum Mode: String, Sendable { case flashcopy }
-
     package struct GroupEntry: Sendable {
         package var name: String
         package var volumes: [String]

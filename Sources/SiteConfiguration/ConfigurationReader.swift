@@ -241,7 +241,7 @@ struct ConfigurationReader {
             throw fail(section, "role", "is '\(roleText)'; it must be 'primary' or 'secondary'")
         }
         let modeText = entry["mode"] == nil ? "flashcopy" : try string(entry, section, "mode")
-        guard let mode = Configuration.Mode(rawValue: modeText) else {
+        guard let mode = Mode(rawValue: modeText) else {
             throw fail(section, "mode", "is '\(modeText)'; this version has the mode 'flashcopy'")
         }
         var commands: [GroupEvent: String] = [:]

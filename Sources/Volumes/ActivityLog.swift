@@ -180,8 +180,7 @@ extension Volume {
     /// After power loss: what is set in either recording bitmap, and all of `regions`, may have changed.
     package func recoverChanges(regions: Bitmap) {
         mergeOutOfSync()
-        forEachGrainRun(of: regions) { changeRecording.set($0) }
-        changeCount = changeRecording.population()
+        forEachGrainRun(of: regions) { leg.mark($0) }
     }
 
     /// The same for what changed since a FlashCopy that survived.
@@ -274,7 +273,7 @@ extension Volume {
         activity.health = .distrusted
         activity.entering.clearAll()
         activity.wanted.clearAll()
-        if mergeFailed { finishMerge() }
+        if leg.merge == .failed { leg.finishMerge() }
         if backgroundWork { backgroundDue = true }
         resumeAll(activity.waiters.takeAll())
     }

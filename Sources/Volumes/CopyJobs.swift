@@ -72,7 +72,7 @@ extension Volume {
 
     private func neededBits(_ word: Int) -> UInt64 {
         var bits: UInt64 = 0
-        if let point { bits |= outOfSync.word(word) & ~point.preserved.word(word) }
+        if let hold { bits |= hold.needed(word, unsent: leg.outOfSync) }
         if preserveIndex >= 0 { bits |= ~preservedBits(word) }
         if let restore { bits |= restore.pending.word(word) }
         return bits
@@ -103,7 +103,7 @@ extension Volume {
         let bit = UInt64(1) << UInt64(grain & 63)
         let word = grain >> 6
         return Need(
-            point: point.map { outOfSync.word(word) & ~$0.preserved.word(word) & bit != 0 } ?? false,
+            point: hold.map { $0.needed(word, unsent: leg.outOfSync) & bit != 0 } ?? false,
             copy: preserveIndex >= 0 && preservedBits(word) & bit == 0)
     }
 
@@ -241,8 +241,8 @@ extension Volume {
         if wanted.point || wanted.copy {
             job.pointee.purpose = .preserve
             if wanted.point {
-                job.pointee.targetPoint = point!.number
-                job.pointee.pointFile = point!.targetFile
+                job.pointee.targetPoint = hold!.number
+                job.pointee.pointFile = hold!.file
             }
             if wanted.copy { aim(job, at: chain[preserveIndex]) }
         } else {
@@ -256,7 +256,7 @@ extension Volume {
     func aim(_ job: UnsafeMutablePointer<CopyJob>, at copy: FlashCopy) {
         job.pointee.targetCopy = copy.id
         job.pointee.copyFile = copy.targetFile
-        job.pointee.durable = copy.durable && !faults.contains(.skipDurability)
+        job.pointee.durable = copy.durable && !omits(.skipDurability)
         job.pointee.targetIsZero = copy.targetIsZero
     }
 
@@ -310,7 +310,7 @@ extension Volume {
 
     /// Whether what was read is what the target lacks: no host write can have come before the read.
     private func stillReads(_ slot: Int32) -> Bool {
-        guard !faults.contains(.skipReadCheck) else { return true }
+        guard !omits(.skipReadCheck) else { return true }
         let job = jobs[Int(slot)]
         switch job.purpose {
         case .preserve:
@@ -360,7 +360,7 @@ extension Volume {
             return
         }
         // The point may have ended while its old content was read; nobody needs it then.
-        if job.pointee.targetPoint != point?.number ?? 0 { job.pointee.targetPoint = 0 }
+        if job.pointee.targetPoint != heldPoint ?? 0 { job.pointee.targetPoint = 0 }
         job.pointee.writesLeft =
             (job.pointee.targetPoint != 0 ? 1 : 0) + (job.pointee.targetCopy >= 0 ? 1 : 0)
         guard job.pointee.writesLeft > 0 else { return endJob(slot) }
@@ -375,8 +375,8 @@ extension Volume {
             if job.copyError == 0 { markRestored(job.grains) }
             return
         }
-        if job.targetPoint != 0, job.pointError == 0, let point, point.number == job.targetPoint {
-            point.preserved.set(job.grains)
+        if job.targetPoint != 0, job.pointError == 0, let hold, hold.number == job.targetPoint {
+            hold.took(job.grains)
             pointBitmapIsDirty = true
         }
         if job.targetCopy >= 0, job.copyError == 0, let index = chainIndex(job.targetCopy) {
@@ -432,7 +432,7 @@ extension Volume {
         let copyError = job.readError != 0 ? job.readError : job.copyError
         switch job.purpose {
         case .preserve:
-            if pointError != 0, job.targetPoint != 0, point?.number == job.targetPoint {
+            if pointError != 0, job.targetPoint != 0, heldPoint == job.targetPoint {
                 giveUpPoint(errno: pointError)
             }
             guard copyError != 0, job.targetCopy >= 0 else { return 0 }
@@ -523,7 +523,7 @@ extension Volume {
 
     /// Whether a write has to wait because bits that let it go are set, but not yet on stable storage.
     func waitsForRecord(_ slot: Int32, _ grains: Range<Int>) -> Bool {
-        guard flushBatch.stage == .record, !faults.contains(.skipDurability) else { return false }
+        guard flushBatch.stage == .record, !omits(.skipDurability) else { return false }
         var job = flushBatch.runningHead
         while job >= 0 {
             if jobs[Int(job)].grains.overlaps(grains) {

@@ -1,6 +1,7 @@
-// EngineFaults.swift: mistakes that the simulator can switch on, to show that its checker sees them.
+// EngineFaults.swift: mistakes that the simulator can switch on, to show that its checker sees them, in a build of its own: others are
+// compiled without (`make simulate FAULT=…`, DELIBERATE_FAULTS in Package.swift).
 
-/// Rules of the engine that are left out on purpose. Empty in every volume that holds anybody's data.
+/// Rules of the engine that are left out on purpose.
 package struct EngineFaults: OptionSet, Sendable {
     package let rawValue: UInt16
     package init(rawValue: UInt16) { self.rawValue = rawValue }
@@ -23,4 +24,27 @@ package struct EngineFaults: OptionSet, Sendable {
     package static let forgetHeir = EngineFaults(rawValue: 1 << 7)
     /// A write under a copy with background copy is not noted in its changes.
     package static let forgetChanges = EngineFaults(rawValue: 1 << 8)
+}
+
+extension EngineFaults {
+    /// This build can make them.
+    package static var areBuiltIn: Bool {
+        #if DELIBERATE_FAULTS
+            true
+        #else
+            false
+        #endif
+    }
+}
+
+extension Volume {
+    /// Whether a rule is left out.
+    @inline(__always)
+    func omits(_ rule: EngineFaults) -> Bool {
+        #if DELIBERATE_FAULTS
+            faults.contains(rule)
+        #else
+            false
+        #endif
+    }
 }

@@ -145,7 +145,7 @@ extension Volume {
         if let restore, let restored = chainIndex(restore.copy), restored < index, chain[restored].state != .active {
             return false
         }
-        guard let heir = heir(of: index), !faults.contains(.dropHandover) else { return true }
+        guard let heir = heir(of: index), !omits(.dropHandover) else { return true }
         let id = chain[index].id
         for active in 0..<activeJobCount where jobs[Int(activeJobs[active])].targetCopy == id {
             return false  // its outcome decides what there is to hand over

@@ -242,7 +242,7 @@ extension Volume {
     }
 
     /// Holds acknowledgements while FlashCopies of several volumes are established.
-    package func hold() { holding = true }
+    package func holdAcknowledgements() { holding = true }
 
     /// After a change of the chain: who takes old content, and whether there is work in the background.
     func reviewChain() {
@@ -377,7 +377,7 @@ extension Volume {
 
     /// C1: the source, which is about to be written, differs here from every copy.
     func recordChanges(_ grains: Range<Int>) {
-        if recording, !omits(.forgetMark) { mark(grains) }  // V1
+        if recording, !omits(.forgetMark) { leg.mark(grains) }  // V1
         guard !omits(.forgetChanges) else { return }
         if preserveIndex >= 0, chain[preserveIndex].recordsChanges { chain[preserveIndex].changes.set(grains) }
         guard refreshingCount > 0 else { return }

@@ -66,7 +66,7 @@ extension Volume {
     private func stillHolds(_ slot: Int32) -> Bool {
         let request = requests[Int(slot)]
         // The volume's own data is where it is; during a restore it may be in a copy that clients write to.
-        if request.view == .volume && request.segmentFile == Self.source || faults.contains(.skipReadCheck) {
+        if request.view == .volume && request.segmentFile == Self.source || omits(.skipReadCheck) {
             return true
         }
         let segment = geometry.grains(
@@ -80,11 +80,7 @@ extension Volume {
         switch view {
         case .volume: return resolveVolume(grains)
         case .point:
-            guard let point else { return nil }
-            if point.preserved.contains(grains.lowerBound) {
-                return (point.targetFile, point.preserved.firstClear(in: grains) ?? grains.upperBound)
-            }
-            return (Self.source, point.preserved.firstSet(in: grains) ?? grains.upperBound)
+            return hold?.location(of: grains)
         default:
             guard let index = chainIndex(view.rawValue), chain[index].state != .failed else {
                 return nil

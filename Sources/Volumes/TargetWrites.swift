@@ -29,7 +29,7 @@ extension Volume {
         }
         let grains = geometry.grains(
             offset: request.pointee.cursor, length: request.pointee.end - request.pointee.cursor)
-        if let heir = heir(of: index), !faults.contains(.forgetHeir),
+        if let heir = heir(of: index), !omits(.forgetHeir),
             !prepareGrains(of: heir, in: grains, for: slot, handsOver: true)
         {
             return

@@ -59,24 +59,13 @@ package final class Volume {
     package static let fileCapacity = 2 * Limits.copiesPerVolume + 8
 
     // Change recording and the point.
-    /// Two bitmaps that exchange the roles CR and OOS at every point; `roles.changeRecordingIndex` says which is which.
-    let recordingBitmaps: (Bitmap, Bitmap)
-    let roles: UnsafeMutablePointer<RecordingRoles>
-    /// Whether writes are recorded (the volume is the primary of a group).
-    package var recording = false
-    var changeCount = 0
-    var outOfSyncCount = 0
-    package var point: PointHold?
+    /// What the remote lacks.
+    package var leg: Leg
+    package internal(set) var hold: Hold?
     /// The bitmap of the next point must be cleared first: the last one has set bits there, or nobody knows.
     package internal(set) var pointBitmapIsDirty = true
-    /// The drain has been given every run before this grain.
-    var drainCursor = 0
     var epoch: UInt32 = 0
     package internal(set) var holding = false
-    /// Bits of a point that was given up are in both bitmaps until they are on stable storage in the one.
-    var isMerging = false
-    /// Its flush has failed; it ends once that is written down.
-    var mergeFailed = false
     var unsettledCount = 0
 
     // FlashCopies, oldest first.
@@ -115,8 +104,9 @@ package final class Volume {
 
     let activity: ActivityLog
     private var flushGate: FlushGate
-    /// Empty, except where a test shows that it sees what they break.
-    let faults: EngineFaults
+    #if DELIBERATE_FAULTS
+        let faults: EngineFaults
+    #endif
 
     // Copy jobs.
     let jobs: UnsafeMutablePointer<CopyJob>
@@ -137,15 +127,18 @@ package final class Volume {
         copyBuffers: CopyBuffers, requestCapacity: Int = Limits.requestsPerVolume,
         smallestRegion: UInt64 = ActivityLog.smallestRegion, faults: EngineFaults = []
     ) {
-        self.faults = faults
+        #if DELIBERATE_FAULTS
+            self.faults = faults
+        #else
+            invariant(faults.isEmpty, "this build makes no deliberate faults")
+        #endif
         activity = ActivityLog(geometry: geometry, smallestRegion: smallestRegion)
         invariant(
             bitmaps.0.count == geometry.grainCount && bitmaps.1.count == geometry.grainCount,
             "a bitmap has a bit for each grain")
         self.geometry = geometry
         self.requestCapacity = requestCapacity
-        recordingBitmaps = bitmaps
-        self.roles = roles
+        leg = Leg(bitmaps: bitmaps, roles: roles)
         self.copyBuffers = copyBuffers
         requests = .allocate(capacity: requestCapacity)
         // Each request has at most two I/Os in flight (a flush during a restore), each job two, plus the batch's flush.
@@ -160,8 +153,6 @@ package final class Volume {
         jobs = .allocate(capacity: Limits.copyJobsPerVolume)
         freeJobs = FixedQueue(capacity: Limits.copyJobsPerVolume)
         activeJobs = .allocate(capacity: Limits.copyJobsPerVolume)
-        changeCount = changeRecording.population()
-        outOfSyncCount = outOfSync.population()
     }
 
     deinit {
@@ -348,7 +339,7 @@ package final class Volume {
     /// A flush of the source has failed. The kernel tells a write-back error once, and may have dropped the pages: whoever flushed, with
     /// FUA or without, nothing may call what was written durable any more until the volume is opened anew.
     private func loseSource(errno: Int32) {
-        roles.pointee.sourceLost = 1
+        leg.roles.pointee.sourceLost = 1
         guard flushError == 0 else { return }
         flushError = errno
         emit(.sourceLost(errno: errno))
@@ -407,21 +398,9 @@ package final class Volume {
     }
 
     /// Grains written since the last point was formed.
-    package var changedGrains: Int { changeCount }
+    package var changedGrains: Int { leg.changeCount }
     /// Grains still to be sent for the point being drained.
-    package var outOfSyncGrains: Int { outOfSyncCount }
-}
-
-/// Which of a volume's two recording bitmaps records changes; lies in mapped memory and outlives a process crash.
-package struct RecordingRoles: BitwiseCopyable {
-    /// 0 or 1; one aligned store changes the roles of both bitmaps at once.
-    package var changeRecordingIndex: UInt64 = 0
-    /// The point that the other bitmap and the point's target belong to; 0 once it was given up here. The group's record
-    /// learns that later, and a crash may come between.
-    package var heldPoint: UInt64 = 0
-    /// 1 = a flush of the volume's own file has failed since it was opened: what was written before may be gone, as after power loss.
-    package var sourceLost: UInt64 = 0
-    package init() {}
+    package var outOfSyncGrains: Int { leg.outOfSyncCount }
 }
 
 /// The buffers of copy jobs, shared by the volumes of one reactor.

@@ -13,16 +13,8 @@
 import Base
 
 extension Volume {
-    package var changeRecording: Bitmap {
-        roles.pointee.changeRecordingIndex == 0 ? recordingBitmaps.0 : recordingBitmaps.1
-    }
-
-    package var outOfSync: Bitmap {
-        roles.pointee.changeRecordingIndex == 0 ? recordingBitmaps.1 : recordingBitmaps.0
-    }
-
     /// Whether any write has to look at bitmaps other than CR.
-    private var preserves: Bool { point != nil || preserveIndex >= 0 || restore != nil }
+    private var preserves: Bool { hold != nil || preserveIndex >= 0 || restore != nil }
 
     /// Brings a modifying request as far as it can go just now.
     func advanceWrite(_ slot: Int32) {
@@ -43,7 +35,7 @@ extension Volume {
             barrierWaiters.append(slot, in: requests)
             return
         }
-        if activity.isOn, !faults.contains(.skipActivityLog), !enterRegions(slot) { return }
+        if activity.isOn, !omits(.skipActivityLog), !enterRegions(slot) { return }
         var segmentEnd = request.pointee.end
         if preserves {
             let grains = geometry.grains(
@@ -93,17 +85,15 @@ extension Volume {
                 token: token(slot), fast: request.pointee.fast))
     }
 
-    func mark(_ grains: Range<Int>) { changeCount += changeRecording.set(grains) }
-
     func completeWrite(_ slot: Int32, _ errno: Int32) {
         let request = requests + Int(slot)
         let start = request.pointee.cursor
         let segment = geometry.grains(offset: start, length: request.pointee.segmentEnd - start)
         // V1: the mark that was set before the issue went to the point; the data may have come after the cut.
         if recording, request.pointee.view == .volume, request.pointee.epoch != epoch,
-            !faults.contains(.forgetInFlightMark)
+            !omits(.forgetInFlightMark)
         {
-            mark(segment)
+            leg.mark(segment)
         }
         if request.pointee.unsettled { settle(slot) }
         if errno != 0 {
@@ -126,7 +116,7 @@ extension Volume {
     /// Flags every write that is on its way to a file. Until it ends, what it touches belongs to neither side of
     /// the cut for sure, and nobody may read that range of the file as point-in-time data.
     func unsettleWritesInFlight(to file: StoreFile) {
-        guard modifyingInFlight > 0, !faults.contains(.ignoreUnsettled) else { return }
+        guard modifyingInFlight > 0, !omits(.ignoreUnsettled) else { return }
         for slot in 0..<requestsUsed {
             let request = requests + slot
             if request.pointee.isModifying, request.pointee.state == .issued, request.pointee.segmentFile == file,

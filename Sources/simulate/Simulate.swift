@@ -47,6 +47,11 @@ struct Simulate {
             default: misuse("unknown argument '\(argument)'")
             }
         }
+        if catches || fault?.needsOwnBuild == true || probed?.needsOwnBuild == true, !DeliberateFault.areBuiltIn {
+            misuse(
+                "this build makes no faults of the engine; `make simulate FAULT=…` or `make simulate CATCH=all` makes one that does"
+            )
+        }
         if let probed { probe(probed, steps: steps) }
         if catches { catchAll(steps: steps) }
         if let fault { scenarios = [fault.scenario] }

@@ -149,12 +149,11 @@ extension Cycle.Action {
         case .prepare(let number): "prepare point \(number)"
         case .form(let number): "form point \(number)"
         case .rewind: "begin the drain anew"
-        case .drain(.read(let slot, let volume)): "read volume \(volume) into slot \(slot)"
-        case .drain(.send(let slot, _, let offset, let length)): "send \(length) bytes at \(offset) from slot \(slot)"
-        case .drain(.flush(let volumes)): "flush volume \(volumes.map(String.init).joined(separator: ", ")) at the peer"
-        case .drain(.clear(let runs)):
+        case .move(.read(let slot, let volume)): "read volume \(volume) into slot \(slot)"
+        case .move(.send(let slot, _, let offset, let length)): "send \(length) bytes at \(offset) from slot \(slot)"
+        case .move(.flush(let volumes)): "flush volume \(volumes.map(String.init).joined(separator: ", ")) at the peer"
+        case .move(.clear(let runs)):
             "clear \(runs.map { "\($0.grains) of volume \($0.volume)" }.joined(separator: ", "))"
-        case .drain(.finished): "drained"
         case .commit(let number, let previous, _): "commit point \(number) after \(previous.map(String.init) ?? "none")"
         case .endPoint(let number): "end point \(number)"
         case .giveUp: "give the point up"
@@ -369,9 +368,10 @@ struct GroupTranscript {
                 changed: line.fields["changed"] == nil ? volumes : line.list("changed").compactMap { Int($0) })
         case "read":
             let grains = line.number("grain").map { Int($0)..<Int($0) + 1 }
-            return .read(slot: Int(line.required("slot")), grains: grains, offset: 0, length: grains == nil ? 0 : 100)
-        case "sent": return .sent(slot: Int(line.required("slot")), wire: 100)
-        case "flushed": return .flushed
+            return .move(
+                .read(slot: Int(line.required("slot")), grains: grains, offset: 0, length: grains == nil ? 0 : 100))
+        case "sent": return .move(.sent(slot: Int(line.required("slot")), wire: 100))
+        case "flushed": return .move(.flushed)
         case "committed": return .committed(at: 6)
         case "declined": return .commitRefused(reason)
         case "pointlost": return .pointLost(reason)
