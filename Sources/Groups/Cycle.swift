@@ -13,6 +13,8 @@
 //
 // The record is the group's (`Group`); what happens to it here is part of a step.
 
+import Base
+
 package enum Interval: Sendable, Equatable {
     case continuous
     /// Nanoseconds from one forming to the next.
@@ -152,10 +154,11 @@ package struct Cycle {
     package static let longestIdle: UInt64 = 1_000_000_000
     private var formedAt: UInt64 = 0
 
-    package init(settings: Settings) {
+    /// - Parameter state: what it begins with, for who has read `place` and wants to see it.
+    package init(settings: Settings, state: State = .connecting) {
         self.settings = settings
+        self.state = state
         pace = MovePace(limit: settings.window, checkpointBytes: settings.checkpointBytes)
-        state = .connecting
     }
 
     /// First actions after a start of the process.
@@ -194,39 +197,51 @@ package struct Cycle {
         }
     }
 
-    mutating func handle(_ event: Event, _ record: inout GroupRecord, now: UInt64) -> Ready {
-        switch event {
-        case .suspend: return suspend(&record)
-        case .resume: return resume(&record)
-        case .request:
+    /// What a state makes of an event. What answers something that was given up meanwhile, or asks for what is no more, is late.
+    package static func place(of event: Event, in state: State) -> Place {
+        let isHandled: Bool =
+            switch (event, state) {
+            case (.tick, _), (.suspend, _), (.resume, _), (.request, _): true
+            case (.sessionOpened, .connecting), (.sessionFailed, .connecting): true
+            case (.allMarked, .marking): true
+            case (.prepared, .preparing), (.notReady, .preparing): true
+            case (.formed, .forming): true
+            case (.move, .moving): true
+            case (.committed, .committing), (.commitRefused, .committing): true
+            case (.gaveUp, .givingUp): true
+            // Nothing is under way, or it is being given up.
+            case (.linkLost, .stopped), (.linkLost, .offline), (.linkLost, .givingUp): false
+            case (.linkLost, _): true
+            // No point is held, or it is being given up.
+            case (.pointLost, .givingUp), (.pointLost, .marking), (.pointLost, .idle), (.pointLost, .preparing): false
+            case (.pointLost, _): true
+            case (.sessionOpened, _), (.sessionFailed, _), (.allMarked, _), (.prepared, _), (.notReady, _),
+                (.formed, _), (.move, _), (.committed, _), (.commitRefused, _), (.gaveUp, _):
+                false
+            }
+        return isHandled ? .handled : .late
+    }
+
+    package mutating func handle(_ event: Event, _ record: inout GroupRecord, now: UInt64) -> Ready {
+        guard Self.place(of: event, in: state) == .handled else { return Ready() }
+        switch (event, state) {
+        case (.tick, _): return tick(record, now)
+        case (.suspend, _): return suspend(&record)
+        case (.resume, _): return resume(&record)
+        case (.request, _):
             requested = true
             return tick(record, now)
-        case .tick: return tick(record, now)
-        case .linkLost(let reason): return lost(reason, &record, now)
-        case .pointLost(let reason): return pointLost(reason, &record)
-        default: break
-        }
-        switch (state, event) {
-        case (.connecting, .sessionOpened(let peer)): return opened(peer, &record, now)
-        case (.connecting, .sessionFailed(let reason, let retry)):
-            return failed(reason, retry: retry, &record, now)
-        case (.marking(let peer), .allMarked): return marked(peer, &record, now)
-        case (.preparing(let number), .prepared(let changed)):
-            guard changed || isWanted(record, now) else {
-                state = .idle
-                return Ready()
-            }
-            requested = false
-            formedAt = now
-            record.primary?.point = .forming(number)
-            record.lastNumber = number
-            state = .forming(number)
-            return .saved(then: [.form(number: number)])
-        case (.preparing, .notReady):
+        case (.sessionOpened(let peer), _): return opened(peer, &record, now)
+        case (.sessionFailed(let reason, let retry), _): return failed(reason, retry: retry, &record, now)
+        case (.linkLost(let reason), _): return lost(reason, &record, now)
+        case (.pointLost(let reason), _): return pointLost(reason, &record)
+        case (.allMarked, .marking(let peer)): return marked(peer, &record, now)
+        case (.prepared(let changed), .preparing(let number)): return prepared(number, changed, &record, now)
+        case (.notReady, _):
             notBefore = now + Self.readyRetry
             state = .idle
             return Ready()
-        case (.forming(let number), .formed(let time, let intact, let changed)):
+        case (.formed(let time, let intact, let changed), .forming(let number)):
             guard intact else {
                 // Whoever asked for it still waits; but not at once, since hosts were held for nothing.
                 requested = true
@@ -236,13 +251,30 @@ package struct Cycle {
             let point = PointRecord(number: number, formedAt: time)
             record.primary?.point = .held(point)
             return .saved() + startMove(point, record, changed)
-        case (.moving(let point, let mover), .move(let event)): return move(point, mover, event, record)
-        case (.committing(let point), .committed(let time)): return committed(point, time, &record, now)
-        case (.committing, .commitRefused(let reason)):
+        case (.move(let event), .moving(let point, let mover)): return move(point, mover, event, record)
+        case (.committed(let time), .committing(let point)): return committed(point, time, &record, now)
+        case (.commitRefused(let reason), _):
             return Ready([.closeLink]) + giveUp(.retry("the peer refused the point: \(reason)"))
-        case (.givingUp(let next), .gaveUp): return gaveUp(next, &record, now)
-        default: return Ready()  // an answer to something that was given up meanwhile
+        case (.gaveUp, .givingUp(let next)): return gaveUp(next, &record, now)
+        case (.allMarked, _), (.prepared, _), (.formed, _), (.move, _), (.committed, _), (.gaveUp, _):
+            invariantFailed("only what a state has a place for is handled", #fileID, #line)
         }
+    }
+
+    /// - Parameter changed: some volume was written to since the last point.
+    private mutating func prepared(
+        _ number: UInt64, _ changed: Bool, _ record: inout GroupRecord, _ now: UInt64
+    ) -> Ready {
+        guard changed || isWanted(record, now) else {
+            state = .idle
+            return Ready()
+        }
+        requested = false
+        formedAt = now
+        record.primary?.point = .forming(number)
+        record.lastNumber = number
+        state = .forming(number)
+        return .saved(then: [.form(number: number)])
     }
 
     // MARK: Link

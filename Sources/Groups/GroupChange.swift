@@ -45,14 +45,6 @@ package enum GroupChange: Sendable, Equatable {
     /// Points up to this one are lost; when it is the newest, the peer must send everything to a copy of this identity.
     case pointsVoided(through: UInt64, lineage: String)
 
-    package enum Place: Sendable {
-        case handled
-        /// It has been overtaken: nothing is changed, and nobody need know.
-        case late
-        /// Whoever asks has not looked: nothing is changed, and it is an error.
-        case impossible
-    }
-
     /// What each phase makes of it.
     package func place(in phase: Phase.Kind) -> Place {
         let (secondary, mirroring, handingOver, failedOver) = row
@@ -90,6 +82,15 @@ package enum GroupChange: Sendable, Equatable {
         default: false
         }
     }
+}
+
+/// What a state makes of what comes to it.
+package enum Place: Sendable {
+    case handled
+    /// It has been overtaken: nothing is changed, and nobody need know.
+    case late
+    /// Whoever asks has not looked: nothing is changed, and it is an error.
+    case impossible
 }
 
 /// A primary that has given up its role: its last state is the first recovery point of the new direction.

@@ -12,7 +12,7 @@ package struct Ready: Equatable {
     /// Only once it is; dropped when it cannot be saved.
     package private(set) var after: [Cycle.Action] = []
 
-    init(_ actions: [Cycle.Action] = []) { before = actions }
+    package init(_ actions: [Cycle.Action] = []) { before = actions }
 
     static func saved(then actions: [Cycle.Action] = []) -> Ready {
         var ready = Ready()

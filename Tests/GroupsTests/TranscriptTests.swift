@@ -70,3 +70,49 @@ func places(phase: String) throws {
     let found = samples(Line("change")).map { "\($0.key) \($0.value.place(in: record.phase.kind))" }.sorted()
     #expect(found.joined(separator: ", ") == places[phase])
 }
+
+/// Each event of the cycle once, in each of its states: its place, and that it keeps to it.
+@Test("every event has its place in every state of the cycle")
+func cyclePlaces() throws {
+    let settings = Cycle.Settings(interval: .continuous, volumes: 1)
+    let mover = Mode.flashcopy.mover(
+        MoveShape(volumes: [0], window: 1, pace: MovePace(limit: 1, checkpointBytes: 1)))
+    let peer = PeerState(session: 1, site: "west", lineage: "L", committed: point(7))
+    let states: [(String, Cycle.State)] = [
+        ("stopped", .stopped("why")), ("offline", .offline("why", retryAt: 0)), ("connecting", .connecting),
+        ("marking", .marking(peer)), ("idle", .idle), ("preparing", .preparing(9)), ("forming", .forming(9)),
+        ("moving", .moving(point(9), mover)), ("committing", .committing(point(9))), ("giving up", .givingUp(.carryOn)),
+    ]
+    let events: [(String, Cycle.Event)] = [
+        ("tick", .tick), ("opened", .sessionOpened(peer)), ("refused", .sessionFailed("why", retry: true)),
+        ("lost", .linkLost("why")), ("marked", .allMarked), ("prepared", .prepared(changed: true)),
+        ("unready", .notReady), ("formed", .formed(at: 1, intact: true, changed: [0])), ("move", .move(.flushed)),
+        ("committed", .committed(at: 1)), ("declined", .commitRefused("why")), ("pointlost", .pointLost("why")),
+        ("gaveup", .gaveUp), ("suspend", .suspend), ("resume", .resume), ("request", .request),
+    ]
+    var found: [String: String] = [:]
+    for (state, value) in states {
+        var handled: [String] = []
+        for (name, event) in events {
+            var record = try GroupRecord("counted=9 held=9 committed=7 lineage=L")
+            var cycle = Cycle(settings: settings, state: value)
+            let before = record
+            let ready = cycle.handle(event, &record, now: 1)
+            if Cycle.place(of: event, in: value) == .handled {
+                handled.append(name)
+            } else {
+                #expect(ready == Ready() && record == before, "\(name) is late while \(state), and does something")
+            }
+        }
+        found[state] = handled.joined(separator: " ")
+    }
+    let always = "suspend resume request"
+    #expect(
+        found == [
+            "stopped": "tick pointlost \(always)", "offline": "tick pointlost \(always)",
+            "connecting": "tick opened refused lost pointlost \(always)", "marking": "tick lost marked \(always)",
+            "idle": "tick lost \(always)", "preparing": "tick lost prepared unready \(always)",
+            "forming": "tick lost formed pointlost \(always)", "moving": "tick lost move pointlost \(always)",
+            "committing": "tick lost committed declined pointlost \(always)", "giving up": "tick gaveup \(always)",
+        ])
+}
