@@ -62,7 +62,7 @@ package struct ControlServer: Sendable {
     private func addShown(_ routes: inout Routes) {
         routes.serve(Endpoints.status) { try await $0.site.status(group: $0[.group]) }
         routes.serve(Endpoints.events) { $0.site.events.list(group: $0[.group]) }
-        routes.serve(Endpoints.points) { try await $0.site.points($0.name) }
+        routes.serve(Endpoints.points) { try $0.site.points($0.name) }
         routes.serve(Endpoints.flashCopies) { try await $0.site.listFlashCopies() }
         routes.serve(Endpoints.flashCopy) { asked in
             let volumes = asked[.volumes].map { $0.split(separator: ",").map(String.init) }

@@ -62,7 +62,7 @@ struct Routes {
 /// Refusals in words, with their status; anything else is ours and says so.
 private func respond(_ site: Site, early: Bool, _ body: () async throws -> Response) async -> Response {
     do {
-        if !early, await !site.isStarted { throw Refusal("the site is starting; try again", .passing) }
+        if !early, !site.isStarted { throw Refusal("the site is starting; try again", .passing) }
         return try await body()
     } catch let error as Refusal {
         return errorResponse(error)

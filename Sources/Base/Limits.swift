@@ -104,7 +104,8 @@ package enum Limits {
     package static let changedWordsPerAnswer = 16 << 10
     /// A site that is asked to give up a role and could not begin after this long is asked again.
     /// Calls of the control plane that wait for the disk at the same time.
-    package static let diskThreads = 8
+    package static let diskThreads = 16
+    package static let diskThreadsPerCaller = 4
     /// For which hosts wait for the peer to note that nothing else can say any more what they change.
     package static let distrustSeconds = 3
     package static let yieldWaitSeconds = 60

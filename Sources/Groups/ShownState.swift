@@ -25,6 +25,15 @@ extension Group {
 }
 
 extension GroupRecord {
+    /// Age of the newest point that the remote has committed, in seconds, at a time in seconds since 1970; nil before the first, and after a
+    /// change of roles until the first in the new direction.
+    package func lag(at now: Double) -> Double? {
+        guard failedOver == nil, conflict == nil, let point = role == .primary ? lastCommitted : points.last,
+            point.isBase != true
+        else { return nil }
+        return max(0, now - point.formedAt)
+    }
+
     /// Of a group that has no replicator: its state, and why, in words.
     ///
     /// - Parameters:

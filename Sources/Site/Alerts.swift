@@ -66,7 +66,7 @@ extension Site {
                 review(group)
                 keepTime(group)
             }
-            watchSpace()
+            await watchSpace()
             try? await Task.sleep(for: .milliseconds(200))
         }
     }
@@ -74,7 +74,7 @@ extension Site {
     private func review(_ group: GroupState) {
         let record = group.record
         let now = realSeconds()
-        let lag = lagSeconds(group, now)
+        let lag = record.lag(at: now)
         if let limit = group.entry.lagLimit, let lag, lag > limit {
             alert(group, .lagExceeded, "the lag is more than \(limit) s")
         } else {
@@ -150,7 +150,7 @@ extension Site {
     private func keepTime(_ group: GroupState) {
         let now = realSeconds()
         if let replicator = group.replicator {
-            let rate = currentRate(group)
+            let rate = group.entry.rate(group.record, at: now)
             if rate != group.appliedRate {
                 group.appliedRate = rate
                 replicator.setRate(rate)
@@ -183,32 +183,10 @@ extension Site {
         return true
     }
 
-    /// Bytes a second over the link just now; 0 = unbounded.
-    func currentRate(_ group: GroupState) -> UInt64 {
-        if let rate = group.record.rate { return rate }
-        var (time, parts) = (time_t(realSeconds()), tm())
-        localtime_r(&time, &parts)
-        let minute = Int(parts.tm_hour) * 60 + Int(parts.tm_min)
-        let window = group.entry.link.rateWindows.first {
-            $0.from < $0.to ? ($0.from..<$0.to).contains(minute) : minute >= $0.from || minute < $0.to
-        }
-        return window?.rate ?? group.entry.link.rate
-    }
-
     /// Bounds the link from now on, through restarts; nil = as configured.
     package func setRate(_ name: String, _ rate: UInt64?) async throws {
         let group = try group(name)
         try await group.handle.change(.rate(rate))
         keepTime(group)
-    }
-
-    /// Age of the newest point that the remote has committed; nil before the first, and after a change of roles until the
-    /// first in the new direction.
-    func lagSeconds(_ group: GroupState, _ now: Double) -> Double? {
-        let record = group.record
-        guard record.failedOver == nil, record.conflict == nil,
-            let point = record.role == .primary ? record.lastCommitted : record.points.last, point.isBase != true
-        else { return nil }
-        return max(0, now - point.formedAt)
     }
 }

@@ -151,8 +151,8 @@ extension Site {
 
     /// - Throws: when something of what is to be noted has found nobody.
     private func noteElsewhere(_ volume: VolumeState) async throws {
-        let marking = Result { try volume.markSource() }
-        if case .success = marking { return }
+        let marking: Result<Void, any Error>
+        do { return try await volume.markSource(disks) } catch { marking = .failure(error) }
         let debt = volume.debt
         let group = group(ofVolume: volume.name)
         var isOwed = !debt.failed.isEmpty

@@ -176,26 +176,29 @@ extension Site {
         record.set = set
         let opened: OpenFile
         if let target {
-            (opened, record.targetIsZero) = try openOperatorTarget(target, volume)
+            (opened, record.targetIsZero) = try await openOperatorTarget(target, volume)
         } else {
-            opened = try volume.openTarget(record.id, create: true)
+            opened = try await newTarget(volume, record.id)
         }
         return try await writeDown(record, volume, opened)
     }
 
     func writeDown(_ record: CopyRecord, _ volume: VolumeState, _ target: OpenFile) async throws -> NewCopy {
         if record.isFilled { try await startActivityLog(volume) }
-        let files = CopyFiles(
-            target: ReopenableFile(target),
-            bitmap: try BitmapFile(
-                path: volume.bitmapPath(record.id),
-                header: volume.header(ofCopy: record.id, recordsChanges: record.isFilled), create: true))
-        if record.isDurable {
-            try target.synchronize()
-            try synchronizeDirectory("\(volume.directory)/copies")
+        let header = volume.header(ofCopy: record.id, recordsChanges: record.isFilled)
+        let (path, directory) = (volume.bitmapPath(record.id), "\(volume.directory)/copies")
+        let (files, storage) = try await disks.run {
+            let bitmap = try BitmapFile(path: path, header: header, create: true)
+            if record.isDurable {
+                try target.synchronize()
+                try synchronizeDirectory(directory)
+            }
+            return (
+                CopyFiles(target: ReopenableFile(target), bitmap: bitmap),
+                record.target.map { _ in StorageInstance.text(of: target) }
+            )
         }
         do {
-            let storage = record.target.map { _ in StorageInstance.text(of: target) }
             try volume.amend { written in
                 written.nextCopy += 1
                 written.copies.append(record)
@@ -208,13 +211,24 @@ extension Site {
         return NewCopy(volume: volume, record: record, files: files)
     }
 
+    func newTarget(_ volume: VolumeState, _ owner: CopyID) async throws -> OpenFile {
+        let (path, size) = (volume.targetPath(owner), volume.geometry.size)
+        return try await disks.run { try makeTarget(path, size: size) }
+    }
+
+    func openOperatorTarget(_ path: String, _ volume: VolumeState) async throws -> (OpenFile, isZero: Bool) {
+        let (name, size) = (volume.name, volume.geometry.size)
+        return try await disks.run { try Self.operatorTarget(path, of: name, size) }
+    }
+
     /// A file or device of the operator's, and whether it reads as zeroes.
     ///
-    /// - Parameter recorded: it holds data of a copy, and so must be as large as that left it.
-    func openOperatorTarget(
-        _ path: String, _ volume: VolumeState, recorded: Bool = false
+    /// - Parameters:
+    ///   - name, size: of the volume.
+    ///   - recorded: it holds data of a copy, and so must be as large as that left it.
+    static func operatorTarget(
+        _ path: String, of name: String, _ size: UInt64, recorded: Bool = false
     ) throws -> (OpenFile, isZero: Bool) {
-        let size = volume.geometry.size
         let target: OpenFile
         do {
             target = try OpenFile.storage(path: path, waitMilliseconds: recorded ? 2000 : 0)
@@ -235,14 +249,14 @@ extension Site {
             }
             guard present == 0 || present == size else {
                 throw Refusal(
-                    "the target \(path) has \(present) bytes, volume '\(volume.name)' has \(size); give a file of that size, "
+                    "the target \(path) has \(present) bytes, volume '\(name)' has \(size); give a file of that size, "
                         + "or a new one")
             }
             if present == 0 { try target.truncate(to: size) }
             return (target, present == 0)
         }
         guard present >= size else {
-            throw Refusal("the target \(path) has \(present) bytes, volume '\(volume.name)' needs \(size)")
+            throw Refusal("the target \(path) has \(present) bytes, volume '\(name)' needs \(size)")
         }
         return (target, false)
     }
@@ -311,7 +325,7 @@ extension Site {
     func settle(_ copy: NewCopy) async throws {
         guard copy.record.isDurable else { return }
         try await copy.volume.flushSource()
-        try await copy.volume.flushTargets()
+        try await copy.volume.flushTargets(disks)
         try synchronizeChanges(copy.volume)
     }
 
@@ -543,22 +557,28 @@ extension Site {
         guard await volume.reactor.run({ $0.hosted(number).volume.copy(id)?.isComplete }) == true,
             volume.record.copies.contains(where: { $0.id == id && !$0.isComplete })
         else { return }
-        copyCompleted(volume, id)
+        await copyCompleted(volume, id)
     }
 
     /// The background copy is finished; once its data is on stable storage the target is an image by itself.
-    func copyCompleted(_ volume: VolumeState, _ id: CopyID) {
+    func copyCompleted(_ volume: VolumeState, _ id: CopyID) async {
         guard let files = volume.copies[id], let record = volume.record.copies.first(where: { $0.id == id }) else {
             return
         }
-        do { try files.target.open().synchronize() } catch {
-            let (number, errno) = (volume.number, error.errno)
+        do { try await disks.run { try files.target.open().synchronize() } } catch {
+            let (number, errno) = (volume.number, (error as? SystemError)?.errno ?? EIO)
             volume.reactor.perform { $0.hosted(number).volume.targetFlushFailed(id, errno: errno) }
             return
         }
+        let directory = "\(volume.directory)/copies"
         do {
-            try files.bitmap.synchronize()
-            try synchronizeDirectory("\(volume.directory)/copies")
+            try await disks.run {
+                try files.bitmap.synchronize()
+                try synchronizeDirectory(directory)
+            }
+            // It may have failed, or left, meanwhile.
+            guard volume.record.copies.contains(where: { $0.id == id && $0.state != .failed && $0.state != .lost })
+            else { return }
             try volume.update(id) { $0.isComplete = true }
         } catch {
             note(

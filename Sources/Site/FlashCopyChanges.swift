@@ -245,10 +245,10 @@ extension Site {
             target = try files.target.open()
             record.targetIsZero = false
         } else if let path = old.target {
-            (target, record.targetIsZero) = try openOperatorTarget(path, volume)
+            (target, record.targetIsZero) = try await openOperatorTarget(path, volume)
         } else {
             record.targetOwner = record.id
-            target = try volume.openTarget(record.id, create: true)
+            target = try await newTarget(volume, record.id)
             record.targetIsZero = true
         }
         return try await writeDown(record, volume, target)
@@ -270,9 +270,13 @@ extension Site {
     }
 
     /// An empty bitmap of grains to restore, on stable storage.
-    func makeRestoreBitmap(_ volume: VolumeState) throws -> BitmapFile {
-        let file = try BitmapFile(path: volume.restoreBitmapPath, header: volume.restoreHeader, create: true)
-        try synchronizeDirectory(volume.directory)
+    func makeRestoreBitmap(_ volume: VolumeState) async throws -> BitmapFile {
+        let (path, header, directory) = (volume.restoreBitmapPath, volume.restoreHeader, volume.directory)
+        let file = try await disks.run {
+            let file = try BitmapFile(path: path, header: header, create: true)
+            try synchronizeDirectory(directory)
+            return file
+        }
         volume.restoreBitmap = file
         return file
     }

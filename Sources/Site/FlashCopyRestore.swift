@@ -172,7 +172,7 @@ extension Site {
         let kept = try await prepare(
             FlashCopyRequest(name: name, volumes: [volume.name]), volume, target: nil, order: volume.takeOrder())
         part.kept = kept
-        _ = try makeRestoreBitmap(volume)
+        _ = try await makeRestoreBitmap(volume)
         try volume.amend { record in
             record.restoring = VolumeRecord.Restoring(
                 copy: part.copy.id, decided: false, kept: kept.record.id, decision: decision)
@@ -195,8 +195,8 @@ extension Site {
     /// the copy.
     private func settle(_ part: Restoration) async throws {
         try await part.volume.flushSource()
-        try await part.volume.flushTargets()
-        try part.volume.restoreBitmap?.synchronize()
+        try await part.volume.flushTargets(disks)
+        if let bitmap = part.volume.restoreBitmap { try await disks.run { try bitmap.synchronize() } }
         if let kept = part.kept { try await settle(kept) }
     }
 

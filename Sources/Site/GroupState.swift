@@ -33,15 +33,14 @@ final class GroupRecordFile: @unchecked Sendable {
 
 extension GroupRecord: VersionedRecord {}
 
+@dynamicMemberLookup
 final class GroupState {
-    let entry: Configuration.GroupEntry
-    /// Its thread has the record.
-    let handle: GroupHandle
+    /// What others than the site's thread may read.
+    let board: GroupBoard
+    var entry: Configuration.GroupEntry { board.entry }
+    var handle: GroupHandle { board.handle }
     /// The same, while this site sends to its peer.
-    var replicator: GroupHandle? { isReplicating ? handle : nil }
-    private(set) var isReplicating = false
-    /// The session of the primary's replicator (secondary).
-    var session: UInt64?
+    var replicator: GroupHandle? { self.isReplicating ? handle : nil }
     /// Files of a point that is not in the chains yet.
     var madeFiles: (id: CopyID, files: [(VolumeState, CopyFiles)])?
     /// What the exports of its volumes show of recovery points.
@@ -56,9 +55,14 @@ final class GroupState {
     let turnstile = Turnstile()
 
     init(entry: Configuration.GroupEntry, record: GroupRecord, file: DurableRecord<GroupRecord>) throws {
-        self.entry = entry
         let file = GroupRecordFile(record, file)
-        handle = try GroupHandle(name: entry.name, record: record) { try file.save($0) }
+        board = GroupBoard(entry, try GroupHandle(name: entry.name, record: record) { try file.save($0) })
+    }
+
+    /// Written by the site's thread alone.
+    subscript<Value: Sendable>(dynamicMember fact: WritableKeyPath<GroupFacts, Value>) -> Value {
+        get { board.facts.withLock { $0[keyPath: fact] } }
+        set { board.facts.withLock { $0[keyPath: fact] = newValue } }
     }
 
     /// The record as it is just now.
@@ -68,13 +72,13 @@ final class GroupState {
     var isUnsaved: Bool { handle.status.isUnsaved }
 
     func begin(isolation: isolated (any Actor)? = #isolation, _ configuration: Replicator.Configuration) async {
-        isReplicating = true
+        self.isReplicating = true
         await handle.begin(configuration)
     }
 
     func endReplication(isolation: isolated (any Actor)? = #isolation) async {
         await handle.end()
-        isReplicating = false
+        self.isReplicating = false
     }
 
     /// What the records of its volumes say while they are served in it, in either role: what the roles mean for the bitmaps is
@@ -86,23 +90,14 @@ final class GroupState {
 
     /// Hosts may write here.
     var servesHosts = false
-    /// Why a primary does not serve hosts yet.
-    var isolation: String?
     /// Bytes that clients had written when the group failed over to this site; nil after a restart.
     var writtenAtFailover: UInt64?
-    var operation: Operation?
     var isRetiring = false
-    var lastVerify: VerifyReport?
-    /// Since the start.
-    var verifiedBytes: UInt64 = 0
-    var differencesFound: UInt64 = 0
     /// The rate that the replicator was told last.
     var appliedRate: UInt64 = 0
     /// When the schedules are due next, seconds since 1970.
     var nextCycle: Double?
     var nextScrub: Double?
-    /// Alerts that are on, with what they say.
-    var alerts: [AlertKind: String] = [:]
 }
 
 /// What happened, for `farcopy events`; the newest thousand.

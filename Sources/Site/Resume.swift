@@ -155,7 +155,9 @@ extension Site {
         // A bit that only the last process's mapping had must be durable before a write relies on it: `VolumeState.confirm` flushes it
         // before anything is written.
         let target =
-            if let path = record.target { try openOperatorTarget(path, volume, recorded: true).0 } else {
+            if let path = record.target {
+                try Self.operatorTarget(path, of: volume.name, volume.geometry.size, recorded: true).0
+            } else {
                 try volume.openTarget(record.targetOwner, create: missing && record.targetOwner == record.id)
             }
         // If a flush of it has failed in the last run, only what is on storage counts.

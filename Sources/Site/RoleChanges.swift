@@ -14,17 +14,6 @@ import NBDServer
 import Ring
 import Volumes
 
-/// Work on a group that takes a while, and that an operator may follow and end.
-final class Operation {
-    enum Kind: String { case resync, switchover, failback, verify }
-    let kind: Kind
-    let startedAt = realSeconds()
-    /// What it waits for, in words.
-    var step = "begins"
-    var isAborted = false
-    init(_ kind: Kind) { self.kind = kind }
-}
-
 extension Site {
     // MARK: Resync
 
@@ -152,7 +141,7 @@ extension Site {
     func notMirroring(_ group: GroupState) -> String {
         group.record.role == .secondary
             ? "group '\(group.entry.name)' is secondary at '\(configuration.site)'; give this command to its primary, '\(group.entry.peer)'"
-            : "group '\(group.entry.name)' is not mirrored from '\(configuration.site)': \(stateWithoutReplicator(group).1 ?? "")"
+            : "group '\(group.entry.name)' is not mirrored from '\(configuration.site)': \(board.shownState(group.board).1 ?? "")"
     }
 
     /// A point formed from now on and committed by the peer.
@@ -372,7 +361,7 @@ extension Site {
         if kind == "restore" { return try await abandonRestore(name) }
         let group = try group(name)
         if let operation = group.operation, operation.kind.rawValue == kind {
-            operation.isAborted = true
+            operation.abort()
             return "\(text) ends"
         }
         switch kind {

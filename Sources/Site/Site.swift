@@ -36,6 +36,7 @@ package actor Site {
     private let siteRecordFile: DurableRecord<SiteRecord>
     let siteRecord: SiteRecord
     let exports: ExportDirectory
+    nonisolated let board: StatusBoard
     private let reactorSettings: ReactorSettings
     private var reactors: [ReactorHandle] = []
     private var greeter: ReactorHandle?
@@ -54,8 +55,6 @@ package actor Site {
     var readyWaiters: [CopyID: CheckedContinuation<Void, Never>] = [:]
     /// When the progress of a background copy was looked at first, and how many grains it had.
     var fillStarts: [CopyID: (at: UInt64, grains: Int)] = [:]
-    /// Everything is back where the last process left it; before that only peers are answered, about roles.
-    package private(set) var isStarted = false
     private(set) var isStopping = false
     private var listening: [Address] = []
 
@@ -74,6 +73,7 @@ package actor Site {
         var limits = configuration.nbd.limits
         limits.connections = descriptors.clients
         exports = ExportDirectory(tlsPolicy: configuration.nbd.tls)
+        board = StatusBoard(configuration, exports)
         reactorSettings = ReactorSettings(
             limits: limits,
             credentials: configuration.nbd.tls == .off ? nil : try TLSCredentials(configuration.nbd.files),
@@ -109,6 +109,7 @@ package actor Site {
                 entry, state: state, reactor: reactors[index % count], bootID: bootID, role: record?.role,
                 hasPoints: record?.points.isEmpty == false, force: force)
             volumes[entry.name] = volume
+            board.volumes.withLock { $0.append(volume.board) }
             for finding in volume.findings {
                 note(group(ofVolume: entry.name)?.entry.name, "volume \(entry.name): \(finding)")
             }
@@ -136,7 +137,7 @@ package actor Site {
             listening.append(address)
         }
         for group in groups.values { try await goOn(group) }
-        isStarted = true
+        board.isStarted.store(true, ordering: .releasing)
         await dropVerifyCopies()
         Task { await watch() }
     }
@@ -173,7 +174,9 @@ package actor Site {
             path: "\(state.group(entry.name))/group.record", value: &found)
         let record = found ?? GroupRecord.first(entry.role, identity: randomIdentity())
         if found == nil { try file.save(record) }
-        groups[entry.name] = try GroupState(entry: entry, record: record, file: file)
+        let group = try GroupState(entry: entry, record: record, file: file)
+        groups[entry.name] = group
+        board.groups.withLock { $0.append(group.board) }
     }
 
     /// The record learns which volumes the group has now, and which of them were served elsewhere meanwhile.
@@ -281,7 +284,7 @@ package actor Site {
                     policy: peer.tls, files: configuration.nbd.files, user: peer.tlsUser),
                 peer: replicationPeer(group, peer),
                 connectionsPerVolume: link.connections ?? max(1, 4 / members.count), compare: link.compare,
-                stallTimeout: link.stallTimeout, rate: currentRate(group),
+                stallTimeout: link.stallTimeout, rate: group.entry.rate(group.record, at: realSeconds()),
                 log: { text in
                     logger.info("group \(name): \(text)")
                     events.add(group: name, text)
@@ -327,7 +330,7 @@ package actor Site {
             group?.replicator?.pointLost(reason)
         case .copyFailed(let id, let errno): await copyFailed(volume, id, errno)
         case .copyWithdrawn(let id): copyWithdrawn(volume, id)
-        case .copyCompleted(let id): copyCompleted(volume, id)
+        case .copyCompleted(let id): await copyCompleted(volume, id)
         case .copyReady(let id): copyReady(id)
         case .failureUnwritten(let id, let errno): await failureUnwritten(volume, id, errno)
         case .activityLogFailed(let errno): await activityLogFailed(volume, errno)

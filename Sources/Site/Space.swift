@@ -53,11 +53,15 @@ extension Site {
     private static let secondsBetweenLooks: UInt64 = 5
 
     /// Looks at the file systems, every few seconds, and takes the reserve again when there is room.
-    func watchSpace() {
+    func watchSpace() async {
         let now = monotonicNanoseconds()
         guard now >= nextSpaceLook else { return }
         nextSpaceLook = now + Self.secondsBetweenLooks * 1_000_000_000
-        let (began, over) = space.take(fileSystems())
+        let (state, candidates) = (state.path, candidates())
+        guard let found = try? await disks.run({ Self.fileSystems(of: [state] + candidates.filter(isSparse)) }) else {
+            return
+        }
+        let (began, over) = space.take(found)
         for report in over { note(nil, "alert over: space: \(report.words)") }
         for report in began {
             note(nil, "alert: space: \(report.words)")
@@ -85,13 +89,17 @@ extension Site {
             if reserveProblem != words { note(nil, words) }
             reserveProblem = words
         }
+        let (fileSystems, alerts) = (
+            space.fileSystems, space.alerts + (reserveProblem.map { ["reserve: \($0)"] } ?? [])
+        )
+        board.space.withLock { $0 = (fileSystems, alerts) }
     }
 
     /// Those that what the site writes may fill: the state directory's, and those of sparse volumes and of targets.
-    private func fileSystems() -> [FileSystemReport] {
+    private static func fileSystems(of paths: [String]) -> [FileSystemReport] {
         var found: [FileSystemReport] = []
         var devices: Set<UInt64> = []
-        for path in [state.path] + growingFiles() {
+        for path in paths {
             guard let fileSystem = FileSystem(holding: path), devices.insert(fileSystem.device).inserted else {
                 continue
             }
@@ -103,13 +111,16 @@ extension Site {
         return found
     }
 
-    private func growingFiles() -> [String] {
+    private func candidates() -> [String] {
         volumes.values.sorted { $0.name < $1.name }.flatMap { volume in
             [volume.source.path] + volume.record.copies.compactMap { $0.state == .lost ? nil : $0.target }
-        }.filter { path in
-            var facts = stat()
-            return stat(path, &facts) == 0 && facts.st_mode & S_IFMT == S_IFREG
-                && UInt64(facts.st_blocks) * 512 < UInt64(facts.st_size)
         }
     }
+}
+
+/// A file that takes more space as it is written to.
+private func isSparse(_ path: String) -> Bool {
+    var facts = stat()
+    return stat(path, &facts) == 0 && facts.st_mode & S_IFMT == S_IFREG
+        && UInt64(facts.st_blocks) * 512 < UInt64(facts.st_size)
 }

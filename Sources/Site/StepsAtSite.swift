@@ -212,7 +212,7 @@ extension Site {
     /// - Returns: their bytes.
     private func prepareRestore(_ volume: VolumeState, from id: CopyID) async throws -> UInt64 {
         _ = try volume.openActivityLog()  // a start finds it, should this be decided
-        let file = try makeRestoreBitmap(volume)
+        let file = try await makeRestoreBitmap(volume)
         let number = volume.number
         let grains = await volume.reactor.run { reactor in
             let engine = reactor.hosted(number).volume
@@ -220,8 +220,7 @@ extension Site {
             engine.markChanged(file.bitmap())
             return file.bitmap().population()
         }
-        try file.synchronize()
-        try volume.recording.synchronize()
+        try await flush([file, volume.recording])
         return UInt64(grains) * UInt64(volume.geometry.grain)
     }
 
@@ -273,7 +272,7 @@ extension Site {
                 }
                 try await Task.sleep(for: .milliseconds(2))
             }
-            try volume.recording.synchronize()
+            try await flush([volume.recording])
             try await volume.flushSource()
         }
     }
@@ -321,8 +320,12 @@ extension Site {
                 let ranges = byteRanges(words, firstWord: first, geometry)
                 await volume.reactor.run { $0.hosted(number).volume.markChanged(ranges) }
             }
-            try volume.recording.synchronize()
+            try await flush([volume.recording])
         }
+    }
+
+    func flush(_ bitmaps: [BitmapFile]) async throws {
+        _ = try await disks.each(bitmaps) { try $0.synchronize() }
     }
 
     /// The byte ranges of the set bits of a part of a bitmap.

@@ -206,7 +206,7 @@ extension Site {
     private func markDifferent(_ volume: VolumeState, _ runs: [Range<UInt64>]) async throws {
         let number = volume.number
         await volume.reactor.run { $0.hosted(number).volume.markChanged(runs) }
-        try volume.recording.synchronize()  // the report says that they are sent again
+        try await flush([volume.recording])  // the report says that they are sent again
     }
 
     // MARK: At the peer

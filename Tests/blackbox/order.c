@@ -26,7 +26,7 @@
 struct fault {
     char call[16];    // the call's name, as "fdatasync"; "*" = any that is told or can fail here
     char suffix[64];  // how the path ends
-    int32_t error;    // errno; 0: the process is killed instead of the call
+    int32_t error;    // errno; 0: the process is killed instead of the call; below 0: it takes so many seconds longer
     int32_t skip;     // so many calls are let through first; counts down
     int32_t left;     // so many are to fail; counts down
     int32_t half;     // a pwrite that fails has written half of it
@@ -84,6 +84,7 @@ static int fails(const char *call, const char *path) {
         }
     }
     pthread_mutex_unlock(&lock);
+    if (error < 0) return sleep(-error), 0;
     return error;
 }
 

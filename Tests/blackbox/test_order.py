@@ -46,7 +46,8 @@ class Recorder:
         return events[first:last + 1]
 
     def fail(self, call, suffix, error=errno.ENOSPC, count=1, skip=0, half=False):
-        """The next `count` such calls fail, after `skip` that do not. Error 0: the process is killed instead."""
+        """The next `count` such calls fail, after `skip` that do not. Error 0: the process is killed instead; below 0: they take so
+        many seconds longer."""
         with open(self.control, "r+b", buffering=0) as file:
             file.write(struct.pack("<16s64siiii", call.encode(), suffix.encode(), error, skip, count, half))
 

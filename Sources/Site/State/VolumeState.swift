@@ -42,7 +42,7 @@ struct NewPoint: Sendable {
 }
 
 /// An empty sparse file; one that is there is left over from an attempt that was not recorded.
-private func makeTarget(_ path: String, size: UInt64) throws -> OpenFile {
+func makeTarget(_ path: String, size: UInt64) throws -> OpenFile {
     unlink(path)
     let target = try OpenFile(path: path, flags: O_RDWR | O_CREAT)
     try target.truncate(to: size)
@@ -55,7 +55,9 @@ final class VolumeState {
     let source: OpenFile
     let directory: String
     let reactor: ReactorHandle
-    var number: VolumeNumber = -1
+    /// What others than the site's thread may read.
+    let board: VolumeBoard
+    var number: VolumeNumber = -1 { didSet { board.number.store(number, ordering: .releasing) } }
     private let kept: KeptRecord<VolumeRecord>
     var record: VolumeRecord { kept.value }
     let recording: BitmapFile
@@ -73,6 +75,7 @@ final class VolumeState {
     var restoreBitmap: BitmapFile?
     var restoreFile: StoreFile = -1
     var debt = DistrustDebt()
+    private let marking = Turnstile()
     /// While a restore begins hosts can only read.
     var shutsHostsOut = false
     /// Larger than the order of every copy and point in the chain.
@@ -230,6 +233,13 @@ final class VolumeState {
             try recordFile.save(record)
         }
         kept = KeptRecord(record) { try recordFile.save($0) }
+        board = VolumeBoard(entry.name, geometry, reactor)
+        showCopies()
+    }
+
+    private func showCopies() {
+        let copies = record.copies
+        board.copies.withLock { $0 = copies }
     }
 
     // MARK: What only some need
@@ -333,17 +343,29 @@ final class VolumeState {
     /// Notes at the volume's own file what the next start must not rely on.
     ///
     /// - Throws: for a block device, which has no attributes that last.
-    func markSource() throws {
-        guard try source.isRegularFile() else { throw SystemError("mark \(source.path)", errno: EOPNOTSUPP) }
-        try SourceMark(volume: record.id, logIsBroken: debt.log || record.logIsBroken, failed: debt.failed).write(
-            source)
+    func markSource(_ disks: DiskThreads, isolation: isolated (any Actor)? = #isolation) async throws {
+        // One after the other: each says what all have said before it.
+        await marking.enter()
+        defer { marking.leave() }
+        let source = source
+        let mark = SourceMark(volume: record.id, logIsBroken: debt.log || record.logIsBroken, failed: debt.failed)
+        try await disks.run {
+            guard try source.isRegularFile() else { throw SystemError("mark \(source.path)", errno: EOPNOTSUPP) }
+            try mark.write(source)
+        }
     }
 
     /// Changes the record, durably or not at all.
-    func amend(_ change: (inout VolumeRecord) throws -> Void) throws { try kept.amend(change) }
+    func amend(_ change: (inout VolumeRecord) throws -> Void) throws {
+        try kept.amend(change)
+        showCopies()
+    }
 
     /// Takes over what has happened already: in memory at once, and in the file as soon as it can be written.
-    func acknowledge(_ change: (inout VolumeRecord) -> Void) { kept.acknowledge(change) }
+    func acknowledge(_ change: (inout VolumeRecord) -> Void) {
+        kept.acknowledge(change)
+        showCopies()
+    }
 
     /// The record's file may hold another one; `settle` mends that.
     var isUnsaved: Bool { kept.isUnsaved }
@@ -376,11 +398,12 @@ final class VolumeState {
     }
 
     /// Flushes the targets of all copies, for what reads through them. An error counts for the copy jobs that write there as well.
-    func flushTargets(isolation: isolated (any Actor)? = #isolation) async throws {
+    func flushTargets(_ disks: DiskThreads, isolation: isolated (any Actor)? = #isolation) async throws {
         // All that one at rest has is there already.
         for (id, files) in copies {
-            do { try files.target.openNow?.synchronize() } catch {
-                let (number, errno) = (number, error.errno)
+            guard let target = files.target.openNow else { continue }
+            do { try await disks.run { try target.synchronize() } } catch {
+                let (number, errno) = (number, (error as? SystemError)?.errno ?? EIO)
                 await reactor.run { $0.hosted(number).volume.targetFlushFailed(id, errno: errno) }
                 throw error
             }
