@@ -360,9 +360,7 @@ extension Site {
             return
         }
         Task {
-            while made.contains(where: { $0.volume.isUnsaved }), !isStopping {
-                try? await Task.sleep(for: .milliseconds(200))
-            }
+            await wait(seconds: nil) { !made.contains { $0.volume.isUnsaved } }
             guard !isStopping else { return }
             for copy in made { await leave(copy.volume, copy.record.id) }
         }
@@ -400,9 +398,7 @@ extension Site {
 
     /// Another try may want the same targets; five seconds are enough unless older copies need a lot.
     func waitUntilGone(_ copies: [NewCopy]) async {
-        for _ in 0..<500 where copies.contains(where: { $0.volume.copies[$0.record.id] != nil }) {
-            try? await Task.sleep(for: .milliseconds(10))
-        }
+        await wait(seconds: 5) { !copies.contains { $0.volume.copies[$0.record.id] != nil } }
     }
 
     /// Takes back what was prepared; a target that belongs to the copy before stays.
@@ -600,6 +596,7 @@ extension Site {
             }
         }
         forget(volume, id, wasInChain: files != nil)
+        happened()
     }
 
     private func forget(_ volume: VolumeState, _ id: CopyID, wasInChain: Bool) {

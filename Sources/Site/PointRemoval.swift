@@ -181,8 +181,7 @@ extension Site {
                 members.contains { $0.copies[CopyID(number)] != nil && !$0.carriers.contains(number) }
             }
         }
-        let deadline = monotonicNanoseconds() + UInt64(Limits.dropSeconds) * 1_000_000_000
-        while !left().isEmpty, monotonicNanoseconds() < deadline { try? await Task.sleep(for: .milliseconds(10)) }
+        await wait(seconds: Double(Limits.dropSeconds)) { left().isEmpty }
         return left()
     }
 }

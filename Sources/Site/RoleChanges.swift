@@ -171,15 +171,18 @@ extension Site {
         var result: Result<PointRecord, Refusal>?
     }
 
-    private func settle(_ outcome: Outcome, _ result: Result<PointRecord, Refusal>) { outcome.result = result }
+    private func settle(_ outcome: Outcome, _ result: Result<PointRecord, Refusal>) {
+        outcome.result = result
+        happened()
+    }
 
-    private func waitUntil(_ operation: Operation, seconds: Double, _ condition: () -> Bool) async throws {
-        let deadline = monotonicNanoseconds() + UInt64(seconds * 1e9)
-        while !condition() {
-            guard !operation.isAborted else { throw Refusal("aborted by the operator") }
-            guard monotonicNanoseconds() < deadline else { throw Refusal("it took longer than \(Int(seconds)) s") }
-            try await Task.sleep(for: .milliseconds(5))
-        }
+    private func waitUntil(
+        _ operation: Operation, seconds: Double, _ condition: @escaping () -> Bool
+    ) async throws {
+        await wait(seconds: seconds) { condition() || operation.isAborted }
+        guard !condition() else { return }
+        guard !operation.isAborted else { throw Refusal("aborted by the operator") }
+        throw Refusal("it took longer than \(Int(seconds)) s")
     }
 
     /// Asks the peer to become primary at the point, in a session that ends every earlier request of this kind.
@@ -362,6 +365,7 @@ extension Site {
         let group = try group(name)
         if let operation = group.operation, operation.kind.rawValue == kind {
             operation.abort()
+            happened()
             return "\(text) ends"
         }
         switch kind {

@@ -53,6 +53,9 @@ package actor Site {
     var reserveProblem: String?
     /// Refreshes that wait until a copy is out of use.
     var readyWaiters: [CopyID: CheckedContinuation<Void, Never>] = [:]
+    /// Who waits for something to come about (`Occasions.swift`).
+    var waiting: [UInt64: Waiting] = [:]
+    var lastWait: UInt64 = 0
     /// When the progress of a background copy was looked at first, and how many grains it had.
     var fillStarts: [CopyID: (at: UInt64, grains: Int)] = [:]
     private(set) var isStopping = false
@@ -285,9 +288,10 @@ package actor Site {
                 peer: replicationPeer(group, peer),
                 connectionsPerVolume: link.connections ?? max(1, 4 / members.count), compare: link.compare,
                 stallTimeout: link.stallTimeout, rate: group.entry.rate(group.record, at: realSeconds()),
-                log: { text in
+                log: { [weak self] text in
                     logger.info("group \(name): \(text)")
                     events.add(group: name, text)
+                    Task { [weak self] in await self?.happened() }
                 },
                 refused: { [weak self] in Task { [weak self] in await self?.reviewAfterRefusal(name) } }))
     }
@@ -368,6 +372,7 @@ package actor Site {
             if group.isUnsaved { try? await group.handle.settle() }
             await withdrawCarriers(group)
         }
+        happened()
     }
 
     // MARK: Stopping
@@ -375,6 +380,7 @@ package actor Site {
     /// Ends in order: nothing is lost, and the next start has nothing to repair.
     package func stop() async {
         isStopping = true
+        happened()
         for group in groups.values {
             await stopReplication(group)
         }

@@ -27,7 +27,9 @@ extension Site {
     func perform(_ action: SiteAction, _ group: GroupState) async throws -> Answer {
         switch action {
         case .settle: try await group.handle.settle()
-        case .change(let change): try await group.handle.change(change)
+        case .change(let change):
+            try await group.handle.change(change)
+            happened()
         case .fence(let session): await fence(group, next: session)
         case .survey: return .survey(await survey(group))
         case .flushVolumes(let names): try await VolumeState.flushSources(names.compactMap { volumes[$0] })
@@ -250,8 +252,8 @@ extension Site {
         if (try? await group.handle.settle()) != nil { return await admitHosts(group) }
         note(group.entry.name, "hosts stay shut out until the group's record can be written")
         Task {
-            while group.isUnsaved, !isStopping { try? await Task.sleep(for: .milliseconds(200)) }
-            if group.isMirroring, !group.servesHosts { await admitHosts(group) }
+            await wait(seconds: nil) { !group.isUnsaved }
+            if !isStopping, group.isMirroring, !group.servesHosts { await admitHosts(group) }
         }
     }
 

@@ -166,12 +166,15 @@ class Order(OrderTest):
             ("answer", "200"))
 
     def test_other_commands_on_copies(self):
-        site = self.solo()
+        site, copied = self.solo(), 0
         for words in (("create", "disk", "a", "--copy", "--rate", "0"), ("create", "disk", "b"), ("clone", "disk", "b", "c"),
                       ("set", "disk", "b", "--writable"), ("refresh", "disk", "a"), ("restore", "disk", "b")):
             site.recorder.events()
             site.farcopy("flashcopy", *words)
             self.check_rules(site.recorder.events(), words[0], names_too=False)
+            # What goes on in the background writes a record of its own, while the next command may be making files.
+            copied += words[0] in ("create", "refresh") and words[2] == "a"
+            wait_for(lambda: site.farcopy("events").stdout.count("copy of 'a' is complete") == copied, what="the background copy")
 
     def test_a_background_copy_is_complete(self):
         """From then on it survives power loss: its data, its bitmap and their names are durable before the record says so."""
