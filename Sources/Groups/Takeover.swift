@@ -10,6 +10,30 @@ package struct TakeoverRefusal: Error, CustomStringConvertible {
     package init(_ description: String) { self.description = description }
 }
 
+/// A secondary's volumes before a commit.
+package struct IntakeSurvey: Sendable {
+    /// Writes to the intake that have not ended.
+    package var writesUnderWay: Int
+    /// A place in the chains of all volumes that nothing has taken.
+    package var order: UInt64
+    /// Volumes that have changed since the newest point, or may have.
+    package var changed: [String]
+    /// Of each retired point, the volumes that still have files.
+    package var retired: [UInt64: [String]]
+    /// The time of day, in seconds since 1970.
+    package var at: Double
+
+    package init(
+        writesUnderWay: Int, order: UInt64, changed: [String], retired: [UInt64: [String]] = [:], at: Double
+    ) {
+        self.writesUnderWay = writesUnderWay
+        self.order = order
+        self.changed = changed
+        self.retired = retired
+        self.at = at
+    }
+}
+
 package struct CommitPlan: Sendable, Equatable {
     package var point: PointRecord
     /// Points past their retention.

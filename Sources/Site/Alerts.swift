@@ -9,26 +9,6 @@ import Ring
 import SiteConfiguration
 import Volumes
 
-enum AlertKind: String, Sendable {
-    case lagExceeded = "lag"
-    case slowDrain = "drain"
-    case suspended
-    case splitBrain = "split-brain"
-    /// A secondary could not take what its primary sent.
-    case refused
-    /// Nobody takes the note that a volume's metadata is out of date.
-    case distrust
-
-    var command: GroupEvent? {
-        switch self {
-        case .lagExceeded: .lagExceeded
-        case .suspended: .suspended
-        case .splitBrain: .splitBrain
-        case .slowDrain, .refused, .distrust: nil
-        }
-    }
-}
-
 extension Site {
     func alert(_ group: GroupState, _ kind: AlertKind, _ text: String) {
         let isNew = group.alerts.updateValue(text, forKey: kind) == nil
@@ -52,7 +32,7 @@ extension Site {
                 "FARCOPY_SITE=\(configuration.site)",
                 "FARCOPY_VOLUMES=\(group.entry.volumes.joined(separator: " "))",
             ]
-        if let failure = await Self.run(command, variables, group.entry.hooks.timeout) {
+        if let failure = await OperatorCommand.run(command, variables, group.entry.hooks.timeout) {
             note(group.entry.name, "\(event.rawValue) \(failure)")
         }
     }

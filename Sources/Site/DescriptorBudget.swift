@@ -78,17 +78,6 @@ package struct DescriptorBudget: Sendable {
     }
 }
 
-extension Site {
-    /// FlashCopies leave room for the recovery points that groups of this site are yet to keep.
-    func requireDescriptors(forCopies count: Int) throws {
-        var toCome = 0
-        for group in groups.values where group.record.role == .secondary {
-            toCome += group.entry.volumes.count * (group.record.points.isEmpty ? 2 : 1)
-        }
-        try descriptors.require(2 * (count + toCome))
-    }
-}
-
 /// What a configuration, and the copies that are there, need.
 private struct Need {
     /// Rings, mailboxes, event loops, calls to peers, files that are open for a moment.
@@ -120,7 +109,7 @@ private struct Need {
         var pointsThere: [String: Int] = [:]
         for volume in configuration.volumes {
             let ids = Self.copies(of: volume.name, configuration.state)
-            let known = ids.count { $0 < Site.firstCopyID }
+            let known = ids.count { $0 < VolumeRecord.firstCopyID }
             flashCopies += Self.filesPerCopy * (ids.count - known)
             pointsThere[volume.name] = known
         }

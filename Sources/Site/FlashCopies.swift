@@ -22,8 +22,6 @@ struct NewCopy {
 }
 
 extension Site {
-    /// Identifiers of FlashCopies begin here, apart from those of recovery points, which are their numbers.
-    static let firstCopyID: CopyID = 1 << 62
     /// Bytes a second of a background copy when nothing is said.
     static let usualRate: UInt64 = 100 << 20
 
@@ -72,6 +70,15 @@ extension Site {
                 "volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit; withdraw some")
         }
         try checkNotRestoring(volume)
+    }
+
+    /// FlashCopies leave room for the recovery points that groups of this site are yet to keep.
+    func requireDescriptors(forCopies count: Int) throws {
+        var toCome = 0
+        for group in groups.values where group.record.role == .secondary {
+            toCome += group.entry.volumes.count * (group.record.points.isEmpty ? 2 : 1)
+        }
+        try descriptors.require(2 * (count + toCome))
     }
 
     func checkNotRestoring(_ volume: VolumeState) throws {
@@ -164,7 +171,8 @@ extension Site {
         originIsDurable: Bool? = nil
     ) async throws -> NewCopy {
         var record = CopyRecord(
-            id: Self.firstCopyID + volume.record.nextCopy, name: request.name, createdAt: realSeconds(), order: order,
+            id: VolumeRecord.firstCopyID + volume.record.nextCopy, name: request.name, createdAt: realSeconds(),
+            order: order,
             state: .creating)
         let number = volume.number
         let chainIsDurable = await volume.reactor.run { $0.hosted(number).volume.chainIsDurable }
@@ -296,7 +304,7 @@ extension Site {
     ) -> @Sendable (Reactor) -> (StoreFile, StoreFile) {
         { reactor in
             let hosted = reactor.hosted(number)
-            let isPoint = record.id < firstCopyID
+            let isPoint = record.id < VolumeRecord.firstCopyID
             let target = targetFile ?? hosted.addFile(parts.target, mayRest: isPoint)
             let bitmap = hosted.addFile(parts.bitmap.mapping.file, mapping: parts.bitmap.mapping, mayRest: isPoint)
             place(

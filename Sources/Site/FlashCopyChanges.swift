@@ -230,7 +230,7 @@ extension Site {
     /// What takes the place of a copy: the same, over the same target.
     private func successor(_ volume: VolumeState, _ old: CopyRecord) async throws -> NewCopy {
         var record = old
-        record.id = Self.firstCopyID + volume.record.nextCopy
+        record.id = VolumeRecord.firstCopyID + volume.record.nextCopy
         record.createdAt = realSeconds()
         record.order = volume.takeOrder()
         record.state = .creating

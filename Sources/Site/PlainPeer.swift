@@ -32,7 +32,9 @@ struct PlainPeer: PeerClient {
             "FARCOPY_FORMED_AT=\(timestamp(formedAt))",
             "FARCOPY_VOLUMES=\(volumes.joined(separator: " "))",
         ]
-        if let failure = await Site.run(command, variables, timeout) { throw Refusal("commit_command \(failure)") }
+        if let failure = await OperatorCommand.run(command, variables, timeout) {
+            throw Refusal("commit_command \(failure)")
+        }
         return realSeconds()
     }
 

@@ -5,7 +5,7 @@ import Groups
 import Link
 
 extension Site {
-    package static let version = "0.1.0"
+    package static var version: String { StatusBoard.version }
 
     /// Answered from the board: nobody's work is waited for.
     package nonisolated func status(group: String? = nil) async throws -> StatusReport {

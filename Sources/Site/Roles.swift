@@ -151,7 +151,7 @@ extension Site {
             let variables = [
                 "FARCOPY_EVENT=on_isolated", "FARCOPY_GROUP=\(group.entry.name)", "FARCOPY_SITE=\(configuration.site)",
             ]
-            if let failure = await Self.run(command, variables, group.entry.hooks.timeout) {
+            if let failure = await OperatorCommand.run(command, variables, group.entry.hooks.timeout) {
                 group.isolation = "'\(peer)' does not answer, and on_isolated \(failure)"
                 return
             }

@@ -18,6 +18,26 @@ import SiteConfiguration
 import Synchronization
 import Volumes
 
+enum AlertKind: String, Sendable {
+    case lagExceeded = "lag"
+    case slowDrain = "drain"
+    case suspended
+    case splitBrain = "split-brain"
+    /// A secondary could not take what its primary sent.
+    case refused
+    /// Nobody takes the note that a volume's metadata is out of date.
+    case distrust
+
+    var command: GroupEvent? {
+        switch self {
+        case .lagExceeded: .lagExceeded
+        case .suspended: .suspended
+        case .splitBrain: .splitBrain
+        case .slowDrain, .refused, .distrust: nil
+        }
+    }
+}
+
 /// Of a group, what the site has decided and is shown.
 struct GroupFacts: Sendable {
     var isReplicating = false
@@ -75,6 +95,7 @@ final class VolumeBoard: Sendable {
 }
 
 final class StatusBoard: Sendable {
+    static let version = "0.1.0"
     let configuration: Configuration
     let exports: ExportDirectory
     let groups = Mutex<[GroupBoard]>([])
@@ -102,7 +123,7 @@ final class StatusBoard: Sendable {
     func report(group only: String?) async throws -> StatusReport {
         if let only { _ = try group(only) }
         var report = StatusReport(
-            site: configuration.site, version: Site.version, nbd: configuration.nbd.listen.map(\.description))
+            site: configuration.site, version: Self.version, nbd: configuration.nbd.listen.map(\.description))
         space.withLock { space in
             report.alerts = space.alerts.isEmpty ? nil : space.alerts
             report.fileSystems = space.fileSystems

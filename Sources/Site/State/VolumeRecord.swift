@@ -27,6 +27,8 @@ extension CopyRecord {
 
 struct VolumeRecord: VersionedRecord {
     static let currentFormat = 2
+    /// Identifiers of FlashCopies begin here, apart from those of recovery points, which are their numbers.
+    static let firstCopyID: CopyID = 1 << 62
 
     /// Left by a stop in order: what everything looked like then.
     struct CleanMark: Codable, Sendable {
