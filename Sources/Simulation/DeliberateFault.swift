@@ -66,6 +66,34 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     /// A copy leaves although its record may say that it is active.
     case leaveUnsaved
 
+    // Several hosts and remotes (Coordination).
+    /// Acknowledgements go while a host forms.
+    case holdNothing
+    /// A host is held until somebody says run.
+    case holdOn
+    /// A host that let go at the deadline says that it did because of run.
+    case countDeadlineAsRun
+    /// A host says that all of a point is at its remote while data is under way, or not flushed.
+    case drainEarly, drainUnflushed
+    /// A restarted host does not give up the point that a crash has left half formed.
+    case forgetHalfFormed
+    /// A restarted host does not know which numbers were used.
+    case forgetFormed
+    /// A restarted coordinator gives up what was decided, or gives a number to two points.
+    case forgetDecision, forgetNumber
+    /// Commit is said before the decision is saved.
+    case decideUnsaved
+    /// A coordinator that was followed by another changes the record; its messages are obeyed.
+    case saveOverNewer, obeyOlderEpoch
+    /// A remote says that a point is prepared, or promises to refuse it, before that is saved.
+    case prepareUnsaved, promiseUnsaved
+    /// A restarted remote does not know what it has promised.
+    case forgetPromise
+    /// A remote takes data of whatever session, whenever it comes.
+    case takeLateData
+    /// Remotes that do not answer count as if they had promised to refuse; or none is asked.
+    case countSilenceAsPromise, failOverUnasked
+
     /// The rule of the engine that is left out.
     var engine: EngineFaults {
         switch self {
@@ -92,6 +120,10 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
         case .recordAfterChain, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges,
             .confirmEarly, .goOnUnwritten, .leaveUnsaved:
             CopyWorld.self
+        case .holdNothing, .holdOn, .countDeadlineAsRun, .drainEarly, .drainUnflushed, .forgetHalfFormed, .forgetFormed,
+            .forgetDecision, .forgetNumber, .decideUnsaved, .saveOverNewer, .obeyOlderEpoch, .prepareUnsaved,
+            .promiseUnsaved, .forgetPromise, .takeLateData, .countSilenceAsPromise, .failOverUnasked:
+            Coordination.self
         default: World.self
         }
     }

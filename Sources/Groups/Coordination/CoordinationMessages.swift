@@ -1,0 +1,79 @@
+// CoordinationMessages.swift: what coordinator, hosts and remotes say to each other. Every message may be lost, late, or come twice.
+//
+// Must be prevented:
+//   an answer means one thing when it is sent and another when it arrives: `refuses`, `failed` and `gaveUp` are for good, and durable
+//     where somebody relies on that
+
+/// Of the coordinator, to a host. A number is a point's.
+package enum HostRequest: Equatable, Sendable {
+    /// Write down that the point may be half formed from now on, and make its bitmaps and targets. Nothing is held yet.
+    case makeReady(UInt64)
+    /// Hold acknowledgements and form, in one step.
+    case form(UInt64)
+    /// Every host has formed: let go, and drain. Asked again, it is a question how far that is.
+    case run(UInt64)
+    /// The point never counts.
+    case giveUp(UInt64)
+    /// Every remote has committed it.
+    case end(UInt64)
+
+    package var number: UInt64 {
+        switch self {
+        case .makeReady(let number), .form(let number), .run(let number), .giveUp(let number), .end(let number): number
+        }
+    }
+}
+
+/// Of a host.
+package enum HostAnswer: Equatable, Sendable {
+    case ready(UInt64)
+    /// Every volume has formed, and acknowledgements are held.
+    case formed(UInt64)
+    /// It let go because of `run`.
+    case ran(UInt64)
+    /// All of the point is at its remote, flushed.
+    case drained(UInt64)
+    /// It let go by itself, or the point was lost: it can never count.
+    case failed(UInt64, String)
+    /// Nothing is left of it here, and it is not formed again.
+    case gaveUp(UInt64)
+    case ended(UInt64)
+    /// A coordinator's process of this epoch was heard: the one that asks has been followed.
+    case superseded(by: UInt64)
+}
+
+/// Of the coordinator, to a remote.
+package enum RemoteRequest: Equatable, Sendable {
+    /// All hosts' data of the point is there. `after`: the point that every remote has committed last; 0 = none.
+    case prepare(UInt64, after: UInt64)
+    /// It is decided. `others`: another remote has committed it, so that a promise to refuse it is void.
+    case commit(UInt64, others: Bool)
+    /// The same in one step, where there is only one remote, whose record is the decision.
+    case commitAtOnce(UInt64, after: UInt64)
+    /// Nobody commits it, ever.
+    case drop(UInt64)
+
+    package var number: UInt64 {
+        switch self {
+        case .prepare(let number, _), .commit(let number, _), .commitAtOnce(let number, _), .drop(let number): number
+        }
+    }
+}
+
+/// Of a remote, to the coordinator.
+package enum RemoteAnswer: Equatable, Sendable {
+    case prepared(UInt64)
+    case committed(UInt64)
+    /// For good: only that another remote has committed it changes that.
+    case refuses(UInt64, String)
+    case dropped(UInt64)
+    case failedOver(at: UInt64)
+    case superseded(by: UInt64)
+}
+
+/// Of a remote, to another one that is in doubt about a point.
+package enum Testimony: Equatable, Sendable {
+    case committed
+    /// It has not committed it, and has durably promised to refuse a later commit. `prepared`: everything of it is, or was, there.
+    case refuses(prepared: Bool)
+}

@@ -1,0 +1,408 @@
+// Coordinator.swift: forms points over several hosts under one pause, and commits them at several remotes in two phases.
+//
+//   make ready → hold and form → run → drain → prepare → (decided) → commit → end
+//
+// One host and one remote are the smallest case; with one remote there is no `prepare`, and its record is the decision.
+//
+// Must be prevented:
+//   a point counts although a host let go before all had formed: `run` is said when all have, and each says that it let go because of it
+//   hosts wait: they let go by themselves at the deadline, whatever happens here; saves and preparations come before the pause
+//   a commit is asked for before the decision is on stable storage, or before every remote has prepared
+//   a decision is not carried out: a new process takes it up, and what was undecided is given up everywhere
+//   a new point begins while a host or a remote has not yet heard what became of the last one
+//   a process that has been followed by another goes on, or an answer to it counts
+//   somebody is asked for ever at full speed, or an undecided point is held for somebody who does not answer
+
+import Base
+
+package struct Coordinator: Sendable {
+    package enum Event: Equatable, Sendable {
+        case tick
+        /// A point is wanted now; while another is under way nothing comes of it.
+        case request
+        /// The record belongs to a newer process.
+        case superseded
+        case host(Int, Stamped<HostAnswer>)
+        case remote(Int, Stamped<RemoteAnswer>)
+    }
+
+    package enum Action: Equatable, Sendable {
+        case askHost(Int, Stamped<HostRequest>)
+        case askRemote(Int, Stamped<RemoteRequest>)
+        /// Every remote has committed it.
+        case committed(UInt64)
+        case givesUp(UInt64, String)
+        case stopped(String)
+        /// Somebody said what cannot be: nothing has changed.
+        case contradiction(String)
+    }
+
+    package enum State: Equatable, Sendable {
+        case idle
+        case makingReady(UInt64, Round)
+        case holding(UInt64, Round, until: UInt64)
+        /// `drained`: hosts whose data is at its remote already.
+        case running(UInt64, Round, drained: [Int])
+        case draining(UInt64, Round)
+        case preparing(UInt64, Round)
+        case committing(UInt64, Round, Votes)
+        case ending(UInt64, Round)
+        case givingUp(UInt64, hosts: Round, remotes: Round, stops: String?)
+        case stopped(String)
+    }
+
+    /// What remotes say to a commit.
+    package struct Votes: Equatable, Sendable {
+        var committed: [Int] = []
+        /// They have promised so to a remote that asked.
+        var refusing: [Int] = []
+    }
+
+    package struct Settings: Equatable, Sendable {
+        package static let members = 1...16
+        package static let longestCoordination: UInt64 = 1_000_000_000
+        package static let coordination: UInt64 = 50_000_000
+        package let hosts: Int
+        package let remotes: Int
+        /// Nanoseconds until all hosts must have formed.
+        package let maxCoordination: UInt64
+
+        package init(
+            hosts: Int, remotes: Int, maxCoordination: UInt64 = coordination
+        ) throws(IllegalCoordination) {
+            guard Self.members.contains(hosts), Self.members.contains(remotes) else {
+                throw IllegalCoordination("a group has 1 to 16 hosts and 1 to 16 remotes")
+            }
+            guard 1...Self.longestCoordination ~= maxCoordination else {
+                throw IllegalCoordination("max_coordination is more than 0, and at most 1s: hosts wait for so long")
+            }
+            (self.hosts, self.remotes, self.maxCoordination) = (hosts, remotes, maxCoordination)
+        }
+        var allHosts: [Int] { Array(0..<hosts) }
+        var allRemotes: [Int] { Array(0..<remotes) }
+    }
+
+    package let settings: Settings
+    package private(set) var record: CoordinatorRecord
+    package private(set) var state = State.idle
+    /// The file may hold another record than this: whatever is said next waits for the save.
+    package private(set) var isUnsaved = false
+
+    /// - Parameter record: as the last process left it.
+    package init(_ settings: Settings, record: CoordinatorRecord) {
+        self.settings = settings
+        self.record = record
+    }
+
+    /// A new process takes up.
+    package mutating func start(now: UInt64) -> Turn<Action> {
+        var next = record
+        next.epoch += 1
+        become(next)
+        switch record.point {
+        case .none: return .saved(then: [])
+        case .undecided: return giveUp(record.lastNumber, "its coordinator has ended", atRemotes: true, now)
+        case .commit: return enter(.committing(record.lastNumber, Round(settings.allRemotes, now: now), Votes()))
+        }
+    }
+
+    package mutating func wasSaved() { isUnsaved = false }
+
+    /// When `tick` must come at the latest; nil = no need.
+    package var wakeAt: UInt64? {
+        switch state {
+        case .idle, .stopped: nil
+        case .holding(_, let round, let until): min(round.wakeAt ?? until, until)
+        case .makingReady(_, let round), .running(_, let round, _), .draining(_, let round), .preparing(_, let round),
+            .committing(_, let round, _), .ending(_, let round):
+            round.wakeAt
+        case .givingUp(_, let hosts, let remotes, _): [hosts.wakeAt, remotes.wakeAt].compactMap { $0 }.min()
+        }
+    }
+
+    // MARK: Events
+
+    package mutating func handle(_ event: Event, now: UInt64) -> Turn<Action> {
+        switch event {
+        case .tick: return tick(now)
+        case .superseded: return stop("another process coordinates the group")
+        case .request:
+            guard case .idle = state else { return Turn() }
+            return begin(now)
+        case .host(let host, let answer):
+            guard answer.epoch == record.epoch else { return Turn() }
+            if case .superseded(let epoch) = answer.body {
+                return stop("host \(host) follows a coordinator of epoch \(epoch)")
+            }
+            return place(answer.body.number, Self.place(of: answer.body, in: state), event) {
+                $0.carryOut(host, answer.body, now)
+            }
+        case .remote(let remote, let answer):
+            guard answer.epoch == record.epoch else { return Turn() }
+            if case .superseded(let epoch) = answer.body {
+                return stop("remote \(remote) follows a coordinator of epoch \(epoch)")
+            }
+            return place(answer.body.number, Self.place(of: answer.body, in: state), event) {
+                $0.carryOut(remote, answer.body, now)
+            }
+        }
+    }
+
+    /// What is about a point of before is late, whatever it is.
+    private mutating func place(
+        _ number: UInt64?, _ place: Place, _ event: Event, _ handle: (inout Coordinator) -> Turn<Action>
+    ) -> Turn<Action> {
+        if let number, number < record.lastNumber { return Turn() }
+        if let number, number > record.lastNumber { return contradiction(event) }
+        switch place {
+        case .late: return Turn()
+        case .impossible: return contradiction(event)
+        case .handled: return handle(&self)
+        }
+    }
+
+    private func contradiction(_ event: some Any) -> Turn<Action> {
+        Turn([.contradiction("'\(event)' cannot come while '\(state.kind)'")])
+    }
+
+    private mutating func carryOut(_ host: Int, _ answer: HostAnswer, _ now: UInt64) -> Turn<Action> {
+        switch (state, answer) {
+        case (.makingReady(let number, var round), .ready):
+            round.answered(host)
+            guard round.isComplete else { return wait(.makingReady(number, round)) }
+            return enter(
+                .holding(number, Round(settings.allHosts, now: now), until: now + settings.maxCoordination))
+        case (.holding(let number, var round, let until), .formed):
+            // Hosts may have let go by themselves.
+            guard now < until else { return tooLate(number, round, now) }
+            round.answered(host)
+            guard round.isComplete else { return wait(.holding(number, round, until: until)) }
+            return enter(.running(number, Round(settings.allHosts, now: now), drained: []))
+        case (.running(let number, var round, var drained), .ran), (.running(let number, var round, var drained), .drained):
+            round.answered(host)
+            if case .drained = answer, !drained.contains(host) { drained.append(host) }
+            guard round.isComplete else { return wait(.running(number, round, drained: drained)) }
+            let others = settings.allHosts.filter { !drained.contains($0) }
+            state = .draining(number, Round(others, now: now))
+            return others.isEmpty ? haveDrained(number, now) : Turn()
+        case (.draining(let number, var round), .ran):
+            round.isAtIt(host)
+            return wait(.draining(number, round))
+        case (.draining(let number, var round), .drained):
+            round.answered(host)
+            guard round.isComplete else { return wait(.draining(number, round)) }
+            return haveDrained(number, now)
+        case (.ending(let number, var round), .ended):
+            round.answered(host)
+            guard round.isComplete else { return wait(.ending(number, round)) }
+            return settle(committed: number)
+        case (.givingUp(let number, var hosts, let remotes, let stops), .gaveUp):
+            hosts.answered(host)
+            return gaveUp(number, hosts, remotes, stops)
+        case (_, .failed(let number, let reason)):
+            return giveUp(number, "host \(host): \(reason)", atRemotes: false, now)
+        case (_, .gaveUp(let number)):
+            return giveUp(number, "host \(host) has started anew", atRemotes: false, now)
+        default: return contradiction(answer)
+        }
+    }
+
+    private mutating func carryOut(_ remote: Int, _ answer: RemoteAnswer, _ now: UInt64) -> Turn<Action> {
+        switch (state, answer) {
+        case (.preparing(let number, var round), .prepared):
+            round.answered(remote)
+            guard round.isComplete else { return wait(.preparing(number, round)) }
+            return decide(number, now)
+        case (.preparing(let number, _), .refuses(_, let reason)):
+            return giveUp(number, "remote \(remote): \(reason)", atRemotes: true, now)
+        case (.preparing(let number, _), .failedOver(let point)):
+            return giveUp(number, Self.failed(remote, point), atRemotes: true, stops: true, now)
+        case (.committing(let number, var round, var votes), .committed):
+            round.answered(remote)
+            if !votes.committed.contains(remote) { votes.committed.append(remote) }
+            guard !round.isComplete else {
+                let end = State.ending(number, Round(settings.allHosts, now: now))
+                return Turn([.committed(number)]) + enter(end)
+            }
+            state = .committing(number, round, votes)
+            // The first one makes the promises of others void.
+            return votes.committed.count == 1 && !votes.refusing.isEmpty ? send() : Turn()
+        case (.committing(let number, let round, var votes), .refuses(_, let reason)):
+            if !votes.refusing.contains(remote) { votes.refusing.append(remote) }
+            guard votes.refusing.count == settings.remotes else { return wait(.committing(number, round, votes)) }
+            return giveUp(number, "remote \(remote): \(reason)", atRemotes: true, now)
+        case (.committing(let number, _, _), .failedOver(let point)):
+            // What was decided is left to those who have prepared it.
+            return giveUp(number, Self.failed(remote, point), atRemotes: record.point == .undecided, stops: true, now)
+        case (.givingUp(let number, let hosts, var remotes, let stops), .dropped):
+            remotes.answered(remote)
+            return gaveUp(number, hosts, remotes, stops)
+        case (.givingUp(let number, let hosts, var remotes, let stops), .committed):
+            guard settings.remotes == 1 else { return contradiction(answer) }
+            // The answer to its commit was lost. Hosts that gave the point up send more than is needed, not less.
+            remotes.answered(remote)
+            record.committed = number
+            isUnsaved = true
+            return gaveUp(number, hosts, remotes, stops)
+        case (.givingUp(let number, let hosts, var remotes, _), .failedOver(let point)):
+            remotes.answered(remote)
+            return gaveUp(number, hosts, remotes, Self.failed(remote, point))
+        default: return contradiction(answer)
+        }
+    }
+
+    private static func failed(_ remote: Int, _ point: UInt64) -> String {
+        "remote \(remote) has failed over at point \(point)"
+    }
+
+    // MARK: Steps
+
+    private mutating func begin(_ now: UInt64) -> Turn<Action> {
+        var next = record
+        next.lastNumber += 1
+        next.point = .undecided
+        become(next)
+        return enter(.makingReady(next.lastNumber, Round(settings.allHosts, now: now)))
+    }
+
+    private mutating func haveDrained(_ number: UInt64, _ now: UInt64) -> Turn<Action> {
+        let round = Round(settings.allRemotes, now: now)
+        return enter(settings.remotes == 1 ? .committing(number, round, Votes()) : .preparing(number, round))
+    }
+
+    private mutating func decide(_ number: UInt64, _ now: UInt64) -> Turn<Action> {
+        var next = record
+        next.point = .commit
+        become(next)
+        return enter(.committing(number, Round(settings.allRemotes, now: now), Votes()))
+    }
+
+    /// Saved with the next point: until then a new process asks, and hears, the same once more.
+    private mutating func settle(committed: UInt64) -> Turn<Action> {
+        var next = record
+        (next.point, next.committed) = (.none, committed)
+        become(next)
+        state = .idle
+        return Turn()
+    }
+
+    /// - Parameter atRemotes: they may have been asked to prepare it.
+    private mutating func giveUp(
+        _ number: UInt64, _ reason: String, atRemotes: Bool, stops: Bool = false, _ now: UInt64
+    ) -> Turn<Action> {
+        if atRemotes, record.point == .commit {
+            // Every remote has promised never to commit it.
+            record.point = .undecided
+            isUnsaved = true
+        }
+        state = .givingUp(
+            number, hosts: Round(settings.allHosts, now: now), remotes: Round(atRemotes ? settings.allRemotes : [], now: now),
+            stops: stops ? reason : nil)
+        return Turn([.givesUp(number, reason)]) + send()
+    }
+
+    private mutating func gaveUp(_ number: UInt64, _ hosts: Round, _ remotes: Round, _ stops: String?) -> Turn<Action> {
+        guard hosts.isComplete, remotes.isComplete else {
+            return wait(.givingUp(number, hosts: hosts, remotes: remotes, stops: stops))
+        }
+        if let stops { return stop(stops) }
+        return settle(committed: record.committed)
+    }
+
+    private mutating func stop(_ reason: String) -> Turn<Action> {
+        if case .stopped = state { return Turn() }
+        state = .stopped(reason)
+        return Turn([.stopped(reason)])
+    }
+
+    private mutating func tooLate(_ number: UInt64, _ round: Round, _ now: UInt64) -> Turn<Action> {
+        let hosts = round.waiting.map(String.init).joined(separator: ", ")
+        return giveUp(number, "host \(hosts) had not formed in time", atRemotes: false, now)
+    }
+
+    private mutating func tick(_ now: UInt64) -> Turn<Action> {
+        switch state {
+        case .idle, .stopped: return Turn()
+        case .makingReady(let number, var round): return again(&round, number, now) { .makingReady(number, $0) }
+        case .holding(let number, var round, let until):
+            guard now < until else { return tooLate(number, round, now) }
+            return again(&round, number, now) { .holding(number, $0, until: until) }
+        case .running(let number, var round, let drained):
+            return again(&round, number, now) { .running(number, $0, drained: drained) }
+        case .draining(let number, var round): return again(&round, number, now) { .draining(number, $0) }
+        case .preparing(let number, var round):
+            return again(&round, number, now, atRemotes: true) { .preparing(number, $0) }
+        case .committing(let number, var round, let votes):
+            guard round.isDue(now) else { return Turn() }
+            return enter(.committing(number, round, votes))
+        case .ending(let number, var round):
+            guard round.isDue(now) else { return Turn() }
+            return enter(.ending(number, round))
+        case .givingUp(let number, var hosts, var remotes, let stops):
+            let isDue = (hosts.isDue(now), remotes.isDue(now))
+            state = .givingUp(number, hosts: hosts, remotes: remotes, stops: stops)
+            return isDue.0 || isDue.1 ? send() : Turn()
+        }
+    }
+
+    /// Of an undecided point: after half a minute of silence it is given up.
+    private mutating func again(
+        _ round: inout Round, _ number: UInt64, _ now: UInt64, atRemotes: Bool = false, _ next: (Round) -> State
+    ) -> Turn<Action> {
+        guard round.isDue(now) else { return Turn() }
+        guard !round.isHopeless else {
+            let silent = round.waiting.map(String.init).joined(separator: ", ")
+            return giveUp(
+                number, "\(atRemotes ? "remote" : "host") \(silent) does not answer", atRemotes: atRemotes, now)
+        }
+        return enter(next(round))
+    }
+
+    // MARK: The record, and what is said
+
+    private mutating func become(_ next: CoordinatorRecord) {
+        do { try next.check(after: record) } catch { invariant(false, "a coordinator's record has a legal successor") }
+        record = next
+        isUnsaved = true
+    }
+
+    private mutating func wait(_ next: State) -> Turn<Action> {
+        state = next
+        return Turn()
+    }
+
+    private mutating func enter(_ next: State) -> Turn<Action> {
+        state = next
+        return send()
+    }
+
+    /// Asks all who are waited for. What they are told relies on the record.
+    private func send() -> Turn<Action> { isUnsaved ? .saved(then: outstanding) : Turn(outstanding) }
+
+    private var outstanding: [Action] {
+        switch state {
+        case .idle, .stopped: []
+        case .makingReady(let number, let round): ask(round, .makeReady(number))
+        case .holding(let number, let round, _): ask(round, .form(number))
+        case .running(let number, let round, _), .draining(let number, let round): ask(round, .run(number))
+        case .preparing(let number, let round): ask(round, .prepare(number, after: record.committed))
+        case .committing(let number, let round, let votes):
+            ask(
+                round,
+                settings.remotes == 1
+                    ? .commitAtOnce(number, after: record.committed)
+                    : .commit(number, others: !votes.committed.isEmpty))
+        case .ending(let number, let round): ask(round, .end(number))
+        case .givingUp(let number, let hosts, let remotes, _):
+            ask(hosts, .giveUp(number)) + ask(remotes, .drop(number))
+        }
+    }
+
+    private func ask(_ round: Round, _ request: HostRequest) -> [Action] {
+        round.waiting.map { .askHost($0, Stamped(epoch: record.epoch, request)) }
+    }
+
+    private func ask(_ round: Round, _ request: RemoteRequest) -> [Action] {
+        round.waiting.map { .askRemote($0, Stamped(epoch: record.epoch, request)) }
+    }
+}

@@ -1,0 +1,51 @@
+// CoordinatorRecord.swift: what a coordinator must find again after a crash.
+//
+// Must be prevented:
+//   a number is given to two points
+//   a decision is forgotten, or taken back while a remote may have carried it out
+//   a process that has been followed by another changes the record
+
+package struct CoordinatorRecord: Equatable, Sendable, Codable {
+    /// What has become of the point `lastNumber`.
+    package enum Point: String, Equatable, Sendable, Codable {
+        /// Every remote has committed it, or it was given up everywhere.
+        case none
+        /// It is formed, or was: a new process gives it up.
+        case undecided
+        /// Every remote had prepared it: a new process commits it everywhere.
+        case commit
+    }
+    /// Of the process that takes up last; each is higher. Whoever keeps the record refuses one that is not higher than what the process
+    /// had read, or than that of a process since (`Event.superseded`).
+    package internal(set) var epoch: UInt64 = 0
+    /// The highest number that was ever given to a point.
+    package internal(set) var lastNumber: UInt64 = 0
+    package internal(set) var point = Point.none
+    /// The newest point that every remote is known to have committed; 0 = none.
+    package internal(set) var committed: UInt64 = 0
+    package init(epoch: UInt64 = 0, lastNumber: UInt64 = 0, point: Point = .none, committed: UInt64 = 0) {
+        (self.epoch, self.lastNumber, self.point, self.committed) = (epoch, lastNumber, point, committed)
+    }
+
+    /// - Throws: when this cannot come after `previous`.
+    package func check(after previous: CoordinatorRecord) throws(IllegalCoordination) {
+        guard epoch >= previous.epoch else {
+            throw IllegalCoordination("epoch \(previous.epoch) has taken up, and \(epoch) is older")
+        }
+        guard lastNumber >= previous.lastNumber, committed >= previous.committed, committed <= lastNumber else {
+            throw IllegalCoordination(
+                "point \(previous.lastNumber) was counted and \(previous.committed) committed; "
+                    + "\(lastNumber) and \(committed) cannot come next")
+        }
+        guard previous.point != .none, point == .none || lastNumber > previous.lastNumber else { return }
+        guard committed == previous.lastNumber || previous.point != .commit else {
+            throw IllegalCoordination("the decision to commit point \(previous.lastNumber) would be forgotten")
+        }
+    }
+}
+
+/// A setting, or a change of a record, that cannot be.
+package struct IllegalCoordination: Error, Equatable, CustomStringConvertible {
+    package var description: String
+    init(_ description: String) { self.description = description }
+}

@@ -1,0 +1,768 @@
+// Coordination.swift: points over several hosts under one pause, committed at several remotes in two phases: the production machines
+// (`Groups/Coordination`) among lost, late and repeated messages, crashes and power loss of any process, saves that fail, a coordinator
+// that is taken for dead and goes on, and operators who fail over at any moment.
+//
+// One to three hosts and one to three remotes by seed; each host has two volumes, and its data goes to one remote, which may be another's
+// too. Hosts' writes depend on each other across all of them. Processes die between any two of a machine's actions.
+//
+// Must hold: a committed point is the same at every remote, whole, and a dependency-closed cut over all hosts; no acknowledgement is held
+// past the deadline; what differs between a host and its remote is marked; remotes that fail over without `--alone` go to the same point;
+// an older epoch has no effect; nobody is asked at full speed; once faults end a point is committed, or all remotes fail over.
+
+import Groups
+
+package final class Coordination: Scenario {
+    static let layouts: [(remotes: Int, ofHosts: [Int])] = [
+        (3, [0, 1, 2]), (3, [0, 1, 2]), (3, [0, 1, 2]), (2, [0, 0, 1]), (2, [0, 1]), (1, [0, 0, 0]), (1, [0]),
+    ]
+    static let clients = 4
+
+    var random: SeededGenerator
+    let fault: DeliberateFault?
+    package internal(set) var trace: [String] = []
+    package private(set) var steps = 0
+    package internal(set) var figures = SimulationFigures()
+    private var failure: SimulationFailure?
+
+    let settings: Coordinator.Settings
+    var now: UInt64 = 1_000_000_000
+    private var hosts: [CoordinationHost]
+    private var remotes: [CoordinationRemote]
+    private var coordinator: Coordinator?
+    private var stale: Coordinator?
+    private var file = RecordFile(CoordinatorRecord())
+    private var messages: [CoordinationMessage] = []
+    private var data: [CoordinationData] = []
+    private var nextSession = 1
+    /// Pairs that cannot reach each other, until then.
+    private var cuts: [Set<CoordinationProcess>: UInt64] = [:]
+    /// No faults any more.
+    private var isQuiet = false
+
+    // By seed.
+    private let weights: [Int]
+    private let losing: Int
+    private let repeating: Int
+    private let slow: Int
+    private let failingSaves: Int
+    /// One action in so many is a process's last; 0 = none.
+    private let dying: Int
+    private let failovers: Int
+
+    // What must be there.
+    /// The write that each client waits for.
+    private var waiting: [(host: Int, grain: Int)?] = Array(repeating: nil, count: clients)
+    private var moment = 0
+    /// What each host's volumes were when they formed the point.
+    private var formed: [UInt64: [Int: [Int]]] = [:]
+    private var closed: Set<UInt64> = []
+    /// The newest point that the coordinator says to be committed.
+    private var announced: UInt64 = 0
+
+    private enum Happening: CaseIterable {
+        case write, apply, acknowledge, form, task, deliver, data, tick, request, crash, restart, cut, failOver
+        var weight: Int {
+            switch self {
+            case .write: 500
+            case .apply, .acknowledge, .form, .task: 700
+            case .deliver: 2000
+            case .data: 1500
+            case .tick: 300
+            case .request: 60
+            case .crash: 8
+            case .restart: 40
+            case .cut: 6
+            case .failOver: 3
+            }
+        }
+        var varies: [Int] { [.crash, .cut, .failOver].contains(self) ? [0, 1, 4] : [1, 2] }
+    }
+
+    package init(seed: UInt64, fault: DeliberateFault? = nil) {
+        var generator = SeededGenerator(seed: seed ^ 0xC00D)
+        let layout = Self.layouts[generator.below(Self.layouts.count)]
+        settings = try! Coordinator.Settings(
+            hosts: layout.ofHosts.count, remotes: layout.remotes,
+            maxCoordination: [5_000_000, Coordinator.Settings.coordination, 200_000_000][generator.below(3)])
+        hosts = layout.ofHosts.map { CoordinationHost(remote: $0) }
+        remotes = (0..<layout.remotes).map { remote in
+            CoordinationRemote(hosts: layout.ofHosts.indices.filter { layout.ofHosts[$0] == remote })
+        }
+        weights = Happening.allCases.map { $0.weight * $0.varies[generator.below($0.varies.count)] }
+        losing = [0, 3, 15][generator.below(3)]
+        repeating = [0, 10, 40][generator.below(3)]
+        slow = [0, 5, 30][generator.below(3)]
+        failingSaves = [0, 30, 6][generator.below(3)]
+        dying = [0, 600, 80][generator.below(3)]
+        failovers = [0, 0, 1, 3][generator.below(4)]
+        random = generator
+        self.fault = fault
+        for process in processes { restart(process) }
+    }
+
+    var processes: [CoordinationProcess] {
+        [.coordinator] + hosts.indices.map { .host($0) } + remotes.indices.map { .remote($0) }
+    }
+
+    func note(_ text: @autoclosure () -> String) {
+        trace.append("\(steps), \(now / 1000) us: \(text())")
+        if trace.count > 400 { trace.removeFirst(200) }
+    }
+
+    private func fail(_ text: String) {
+        note(text)
+        if failure == nil { failure = SimulationFailure(text) }
+    }
+
+    // MARK: Running
+
+    package func run(steps count: Int, skipping skipped: Set<Int>) throws(SimulationFailure) {
+        let seed = random.next()
+        for index in 0..<count where !skipped.contains(index) {
+            random = SeededGenerator(seed: seed &+ UInt64(index) &* 0x9E37_79B9)
+            try step(index)
+        }
+        random = SeededGenerator(seed: ~seed)
+        try settle()
+    }
+
+    private func step(_ index: Int) throws(SimulationFailure) {
+        steps = index + 1
+        figures.steps += 1
+        happen(choose())
+        passTime(by: UInt64(random.chance(2) ? random.below(60_000_000) : random.below(400_000)))
+        check()
+        if let failure { throw failure }
+    }
+
+    private func choose() -> Happening {
+        var left = random.below(weights.reduce(0, +))
+        for (happening, weight) in zip(Happening.allCases, weights) {
+            if left < weight { return happening }
+            left -= weight
+        }
+        return .deliver
+    }
+
+    private func happen(_ happening: Happening) {
+        let host = random.below(hosts.count)
+        switch happening {
+        case .write: write()
+        case .apply: apply(host)
+        case .acknowledge: acknowledge(host)
+        case .form: formNext(host)
+        case .task: runTask()
+        case .deliver: deliver()
+        case .data: random.chance(50) ? arrive() : send(host)
+        case .tick: tick()
+        case .request: if coordinator != nil { tell(.coordinator, .request) }
+        case .crash: crash(processes[random.below(processes.count)], "dies")
+        case .restart:
+            restart(processes[random.below(processes.count)])
+            if stale != nil, random.chance(10) { stale = nil }
+        case .cut:
+            let pair = Set([processes[random.below(processes.count)], processes[random.below(processes.count)]])
+            if pair.count == 2 { cuts[pair] = now + UInt64(random.below(2_000_000_000)) }
+        case .failOver: askToFailOver()
+        }
+    }
+
+    /// Hosts' deadlines are kept to the nanosecond; whoever else waits may be late.
+    private func passTime(by amount: UInt64) {
+        let end = now + amount
+        while failure == nil {
+            let due = hosts.indices.compactMap { host in hosts[host].machine?.wakeAt.map { ($0, host) } }
+            guard let (at, host) = due.min(by: { $0 < $1 }), at <= end, fault != .holdOn else { break }
+            now = max(now, at)
+            if fault == .countDeadlineAsRun {
+                // The executor has lost the difference between the two ways of letting go.
+                let run = Stamped(epoch: hosts[host].machine!.record.epoch, HostRequest.run(hosts[host].file.content.number))
+                drive(host) { $0.handle(.request(run), now: at - 1) }
+            }
+            drive(host) { [now] in $0.handle(.tick, now: now) }
+        }
+        now = end
+    }
+
+    private func tick() {
+        for process in [CoordinationProcess.coordinator, .stale] {
+            func wakeAt() -> UInt64? { (process == .stale ? stale : coordinator)?.wakeAt }
+            guard let wake = wakeAt(), wake <= now else { continue }
+            tell(process, .tick)
+            if let next = wakeAt(), next <= now { fail("a coordinator asks at full speed") }
+        }
+        for remote in remotes.indices {
+            guard let wake = remotes[remote].machine?.wakeAt, wake <= now else { continue }
+            drive(remote: remote, .tick)
+            if let next = remotes[remote].machine?.wakeAt, next <= now { fail("a remote asks at full speed") }
+        }
+    }
+
+    // MARK: Hosts' writes
+
+    private func write() {
+        guard let client = waiting.firstIndex(where: { $0 == nil }) else { return }
+        let (host, grain) = (random.below(hosts.count), random.below(CoordinationHost.grainCount))
+        guard hosts[host].machine != nil, hosts[host].grains[grain].underWay == nil else { return }
+        moment += 1
+        figures.operations += 1
+        waiting[client] = (host, grain)
+        hosts[host].grains[grain].issuedAt.append(moment)
+        hosts[host].grains[grain].acknowledgedAt.append(nil)
+        hosts[host].grains[grain].underWay = (hosts[host].grains[grain].issuedAt.count - 1, false)
+    }
+
+    private func apply(_ host: Int) {
+        let grain = random.below(CoordinationHost.grainCount)
+        guard let (write, isApplied) = hosts[host].grains[grain].underWay, !isApplied else { return }
+        hosts[host].grains[grain].content = write
+        hosts[host].grains[grain].underWay = (write, true)
+        hosts[host].recording.insert(grain)
+    }
+
+    private func acknowledge(_ host: Int) {
+        for grain in hosts[host].grains.indices where hosts[host].grains[grain].underWay?.isApplied == true {
+            guard !hosts[host].held.contains(grain) else { continue }
+            if hosts[host].heldSince == nil { return acknowledged(host, grain) }
+            return hosts[host].held.append(grain)
+        }
+    }
+
+    private func acknowledged(_ host: Int, _ grain: Int) {
+        guard let (write, _) = hosts[host].grains[grain].underWay else { return }
+        moment += 1
+        hosts[host].grains[grain].acknowledgedAt[write] = moment
+        hosts[host].grains[grain].underWay = nil
+        for client in waiting.indices where waiting[client].map({ $0 == (host, grain) }) == true { waiting[client] = nil }
+    }
+
+    private func letGo(_ host: Int) {
+        hosts[host].heldSince = nil
+        for grain in hosts[host].held { acknowledged(host, grain) }
+        hosts[host].held = []
+    }
+
+    /// One volume after the other.
+    private func formNext(_ host: Int) {
+        guard let number = hosts[host].forming else { return }
+        let first = hosts[host].image.count
+        let grains = first..<first + CoordinationHost.grainsPerVolume
+        if !hosts[host].outOfSync.isDisjoint(with: grains) { fail("a point is formed over what is left of the last one") }
+        // The bitmaps change roles.
+        let changed = hosts[host].recording.intersection(grains)
+        hosts[host].outOfSync.subtract(grains)
+        hosts[host].outOfSync.formUnion(changed)
+        hosts[host].recording.subtract(grains)
+        hosts[host].image += grains.map { hosts[host].grains[$0].content }
+        guard hosts[host].image.count == CoordinationHost.grainCount else { return }
+        if formed[number]?[host] != nil { fail("a host forms a point anew") }
+        formed[number, default: [:]][host] = hosts[host].image
+        hosts[host].forming = nil
+        hosts[host].tasks.append(.formed(number))
+    }
+
+    // MARK: Data
+
+    private func send(_ host: Int) {
+        guard var sending = hosts[host].sending else { return }
+        let remote = hosts[host].remote
+        guard reaches(.host(host), .remote(remote)), remotes[remote].machine?.takesData == true else { return }
+        guard let session = sending.session, remotes[remote].sessions[host] == session else {
+            // A new session: what was sent in the one before does not count.
+            remotes[remote].sessions[host] = nextSession
+            (sending.session, sending.unsent, sending.unanswered) = (nextSession, hosts[host].outOfSync, [])
+            nextSession += 1
+            hosts[host].sending = sending
+            return
+        }
+        if let grain = sending.unsent.min() {
+            sending.unsent.remove(grain)
+            sending.unanswered.insert(grain)
+            data.append(
+                CoordinationData(host: host, session: session, grain: grain, content: hosts[host].image[grain]))
+            hosts[host].sending = sending
+        } else if sending.unanswered.isEmpty || fault == .drainEarly {
+            hosts[host].sending = nil
+            if fault != .drainUnflushed { remotes[remote].flushed[host] = remotes[remote].secondary[host] }
+            hosts[host].outOfSync = []
+            hosts[host].tasks.append(.drained(sending.number))
+        }
+    }
+
+    private func arrive() {
+        guard !data.isEmpty else { return }
+        let write = data.remove(at: random.below(data.count))
+        let remote = hosts[write.host].remote
+        let isLetIn = remotes[remote].machine?.takesData == true && remotes[remote].sessions[write.host] == write.session
+        guard isLetIn || (fault == .takeLateData && remotes[remote].machine != nil) else { return }
+        remotes[remote].secondary[write.host]![write.grain] = write.content
+        guard reaches(.host(write.host), .remote(remote)), hosts[write.host].sending?.session == write.session else {
+            return
+        }
+        hosts[write.host].sending?.unanswered.remove(write.grain)
+    }
+
+    // MARK: Messages
+
+    private func reaches(_ one: CoordinationProcess, _ other: CoordinationProcess) -> Bool {
+        cuts[[one, other]].map { $0 <= now } ?? true
+    }
+
+    private func post(
+        _ from: CoordinationProcess, _ to: CoordinationProcess, _ body: CoordinationMessage.Body
+    ) {
+        let sender = from == .stale ? .coordinator : from
+        guard isQuiet || (reaches(sender, to) && !random.chance(losing)) else { return }
+        let message = CoordinationMessage(
+            from: sender, to: to, body: body, isSlow: !isQuiet && random.chance(slow))
+        messages.append(message)
+        if !isQuiet, random.chance(repeating) { messages.append(message) }
+        // Those that are under way for very long are lost.
+        if messages.count > 200 { messages.removeFirst() }
+    }
+
+    private func deliver() {
+        guard !messages.isEmpty else { return }
+        let index = random.below(messages.count)
+        if messages[index].isSlow, !isQuiet, !random.chance(3) { return }
+        let message = messages.remove(at: index)
+        switch (message.to, message.body) {
+        case (.coordinator, .ofHost(let host, let answer)):
+            for process in [CoordinationProcess.coordinator, .stale] { tell(process, .host(host, answer)) }
+        case (.coordinator, .ofRemote(let remote, let answer)):
+            for process in [CoordinationProcess.coordinator, .stale] { tell(process, .remote(remote, answer)) }
+        case (.host(let host), .toHost(let request)): deliver(request, host: host)
+        case (.remote(let remote), .toRemote(let request)): deliver(request, remote: remote)
+        case (.remote(let remote), .question(let other, let number)):
+            drive(remote: remote, .question(from: other, number))
+        case (.remote(let remote), .testimony(let other, let number, let testimony)):
+            drive(remote: remote, .testimony(from: other, number, testimony))
+        default: fail("a message has gone astray")
+        }
+    }
+
+    private func deliver(_ request: Stamped<HostRequest>, host: Int) {
+        guard let before = hosts[host].machine else { return }
+        var given = request
+        if fault == .obeyOlderEpoch { given.epoch = max(given.epoch, before.record.epoch) }
+        drive(host) { [now] in $0.handle(.request(given), now: now) }
+        guard request.epoch < before.record.epoch, let after = hosts[host].machine else { return }
+        if after.state != before.state || after.record != before.record { fail("a host obeys an older coordinator") }
+    }
+
+    private func deliver(_ request: Stamped<RemoteRequest>, remote: Int) {
+        guard let before = remotes[remote].machine else { return }
+        var given = request
+        if fault == .obeyOlderEpoch { given.epoch = max(given.epoch, before.record.epoch) }
+        drive(remote: remote, .request(given))
+        guard request.epoch < before.record.epoch, let after = remotes[remote].machine else { return }
+        if after.state != before.state || after.record != before.record { fail("a remote obeys an older coordinator") }
+    }
+
+    // MARK: Carrying out
+
+    /// What a machine wants, with death between any two of its actions.
+    private func carryOut<Action>(
+        _ turn: Turn<Action>, _ process: CoordinationProcess, early: (Action) -> Bool = { _ in false },
+        save: () -> Bool?, perform: (Action) -> Void, saved: () -> Void, saveFailed: () -> Void
+    ) {
+        if turn.before.count + turn.after.count > 3 * Coordinator.Settings.members.upperBound {
+            fail("a machine wants too much at once")
+        }
+        for action in turn.before {
+            if dies(process) { return }
+            perform(action)
+        }
+        guard turn.saves else { return }
+        for action in turn.after where early(action) { perform(action) }
+        if dies(process) { return }
+        switch save() {
+        case nil: return
+        case true?: saved()
+        case false?: return saveFailed()
+        }
+        for action in turn.after where !early(action) {
+            if dies(process) { return }
+            perform(action)
+        }
+    }
+
+    private func dies(_ process: CoordinationProcess) -> Bool {
+        guard !isQuiet, dying > 0, random.below(dying) == 0 else { return false }
+        crash(process, "dies in the middle")
+        return true
+    }
+
+    /// - Returns: whether the record counts as saved; and the file holds it or, if it does not, perhaps.
+    private func save<Record>(
+        _ next: Record, _ file: inout RecordFile<Record>, _ check: (Record) throws -> Void
+    ) -> Bool {
+        do { try check(file.sure) } catch {
+            fail("a record is saved that cannot come next: \(error)")
+            return false
+        }
+        guard !isQuiet, failingSaves > 0, random.below(failingSaves) == 0 else {
+            file.content = next
+            return true
+        }
+        if random.chance(50) { file.perhaps(next) }
+        note("the save fails")
+        return false
+    }
+
+    private func tell(_ process: CoordinationProcess, _ event: Coordinator.Event) {
+        drive(process) { [now] in $0.handle(event, now: now) }
+    }
+
+    private func drive(_ process: CoordinationProcess, _ handle: (inout Coordinator) -> Turn<Coordinator.Action>) {
+        guard var machine = process == .stale ? stale : coordinator else { return }
+        let turn = handle(&machine)
+        set(process, machine)
+        carryOut(
+            turn, process,
+            early: { [fault] action in
+                if case .askRemote(_, let request) = action, case .commit = request.body { fault == .decideUnsaved } else { false }
+            },
+            save: { saveCoordinator(process) },
+            perform: { perform($0, of: process) },
+            saved: { change(process) { $0.wasSaved() } }, saveFailed: {})
+    }
+
+    private func set(_ process: CoordinationProcess, _ machine: Coordinator?) {
+        if process == .stale { stale = machine } else { coordinator = machine }
+    }
+
+    private func change(_ process: CoordinationProcess, _ body: (inout Coordinator) -> Void) {
+        guard var machine = process == .stale ? stale : coordinator else { return }
+        body(&machine)
+        set(process, machine)
+    }
+
+    /// - Returns: nil when the record belongs to a newer process.
+    private func saveCoordinator(_ process: CoordinationProcess) -> Bool? {
+        guard let machine = process == .stale ? stale : coordinator else { return nil }
+        if machine.record.epoch < file.content.epoch, fault != .saveOverNewer {
+            tell(process, .superseded)
+            return nil
+        }
+        return save(machine.record, &file) { try machine.record.check(after: $0) }
+    }
+
+    private func perform(_ action: Coordinator.Action, of process: CoordinationProcess) {
+        switch action {
+        case .askHost(let host, let request): post(process, .host(host), .toHost(request))
+        case .askRemote(let remote, let request): post(process, .remote(remote), .toRemote(request))
+        case .committed(let number):
+            note("point \(number) is committed everywhere")
+            announced = max(announced, number)
+            figures.commits += 1
+            for remote in remotes.indices where !hasPoint(remote, number) {
+                fail("the coordinator says that a point is committed, and a remote does not have it")
+            }
+        case .givesUp(let number, let reason): note("point \(number) is given up: \(reason)")
+        case .stopped(let reason): note("\(process) stops: \(reason)")
+        case .contradiction(let text): fail("the coordinator meets the impossible: \(text)")
+        }
+    }
+
+    private func hasPoint(_ remote: Int, _ number: UInt64) -> Bool {
+        remotes[remote].point?.number ?? 0 >= number || remotes[remote].file.sure.committed >= number
+    }
+
+    private func drive(_ host: Int, _ handle: (inout Participant) -> Turn<Participant.Action>) {
+        guard var machine = hosts[host].machine else { return }
+        let before = machine.kindText
+        let turn = handle(&machine)
+        if machine.kindText != before { note("host \(host): \(before) → \(machine.kindText)") }
+        hosts[host].machine = machine
+        carryOut(
+            turn, .host(host),
+            save: {
+                guard let machine = hosts[host].machine else { return nil }
+                return save(machine.record, &hosts[host].file) { try machine.record.check(after: $0) }
+            },
+            perform: { perform($0, host: host) },
+            saved: { hosts[host].machine?.wasSaved() }, saveFailed: { hosts[host].machine?.saveFailed() })
+    }
+
+    private func perform(_ action: Participant.Action, host: Int) {
+        switch action {
+        case .answer(let answer): post(.host(host), .coordinator, .ofHost(host, answer))
+        case .makeReady(let number):
+            let isReady = isQuiet || !random.chance(4)
+            hosts[host].tasks.append(isReady ? .madeReady(number) : .notReady(number, "a volume is being restored"))
+        case .holdAndForm(let number):
+            if fault != .holdNothing { hosts[host].heldSince = now }
+            (hosts[host].forming, hosts[host].image) = (number, [])
+        case .letGo: letGo(host)
+        case .drain(let number):
+            if hosts[host].image.count != CoordinationHost.grainCount { return fail("a half-formed point is drained") }
+            hosts[host].sending = CoordinationHost.Sending(number: number, session: nil, unsent: [])
+        case .giveUp(let number):
+            hosts[host].recording.formUnion(hosts[host].outOfSync)
+            hosts[host].outOfSync = []
+            (hosts[host].forming, hosts[host].sending, hosts[host].image) = (nil, nil, [])
+            hosts[host].tasks.removeAll()  // what was begun before has ended
+            hosts[host].tasks.append(.gaveUp(number))
+        case .end: hosts[host].image = []
+        case .contradiction(let text): fail("a host meets the impossible: \(text)")
+        }
+    }
+
+    private func drive(remote: Int, _ event: TwoPhaseCommit.Event) {
+        drive(remote: remote) { [now] in $0.handle(event, now: now) }
+    }
+
+    private func drive(remote: Int, _ handle: (inout TwoPhaseCommit) -> Turn<TwoPhaseCommit.Action>) {
+        guard var machine = remotes[remote].machine else { return }
+        let before = machine.kindText
+        let turn = handle(&machine)
+        if machine.kindText != before { note("remote \(remote): \(before) → \(machine.kindText)") }
+        remotes[remote].machine = machine
+        carryOut(
+            turn, .remote(remote),
+            early: { [fault] action in
+                switch action {
+                case .answer(let answer):
+                    if case .prepared = answer.body { fault == .prepareUnsaved } else { false }
+                case .testify: fault == .promiseUnsaved
+                default: false
+                }
+            },
+            save: {
+                guard let machine = remotes[remote].machine else { return nil }
+                return save(machine.record, &remotes[remote].file) { try machine.record.check(after: $0) }
+            },
+            perform: { perform($0, remote: remote) },
+            saved: { remotes[remote].machine?.wasSaved() },
+            saveFailed: { drive(remote: remote) { [now] in $0.saveFailed(now: now) } })
+    }
+
+    private func perform(_ action: TwoPhaseCommit.Action, remote: Int) {
+        switch action {
+        case .answer(let answer): post(.remote(remote), .coordinator, .ofRemote(remote, answer))
+        case .check(let number):
+            guard isQuiet || !random.chance(3) else {
+                return remotes[remote].tasks.append(.checkFailed(number, "writes are under way"))
+            }
+            remotes[remote].flushed = remotes[remote].secondary
+            remotes[remote].tasks.append(.checked(number))
+        case .take(let number): take(number, remote)
+        case .dropFiles(let number):
+            remotes[remote].tasks.removeAll { if case .checked(number) = $0 { true } else { false } }
+        case .ask(let other, let number): ask(other, number, remote)
+        case .testify(let other, let number, let testimony):
+            post(.remote(remote), .remote(other), .testimony(of: remote, number, testimony))
+        case .open(let point): opened(at: point, remote)
+        case .failoverRefused(let reason): note("remote \(remote) does not fail over: \(reason)")
+        case .contradiction(let text): fail("a remote meets the impossible: \(text)")
+        }
+    }
+
+    private func ask(_ other: Int, _ number: UInt64, _ remote: Int) {
+        switch fault {
+        case .failOverUnasked:
+            remotes[remote].tasks.append(.testimony(from: other, number, .committed))
+        case .countSilenceAsPromise where remotes[other].machine == nil || !reaches(.remote(remote), .remote(other)):
+            remotes[remote].tasks.append(.testimony(from: other, number, .refuses(prepared: true)))
+        default: post(.remote(remote), .remote(other), .question(of: remote, number))
+        }
+    }
+
+    private func runTask() {
+        let index = random.below(hosts.count + remotes.count)
+        if index < hosts.count {
+            guard !hosts[index].tasks.isEmpty else { return }
+            let event = hosts[index].tasks.removeFirst()
+            return drive(index) { [now] in $0.handle(event, now: now) }
+        }
+        let remote = index - hosts.count
+        guard !remotes[remote].tasks.isEmpty else { return }
+        drive(remote: remote, remotes[remote].tasks.removeFirst())
+    }
+
+    // MARK: Dying and starting
+
+    private func crash(_ process: CoordinationProcess, _ words: String) {
+        figures.crashes += 1
+        let powerLoss = random.chance(40)
+        note("\(process) \(words)\(powerLoss ? ", with its power" : "")")
+        switch process {
+        case .stale: stale = nil
+        case .coordinator:
+            // Or it is only taken for dead. An epoch belongs to whoever has saved it first.
+            if random.chance(30), let coordinator, coordinator.record.epoch <= file.content.epoch { stale = coordinator }
+            coordinator = nil
+        case .host(let host):
+            hosts[host].die()
+            for grain in hosts[host].grains.indices {
+                guard let (write, isApplied) = hosts[host].grains[grain].underWay else { continue }
+                if !isApplied, random.chance(50) {
+                    hosts[host].grains[grain].content = write
+                    hosts[host].recording.insert(grain)
+                }
+                hosts[host].grains[grain].underWay = nil
+                for client in waiting.indices where waiting[client].map({ $0 == (host, grain) }) == true {
+                    waiting[client] = nil
+                }
+            }
+            // After power loss more counts as changed than has.
+            if powerLoss { hosts[host].recording.insert(random.below(CoordinationHost.grainCount)) }
+        case .remote(let remote): remotes[remote].die(powerLoss: powerLoss, &random)
+        }
+    }
+
+    private func restart(_ process: CoordinationProcess) {
+        switch process {
+        case .stale: break
+        case .coordinator:
+            if case .stopped? = coordinator?.state { coordinator = nil }
+            guard coordinator == nil else { return }
+            file.isRead()
+            var record = file.content
+            if fault == .forgetDecision, record.point == .commit { record = record.changed(point: .undecided) }
+            if fault == .forgetNumber { record = record.changed(lastNumber: record.committed, point: CoordinatorRecord.Point.none) }
+            if fault == .forgetNumber || fault == .forgetDecision { file.content = record }
+            note("a coordinator takes up: point \(record.lastNumber), \(record.point)")
+            coordinator = Coordinator(settings, record: record)
+            drive(.coordinator) { [now] in $0.start(now: now) }
+        case .host(let host):
+            guard hosts[host].machine == nil else { return }
+            var record = hosts[host].file.content
+            if fault == .forgetHalfFormed { record = ParticipantRecord(epoch: record.epoch, number: record.number) }
+            if fault == .forgetFormed { record = ParticipantRecord(epoch: record.epoch, number: 0, isOpen: record.isOpen) }
+            hosts[host].file.content = record
+            hosts[host].machine = Participant(settings, record: record)
+            drive(host) { $0.start() }
+        case .remote(let remote):
+            guard remotes[remote].machine == nil else { return }
+            remotes[remote].file.isRead()
+            let record = remotes[remote].file.content
+            if fault == .forgetPromise {
+                remotes[remote].file.content = TwoPhaseRecord(
+                    epoch: record.epoch, committed: record.committed, stand: record.stand)
+            }
+            remotes[remote].machine = TwoPhaseCommit(settings, index: remote, record: remotes[remote].file.content)
+            drive(remote: remote) { $0.start() }
+        }
+    }
+
+    // MARK: Points and failovers
+
+    private func take(_ number: UInt64, _ remote: Int) {
+        guard remotes[remote].point?.number ?? 0 < number else { return }
+        let contents = remotes[remote].secondary
+        remotes[remote].point = (number, contents)
+        note("remote \(remote) takes point \(number)")
+        figures.checks += 1
+        for (host, content) in contents.sorted(by: { $0.key < $1.key }) where formed[number]?[host] != content {
+            fail("remote \(remote) commits a half point")
+        }
+        if remotes[remote].secondary != remotes[remote].flushed { fail("a point is committed that is not flushed") }
+        checkClosed(number)
+    }
+
+    /// If a write is in the point, so is every write that was acknowledged before that one was issued.
+    private func checkClosed(_ number: UInt64) {
+        guard !closed.contains(number) else { return }
+        closed.insert(number)
+        guard let point = formed[number], point.count == hosts.count else {
+            return fail("a point is committed that not every host has formed")
+        }
+        let newest = hosts.indices.flatMap { host in
+            hosts[host].grains.indices.map { hosts[host].grains[$0].issuedAt[point[host]![$0]] }
+        }.max() ?? 0
+        for host in hosts.indices {
+            for (grain, written) in hosts[host].grains.enumerated() {
+                for missing in written.acknowledgedAt[(point[host]![grain] + 1)...] where missing ?? .max < newest {
+                    return fail("a committed point lacks a write that was acknowledged before another in it was issued")
+                }
+            }
+        }
+    }
+
+    private func askToFailOver() {
+        guard failovers > 0, random.below(4) < failovers else { return }
+        let remote = random.below(remotes.count)
+        guard let machine = remotes[remote].machine else { return }
+        if random.chance(6) {
+            let points = [machine.record.committed, machine.record.inDoubt ?? 0].filter { $0 > 0 }
+            guard !points.isEmpty, remotes[remote].failedOver == nil else { return }
+            remotes[remote].isAlone = true
+            note("remote \(remote) is to fail over alone")
+            return drive(remote: remote, .failOverAlone(points[random.below(points.count)]))
+        }
+        note("remote \(remote) is to fail over")
+        drive(remote: remote, .failOver)
+    }
+
+    private func opened(at point: UInt64, _ remote: Int) {
+        note("remote \(remote) has failed over at point \(point)")
+        remotes[remote].failedOver = point
+        if remotes[remote].point?.number != point { fail("a remote fails over to a point that it does not have") }
+        let points = Set(remotes.filter { !$0.isAlone }.compactMap(\.failedOver))
+        if points.count > 1 { fail("remotes fail over to different points") }
+    }
+
+    // MARK: Checking
+
+    private func check() {
+        for host in hosts.indices {
+            if let since = hosts[host].heldSince, now > since + settings.maxCoordination {
+                fail("an acknowledgement is held past the deadline")
+            }
+            let remote = remotes[hosts[host].remote]
+            for grain in hosts[host].grains.indices {
+                let content = hosts[host].grains[grain].content
+                guard content != remote.secondary[host]![grain] || content != remote.flushed[host]![grain] else { continue }
+                if !hosts[host].recording.contains(grain), !hosts[host].outOfSync.contains(grain) {
+                    fail("a host and its remote differ, and nothing says so")
+                }
+            }
+        }
+    }
+
+    /// No faults any more: a point is committed, or all remotes fail over.
+    private func settle() throws(SimulationFailure) {
+        isQuiet = true
+        (cuts, stale) = ([:], nil)
+        for process in processes { restart(process) }
+        let isFailover = remotes.contains { $0.failedOver != nil }
+        let before = announced
+        for turn in 0..<40_000 {
+            if isFailover ? remotes.allSatisfy({ $0.failedOver != nil }) : announced > before { return try settled() }
+            if turn % 200 == 0 {
+                if isFailover {
+                    for remote in remotes.indices where remotes[remote].failedOver == nil { drive(remote: remote, .failOver) }
+                } else {
+                    tell(.coordinator, .request)
+                }
+                // Whoever waits to ask again.
+                passTime(by: 500_000_000)
+            }
+            let useful: [Happening] = [.apply, .acknowledge, .form, .task, .deliver, .data, .tick, .deliver]
+            happen(useful[random.below(useful.count)])
+            passTime(by: 1_000)
+            check()
+            if let failure { throw failure }
+        }
+        fail("without faults \(isFailover ? "not every remote fails over" : "no point is committed")")
+        throw failure!
+    }
+
+    private func settled() throws(SimulationFailure) {
+        check()
+        if let failure { throw failure }
+    }
+}
+
+extension CoordinatorRecord {
+    fileprivate func changed(lastNumber: UInt64? = nil, point: Point) -> CoordinatorRecord {
+        CoordinatorRecord(epoch: epoch, lastNumber: lastNumber ?? self.lastNumber, point: point, committed: committed)
+    }
+}
+
+extension Participant { fileprivate var kindText: String { "\(state.kind) \(record.number)" } }
+extension TwoPhaseCommit {
+    fileprivate var kindText: String { "\(state.kind) \(state.number.map(String.init) ?? "")" }
+}
