@@ -31,6 +31,9 @@ package final class Coordination: Scenario {
     private var coordinator: Coordinator?
     private var stale: Coordinator?
     private var file = RecordFile(CoordinatorRecord())
+    /// How often the file was written, and what of that each process knows: whoever keeps it refuses a save that is not based on it.
+    private var writes = 0
+    private var knownWrites: [CoordinationProcess: Int] = [:]
     private var messages: [CoordinationMessage] = []
     private var data: [CoordinationData] = []
     private var nextSession = 1
@@ -48,6 +51,8 @@ package final class Coordination: Scenario {
     /// One action in so many is a process's last; 0 = none.
     private let dying: Int
     private let failovers: Int
+    /// Of a thousand steps so many take long.
+    private let pausing: Int
 
     // What must be there.
     /// The write that each client waits for.
@@ -59,20 +64,24 @@ package final class Coordination: Scenario {
     /// The newest point that the coordinator says to be committed.
     private var announced: UInt64 = 0
 
+    /// How often something happened that a rule is about, so that a test sees that none is left out.
+    package private(set) var happened: [String: Int] = [:]
+
     private enum Happening: CaseIterable {
         case write, apply, acknowledge, form, task, deliver, data, tick, request, crash, restart, cut, failOver
         var weight: Int {
             switch self {
-            case .write: 500
-            case .apply, .acknowledge, .form, .task: 700
-            case .deliver: 2000
-            case .data: 1500
-            case .tick: 300
-            case .request: 60
-            case .crash: 8
-            case .restart: 40
+            case .write: 120
+            case .apply, .acknowledge: 150
+            case .form, .task: 600
+            case .deliver: 1800
+            case .data: 600
+            case .tick: 200
+            case .request: 120
+            case .crash: 3
+            case .restart: 60
             case .cut: 6
-            case .failOver: 3
+            case .failOver: 4
             }
         }
         var varies: [Int] { [.crash, .cut, .failOver].contains(self) ? [0, 1, 4] : [1, 2] }
@@ -93,8 +102,9 @@ package final class Coordination: Scenario {
         repeating = [0, 10, 40][generator.below(3)]
         slow = [0, 5, 30][generator.below(3)]
         failingSaves = [0, 30, 6][generator.below(3)]
-        dying = [0, 600, 80][generator.below(3)]
+        dying = [0, 1500, 200][generator.below(3)]
         failovers = [0, 0, 1, 3][generator.below(4)]
+        pausing = [1, 10, 30][generator.below(3)]
         random = generator
         self.fault = fault
         for process in processes { restart(process) }
@@ -120,6 +130,7 @@ package final class Coordination: Scenario {
         let seed = random.next()
         for index in 0..<count where !skipped.contains(index) {
             random = SeededGenerator(seed: seed &+ UInt64(index) &* 0x9E37_79B9)
+            if remotes.allSatisfy({ $0.failedOver != nil }) { break }
             try step(index)
         }
         random = SeededGenerator(seed: ~seed)
@@ -130,7 +141,7 @@ package final class Coordination: Scenario {
         steps = index + 1
         figures.steps += 1
         happen(choose())
-        passTime(by: UInt64(random.chance(2) ? random.below(60_000_000) : random.below(400_000)))
+        passTime(by: UInt64(random.below(1000) < pausing ? random.below(60_000_000) : random.below(200_000)))
         check()
         if let failure { throw failure }
     }
@@ -145,15 +156,16 @@ package final class Coordination: Scenario {
     }
 
     private func happen(_ happening: Happening) {
-        let host = random.below(hosts.count)
         switch happening {
         case .write: write()
-        case .apply: apply(host)
-        case .acknowledge: acknowledge(host)
-        case .form: formNext(host)
+        case .apply: apply(random.below(hosts.count))
+        case .acknowledge: acknowledge(random.below(hosts.count))
+        case .form: if let host = one(of: hosts.indices.filter { hosts[$0].forming != nil }) { formNext(host) }
         case .task: runTask()
         case .deliver: deliver()
-        case .data: random.chance(50) ? arrive() : send(host)
+        case .data:
+            if !data.isEmpty, random.chance(50) { return arrive() }
+            if let host = one(of: hosts.indices.filter { hosts[$0].sending != nil }) { send(host) }
         case .tick: tick()
         case .request: if coordinator != nil { tell(.coordinator, .request) }
         case .crash: crash(processes[random.below(processes.count)], "dies")
@@ -167,6 +179,10 @@ package final class Coordination: Scenario {
         }
     }
 
+    private func one(of candidates: [Int]) -> Int? {
+        candidates.isEmpty ? nil : candidates[random.below(candidates.count)]
+    }
+
     /// Hosts' deadlines are kept to the nanosecond; whoever else waits may be late.
     private func passTime(by amount: UInt64) {
         let end = now + amount
@@ -174,9 +190,10 @@ package final class Coordination: Scenario {
             let due = hosts.indices.compactMap { host in hosts[host].machine?.wakeAt.map { ($0, host) } }
             guard let (at, host) = due.min(by: { $0 < $1 }), at <= end, fault != .holdOn else { break }
             now = max(now, at)
-            if fault == .countDeadlineAsRun {
+            if fault == .countDeadlineAsRun, case .formed? = hosts[host].machine?.state {
                 // The executor has lost the difference between the two ways of letting go.
-                let run = Stamped(epoch: hosts[host].machine!.record.epoch, HostRequest.run(hosts[host].file.content.number))
+                let run = Stamped(
+                    epoch: hosts[host].machine!.record.epoch, HostRequest.run(hosts[host].file.content.number))
                 drive(host) { $0.handle(.request(run), now: at - 1) }
             }
             drive(host) { [now] in $0.handle(.tick, now: now) }
@@ -233,7 +250,9 @@ package final class Coordination: Scenario {
         moment += 1
         hosts[host].grains[grain].acknowledgedAt[write] = moment
         hosts[host].grains[grain].underWay = nil
-        for client in waiting.indices where waiting[client].map({ $0 == (host, grain) }) == true { waiting[client] = nil }
+        for client in waiting.indices where waiting[client].map({ $0 == (host, grain) }) == true {
+            waiting[client] = nil
+        }
     }
 
     private func letGo(_ host: Int) {
@@ -247,7 +266,9 @@ package final class Coordination: Scenario {
         guard let number = hosts[host].forming else { return }
         let first = hosts[host].image.count
         let grains = first..<first + CoordinationHost.grainsPerVolume
-        if !hosts[host].outOfSync.isDisjoint(with: grains) { fail("a point is formed over what is left of the last one") }
+        if !hosts[host].outOfSync.isDisjoint(with: grains) {
+            fail("a point is formed over what is left of the last one")
+        }
         // The bitmaps change roles.
         let changed = hosts[host].recording.intersection(grains)
         hosts[host].outOfSync.subtract(grains)
@@ -279,7 +300,9 @@ package final class Coordination: Scenario {
             sending.unsent.remove(grain)
             sending.unanswered.insert(grain)
             data.append(
-                CoordinationData(host: host, session: session, grain: grain, content: hosts[host].image[grain]))
+                CoordinationData(
+                    host: host, session: session, grain: grain, content: hosts[host].image[grain],
+                    isSlow: !isQuiet && random.chance(slow)))
             hosts[host].sending = sending
         } else if sending.unanswered.isEmpty || fault == .drainEarly {
             hosts[host].sending = nil
@@ -290,16 +313,24 @@ package final class Coordination: Scenario {
     }
 
     private func arrive() {
-        guard !data.isEmpty else { return }
-        let write = data.remove(at: random.below(data.count))
+        let index = random.below(data.count)
+        if data[index].isSlow, !isQuiet, !random.chance(3) { return }
+        let write = data.remove(at: index)
         let remote = hosts[write.host].remote
-        let isLetIn = remotes[remote].machine?.takesData == true && remotes[remote].sessions[write.host] == write.session
-        guard isLetIn || (fault == .takeLateData && remotes[remote].machine != nil) else { return }
-        remotes[remote].secondary[write.host]![write.grain] = write.content
-        guard reaches(.host(write.host), .remote(remote)), hosts[write.host].sending?.session == write.session else {
+        let isCurrent = hosts[write.host].sending?.session == write.session
+        let isLetIn =
+            remotes[remote].machine?.takesData == true && remotes[remote].sessions[write.host] == write.session
+        guard isLetIn || (fault == .takeLateData && remotes[remote].machine != nil) else {
+            if isCurrent { hosts[write.host].sending?.session = nil }
             return
         }
-        hosts[write.host].sending?.unanswered.remove(write.grain)
+        remotes[remote].secondary[write.host]![write.grain] = write.content
+        guard isCurrent else { return }
+        if reaches(.host(write.host), .remote(remote)) {
+            hosts[write.host].sending?.unanswered.remove(write.grain)
+        } else {
+            hosts[write.host].sending?.session = nil  // its answer is lost
+        }
     }
 
     // MARK: Messages
@@ -393,6 +424,13 @@ package final class Coordination: Scenario {
         return true
     }
 
+    @discardableResult
+    private func count<Kind: Equatable>(_ machine: String, _ before: Kind, _ after: Kind) -> Bool {
+        guard before != after else { return false }
+        happened["\(machine): \(before) → \(after)", default: 0] += 1
+        return true
+    }
+
     /// - Returns: whether the record counts as saved; and the file holds it or, if it does not, perhaps.
     private func save<Record>(
         _ next: Record, _ file: inout RecordFile<Record>, _ check: (Record) throws -> Void
@@ -416,12 +454,18 @@ package final class Coordination: Scenario {
 
     private func drive(_ process: CoordinationProcess, _ handle: (inout Coordinator) -> Turn<Coordinator.Action>) {
         guard var machine = process == .stale ? stale : coordinator else { return }
+        let before = machine.state.kind
         let turn = handle(&machine)
+        count("coordinator", before, machine.state.kind)
         set(process, machine)
         carryOut(
             turn, process,
             early: { [fault] action in
-                if case .askRemote(_, let request) = action, case .commit = request.body { fault == .decideUnsaved } else { false }
+                if case .askRemote(_, let request) = action, case .commit = request.body {
+                    fault == .decideUnsaved
+                } else {
+                    false
+                }
             },
             save: { saveCoordinator(process) },
             perform: { perform($0, of: process) },
@@ -441,17 +485,21 @@ package final class Coordination: Scenario {
     /// - Returns: nil when the record belongs to a newer process.
     private func saveCoordinator(_ process: CoordinationProcess) -> Bool? {
         guard let machine = process == .stale ? stale : coordinator else { return nil }
-        if machine.record.epoch < file.content.epoch, fault != .saveOverNewer {
+        if knownWrites[process] != writes, fault != .saveOverNewer {
             tell(process, .superseded)
             return nil
         }
+        writes += 1
+        knownWrites[process] = writes
         return save(machine.record, &file) { try machine.record.check(after: $0) }
     }
 
     private func perform(_ action: Coordinator.Action, of process: CoordinationProcess) {
         switch action {
         case .askHost(let host, let request): post(process, .host(host), .toHost(request))
-        case .askRemote(let remote, let request): post(process, .remote(remote), .toRemote(request))
+        case .askRemote(let remote, let request):
+            if case .commit(_, others: true) = request.body { happened["a promise made void", default: 0] += 1 }
+            post(process, .remote(remote), .toRemote(request))
         case .committed(let number):
             note("point \(number) is committed everywhere")
             announced = max(announced, number)
@@ -471,9 +519,11 @@ package final class Coordination: Scenario {
 
     private func drive(_ host: Int, _ handle: (inout Participant) -> Turn<Participant.Action>) {
         guard var machine = hosts[host].machine else { return }
-        let before = machine.kindText
+        let before = machine.state.kind
         let turn = handle(&machine)
-        if machine.kindText != before { note("host \(host): \(before) → \(machine.kindText)") }
+        if count("host", before, machine.state.kind) {
+            note("host \(host): \(before) → \(machine.state.kind) \(machine.record.number)")
+        }
         hosts[host].machine = machine
         carryOut(
             turn, .host(host),
@@ -515,9 +565,13 @@ package final class Coordination: Scenario {
 
     private func drive(remote: Int, _ handle: (inout TwoPhaseCommit) -> Turn<TwoPhaseCommit.Action>) {
         guard var machine = remotes[remote].machine else { return }
-        let before = machine.kindText
+        let before = machine.state.kind
         let turn = handle(&machine)
-        if machine.kindText != before { note("remote \(remote): \(before) → \(machine.kindText)") }
+        if count("remote", before, machine.state.kind) {
+            note(
+                "remote \(remote): \(before) → \(machine.state.kind) \(machine.state.number ?? machine.record.committed)"
+            )
+        }
         remotes[remote].machine = machine
         carryOut(
             turn, .remote(remote),
@@ -552,6 +606,7 @@ package final class Coordination: Scenario {
             remotes[remote].tasks.removeAll { if case .checked(number) = $0 { true } else { false } }
         case .ask(let other, let number): ask(other, number, remote)
         case .testify(let other, let number, let testimony):
+            happened["\(testimony)", default: 0] += 1
             post(.remote(remote), .remote(other), .testimony(of: remote, number, testimony))
         case .open(let point): opened(at: point, remote)
         case .failoverRefused(let reason): note("remote \(remote) does not fail over: \(reason)")
@@ -570,15 +625,11 @@ package final class Coordination: Scenario {
     }
 
     private func runTask() {
-        let index = random.below(hosts.count + remotes.count)
-        if index < hosts.count {
-            guard !hosts[index].tasks.isEmpty else { return }
-            let event = hosts[index].tasks.removeFirst()
-            return drive(index) { [now] in $0.handle(event, now: now) }
-        }
-        let remote = index - hosts.count
-        guard !remotes[remote].tasks.isEmpty else { return }
-        drive(remote: remote, remotes[remote].tasks.removeFirst())
+        let remote = one(of: remotes.indices.filter { !remotes[$0].tasks.isEmpty })
+        if let remote, random.chance(50) { return drive(remote: remote, remotes[remote].tasks.removeFirst()) }
+        guard let host = one(of: hosts.indices.filter { !hosts[$0].tasks.isEmpty }) else { return }
+        let event = hosts[host].tasks.removeFirst()
+        drive(host) { [now] in $0.handle(event, now: now) }
     }
 
     // MARK: Dying and starting
@@ -590,8 +641,11 @@ package final class Coordination: Scenario {
         switch process {
         case .stale: stale = nil
         case .coordinator:
-            // Or it is only taken for dead. An epoch belongs to whoever has saved it first.
-            if random.chance(30), let coordinator, coordinator.record.epoch <= file.content.epoch { stale = coordinator }
+            // Or it is only taken for dead.
+            if random.chance(30), let coordinator, coordinator.record.epoch <= file.content.epoch {
+                stale = coordinator
+                knownWrites[.stale] = knownWrites[.coordinator]
+            }
             coordinator = nil
         case .host(let host):
             hosts[host].die()
@@ -619,10 +673,14 @@ package final class Coordination: Scenario {
             if case .stopped? = coordinator?.state { coordinator = nil }
             guard coordinator == nil else { return }
             file.isRead()
+            knownWrites[.coordinator] = writes
             var record = file.content
             if fault == .forgetDecision, record.point == .commit { record = record.changed(point: .undecided) }
-            if fault == .forgetNumber { record = record.changed(lastNumber: record.committed, point: CoordinatorRecord.Point.none) }
+            if fault == .forgetNumber {
+                record = record.changed(lastNumber: record.committed, point: CoordinatorRecord.Point.none)
+            }
             if fault == .forgetNumber || fault == .forgetDecision { file.content = record }
+            happened["takes up: \(record.point)", default: 0] += 1
             note("a coordinator takes up: point \(record.lastNumber), \(record.point)")
             coordinator = Coordinator(settings, record: record)
             drive(.coordinator) { [now] in $0.start(now: now) }
@@ -630,7 +688,9 @@ package final class Coordination: Scenario {
             guard hosts[host].machine == nil else { return }
             var record = hosts[host].file.content
             if fault == .forgetHalfFormed { record = ParticipantRecord(epoch: record.epoch, number: record.number) }
-            if fault == .forgetFormed { record = ParticipantRecord(epoch: record.epoch, number: 0, isOpen: record.isOpen) }
+            if fault == .forgetFormed {
+                record = ParticipantRecord(epoch: record.epoch, number: 0, isOpen: record.isOpen)
+            }
             hosts[host].file.content = record
             hosts[host].machine = Participant(settings, record: record)
             drive(host) { $0.start() }
@@ -669,9 +729,10 @@ package final class Coordination: Scenario {
         guard let point = formed[number], point.count == hosts.count else {
             return fail("a point is committed that not every host has formed")
         }
-        let newest = hosts.indices.flatMap { host in
-            hosts[host].grains.indices.map { hosts[host].grains[$0].issuedAt[point[host]![$0]] }
-        }.max() ?? 0
+        let newest =
+            hosts.indices.flatMap { host in
+                hosts[host].grains.indices.map { hosts[host].grains[$0].issuedAt[point[host]![$0]] }
+            }.max() ?? 0
         for host in hosts.indices {
             for (grain, written) in hosts[host].grains.enumerated() {
                 for missing in written.acknowledgedAt[(point[host]![grain] + 1)...] where missing ?? .max < newest {
@@ -683,12 +744,15 @@ package final class Coordination: Scenario {
 
     private func askToFailOver() {
         guard failovers > 0, random.below(4) < failovers else { return }
-        let remote = random.below(remotes.count)
+        // Where it matters most, more often.
+        let inDoubt = one(of: remotes.indices.filter { remotes[$0].machine?.record.inDoubt != nil })
+        let remote = random.chance(70) ? inDoubt ?? random.below(remotes.count) : random.below(remotes.count)
         guard let machine = remotes[remote].machine else { return }
-        if random.chance(6) {
+        if random.chance(8) {
             let points = [machine.record.committed, machine.record.inDoubt ?? 0].filter { $0 > 0 }
             guard !points.isEmpty, remotes[remote].failedOver == nil else { return }
             remotes[remote].isAlone = true
+            happened["alone", default: 0] += 1
             note("remote \(remote) is to fail over alone")
             return drive(remote: remote, .failOverAlone(points[random.below(points.count)]))
         }
@@ -714,7 +778,9 @@ package final class Coordination: Scenario {
             let remote = remotes[hosts[host].remote]
             for grain in hosts[host].grains.indices {
                 let content = hosts[host].grains[grain].content
-                guard content != remote.secondary[host]![grain] || content != remote.flushed[host]![grain] else { continue }
+                guard content != remote.secondary[host]![grain] || content != remote.flushed[host]![grain] else {
+                    continue
+                }
                 if !hosts[host].recording.contains(grain), !hosts[host].outOfSync.contains(grain) {
                     fail("a host and its remote differ, and nothing says so")
                 }
@@ -727,13 +793,16 @@ package final class Coordination: Scenario {
         isQuiet = true
         (cuts, stale) = ([:], nil)
         for process in processes { restart(process) }
-        let isFailover = remotes.contains { $0.failedOver != nil }
         let before = announced
+        var isFailover = false
         for turn in 0..<40_000 {
-            if isFailover ? remotes.allSatisfy({ $0.failedOver != nil }) : announced > before { return try settled() }
+            isFailover = remotes.contains { $0.failedOver != nil }
+            if isFailover ? remotes.indices.allSatisfy(hasFailedOver) : announced > before { return try settled() }
             if turn % 200 == 0 {
                 if isFailover {
-                    for remote in remotes.indices where remotes[remote].failedOver == nil { drive(remote: remote, .failOver) }
+                    for remote in remotes.indices where remotes[remote].failedOver == nil {
+                        drive(remote: remote, .failOver)
+                    }
                 } else {
                     tell(.coordinator, .request)
                 }
@@ -750,6 +819,14 @@ package final class Coordination: Scenario {
         throw failure!
     }
 
+    /// Or there is nothing that it could fail over to, since all who have did so alone.
+    private func hasFailedOver(_ remote: Int) -> Bool {
+        if remotes[remote].failedOver != nil { return true }
+        return remotes.allSatisfy { $0.failedOver == nil || $0.isAlone }
+            && remotes[remote].machine?.record.committed == 0
+            && remotes[remote].machine?.state == .open
+    }
+
     private func settled() throws(SimulationFailure) {
         check()
         if let failure { throw failure }
@@ -760,9 +837,4 @@ extension CoordinatorRecord {
     fileprivate func changed(lastNumber: UInt64? = nil, point: Point) -> CoordinatorRecord {
         CoordinatorRecord(epoch: epoch, lastNumber: lastNumber ?? self.lastNumber, point: point, committed: committed)
     }
-}
-
-extension Participant { fileprivate var kindText: String { "\(state.kind) \(record.number)" } }
-extension TwoPhaseCommit {
-    fileprivate var kindText: String { "\(state.kind) \(state.number.map(String.init) ?? "")" }
 }

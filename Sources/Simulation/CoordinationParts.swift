@@ -135,4 +135,5 @@ struct CoordinationData {
     var session: Int
     var grain: Int
     var content: Int
+    var isSlow: Bool
 }

@@ -178,7 +178,8 @@ package struct Coordinator: Sendable {
             round.answered(host)
             guard round.isComplete else { return wait(.holding(number, round, until: until)) }
             return enter(.running(number, Round(settings.allHosts, now: now), drained: []))
-        case (.running(let number, var round, var drained), .ran), (.running(let number, var round, var drained), .drained):
+        case (.running(let number, var round, var drained), .ran),
+            (.running(let number, var round, var drained), .drained):
             round.answered(host)
             if case .drained = answer, !drained.contains(host) { drained.append(host) }
             guard round.isComplete else { return wait(.running(number, round, drained: drained)) }
@@ -238,7 +239,10 @@ package struct Coordinator: Sendable {
             remotes.answered(remote)
             return gaveUp(number, hosts, remotes, stops)
         case (.givingUp(let number, let hosts, var remotes, let stops), .committed):
-            guard settings.remotes == 1 else { return contradiction(answer) }
+            guard settings.remotes == 1 else {
+                // Decided, and left to the remotes since one has failed over; what is undecided nobody has committed.
+                return record.point == .commit ? Turn() : contradiction(answer)
+            }
             // The answer to its commit was lost. Hosts that gave the point up send more than is needed, not less.
             remotes.answered(remote)
             record.committed = number
@@ -296,7 +300,8 @@ package struct Coordinator: Sendable {
             isUnsaved = true
         }
         state = .givingUp(
-            number, hosts: Round(settings.allHosts, now: now), remotes: Round(atRemotes ? settings.allRemotes : [], now: now),
+            number, hosts: Round(settings.allHosts, now: now),
+            remotes: Round(atRemotes ? settings.allRemotes : [], now: now),
             stops: stops ? reason : nil)
         return Turn([.givesUp(number, reason)]) + send()
     }

@@ -3,7 +3,8 @@
 // Must be prevented:
 //   a number is given to two points
 //   a decision is forgotten, or taken back while a remote may have carried it out
-//   a process that has been followed by another changes the record
+//   a process that has been followed by another changes the record, or one that takes up goes by what it read before the other's last
+//     save: whoever keeps the record refuses a save unless the file is what this process has read or saved last (`Event.superseded`)
 
 package struct CoordinatorRecord: Equatable, Sendable, Codable {
     /// What has become of the point `lastNumber`.
@@ -15,8 +16,7 @@ package struct CoordinatorRecord: Equatable, Sendable, Codable {
         /// Every remote had prepared it: a new process commits it everywhere.
         case commit
     }
-    /// Of the process that takes up last; each is higher. Whoever keeps the record refuses one that is not higher than what the process
-    /// had read, or than that of a process since (`Event.superseded`).
+    /// Of the process that takes up last; each is higher.
     package internal(set) var epoch: UInt64 = 0
     /// The highest number that was ever given to a point.
     package internal(set) var lastNumber: UInt64 = 0

@@ -197,7 +197,8 @@ package struct TwoPhaseCommit: Sendable {
     }
 
     private func refusal(_ number: UInt64) -> RemoteAnswer {
-        .refuses(number, "points up to \(record.refusedThrough) were dropped here, or promised to a remote that fails over")
+        .refuses(
+            number, "points up to \(record.refusedThrough) were dropped here, or promised to a remote that fails over")
     }
 
     private mutating func check(_ number: UInt64, _ purpose: Purpose, after previous: UInt64) -> Turn<Action> {
@@ -205,7 +206,8 @@ package struct TwoPhaseCommit: Sendable {
         guard isOnly == (purpose == .commit) else { return contradiction(purpose) }
         guard previous == record.committed else {
             return refuse(
-                number, "it is out of order: the newest here is \(record.committed), the coordinator expects \(previous)")
+                number,
+                "it is out of order: the newest here is \(record.committed), the coordinator expects \(previous)")
         }
         state = .checking(number, purpose)
         return Turn([.check(number)])
@@ -216,7 +218,9 @@ package struct TwoPhaseCommit: Sendable {
         state = .open  // if it cannot be saved, it is looked at anew
         switch purpose {
         case .prepare:
-            return change(to: .prepared(number), then: [answerAction(.prepared(number))]) { $0.stand = .prepared(number) }
+            return change(to: .prepared(number), then: [answerAction(.prepared(number))]) {
+                $0.stand = .prepared(number)
+            }
         case .commit: return commit(number)
         }
     }
