@@ -20,6 +20,34 @@ func replay() throws {
             && worlds[0].figures.commits == worlds[1].figures.commits)
 }
 
+@Test("coordinated points go every way, and break no rule")
+func coordination() throws {
+    var happened: [String: Int] = [:]
+    for seed in UInt64(1)...2000 {
+        let world = Coordination(seed: seed)
+        try world.run(steps: 5_000, skipping: [])
+        happened.merge(world.happened) { $0 + $1 }
+    }
+    for what in [
+        "coordinator: committing → ending", "coordinator: committing → givingUp", "coordinator: preparing → givingUp",
+        "coordinator: holding → givingUp", "coordinator: running → givingUp", "coordinator: givingUp → stopped",
+        "host: formed → givingUp", "host: forming → givingUp", "host: drained → givingUp",
+        "remote: asking → failedOver",
+        "remote: asking → prepared", "remote: prepared → failedOver", "remote: checking → failedOver",
+        "takes up: commit",
+        "takes up: undecided", "a promise made void", "alone", "committed", "refuses(prepared: true)",
+        "refuses(prepared: false)",
+    ] { #expect(happened[what] != nil, "\(what) never happens") }
+}
+
+@Test("seeds of coordinated points that broke a rule break none any more", arguments: [UInt64(86), 14_478])
+func coordinationSeeds(seed: UInt64) throws {
+    try Coordination(seed: seed).run(steps: 5_000, skipping: [])
+    let worlds = [Coordination(seed: seed), Coordination(seed: seed)]
+    for world in worlds { try world.run(steps: 3_000, skipping: []) }
+    #expect(worlds[0].trace == worlds[1].trace && worlds[0].steps == worlds[1].steps)
+}
+
 @Test("a deliberate fault is seen")
 func fault() {
     let caught = (UInt64(1)...20).contains { seed in

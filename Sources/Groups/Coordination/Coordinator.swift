@@ -203,7 +203,7 @@ package struct Coordinator: Sendable {
         case (_, .failed(let number, let reason)):
             return giveUp(number, "host \(host): \(reason)", atRemotes: false, now)
         case (_, .gaveUp(let number)):
-            return giveUp(number, "host \(host) has started anew", atRemotes: false, now)
+            return giveUp(number, "host \(host) has nothing of it any more", atRemotes: false, now)
         default: return contradiction(answer)
         }
     }

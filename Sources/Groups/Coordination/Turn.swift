@@ -16,6 +16,8 @@ package struct Turn<Action: Equatable & Sendable>: Equatable, Sendable {
     /// Only once it is; dropped when it cannot be saved.
     package private(set) var after: [Action] = []
 
+    package var isEmpty: Bool { before.isEmpty && !saves }
+
     init(_ actions: [Action] = []) { before = actions }
 
     static func saved(then actions: [Action]) -> Turn {
