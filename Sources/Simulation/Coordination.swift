@@ -197,6 +197,9 @@ package final class Coordination: Scenario {
                 drive(host) { $0.handle(.request(run), now: at - 1) }
             }
             drive(host) { [now] in $0.handle(.tick, now: now) }
+            if let next = hosts[host].machine?.wakeAt, next <= now {
+                fail("an acknowledgement is held past the deadline")
+            }
         }
         now = end
     }

@@ -118,7 +118,8 @@ func coordinatorPlaces() {
         (.superseded(by: 2), "HHHHHHHHHH"),
     ]
     let ofRemotes: [(RemoteAnswer, String)] = [
-        (.prepared(1), "lxxxxHllll"), (.committed(1), "lxxxxxHlHl"), (.refuses(1, ""), "lxxxxHHlll"),
+        (.checking(1), "lxxxxHllll"), (.prepared(1), "lxxxxHllll"), (.committed(1), "lxxxxxHlHl"),
+        (.refuses(1, ""), "lxxxxHHlll"),
         (.dropped(1), "lxxxxxxxHl"), (.failedOver(at: 1), "lllllHHlHl"), (.superseded(by: 2), "HHHHHHHHHH"),
     ]
     func walk(_ event: Coordinator.Event, _ expected: String, _ place: (Coordinator.State) -> Place) {
@@ -222,7 +223,7 @@ func participantPlaces() {
 @Test("every request has its place in every state of a remote")
 func remotePlaces() {
     let requests: [(RemoteRequest, String)] = [
-        (.prepare(2, after: 1), "HlHHH"), (.commit(2, others: true), "xxHHH"), (.commit(2, others: false), "xxHHH"),
+        (.prepare(2, after: 1), "HHHHH"), (.commit(2, others: true), "xxHHH"), (.commit(2, others: false), "xxHHH"),
         (.drop(2), "HHHHH"),
     ]
     for (request, expected) in requests {

@@ -1,7 +1,8 @@
 // CoordinationTranscript.swift: a coordinator, its hosts and remotes, wired together, as text: an input a line, then all that is said and done.
 //
 // `group hosts=3 remotes=3` begins; `go` carries everything to its end, message by message. `lose`, `hold` and `repeat` say what becomes
-// of messages of a kind (and, with `to=`, to one receiver) until `release`; `stuck host=2` never forms; `crash` and `start` take a process;
+// of messages of a kind (and, with `to=`, to one receiver) until `release`; `stuck host=2` never forms, `stuck remote=1` never
+// has all of a point flushed; `crash` and `start` take a process;
 // `wait ms=50` lets time pass; `point` commits one, untold. A line that begins with `!` is one whose saves fail.
 
 import Groups
@@ -41,6 +42,7 @@ struct CoordinationTranscript {
     private var held: [(to: Party, event: Event)] = []
     private var rules: [Rule] = []
     private var stuck: Set<Int> = []
+    private var slow: Set<Int> = []
     private var savesFail = false
     private var said: [String] = []
 
@@ -58,7 +60,11 @@ struct CoordinationTranscript {
                 line.isSet("untilLost")
                 ? said.filter { $0.hasSuffix("(lost)") || $0.hasSuffix("(held up)") }
                 : said.filter { $0.hasSuffix("is committed") }
-        case "wait": for _ in 0..<(line.number("times") ?? 1) { wait(ms: line.required("ms")) }
+        case "wait":
+            for _ in 0..<(line.number("times") ?? 1) {
+                wait(ms: line.required("ms"))
+                if line.isSet("going") { go() }
+            }
         case "lose", "hold", "repeat":
             let kind = line.fields.keys.filter { $0 != "to" }.sorted().first ?? ""
             rules.append(Rule(fate: line.word, kind: kind, to: line.fields["to"]))
@@ -66,7 +72,9 @@ struct CoordinationTranscript {
             rules = []
             queue += held
             held = []
-        case "stuck": stuck = Set(line.number("host").map { [Int($0)] } ?? [])
+        case "stuck":
+            stuck = Set(line.number("host").map { [Int($0)] } ?? [])
+            slow = Set(line.number("remote").map { [Int($0)] } ?? [])
         case "crash": crash(try party(line))
         case "start": start(try party(line))
         case "failover":
@@ -103,7 +111,7 @@ struct CoordinationTranscript {
         (hosts, remotes) = (
             Array(repeating: nil, count: settings.hosts), Array(repeating: nil, count: settings.remotes)
         )
-        (queue, held, rules, stuck, now) = ([], [], [], [], 1_000_000_000)
+        (queue, held, rules, stuck, slow, now) = ([], [], [], [], [], 1_000_000_000)
         start(.coordinator)
         for host in hosts.indices { start(.host(host)) }
         for remote in remotes.indices { start(.remote(remote)) }
@@ -278,7 +286,8 @@ struct CoordinationTranscript {
                 }
             return post(
                 .remote(remote), .remote(other), words, .remote(other, .testimony(from: remote, number, testimony)))
-        case .check(let number): queue.append((.remote(remote), .remote(remote, .checked(number))))
+        case .check(let number):
+            if !slow.contains(remote) { queue.append((.remote(remote), .remote(remote, .checked(number)))) }
         case .take, .dropFiles, .open, .failoverRefused, .contradiction: break
         }
         said.append("remote \(remote): \(action.words)")
@@ -326,6 +335,7 @@ extension RemoteRequest {
 extension RemoteAnswer {
     fileprivate var words: String {
         switch self {
+        case .checking(let number): "checking \(number)"
         case .prepared(let number): "prepared \(number)"
         case .committed(let number): "committed \(number)"
         case .refuses(let number, let reason): "refuses \(number): \(reason)"

@@ -62,6 +62,8 @@ package enum RemoteRequest: Equatable, Sendable {
 
 /// Of a remote, to the coordinator.
 package enum RemoteAnswer: Equatable, Sendable {
+    /// It flushes, and makes files: that may take long.
+    case checking(UInt64)
     case prepared(UInt64)
     case committed(UInt64)
     /// For good: only that another remote has committed it changes that.

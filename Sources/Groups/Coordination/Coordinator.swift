@@ -210,6 +210,9 @@ package struct Coordinator: Sendable {
 
     private mutating func carryOut(_ remote: Int, _ answer: RemoteAnswer, _ now: UInt64) -> Turn<Action> {
         switch (state, answer) {
+        case (.preparing(let number, var round), .checking):
+            round.isAtIt(remote)
+            return wait(.preparing(number, round))
         case (.preparing(let number, var round), .prepared):
             round.answered(remote)
             guard round.isComplete else { return wait(.preparing(number, round)) }

@@ -47,6 +47,7 @@ extension Coordinator {
         let row: StaticString =
             switch answer {
             //               idle ready hold run drain prepare commit end giveUp stopped
+            case .checking: " l    x    x    x   x     H       l      l   l      l"
             case .prepared: " l    x    x    x   x     H       l      l   l      l"
             case .committed: "l    x    x    x   x     x       H      l   H      l"
             case .refuses: "  l    x    x    x   x     H       H      l   l      l"
@@ -75,7 +76,9 @@ extension RemoteAnswer {
     /// The point that it is about.
     package var number: UInt64? {
         switch self {
-        case .prepared(let number), .committed(let number), .refuses(let number, _), .dropped(let number): number
+        case .checking(let number), .prepared(let number), .committed(let number), .refuses(let number, _),
+            .dropped(let number):
+            number
         case .failedOver, .superseded: nil
         }
     }

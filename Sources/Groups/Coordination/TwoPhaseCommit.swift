@@ -182,6 +182,7 @@ package struct TwoPhaseCommit: Sendable {
         switch (state, request) {
         case (.open, .prepare(_, let after)): return check(number, .prepare, after: after)
         case (.open, .commitAtOnce(_, let after)): return check(number, .commit, after: after)
+        case (.checking, .prepare): return answer(.checking(number))
         case (.prepared, .prepare):
             return answer(number <= record.refusedThrough ? refusal(number) : .prepared(number))
         case (.asking, .prepare): return answer(refusal(number))
@@ -379,7 +380,7 @@ extension TwoPhaseCommit {
         let row: StaticString =
             switch request {
             //                  open checking prepared asking failedOver
-            case .prepare: "      H    l        H        H      H"
+            case .prepare: "      H    H        H        H      H"
             case .commit: "       x    x        H        H      H"
             case .commitAtOnce: " H    l        x        x      H"
             case .drop: "         H    H        H        H      H"
