@@ -81,7 +81,7 @@ package final class Coordination: Scenario {
             case .crash: 3
             case .restart: 60
             case .cut: 6
-            case .failOver: 4
+            case .failOver: 30
             }
         }
         var varies: [Int] { [.crash, .cut, .failOver].contains(self) ? [0, 1, 4] : [1, 2] }
@@ -158,8 +158,8 @@ package final class Coordination: Scenario {
     private func happen(_ happening: Happening) {
         switch happening {
         case .write: write()
-        case .apply: apply(random.below(hosts.count))
-        case .acknowledge: acknowledge(random.below(hosts.count))
+        case .apply: apply()
+        case .acknowledge: acknowledge()
         case .form: if let host = one(of: hosts.indices.filter { hosts[$0].forming != nil }) { formNext(host) }
         case .task: runTask()
         case .deliver: deliver()
@@ -232,20 +232,29 @@ package final class Coordination: Scenario {
         hosts[host].grains[grain].underWay = (hosts[host].grains[grain].issuedAt.count - 1, false)
     }
 
-    private func apply(_ host: Int) {
-        let grain = random.below(CoordinationHost.grainCount)
-        guard let (write, isApplied) = hosts[host].grains[grain].underWay, !isApplied else { return }
+    /// Writes that have reached their volume, or have not, and whose acknowledgement is not held.
+    private func someWrite(applied: Bool) -> (host: Int, grain: Int)? {
+        var found: [(host: Int, grain: Int)] = []
+        for host in hosts.indices {
+            for (grain, written) in hosts[host].grains.enumerated() where written.underWay?.isApplied == applied {
+                if !hosts[host].held.contains(grain) { found.append((host, grain)) }
+            }
+        }
+        return found.isEmpty ? nil : found[random.below(found.count)]
+    }
+
+    private func apply() {
+        guard let (host, grain) = someWrite(applied: false) else { return }
+        let write = hosts[host].grains[grain].underWay!.write
         hosts[host].grains[grain].content = write
         hosts[host].grains[grain].underWay = (write, true)
         hosts[host].recording.insert(grain)
     }
 
-    private func acknowledge(_ host: Int) {
-        for grain in hosts[host].grains.indices where hosts[host].grains[grain].underWay?.isApplied == true {
-            guard !hosts[host].held.contains(grain) else { continue }
-            if hosts[host].heldSince == nil { return acknowledged(host, grain) }
-            return hosts[host].held.append(grain)
-        }
+    private func acknowledge() {
+        guard let (host, grain) = someWrite(applied: true) else { return }
+        if hosts[host].heldSince == nil { return acknowledged(host, grain) }
+        hosts[host].held.append(grain)
     }
 
     private func acknowledged(_ host: Int, _ grain: Int) {
@@ -749,7 +758,8 @@ package final class Coordination: Scenario {
         guard failovers > 0, random.below(4) < failovers else { return }
         // Where it matters most, more often.
         let inDoubt = one(of: remotes.indices.filter { remotes[$0].machine?.record.inDoubt != nil })
-        let remote = random.chance(70) ? inDoubt ?? random.below(remotes.count) : random.below(remotes.count)
+        if inDoubt == nil, !random.chance(6) { return }
+        let remote = random.chance(80) ? inDoubt ?? random.below(remotes.count) : random.below(remotes.count)
         guard let machine = remotes[remote].machine else { return }
         if random.chance(8) {
             let points = [machine.record.committed, machine.record.inDoubt ?? 0].filter { $0 > 0 }

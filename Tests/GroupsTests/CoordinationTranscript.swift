@@ -2,7 +2,7 @@
 //
 // `group hosts=3 remotes=3` begins; `go` carries everything to its end, message by message. `lose`, `hold` and `repeat` say what becomes
 // of messages of a kind (and, with `to=`, to one receiver) until `release`; `stuck host=2` never forms, `stuck remote=1` never
-// has all of a point flushed; `crash` and `start` take a process;
+// has all of a point flushed; at `busy remote=0` writes are under way; `crash` and `start` take a process;
 // `wait ms=50` lets time pass; `point` commits one, untold. A line that begins with `!` is one whose saves fail.
 
 import Groups
@@ -43,6 +43,7 @@ struct CoordinationTranscript {
     private var rules: [Rule] = []
     private var stuck: Set<Int> = []
     private var slow: Set<Int> = []
+    private var busy: Int?
     private var savesFail = false
     private var said: [String] = []
 
@@ -75,6 +76,7 @@ struct CoordinationTranscript {
         case "stuck":
             stuck = Set(line.number("host").map { [Int($0)] } ?? [])
             slow = Set(line.number("remote").map { [Int($0)] } ?? [])
+        case "busy": busy = line.number("remote").map { Int($0) }
         case "crash": crash(try party(line))
         case "start": start(try party(line))
         case "failover":
@@ -111,7 +113,7 @@ struct CoordinationTranscript {
         (hosts, remotes) = (
             Array(repeating: nil, count: settings.hosts), Array(repeating: nil, count: settings.remotes)
         )
-        (queue, held, rules, stuck, slow, now) = ([], [], [], [], [], 1_000_000_000)
+        (queue, held, rules, stuck, slow, busy, now) = ([], [], [], [], [], nil, 1_000_000_000)
         start(.coordinator)
         for host in hosts.indices { start(.host(host)) }
         for remote in remotes.indices { start(.remote(remote)) }
@@ -287,7 +289,11 @@ struct CoordinationTranscript {
             return post(
                 .remote(remote), .remote(other), words, .remote(other, .testimony(from: remote, number, testimony)))
         case .check(let number):
-            if !slow.contains(remote) { queue.append((.remote(remote), .remote(remote, .checked(number)))) }
+            if busy == remote {
+                queue.append((.remote(remote), .remote(remote, .checkFailed(number, "writes are under way"))))
+            } else if !slow.contains(remote) {
+                queue.append((.remote(remote), .remote(remote, .checked(number))))
+            }
         case .take, .dropFiles, .open, .failoverRefused, .contradiction: break
         }
         said.append("remote \(remote): \(action.words)")
