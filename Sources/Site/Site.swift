@@ -107,10 +107,11 @@ package actor Site {
         listenForEvents()
         for entry in configuration.groups { try openGroup(entry) }
         for (index, entry) in configuration.volumes.enumerated() {
-            let record = group(ofVolume: entry.name)?.record
+            let home = group(ofVolume: entry.name)
+            let record = home?.record
             let volume = try VolumeState(
                 entry, state: state, reactor: reactors[index % count], bootID: bootID, role: record?.role,
-                hasPoints: record?.points.isEmpty == false, force: force)
+                servedAs: home?.servedAs, hasPoints: record?.points.isEmpty == false, force: force)
             volumes[entry.name] = volume
             board.volumes.withLock { $0.append(volume.board) }
             for finding in volume.findings {

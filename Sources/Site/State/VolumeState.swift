@@ -124,10 +124,11 @@ final class VolumeState {
     ///
     /// - Parameters:
     ///   - role: in its group; nil = it is in none.
+    ///   - servedAs: what the record says of a volume of that group.
     ///   - hasPoints: the group has recovery points of it.
     init(
         _ entry: Configuration.VolumeEntry, state: StateDirectory, reactor: ReactorHandle, bootID: String,
-        role: Role?, hasPoints: Bool, force: Bool
+        role: Role?, servedAs: String?, hasPoints: Bool, force: Bool
     ) throws {
         self.entry = entry
         self.reactor = reactor
@@ -217,6 +218,9 @@ final class VolumeState {
         }
         (recording, recordingIsWhole) = try open("recording.bitmap", header(.recording, 2))
         held = recording
+        if role == .secondary || role == .primary && !isNew, found?.servedAs != servedAs {
+            try Self.makeGroupFiles(directory, size, header)
+        }
         if role == .primary {
             let (bitmap, isWhole) = try open("point.bitmap", header(.point))
             pointIsWhole = isWhole
@@ -243,6 +247,17 @@ final class VolumeState {
     }
 
     // MARK: What only some need
+
+    /// What the volume of a group needs as a primary's has its space from the beginning: a failover may come when the disk is full.
+    private static func makeGroupFiles(
+        _ directory: String, _ size: UInt64, _ header: (BitmapHeader.Kind, Int) -> BitmapHeader
+    ) throws {
+        for (name, kind) in [("point.bitmap", BitmapHeader.Kind.point), ("activity.log", .activityLog)] {
+            guard try !exists("\(directory)/\(name)") else { continue }
+            _ = try BitmapFile(path: "\(directory)/\(name)", header: header(kind, 1), create: true)
+        }
+        _ = try openPointTarget(directory, size)
+    }
 
     private static func openPointTarget(_ directory: String, _ size: UInt64) throws -> OpenFile {
         let target = try OpenFile(path: "\(directory)/point.target", flags: O_RDWR | O_CREAT)
