@@ -388,18 +388,28 @@ package final class Coordination: Scenario {
         guard let before = hosts[host].machine else { return }
         var given = request
         if fault == .obeyOlderEpoch { given.epoch = max(given.epoch, before.record.epoch) }
+        if request.epoch < before.record.epoch {
+            var copy = before
+            let refusal = Stamped(epoch: request.epoch, HostAnswer.superseded(by: before.record.epoch))
+            if copy.handle(.request(given), now: now).before.last != .answer(refusal) {
+                fail("a host obeys an older coordinator")
+            }
+        }
         drive(host) { [now] in $0.handle(.request(given), now: now) }
-        guard request.epoch < before.record.epoch, let after = hosts[host].machine else { return }
-        if after.state != before.state || after.record != before.record { fail("a host obeys an older coordinator") }
     }
 
     private func deliver(_ request: Stamped<RemoteRequest>, remote: Int) {
         guard let before = remotes[remote].machine else { return }
         var given = request
         if fault == .obeyOlderEpoch { given.epoch = max(given.epoch, before.record.epoch) }
+        if request.epoch < before.record.epoch {
+            var copy = before
+            let refusal = Stamped(epoch: request.epoch, RemoteAnswer.superseded(by: before.record.epoch))
+            if copy.handle(.request(given), now: now).before != [.answer(refusal)] {
+                fail("a remote obeys an older coordinator")
+            }
+        }
         drive(remote: remote, .request(given))
-        guard request.epoch < before.record.epoch, let after = remotes[remote].machine else { return }
-        if after.state != before.state || after.record != before.record { fail("a remote obeys an older coordinator") }
     }
 
     // MARK: Carrying out
