@@ -767,9 +767,9 @@ package final class Coordination: Scenario {
     private func askToFailOver() {
         guard failovers > 0, random.below(4) < failovers else { return }
         // Where it matters most, more often.
-        let inDoubt = one(of: remotes.indices.filter { remotes[$0].machine?.record.inDoubt != nil })
-        if inDoubt == nil, !random.chance(6) { return }
-        let remote = random.chance(80) ? inDoubt ?? random.below(remotes.count) : random.below(remotes.count)
+        let undecided = one(of: remotes.indices.filter { remotes[$0].machine?.state.number != nil })
+        if undecided == nil, !random.chance(6) { return }
+        let remote = random.chance(80) ? undecided ?? random.below(remotes.count) : random.below(remotes.count)
         guard let machine = remotes[remote].machine else { return }
         if random.chance(8) {
             let points = [machine.record.committed, machine.record.inDoubt ?? 0].filter { $0 > 0 }
