@@ -13,10 +13,17 @@ import Volumes
 struct ConfigurationReader {
     let path: String
     private let lines: [Substring]
+    /// Where each table begins: a site may have thousands.
+    private let headers: [String: Int]
 
     init(path: String, text: String) {
         self.path = path
-        lines = text.split(separator: "\n", omittingEmptySubsequences: false)
+        let lines = text.split(separator: "\n", omittingEmptySubsequences: false)
+        self.lines = lines
+        let found = lines.enumerated().compactMap { index, raw in
+            Self.header(raw.drop { $0 == " " || $0 == "\t" }).map { ($0, index + 1) }
+        }
+        headers = Dictionary(found) { first, _ in first }
     }
 
     func error(_ line: Int, _ message: String) -> ConfigurationError {
@@ -25,22 +32,26 @@ struct ConfigurationReader {
 
     /// The line of a key in a table, or of the table's header; the parser does not tell positions of values.
     func line(_ section: String, _ key: String?) -> Int {
+        guard let key else { return headers[section] ?? 0 }
         var current = ""
         var header = 0
         for (index, raw) in lines.enumerated() {
             let text = raw.drop { $0 == " " || $0 == "\t" }
-            if text.hasPrefix("[") {
-                current = text.dropFirst().prefix { $0 != "]" }.filter { $0 != "\"" && $0 != " " }
-                if current == section || (key != nil && current == join(section, key!)) {
-                    header = index + 1
-                    if key == nil || current != section { return header }
-                }
-            } else if current == section, let key {
+            if let name = Self.header(text) {
+                current = name
+                if current == join(section, key) { return index + 1 }
+                if current == section { header = index + 1 }
+            } else if current == section {
                 let word = text.prefix { $0 != "=" && $0 != " " && $0 != "." && $0 != "\t" }
                 if word.filter({ $0 != "\"" }) == key { return index + 1 }
             }
         }
         return header
+    }
+
+    private static func header(_ text: Substring) -> String? {
+        guard text.hasPrefix("[") else { return nil }
+        return text.dropFirst().prefix { $0 != "]" }.filter { $0 != "\"" && $0 != " " }
     }
 
     private func join(_ section: String, _ key: String) -> String {
