@@ -74,7 +74,7 @@ test-asan: ## The suites about clients again, with the address sanitizer in the 
 	FARCOPY_SANITIZE=address $(RELEASE) --product farcopy
 	mv .build/release/farcopy .build/farcopy-asan
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 ASAN_OPTIONS=detect_leaks=0 FARCOPY=$(CURDIR)/.build/farcopy-asan $(PYTHON) run.py \
-		test_protocol test_structured test_hostile test_tls test_access test_direct test_flashcopy
+		test_protocol test_structured test_hostile test_tls test_access test_direct test_flashcopy test_points
 
 test-kernel: ## File systems on the kernel's /dev/nbdX, in a small machine under qemu
 	@scripts/bootstrap build test kernel

@@ -70,7 +70,8 @@ class Hostile(SiteTest):
             for number in os.listdir(directory):
                 with contextlib.suppress(FileNotFoundError):
                     found.append(os.readlink(f"{directory}/{number}"))
-            return found
+            # The language's runtime makes a clock of its own when it first needs one.
+            return [name for name in found if "timerfd" not in name]
 
         directory = f"/proc/{self.server.process.pid}/fd"
         self.serves()
