@@ -16,12 +16,12 @@ extension GroupRecord {
     /// The point whose files hold what a recovery point is of a volume; nil when there is no such point, or the volume has no part in it.
     package func carrier(of number: UInt64, _ volume: String) -> UInt64? {
         guard let point = points.first(where: { $0.number == number }), holds(point, volume) else { return nil }
-        return filed(volume).last { $0 <= number }
+        return filed(volume).filter { $0 <= number }.max()
     }
 
     /// What is written down of a point, kept or not.
     package func pointRecord(_ number: UInt64) -> PointRecord? {
-        newestFirst.first { $0.record.number == number }?.record
+        points.first { $0.number == number } ?? retired?.first { $0.number == number }
     }
 
     /// Points whose files hold what others are of volumes, oldest first, without those that only points hold that are not kept.
@@ -30,15 +30,17 @@ extension GroupRecord {
     /// - Returns: by the volume's name; absent when no point that is kept holds the volume.
     package func carriers(of volumes: [String]) -> [String: [UInt64]] {
         var found: [String: [UInt64]] = [:]
+        let newestFirst = (points.map { ($0, true) } + (retired ?? []).map { ($0, false) }).sorted {
+            $0.0.number > $1.0.number
+        }
         // From the newest on: each one that is kept asks of every volume for the next that has files.
         var asked = 0
         var answered: [String: Int] = [:]
-        for point in newestFirst {
-            if point.isKept { asked += 1 }
-            for volume in point.record.changed ?? volumes
-            where asked > answered[volume] ?? 0 && holds(point.record, volume) {
+        for (point, isKept) in newestFirst {
+            if isKept { asked += 1 }
+            for volume in point.changed ?? volumes where asked > answered[volume] ?? 0 && holds(point, volume) {
                 answered[volume] = asked
-                found[volume, default: []].append(point.record.number)
+                found[volume, default: []].append(point.number)
             }
         }
         return found.mapValues { $0.reversed() }
@@ -46,17 +48,12 @@ extension GroupRecord {
 
     /// Points that are kept, and are of a volume what another's files hold; oldest first.
     package func points(carriedBy carrier: UInt64, _ volume: String) -> [PointRecord] {
-        let next = filed(volume).first { $0 > carrier } ?? .max
+        let next = filed(volume).filter { $0 > carrier }.min() ?? .max
         return points.filter { $0.number >= carrier && $0.number < next && holds($0, volume) }
     }
 
-    /// Points that have files of a volume, kept or not, oldest first.
+    /// Points that have files of a volume, kept or not, in no order.
     private func filed(_ volume: String) -> [UInt64] {
-        newestFirst.reversed().filter { $0.record.hasFiles(of: volume) && holds($0.record, volume) }
-            .map(\.record.number)
-    }
-
-    private var newestFirst: [(record: PointRecord, isKept: Bool)] {
-        (points.map { ($0, true) } + (retired ?? []).map { ($0, false) }).sorted { $0.0.number > $1.0.number }
+        (points + (retired ?? [])).filter { $0.hasFiles(of: volume) && holds($0, volume) }.map(\.number)
     }
 }

@@ -8,7 +8,7 @@
 //   a point stays half formed after a crash: the intent is recorded before the first volume forms
 //   the bitmaps are trusted against a secondary that they do not describe
 //   an answer is waited for that belongs to a link which was closed since: closing one voids whatever is under way
-//   something is done that relies on a record which could not be saved: it stands in `Ready.after`, which is dropped when the save fails,
+//   something is done that relies on a record which could not be saved: it stands in `Turn.after`, which is dropped when the save fails,
 //     and `saveFailed` says so
 //
 // The record is the group's (`Group`); what happens to it here is part of a step.
@@ -73,7 +73,7 @@ package struct Cycle {
         case request
     }
 
-    package enum Action: Equatable {
+    package enum Action: Equatable, Sendable {
         case openSession
         case closeLink
         /// Make the targets and bitmaps of the next point ready.
@@ -162,11 +162,11 @@ package struct Cycle {
     }
 
     /// First actions after a start of the process.
-    mutating func start(_ record: inout GroupRecord) -> Ready {
+    mutating func start(_ record: inout GroupRecord) -> Turn<Action> {
         if record.suspendedByOperator { return giveUp(.stop("suspended by the operator")) }
         if record.forming != nil { return giveUp(.connect) }  // nobody knows which volumes have formed it
         state = .connecting
-        return Ready([.openSession])
+        return Turn([.openSession])
     }
 
     /// The number that a point formed for a request made now will have at least.
@@ -222,8 +222,8 @@ package struct Cycle {
         return isHandled ? .handled : .late
     }
 
-    package mutating func handle(_ event: Event, _ record: inout GroupRecord, now: UInt64) -> Ready {
-        guard Self.place(of: event, in: state) == .handled else { return Ready() }
+    package mutating func handle(_ event: Event, _ record: inout GroupRecord, now: UInt64) -> Turn<Action> {
+        guard Self.place(of: event, in: state) == .handled else { return Turn() }
         switch (event, state) {
         case (.tick, _): return tick(record, now)
         case (.suspend, _): return suspend(&record)
@@ -240,7 +240,7 @@ package struct Cycle {
         case (.notReady, _):
             notBefore = now + Self.readyRetry
             state = .idle
-            return Ready()
+            return Turn()
         case (.formed(let time, let intact, let changed), .forming(let number)):
             guard intact else {
                 // Whoever asked for it still waits; but not at once, since hosts were held for nothing.
@@ -254,7 +254,7 @@ package struct Cycle {
         case (.move(let event), .moving(let point, let mover)): return move(point, mover, event, record)
         case (.committed(let time), .committing(let point)): return committed(point, time, &record, now)
         case (.commitRefused(let reason), _):
-            return Ready([.closeLink]) + giveUp(.retry("the peer refused the point: \(reason)"))
+            return Turn([.closeLink]) + giveUp(.retry("the peer refused the point: \(reason)"))
         case (.gaveUp, .givingUp(let next)): return gaveUp(next, &record, now)
         case (.allMarked, _), (.prepared, _), (.formed, _), (.move, _), (.committed, _), (.gaveUp, _):
             invariantFailed("only what a state has a place for is handled", #fileID, #line)
@@ -264,10 +264,10 @@ package struct Cycle {
     /// - Parameter changed: some volume was written to since the last point.
     private mutating func prepared(
         _ number: UInt64, _ changed: Bool, _ record: inout GroupRecord, _ now: UInt64
-    ) -> Ready {
+    ) -> Turn<Action> {
         guard changed || isWanted(record, now) else {
             state = .idle
-            return Ready()
+            return Turn()
         }
         requested = false
         formedAt = now
@@ -279,18 +279,18 @@ package struct Cycle {
 
     // MARK: Link
 
-    private mutating func opened(_ peer: PeerState, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
+    private mutating func opened(_ peer: PeerState, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         record.primary?.alone = false  // the peer is a secondary: nobody has taken over
         lostAt = nil
         lastFailure = nil
         if record.lineage != peer.lineage {
             state = .marking(peer)
-            return Ready([.markAllChanged(nil)])
+            return Turn([.markAllChanged(nil)])
         }
         let renewed = (peer.volumeLineages ?? [:]).filter { record.volumeLineages?[$0.key] != $0.value }.keys.sorted()
         if !renewed.isEmpty {
             state = .marking(peer)
-            return Ready([.markAllChanged(renewed)])
+            return Turn([.markAllChanged(renewed)])
         }
         if let held = record.held, peer.committed?.number == held.number {
             record.primary?.lastCommitted = peer.committed
@@ -313,7 +313,7 @@ package struct Cycle {
         }
         let theirs = peer.committed.map { String($0.number) } ?? "none"
         let ours = record.lastCommitted.map { String($0.number) } ?? "none"
-        return Ready([.closeLink])
+        return Turn([.closeLink])
             + giveUp(
                 .stop(
                     "the peer's newest point is \(theirs) where \(ours) is expected; "
@@ -321,7 +321,7 @@ package struct Cycle {
     }
 
     /// The lineage is recorded only when the bitmaps say that everything may differ.
-    private mutating func marked(_ peer: PeerState, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
+    private mutating func marked(_ peer: PeerState, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         if record.lineage != peer.lineage { record.primary?.lastCommitted = nil }
         record.lineage = peer.lineage
         record.volumeLineages = peer.volumeLineages
@@ -332,7 +332,9 @@ package struct Cycle {
         return .saved() + (record.lastCommitted == nil ? becomeIdle(record, now, due: now) : opened(peer, &record, now))
     }
 
-    private mutating func failed(_ reason: String, retry: Bool, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
+    private mutating func failed(_ reason: String, retry: Bool, _ record: inout GroupRecord, _ now: UInt64) -> Turn<
+        Action
+    > {
         let isNew = !record.isAlone
         record.primary?.alone = true
         resyncing = true
@@ -342,49 +344,49 @@ package struct Cycle {
         // 0.25 s, 0.5 s … 8 s; a refusal that a retry does not mend is asked again every 30 s.
         let delay = retry ? UInt64(250_000_000) << UInt64(min(attempt - 1, 5)) : 30_000_000_000
         state = .offline(reason, retryAt: now + delay)
-        return isNew ? .saved(then: [.closeLink]) : Ready([.closeLink])
+        return isNew ? .saved(then: [.closeLink]) : Turn([.closeLink])
     }
 
-    private mutating func lost(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
+    private mutating func lost(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         switch state {
-        case .stopped, .offline, .givingUp: return Ready()
+        case .stopped, .offline, .givingUp: return Turn()
         case .preparing, .forming:
             // Nothing of the point was sent; forming goes on and the drain will find the link closed.
-            return Ready([.closeLink]) + giveUp(.retry(reason))
+            return Turn([.closeLink]) + giveUp(.retry(reason))
         case .connecting, .marking, .idle, .moving, .committing:
             return failed(reason, retry: true, &record, now)
         }
     }
 
     /// Mirroring waits until the record can be written; hosts do not.
-    mutating func couldNotSave(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
+    mutating func couldNotSave(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         let words = "the group's record cannot be written (\(reason)); mirroring goes on once it can"
         switch state {
-        case .stopped, .offline: return Ready([.closeLink])
+        case .stopped, .offline: return Turn([.closeLink])
         // What was asked for before the link is closed is not answered any more, so it is asked for again.
-        case .givingUp(.stop(let reason)): return Ready([.closeLink]) + giveUp(.stop(reason))
-        case .preparing, .forming, .moving, .committing, .givingUp: return Ready([.closeLink]) + giveUp(.retry(words))
+        case .givingUp(.stop(let reason)): return Turn([.closeLink]) + giveUp(.stop(reason))
+        case .preparing, .forming, .moving, .committing, .givingUp: return Turn([.closeLink]) + giveUp(.retry(words))
         case .connecting, .marking, .idle: return failed(words, retry: true, &record, now)
         }
     }
 
-    private mutating func suspend(_ record: inout GroupRecord) -> Ready {
+    private mutating func suspend(_ record: inout GroupRecord) -> Turn<Action> {
         record.primary?.suspendedByOperator = true
         resyncing = true
-        return Ready([.closeLink]) + giveUp(.stop("suspended by the operator"))
+        return Turn([.closeLink]) + giveUp(.stop("suspended by the operator"))
     }
 
-    private mutating func resume(_ record: inout GroupRecord) -> Ready {
+    private mutating func resume(_ record: inout GroupRecord) -> Turn<Action> {
         guard record.suspendedByOperator else {
             if case .offline = state {
                 state = .connecting
-                return Ready([.openSession])
+                return Turn([.openSession])
             }
             if case .stopped = state {
                 state = .connecting
-                return Ready([.openSession])
+                return Turn([.openSession])
             }
-            return Ready()
+            return Turn()
         }
         record.primary?.suspendedByOperator = false
         if case .givingUp = state {
@@ -397,14 +399,14 @@ package struct Cycle {
 
     // MARK: Points
 
-    private mutating func tick(_ record: GroupRecord, _ now: UInt64) -> Ready {
+    private mutating func tick(_ record: GroupRecord, _ now: UInt64) -> Turn<Action> {
         switch state {
         case .offline(_, let retryAt) where now >= retryAt:
             if let lostAt, now - lostAt > Self.heldLimit, record.held != nil {
                 return giveUp(.retry("the link is lost; the point was given up to free its target"))
             }
             state = .connecting
-            return Ready([.openSession])
+            return Turn([.openSession])
         case .idle where now >= notBefore && (requested || (!waitsForCommand(record) && now >= dueAt)):
             switch settings.interval {
             case .continuous: dueAt = now + Self.shortestCycle
@@ -413,8 +415,8 @@ package struct Cycle {
             }
             let number = record.lastNumber + 1
             state = .preparing(number)
-            return Ready([.prepare(number: number)])
-        default: return Ready()
+            return Turn([.prepare(number: number)])
+        default: return Turn()
         }
     }
 
@@ -433,38 +435,38 @@ package struct Cycle {
             || now - formedAt >= Self.longestIdle
     }
 
-    private mutating func becomeIdle(_ record: GroupRecord, _ now: UInt64, due: UInt64? = nil) -> Ready {
+    private mutating func becomeIdle(_ record: GroupRecord, _ now: UInt64, due: UInt64? = nil) -> Turn<Action> {
         state = .idle
         if let due { dueAt = due }
         return tick(record, now)
     }
 
-    private mutating func startMove(_ point: PointRecord, _ record: GroupRecord, _ volumes: [Int]) -> Ready {
+    private mutating func startMove(_ point: PointRecord, _ record: GroupRecord, _ volumes: [Int]) -> Turn<Action> {
         let mover = settings.mode.mover(MoveShape(volumes: volumes, window: settings.window, pace: pace))
         return move(point, mover, .begin, record)
     }
 
     private mutating func move(
         _ point: PointRecord, _ mover: consuming any Mover, _ event: MoveEvent, _ record: GroupRecord
-    ) -> Ready {
+    ) -> Turn<Action> {
         state = .idle  // so that there is one mover, and its tables are not copied
         mover.pace = pace
         let actions = mover.handle(event).map { Action.move($0) }
         guard mover.isDone else {
             state = .moving(point, mover)
-            return Ready(actions)
+            return Turn(actions)
         }
         var sent = point
         sent.bytes = mover.bytesSent
         state = .committing(sent)
         let commit = Action.commit(
             number: point.number, previous: record.lastCommitted?.number, formedAt: point.formedAt)
-        return Ready(actions + [commit])
+        return Turn(actions + [commit])
     }
 
     private mutating func committed(
         _ point: PointRecord, _ time: Double, _ record: inout GroupRecord, _ now: UInt64
-    ) -> Ready {
+    ) -> Turn<Action> {
         var done = point
         done.committedAt = time
         record.primary?.lastCommitted = done
@@ -472,25 +474,25 @@ package struct Cycle {
         record.primary?.fromImage = false
         resyncing = false
         attempt = 0
-        return Ready([.endPoint(number: point.number)]) + .saved() + becomeIdle(record, now)
+        return Turn([.endPoint(number: point.number)]) + .saved() + becomeIdle(record, now)
     }
 
-    private mutating func pointLost(_ reason: String, _ record: inout GroupRecord) -> Ready {
+    private mutating func pointLost(_ reason: String, _ record: inout GroupRecord) -> Turn<Action> {
         switch state {
         case .stopped, .offline:
             record.primary?.point = .none
-            return Ready([.giveUp]) + .saved()
-        case .givingUp, .marking, .idle, .preparing: return Ready()
-        default: return Ready([.closeLink]) + giveUp(.retry(reason))
+            return Turn([.giveUp]) + .saved()
+        case .givingUp, .marking, .idle, .preparing: return Turn()
+        default: return Turn([.closeLink]) + giveUp(.retry(reason))
         }
     }
 
-    private mutating func giveUp(_ next: Next) -> Ready {
+    private mutating func giveUp(_ next: Next) -> Turn<Action> {
         state = .givingUp(next)
-        return Ready([.giveUp])
+        return Turn([.giveUp])
     }
 
-    private mutating func gaveUp(_ next: Next, _ record: inout GroupRecord, _ now: UInt64) -> Ready {
+    private mutating func gaveUp(_ next: Next, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         record.primary?.point = .none
         switch next {
         case .stop(let reason):

@@ -22,19 +22,19 @@ package struct Group {
     // MARK: Changes
 
     /// What the site, its peer or an operator has decided. It counts durably or, if it has not happened already, not at all.
-    package mutating func change(_ change: GroupChange) throws(IllegalPhase) -> Ready {
+    package mutating func change(_ change: GroupChange) throws(IllegalPhase) -> Turn<Cycle.Action> {
         var next = record
         try next.apply(change)
-        guard next != record || isUnsaved else { return Ready() }
+        guard next != record || isUnsaved else { return Turn() }
         fallback = change.hasHappened ? nil : record
         record = next
         return .saved()
     }
 
     /// Makes sure that no change that was taken back stands in the file.
-    package func settle() -> Ready { isUnsaved ? .saved() : Ready() }
+    package func settle() -> Turn<Cycle.Action> { isUnsaved ? .saved() : Turn() }
 
-    /// What `Ready` asked to be saved is on stable storage.
+    /// What `Turn` asked to be saved is on stable storage.
     package mutating func wasSaved() {
         isUnsaved = false
         fallback = nil
@@ -43,18 +43,18 @@ package struct Group {
     /// It is not: the file holds the record of before, or the new one.
     ///
     /// - Returns: what the cycle does about it, if the save was of its asking.
-    package mutating func saveFailed(_ reason: String, ofCycle: Bool, now: UInt64) -> Ready {
+    package mutating func saveFailed(_ reason: String, ofCycle: Bool, now: UInt64) -> Turn<Cycle.Action> {
         isUnsaved = true
         saveAt = now + Self.saveRetry
         if let fallback { record = fallback }
         fallback = nil
-        return ofCycle ? cycle?.couldNotSave(reason, &record, now) ?? Ready() : Ready()
+        return ofCycle ? cycle?.couldNotSave(reason, &record, now) ?? Turn() : Turn()
     }
 
     // MARK: The cycle
 
     /// Begins to send to the peer.
-    package mutating func begin(_ settings: Cycle.Settings) -> Ready {
+    package mutating func begin(_ settings: Cycle.Settings) -> Turn<Cycle.Action> {
         cycle = Cycle(settings: settings)
         return cycle!.start(&record)
     }
@@ -62,11 +62,11 @@ package struct Group {
     /// Ends it. A point that is held stays held.
     package mutating func end() { cycle = nil }
 
-    package mutating func handle(_ event: Cycle.Event, now: UInt64) -> Ready {
-        let ready = cycle?.handle(event, &record, now: now) ?? Ready()
-        guard case .tick = event, isUnsaved, now >= saveAt else { return ready }
+    package mutating func handle(_ event: Cycle.Event, now: UInt64) -> Turn<Cycle.Action> {
+        let turn = cycle?.handle(event, &record, now: now) ?? Turn()
+        guard case .tick = event, isUnsaved, now >= saveAt else { return turn }
         saveAt = now + Self.saveRetry
-        return .saved() + ready
+        return .saved() + turn
     }
 
     package mutating func adapt(_ pace: MovePace) { cycle?.pace = pace }

@@ -84,15 +84,6 @@ package enum GroupChange: Sendable, Equatable {
     }
 }
 
-/// What a state makes of what comes to it.
-package enum Place: Sendable {
-    case handled
-    /// It has been overtaken: nothing is changed, and nobody need know.
-    case late
-    /// Whoever asks has not looked: nothing is changed, and it is an error.
-    case impossible
-}
-
 /// A primary that has given up its role: its last state is the first recovery point of the new direction.
 package struct Yielding: Sendable, Equatable {
     /// The state that is given up, with its place in the chains.

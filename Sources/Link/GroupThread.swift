@@ -1,7 +1,7 @@
 // GroupThread.swift: the one thread of a group: it has the group's record, and carries out what `Group` says.
 //
 // Must be prevented:
-//   something is begun that relies on a record which is not on stable storage (`Ready`)
+//   something is begun that relies on a record which is not on stable storage (`Turn`)
 //   somebody waits for an answer that nobody gives any more
 
 import Base
@@ -107,16 +107,16 @@ final class GroupThread {
     }
 
     /// What is not of the cycle's asking; whoever asked finds it in the status.
-    private func save(_ ready: Ready) -> (any Error)? {
+    private func save(_ turn: Turn<Cycle.Action>) -> (any Error)? {
         defer { publish() }
-        return perform(ready, ofCycle: false)
+        return perform(turn, ofCycle: false)
     }
 
     /// - Returns: why the record could not be saved.
     @discardableResult
-    private func perform(_ ready: Ready, ofCycle: Bool = true) -> (any Error)? {
-        for action in ready.before { replicator?.perform(action) }
-        if ready.saves {
+    private func perform(_ turn: Turn<Cycle.Action>, ofCycle: Bool = true) -> (any Error)? {
+        for action in turn.before { replicator?.perform(action) }
+        if turn.saves {
             do {
                 try save(group.record)
                 group.wasSaved()
@@ -125,7 +125,7 @@ final class GroupThread {
                 return error
             }
         }
-        for action in ready.after { replicator?.perform(action) }
+        for action in turn.after { replicator?.perform(action) }
         return nil
     }
 

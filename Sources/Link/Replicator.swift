@@ -295,7 +295,7 @@ package final class Replicator {
         let mailbox = group.mailbox
         let asker = epoch
         let volumes = configuration.volumes
-        onEveryVolume { reactor, index in
+        onEvery(volumes) { reactor, index in
             reactor.hosted(volumes[index].number).volume.mayFormPoint
         } done: { reactor, whole in
             guard whole else {
@@ -318,23 +318,25 @@ package final class Replicator {
         group.handle(.prepared(changed: changed))
     }
 
+    /// Where nothing is asked of them.
     private func onEveryVolume(
-        _ body: @escaping @Sendable (Reactor, Int) -> Bool,
-        done: @escaping @Sendable (Reactor, Bool) -> Void
+        _ body: @escaping @Sendable (Reactor, ReplicatedVolume) -> Void, done: @escaping @Sendable () -> Void = {}
     ) {
-        onEvery(configuration.volumes, body, done: done)
+        let volumes = configuration.volumes
+        onEvery(volumes) { reactor, index in
+            body(reactor, volumes[index])
+            return true
+        } done: { _, _ in
+            done()
+        }
     }
 
     private func markAllChanged(_ names: [String]?) {
         let mailbox = group.mailbox
         let asker = epoch
-        let volumes = configuration.volumes
-        onEveryVolume { reactor, index in
-            if names?.contains(volumes[index].name) != false {
-                reactor.hosted(volumes[index].number).volume.markAllChanged()
-            }
-            return true
-        } done: { _, _ in
+        onEveryVolume { reactor, volume in
+            if names?.contains(volume.name) != false { reactor.hosted(volume.number).volume.markAllChanged() }
+        } done: {
             mailbox.send(.marked(epoch: asker))
         }
     }
@@ -357,7 +359,7 @@ package final class Replicator {
         let handle = group.handle
         let alongside = group.alongside(number)
         let longest = LongestHold()
-        onEveryVolume { reactor, index in
+        onEvery(volumes) { reactor, index in
             let volume = volumes[index]
             reactor.formPoint(
                 volume.number, point: number, targetFile: volume.targetFile,
@@ -381,23 +383,16 @@ package final class Replicator {
 
     private func rewind() {
         epoch += 1
-        let volumes = configuration.volumes
-        onEveryVolume { reactor, index in
-            reactor.rewindDrain(volumes[index].number)
-            return true
-        } done: { _, _ in
-        }
+        onEveryVolume { $0.rewindDrain($1.number) }
     }
 
     private func giveUp() {
         let mailbox = group.mailbox
         epoch += 1
         let asker = epoch
-        let volumes = configuration.volumes
-        onEveryVolume { reactor, index in
-            reactor.hosted(volumes[index].number).volume.giveUpPoint()
-            return true
-        } done: { _, _ in
+        onEveryVolume { reactor, volume in
+            reactor.hosted(volume.number).volume.giveUpPoint()
+        } done: {
             mailbox.send(.event(.gaveUp, epoch: asker))
         }
     }
@@ -413,12 +408,7 @@ package final class Replicator {
     }
 
     private func endPoint(_ number: UInt64) {
-        let volumes = configuration.volumes
-        onEveryVolume { reactor, index in
-            reactor.hosted(volumes[index].number).volume.endPoint(number: number)
-            return true
-        } done: { _, _ in
-        }
+        onEveryVolume { $0.hosted($1.number).volume.endPoint(number: number) }
     }
 
     private func commit(_ number: UInt64, _ previous: UInt64?, _ formedAt: Double) {

@@ -313,25 +313,22 @@ package final class Reactor {
             roles: (memory + BitmapHeader.rolesOffset).bindMemory(to: RecordingRoles.self, capacity: 1),
             copyBuffers: copyBuffers)
         volumes.append(HostedVolume(setup, volume: volume))
-        for list in [\Reactor.awake, \.resting, \.held] { self[keyPath: list].reserveCapacity(volumes.count) }
+        awake.reserveCapacity(volumes.count)
+        resting.reserveCapacity(volumes.count)
+        held.reserveCapacity(volumes.count)
         return volumes.count - 1
     }
 
-    /// Whoever asks for it may give it something to do.
+    /// Whoever asks for it may give it something to do: it is driven in this turn.
     package func hosted(_ number: VolumeNumber) -> HostedVolume {
         guard let hosted = volumes[number] else {
             invariantFailed("a volume's number names a hosted volume", #fileID, #line)
         }
-        wake(number, hosted)
+        if !hosted.isAwake {
+            hosted.isAwake = true
+            awake.append(number)
+        }
         return hosted
-    }
-
-    /// The volume is driven in this turn.
-    @inline(__always)
-    func wake(_ number: VolumeNumber, _ hosted: HostedVolume) {
-        guard !hosted.isAwake else { return }
-        hosted.isAwake = true
-        awake.append(number)
     }
 
     /// Some volume's background work goes on by the time.

@@ -140,19 +140,10 @@ package final class Coordination: Scenario {
     private func step(_ index: Int) throws(SimulationFailure) {
         steps = index + 1
         figures.steps += 1
-        happen(choose())
+        happen(random.one(of: Happening.allCases, weights: weights))
         passTime(by: UInt64(random.below(1000) < pausing ? random.below(60_000_000) : random.below(200_000)))
         check()
         if let failure { throw failure }
-    }
-
-    private func choose() -> Happening {
-        var left = random.below(weights.reduce(0, +))
-        for (happening, weight) in zip(Happening.allCases, weights) {
-            if left < weight { return happening }
-            left -= weight
-        }
-        return .deliver
     }
 
     private func happen(_ happening: Happening) {
@@ -160,12 +151,12 @@ package final class Coordination: Scenario {
         case .write: write()
         case .apply: apply()
         case .acknowledge: acknowledge()
-        case .form: if let host = one(of: hosts.indices.filter { hosts[$0].forming != nil }) { formNext(host) }
+        case .form: if let host = random.one(of: hosts.indices.filter { hosts[$0].forming != nil }) { formNext(host) }
         case .task: runTask()
         case .deliver: deliver()
         case .data:
             if !data.isEmpty, random.chance(50) { return arrive() }
-            if let host = one(of: hosts.indices.filter { hosts[$0].sending != nil }) { send(host) }
+            if let host = random.one(of: hosts.indices.filter { hosts[$0].sending != nil }) { send(host) }
         case .tick: tick()
         case .request: if coordinator != nil { tell(.coordinator, .request) }
         case .crash: crash(processes[random.below(processes.count)], "dies")
@@ -177,10 +168,6 @@ package final class Coordination: Scenario {
             if pair.count == 2 { cuts[pair] = now + UInt64(random.below(2_000_000_000)) }
         case .failOver: askToFailOver()
         }
-    }
-
-    private func one(of candidates: [Int]) -> Int? {
-        candidates.isEmpty ? nil : candidates[random.below(candidates.count)]
     }
 
     /// Hosts' deadlines are kept to the nanosecond; whoever else waits may be late.
@@ -240,7 +227,7 @@ package final class Coordination: Scenario {
                 if !hosts[host].held.contains(grain) { found.append((host, grain)) }
             }
         }
-        return found.isEmpty ? nil : found[random.below(found.count)]
+        return random.one(of: found)
     }
 
     private func apply() {
@@ -647,9 +634,9 @@ package final class Coordination: Scenario {
     }
 
     private func runTask() {
-        let remote = one(of: remotes.indices.filter { !remotes[$0].tasks.isEmpty })
+        let remote = random.one(of: remotes.indices.filter { !remotes[$0].tasks.isEmpty })
         if let remote, random.chance(50) { return drive(remote: remote, remotes[remote].tasks.removeFirst()) }
-        guard let host = one(of: hosts.indices.filter { !hosts[$0].tasks.isEmpty }) else { return }
+        guard let host = random.one(of: hosts.indices.filter { !hosts[$0].tasks.isEmpty }) else { return }
         let event = hosts[host].tasks.removeFirst()
         drive(host) { [now] in $0.handle(event, now: now) }
     }
@@ -767,7 +754,7 @@ package final class Coordination: Scenario {
     private func askToFailOver() {
         guard failovers > 0, random.below(4) < failovers else { return }
         // Where it matters most, more often.
-        let undecided = one(of: remotes.indices.filter { remotes[$0].machine?.state.number != nil })
+        let undecided = random.one(of: remotes.indices.filter { remotes[$0].machine?.state.number != nil })
         if undecided == nil, !random.chance(6) { return }
         let remote = random.chance(80) ? undecided ?? random.below(remotes.count) : random.below(remotes.count)
         guard let machine = remotes[remote].machine else { return }

@@ -444,7 +444,7 @@ package final class CopyWorld: Scenario {
             relapse = nil
             crash(powerLoss: true)
         }
-        let happening = choose()
+        let happening = random.one(of: Happening.allCases, weights: weights)
         switch happening {
         case .write: write()
         case .read: readSomething()
@@ -465,15 +465,6 @@ package final class CopyWorld: Scenario {
         }
         takeEvents()
         if let failure { throw failure }
-    }
-
-    private func choose() -> Happening {
-        var left = random.below(weights.reduce(0, +))
-        for (happening, weight) in zip(Happening.allCases, weights) {
-            if left < weight { return happening }
-            left -= weight
-        }
-        return .io
     }
 
     private func takeEvents() {
@@ -558,7 +549,7 @@ package final class CopyWorld: Scenario {
     private func writableView() -> CopyID? {
         guard random.chance(25) else { return nil }
         let ids = records.filter { $0.isWritable && $0.state == .active && restoring?.id != $0.id }.map(\.id)
-        return ids.isEmpty ? nil : ids[random.below(ids.count)]
+        return random.one(of: ids)
     }
 
     private func write() {
@@ -623,7 +614,7 @@ package final class CopyWorld: Scenario {
     private func readSomething() {
         figures.operations += 1
         let ids = images.keys.sorted()
-        let id: CopyID? = random.chance(30) || ids.isEmpty ? nil : ids[random.below(ids.count)]
+        let id: CopyID? = random.chance(30) ? nil : random.one(of: ids)
         _ = read(id, random.chance(15) ? 0..<Self.sectors : range())
     }
 
@@ -706,7 +697,7 @@ package final class CopyWorld: Scenario {
         guard !operating else { return }
         figures.operations += 1
         let active = records.filter { $0.state == .active }
-        let one = active.isEmpty ? nil : active[random.below(active.count)]
+        let one = random.one(of: active)
         switch random.below(10) {
         case 0...2: if records.count < 7 { create() }
         case 3: if let one, records.count < 7 { clone(one) }
@@ -715,11 +706,7 @@ package final class CopyWorld: Scenario {
         case 7 where random.chance(30):
             if let one { _ = update(one.id) { $0.allowWrites(!$0.isWritable) } }
         default:
-            if let one = records.isEmpty ? nil : records[random.below(records.count)],
-                records.count > 2 || random.chance(30)
-            {
-                withdraw(one)
-            }
+            if let one = random.one(of: records), records.count > 2 || random.chance(30) { withdraw(one) }
         }
     }
 

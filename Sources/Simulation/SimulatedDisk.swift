@@ -5,6 +5,7 @@
 // any subset, each as it was last or as it was in between. Mapped memory is the same, byte by byte, without any I/O: the
 // kernel writes pages back at any time or never.
 
+import Base
 import Volumes
 
 /// SplitMix64: the whole run follows from the seed.
@@ -20,6 +21,18 @@ package struct SeededGenerator: RandomNumberGenerator {
     }
     mutating func chance(_ percent: Int) -> Bool { Int(next() % 100) < percent }
     mutating func below(_ bound: Int) -> Int { Int(next() % UInt64(bound)) }
+    mutating func one<Element>(of elements: [Element]) -> Element? {
+        elements.isEmpty ? nil : elements[below(elements.count)]
+    }
+    /// One of the elements, each as often as its weight says.
+    mutating func one<Element>(of elements: [Element], weights: [Int]) -> Element {
+        var left = below(weights.reduce(0, +))
+        for (element, weight) in zip(elements, weights) {
+            if left < weight { return element }
+            left -= weight
+        }
+        invariantFailed("one of the weights is not 0", #fileID, #line)
+    }
 }
 
 final class SimulatedFile {

@@ -9,11 +9,11 @@ extension SimulatedSite {
 
     func beginMirroring() {
         events = []
-        let ready = group.begin(
+        let turn = group.begin(
             Cycle.Settings(interval: .continuous, volumes: World.volumes, window: 4, checkpointBytes: 4))
         group.adapt(MovePace(limit: 1 + world.random.below(4), checkpointBytes: 4))
         performing = true
-        save(ready, ofCycle: true)
+        save(turn, ofCycle: true)
         performing = false
         wakeAt = group.wakeAt ?? .max
     }

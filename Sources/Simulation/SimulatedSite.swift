@@ -111,10 +111,10 @@ final class SimulatedSite {
 
     /// A save that fails may have reached the file all the same.
     @discardableResult
-    func save(_ ready: Ready?, ofCycle: Bool = false) -> Bool {
-        guard let ready else { return false }
-        for action in ready.before { perform(action) }
-        if ready.saves {
+    func save(_ turn: Turn<Cycle.Action>?, ofCycle: Bool = false) -> Bool {
+        guard let turn else { return false }
+        for action in turn.before { perform(action) }
+        if turn.saves {
             let isFull = world.steps < fullUntil && !world.isQuiet
             let fails = stateFails || isFull || world.saveFails()
             if !fails || (!stateFails && !isFull && world.random.chance(50)) { saved = group.record }
@@ -129,7 +129,7 @@ final class SimulatedSite {
             group.wasSaved()
             if wasUnsaved { settleChains() }
         }
-        for action in ready.after { perform(action) }
+        for action in turn.after { perform(action) }
         return true
     }
 

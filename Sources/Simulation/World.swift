@@ -193,7 +193,7 @@ package final class World: Scenario {
             let next = relapses.remove(at: index)
             next.site.restart(powerLoss: next.powerLoss)
         }
-        switch choose(faults) {
+        switch random.one(of: Happening.allCases, weights: faults ? weights : quietWeights) {
         case .host:
             figures.operations += 1
             if hostsAreServed, primary.servesHosts { hosts.act(self) }
@@ -223,16 +223,6 @@ package final class World: Scenario {
         primary.collectEvents()
         secondary.collectEvents()
         if let failure { throw failure }
-    }
-
-    private func choose(_ faults: Bool) -> Happening {
-        let weights = faults ? weights : quietWeights
-        var left = random.below(weights.reduce(0, +))
-        for (happening, weight) in zip(Happening.allCases, weights) {
-            if left < weight { return happening }
-            left -= weight
-        }
-        return .task
     }
 
     private func takeMessage() {

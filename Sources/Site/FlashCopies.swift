@@ -172,8 +172,7 @@ extension Site {
     ) async throws -> NewCopy {
         var record = CopyRecord(
             id: VolumeRecord.firstCopyID + volume.record.nextCopy, name: request.name, createdAt: realSeconds(),
-            order: order,
-            state: .creating)
+            order: order, state: .creating)
         let number = volume.number
         let chainIsDurable = await volume.reactor.run { $0.hosted(number).volume.chainIsDurable }
         record.isFilled = request.copy ?? false

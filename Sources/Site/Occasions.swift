@@ -16,11 +16,11 @@ extension Site {
         for (number, one) in waiting where one.condition() { endWait(number) }
     }
 
-    /// - Parameter seconds: nil = as long as the site goes on.
-    /// - Returns: whether it has come about; false after so many seconds, or when the site stops.
-    @discardableResult
-    func wait(seconds: Double?, until condition: @escaping () -> Bool) async -> Bool {
-        guard !condition(), !isStopping else { return condition() }
+    /// Until it has come about, or the site stops.
+    ///
+    /// - Parameter seconds: at most; nil = as long as the site goes on.
+    func wait(seconds: Double?, until condition: @escaping () -> Bool) async {
+        guard !condition(), !isStopping else { return }
         lastWait += 1
         let number = lastWait
         let end = seconds.map { seconds in
@@ -33,7 +33,6 @@ extension Site {
             waiting[number] = Waiting(condition: { condition() || self.isStopping }, goesOn: continuation)
         }
         end?.cancel()
-        return condition()
     }
 
     private func endWait(_ number: UInt64) { waiting.removeValue(forKey: number)?.goesOn.resume() }

@@ -66,14 +66,13 @@ extension Site {
         if request.olderThan == nil, !kept.isEmpty {
             throw Refusal("group '\(name)': " + kept.map { "point \($0.id): \($0.reason)" }.joined(separator: "; "))
         }
-        if let reason = await shortage(group, wanted) {
+        var left = leaving(group, with: wanted)
+        if let reason = await shortage(left) {
             guard request.olderThan != nil else { throw Refusal("group '\(name)': \(reason)") }
             kept += wanted.map { PointDropReport.Kept(id: $0.number, reason: reason) }
-            wanted = []
+            (wanted, left) = ([], [])
         }
-        let bytes = leaving(group, with: wanted).reduce(0) { sum, left in
-            left.ids.reduce(sum) { $0 + allocatedBytes(left.volume, $1) }
-        }
+        let bytes = left.reduce(0) { sum, left in left.ids.reduce(sum) { $0 + allocatedBytes(left.volume, $1) } }
         let report = PointDropReport(dropped: wanted.map(\.report), kept: kept, freedBytes: bytes, leaving: [])
         guard request.preview != true, !wanted.isEmpty else { return report }
         try await retire(wanted, group)
@@ -87,8 +86,10 @@ extension Site {
         try await group.handle.change(.retired(points.map(\.number)))
     }
 
+    private typealias Leaving = [(volume: VolumeState, ids: [CopyID])]
+
     /// What of each volume's chain leaves when these points do, oldest first: what carries other points as well stays.
-    private func leaving(_ group: GroupState, with points: [PointRecord]) -> [(volume: VolumeState, ids: [CopyID])] {
+    private func leaving(_ group: GroupState, with points: [PointRecord]) -> Leaving {
         var without = group.record
         do { try without.apply(.retired(points.map(\.number))) } catch { return [] }
         let carriers = without.carriers(of: group.entry.volumes)
@@ -123,8 +124,9 @@ extension Site {
         default: throw Refusal("say which points: give 'points' or 'older_than'", .misuse)
         }
         var (dropped, kept): ([PointRecord], [PointDropReport.Kept]) = ([], [])
+        let left = leaving(group, with: meant)
         for point in meant {
-            if let reason = await reasonToKeep(point, group, meant) {
+            if let reason = await reasonToKeep(point, group, left) {
                 kept.append(PointDropReport.Kept(id: point.number, reason: reason))
             } else {
                 dropped.append(point)
@@ -133,12 +135,13 @@ extension Site {
         return (dropped, kept)
     }
 
-    private func reasonToKeep(_ point: PointRecord, _ group: GroupState, _ meant: [PointRecord]) async -> String? {
+    /// - Parameter left: what leaves when all do that are meant.
+    private func reasonToKeep(_ point: PointRecord, _ group: GroupState, _ left: Leaving) async -> String? {
         let record = group.record
         if point.number == record.points.last?.number { return "it is the newest, which the next one builds on" }
         if point.number == record.failedOver?.point { return "it is the one that was failed over to" }
         var readers: [String] = []
-        for (volume, ids) in leaving(group, with: meant) {
+        for (volume, ids) in left {
             guard let id = record.carrier(of: point.number, volume.name).map({ CopyID($0) }), ids.contains(id) else {
                 continue
             }
@@ -151,10 +154,10 @@ extension Site {
     }
 
     /// Why dropping points would only move their data, and there is no room for that; nil when there is.
-    private func shortage(_ group: GroupState, _ points: [PointRecord]) async -> String? {
+    private func shortage(_ left: Leaving) async -> String? {
         guard let space = FileSystem(holding: state.path) else { return nil }
         var bytes: UInt64 = 0
-        for (volume, ids) in leaving(group, with: points) {
+        for (volume, ids) in left {
             let number = volume.number
             let grains = await volume.reactor.run { $0.hosted(number).volume.handoverBound(of: ids) }
             bytes += UInt64(grains) * UInt64(volume.geometry.grain)

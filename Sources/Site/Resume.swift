@@ -157,8 +157,10 @@ extension Site {
         let target =
             if let path = record.target {
                 try Self.operatorTarget(path, of: volume.name, volume.geometry.size, recorded: true).0
+            } else if missing, record.targetOwner == record.id {
+                try makeTarget(volume.targetPath(link.id), size: volume.geometry.size)
             } else {
-                try volume.openTarget(record.targetOwner, create: missing && record.targetOwner == record.id)
+                try volume.openTarget(record.targetOwner)
             }
         // If a flush of it has failed in the last run, only what is on storage counts.
         if record.isDurable {

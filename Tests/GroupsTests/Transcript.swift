@@ -327,9 +327,9 @@ struct GroupTranscript {
         }
     }
 
-    private mutating func carryOut(_ ready: Ready, _ line: Line, ofCycle: Bool = true) -> [String] {
-        var answers = ready.before.map(\.words)
-        if ready.saves {
+    private mutating func carryOut(_ turn: Turn<Cycle.Action>, _ line: Line, ofCycle: Bool = true) -> [String] {
+        var answers = turn.before.map(\.words)
+        if turn.saves {
             if line.saveFails {
                 answers.append("save fails: \(group.record.words)")
                 let next = group.saveFailed("no space", ofCycle: ofCycle, now: now)
@@ -339,7 +339,7 @@ struct GroupTranscript {
             answers.append("save: \(group.record.words)")
             group.wasSaved()
         }
-        answers += ready.after.map { "then \($0.words)" }
+        answers += turn.after.map { "then \($0.words)" }
         guard let cycle = group.cycle else { return answers }
         let state = "\(group.shownState.rawValue)\(cycle.suspension.map { ": \($0)" } ?? "")"
         if state != shown { answers.append("shown as \(state)") }

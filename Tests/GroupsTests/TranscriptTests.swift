@@ -101,11 +101,11 @@ func cyclePlaces() throws {
             var record = try GroupRecord("counted=9 held=9 committed=7 lineage=L")
             var cycle = Cycle(settings: settings, state: value)
             let before = record
-            let ready = cycle.handle(event, &record, now: 1)
+            let turn = cycle.handle(event, &record, now: 1)
             if Cycle.place(of: event, in: value) == .handled {
                 handled.append(name)
             } else {
-                #expect(ready == Ready() && record == before, "\(name) is late while \(state), and does something")
+                #expect(turn == Turn() && record == before, "\(name) is late while \(state), and does something")
             }
         }
         found[state] = handled.joined(separator: " ")

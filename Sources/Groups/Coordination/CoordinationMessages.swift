@@ -4,6 +4,13 @@
 //   an answer means one thing when it is sent and another when it arrives: `refuses`, `failed` and `gaveUp` are for good, and durable
 //     where somebody relies on that
 
+/// A message of a coordinator's process, or the answer to one.
+package struct Stamped<Body: Equatable & Sendable>: Equatable, Sendable {
+    package var epoch: UInt64
+    package var body: Body
+    package init(epoch: UInt64, _ body: Body) { (self.epoch, self.body) = (epoch, body) }
+}
+
 /// Of the coordinator, to a host. A number is a point's.
 package enum HostRequest: Equatable, Sendable {
     /// Write down that the point may be half formed from now on, and make its bitmaps and targets. Nothing is held yet.

@@ -40,7 +40,7 @@ extension Coordinator {
             case .ended: "    l    x    x    x   x     x       x      H   x      l"
             case .superseded: "H   H    H    H   H     H       H      H   H      H"
             }
-        return Places.place(row, state.kind.rawValue)
+        return Place(row, state.kind.rawValue)
     }
 
     package static func place(of answer: RemoteAnswer, in state: State) -> Place {
@@ -56,7 +56,7 @@ extension Coordinator {
             case .failedOver: "l   l    l    l   l     H       H      l   H      l"
             case .superseded: "H   H    H    H   H     H       H      H   H      H"
             }
-        return Places.place(row, state.kind.rawValue)
+        return Place(row, state.kind.rawValue)
     }
 }
 

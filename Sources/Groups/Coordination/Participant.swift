@@ -139,11 +139,7 @@ package struct Participant: Sendable {
     private mutating func carryOut(_ request: HostRequest, _ now: UInt64) -> Turn<Action> {
         if request.number < record.number { return Turn() }
         if request.number > record.number { return begin(request) }
-        switch Self.place(of: request, in: state) {
-        case .late: return Turn()
-        case .impossible: return contradiction(request)
-        case .handled: break
-        }
+        if let turn = unhandled(Self.place(of: request, in: state), request) { return turn }
         switch (state, request) {
         case (.idle, .end(let number)): return answer(.ended(number))
         case (.idle, .makeReady(let number)), (.idle, .form(let number)), (.idle, .run(let number)),
@@ -175,11 +171,7 @@ package struct Participant: Sendable {
 
     /// Of a point that was not heard of before.
     private mutating func begin(_ request: HostRequest) -> Turn<Action> {
-        switch Self.place(ofNewer: request, in: state) {
-        case .late: return Turn()
-        case .impossible: return contradiction(request)
-        case .handled: break
-        }
+        if let turn = unhandled(Self.place(ofNewer: request, in: state), request) { return turn }
         switch request {
         case .makeReady(let number):
             (record.number, record.isOpen, isUnsaved) = (number, true, true)
@@ -195,11 +187,7 @@ package struct Participant: Sendable {
 
     private mutating func own(_ event: Event, _ number: UInt64) -> Turn<Action> {
         guard number == record.number else { return contradiction(event) }
-        switch Self.place(of: event, in: state) {
-        case .late: return Turn()
-        case .impossible: return contradiction(event)
-        case .handled: break
-        }
+        if let turn = unhandled(Self.place(of: event, in: state), event) { return turn }
         switch (state, event) {
         case (.makingReady, .madeReady):
             state = .ready(number)
@@ -230,6 +218,15 @@ package struct Participant: Sendable {
     private func answer(_ body: HostAnswer) -> Turn<Action> {
         let action = Action.answer(Stamped(epoch: record.epoch, body))
         return isUnsaved ? .saved(then: [action]) : Turn([action])
+    }
+
+    /// - Returns: nil where it is handled.
+    private func unhandled(_ place: Place, _ event: some Any) -> Turn<Action>? {
+        switch place {
+        case .handled: nil
+        case .late: Turn()
+        case .impossible: contradiction(event)
+        }
     }
 
     private func contradiction(_ event: some Any) -> Turn<Action> {
@@ -271,7 +268,7 @@ extension Participant {
             // Asked again, since it has given up after a crash: `idle`, or will be.
             case .end: "      H   x      x     x       x      x        H       l"
             }
-        return Places.place(row, state.kind.rawValue)
+        return Place(row, state.kind.rawValue)
     }
 
     /// Of a point that was not heard of before. The coordinator goes on to it when all have answered what became of the last one; then
@@ -283,7 +280,7 @@ extension Participant {
             case .makeReady, .giveUp: "H   x      x     x       x      x        x       l"
             case .form, .run, .end: "  x   x      x     x       x      x        x       l"
             }
-        return Places.place(row, state.kind.rawValue)
+        return Place(row, state.kind.rawValue)
     }
 
     package static func place(of event: Event, in state: State) -> Place {
@@ -299,6 +296,6 @@ extension Participant {
             // Of any state; `request` has a table of its own.
             case .tick, .request: "H H H H H H H H"
             }
-        return Places.place(row, state.kind.rawValue)
+        return Place(row, state.kind.rawValue)
     }
 }

@@ -385,6 +385,6 @@ extension TwoPhaseCommit {
             case .commitAtOnce: " H    l        x        x      H"
             case .drop: "         H    H        H        H      H"
             }
-        return Places.place(row, state.kind.rawValue)
+        return Place(row, state.kind.rawValue)
     }
 }

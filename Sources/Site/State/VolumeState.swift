@@ -574,9 +574,8 @@ final class VolumeState {
     func bitmapPath(_ id: CopyID) -> String { "\(directory)/copies/\(id).bitmap" }
     func targetPath(_ owner: CopyID) -> String { "\(directory)/copies/\(owner).target" }
 
-    /// Opens, or makes, the sparse target of a copy in the state directory.
-    func openTarget(_ owner: CopyID, create: Bool) throws -> OpenFile {
-        if create { return try makeTarget(targetPath(owner), size: geometry.size) }
+    /// Opens the sparse target of a copy in the state directory.
+    func openTarget(_ owner: CopyID) throws -> OpenFile {
         guard try exists(targetPath(owner)) else {
             throw DamagedMetadata(description: "\(targetPath(owner)) is missing")
         }
