@@ -50,6 +50,8 @@ let package = Package(
             swiftSettings: dataPath),
         // Decides, and does nothing: no I/O, no clock.
         .target(name: "Groups", dependencies: ["Base"], swiftSettings: strict),
+        // The same for the FlashCopies of volumes.
+        .target(name: "FlashCopies", dependencies: ["Base", "Groups", "Volumes"], swiftSettings: strict),
         .target(
             name: "Link",
             dependencies: ["Base", "Groups", "Volumes", "Ring", "NBDProtocol", "NBDServer", "TLS", "CLibNBD"],
@@ -68,9 +70,8 @@ let package = Package(
         .target(
             name: "Site",
             dependencies: [
-                "API", "Base", "CLibURing", "Groups", "Link", "NBDProtocol", "NBDServer", "Ring", "SiteConfiguration",
-                "TLS",
-                "Volumes",
+                "API", "Base", "CLibURing", "FlashCopies", "Groups", "Link", "NBDProtocol", "NBDServer", "Ring",
+                "SiteConfiguration", "TLS", "Volumes",
                 .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),
         .target(
@@ -88,7 +89,7 @@ let package = Package(
                 .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),
         .target(
-            name: "Simulation", dependencies: ["Base", "Groups", "Volumes"],
+            name: "Simulation", dependencies: ["Base", "FlashCopies", "Groups", "Volumes"],
             swiftSettings: dataPath),
         .executableTarget(
             name: "simulate",
@@ -101,7 +102,10 @@ let package = Package(
         .testTarget(
             name: "NBDServerTests", dependencies: ["Base", "NBDServer", "NBDProtocol", "Ring", "Volumes", "CLibURing"],
             swiftSettings: strict),
-        .testTarget(name: "GroupsTests", dependencies: ["Groups"], swiftSettings: strict),
+        .testTarget(
+            name: "GroupsTests", dependencies: ["FlashCopies", "Groups", "Volumes"], swiftSettings: strict),
+        .testTarget(
+            name: "FlashCopiesTests", dependencies: ["FlashCopies", "Groups", "Volumes"], swiftSettings: strict),
         .testTarget(name: "LinkTests", dependencies: ["Link"], swiftSettings: strict),
         .testTarget(name: "APITests", dependencies: ["API"], swiftSettings: control),
         .testTarget(

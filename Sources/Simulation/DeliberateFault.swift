@@ -51,7 +51,7 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     /// Files of points that have failed leave although the record's file may still name these.
     case leaveUnsaid
 
-    // One site with FlashCopies (CopyWorld).
+    // A site's volumes with FlashCopies (CopyWorld).
     /// A copy takes old content before it is written down.
     case recordAfterChain
     case ignoreUnsettled
@@ -63,8 +63,21 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case confirmEarly
     /// The same as `goOnUnlogged`, and of copies that have failed.
     case goOnUnwritten
-    /// A copy leaves although its record may say that it is active.
+    /// A copy leaves although its record may say that it is active; hosts are let in although it may say that the volume is restored.
     case leaveUnsaved
+    /// What one of the copies that were taken together says, or one of the volumes that are restored together, holds for it alone.
+    case halfSets
+    /// Files of a copy that has left go although the record's file may name it; or its target, which another copy has taken over.
+    case dropFilesUnsaved, dropSharedTarget
+    /// A copy is written down, or told of, or a restore is decided, or a background copy is finished, before what that relies on is on
+    /// stable storage.
+    case prepareUnflushed, activateUnflushed, decideUnflushed, completeUnflushed
+    /// What a copy that leaves has noted as changed for older ones goes with it.
+    case forgetUnflushed
+    /// A volume is restored from a copy that has failed.
+    case restoreFromFailed
+    /// A start does not look at whether a copy had failed.
+    case trustFailed
 
     // Several hosts and remotes (Coordination).
     /// Acknowledgements go while a host forms.
@@ -118,7 +131,9 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     package var scenario: any Scenario.Type {
         switch self {
         case .recordAfterChain, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges,
-            .confirmEarly, .goOnUnwritten, .leaveUnsaved:
+            .confirmEarly, .goOnUnwritten, .leaveUnsaved, .halfSets, .dropFilesUnsaved, .dropSharedTarget,
+            .prepareUnflushed, .activateUnflushed, .decideUnflushed, .completeUnflushed, .forgetUnflushed,
+            .restoreFromFailed, .trustFailed:
             CopyWorld.self
         case .holdNothing, .holdOn, .countDeadlineAsRun, .drainEarly, .drainUnflushed, .forgetHalfFormed, .forgetFormed,
             .forgetDecision, .forgetNumber, .decideUnsaved, .saveOverNewer, .obeyOlderEpoch, .prepareUnsaved,

@@ -3,6 +3,7 @@
 // A process is started as `Site.start` starts one, in whatever role the group's record says, and may end between any two steps of that.
 
 import Base
+import FlashCopies
 import Groups
 import Volumes
 

@@ -2,6 +2,7 @@
 //
 // Between any two of them, and while one waits, the process may be killed, power may be lost, and a save may fail.
 
+import FlashCopies
 import Groups
 import Volumes
 

@@ -5,6 +5,7 @@
 //   a site starts that must run out of descriptors when it does what it is configured for
 
 import Base
+import FlashCopies
 import FoundationEssentials
 import Glibc
 import Groups
@@ -109,7 +110,7 @@ private struct Need {
         var pointsThere: [String: Int] = [:]
         for volume in configuration.volumes {
             let ids = Self.copies(of: volume.name, configuration.state)
-            let known = ids.count { $0 < VolumeRecord.firstCopyID }
+            let known = ids.count { $0 < CopyTable.firstID }
             flashCopies += Self.filesPerCopy * (ids.count - known)
             pointsThere[volume.name] = known
         }

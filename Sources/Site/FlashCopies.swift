@@ -1,25 +1,19 @@
 // FlashCopies.swift: `farcopy flashcopy create | list | show | set | withdraw`.
 //
+// What is done, in which order, and how it is taken back, is in the room FlashCopies; here is who may ask for it, and what is shown.
+//
 // Must be prevented:
-//   a copy takes old content before it is written down (a crash would lose what older copies need)
-//   copies of several volumes are of different instants
-//   a target overwrites something that is in use
+//   an operation begins on a volume that another one, or a change of roles, is about to change
 
 import API
 import Base
+import FlashCopies
 import FoundationEssentials
 import Glibc
 import Groups
 import NBDServer
 import Ring
 import Volumes
-
-/// A copy on its way into a volume's chain.
-struct NewCopy {
-    var volume: VolumeState
-    var record: CopyRecord
-    var files: CopyFiles
-}
 
 extension Site {
     /// Bytes a second of a background copy when nothing is said.
@@ -53,9 +47,7 @@ extension Site {
             try checkNotSecondary(
                 volume, ", which is consistent at its recovery points only; clone one of those, or fail over first")
         }
-        try await frozen(members, request.name) {
-            try await self.patiently(request.name) { try await self.establish(request, members) }
-        }
+        try await frozen(members, request.name) { try await self.take(request, members) }
         note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) created")
         return try await reports(request.name, members)
     }
@@ -86,7 +78,7 @@ extension Site {
         if let group = group(ofVolume: volume.name), group.record.handingOver != nil || group.isJoining {
             throw Refusal("group '\(group.entry.name)' is changing roles; try again when it has")
         }
-        guard volume.record.restoring == nil, !failingBack else {
+        guard volume.record.restoring == nil, !volume.shutsHostsOut, !failingBack else {
             throw Refusal(
                 "volume '\(volume.name)' is being restored; wait until `farcopy status` shows no more bytes to restore")
         }
@@ -95,13 +87,6 @@ extension Site {
     func checkNotSecondary(_ volume: VolumeState, _ advice: String) throws {
         guard group(ofVolume: volume.name)?.record.role == .secondary else { return }
         throw Refusal("volume '\(volume.name)' is a secondary\(advice)")
-    }
-
-    /// The hold's deadline let acknowledgements go before every volume was ready; `patiently` tries again.
-    func heldApart(_ done: String) -> Refusal {
-        Refusal(
-            "the volumes could not be held together within \(Limits.holdMilliseconds) ms; nothing was \(done), try again",
-            .passing)
     }
 
     func checkCopyName(_ name: String) throws {
@@ -139,280 +124,27 @@ extension Site {
         }
     }
 
-    func establish(_ request: FlashCopyRequest, _ members: [VolumeState]) async throws {
+    func take(_ request: FlashCopyRequest, _ members: [VolumeState]) async throws {
+        try await patiently(request.name) {
+            try await self.run(TakeCopies(self.drafts(request, members)), on: members)
+        }
+    }
+
+    func drafts(
+        _ request: FlashCopyRequest, _ members: [VolumeState], _ origins: [CopyDraft.Origin]? = nil
+    ) -> [CopyDraft] {
         let set = randomIdentity()
-        let made = try await prepareAll(members) { index in
-            try await self.prepare(
-                request, members[index], target: request.targets?[index], order: members[index].takeOrder(), set: set)
+        return members.enumerated().map { index, volume in
+            var draft = CopyDraft(volume: volume.name, name: request.name)
+            draft.target = request.targets?[index]
+            draft.isFilled = request.copy ?? false
+            draft.rate = request.rate ?? Self.usualRate
+            draft.isWritable = request.writable ?? false
+            draft.isDurable = request.durable ?? false
+            draft.set = set
+            draft.origin = origins?[index]
+            return draft
         }
-        let intact = await together(members) { index in
-            await self.enterChain(made[index].volume, made[index].record, made[index].files) { $0.addCopy($1) }
-        }
-        try await conclude(made, intact)
-    }
-
-    /// Prepares a copy on each volume, or on none.
-    func prepareAll(
-        _ members: [VolumeState], each: (Int) async throws -> NewCopy
-    ) async throws -> [NewCopy] {
-        var made: [NewCopy] = []
-        do {
-            for index in members.indices { made.append(try await each(index)) }
-        } catch {
-            for copy in made { try? discard(copy) }  // what cannot be written, a start does
-            throw error
-        }
-        return made
-    }
-
-    /// Writes a copy down and makes its files; it takes nothing yet.
-    func prepare(
-        _ request: FlashCopyRequest, _ volume: VolumeState, target: String?, order: UInt64, set: String? = nil,
-        originIsDurable: Bool? = nil
-    ) async throws -> NewCopy {
-        var record = CopyRecord(
-            id: VolumeRecord.firstCopyID + volume.record.nextCopy, name: request.name, createdAt: realSeconds(),
-            order: order, state: .creating)
-        let number = volume.number
-        let chainIsDurable = await volume.reactor.run { $0.hosted(number).volume.chainIsDurable }
-        record.isFilled = request.copy ?? false
-        record.rate = request.rate ?? Self.usualRate
-        record.isWritable = request.writable ?? false
-        record.isDurable = originIsDurable ?? (request.durable ?? false || chainIsDurable)
-        record.target = target
-        record.set = set
-        let opened: OpenFile
-        if let target {
-            (opened, record.targetIsZero) = try await openOperatorTarget(target, volume)
-        } else {
-            opened = try await newTarget(volume, record.id)
-        }
-        return try await writeDown(record, volume, opened)
-    }
-
-    func writeDown(_ record: CopyRecord, _ volume: VolumeState, _ target: OpenFile) async throws -> NewCopy {
-        if record.isFilled { try await startActivityLog(volume) }
-        let header = volume.header(ofCopy: record.id, recordsChanges: record.isFilled)
-        let (path, directory) = (volume.bitmapPath(record.id), "\(volume.directory)/copies")
-        let (files, storage) = try await disks.run {
-            let bitmap = try BitmapFile(path: path, header: header, create: true)
-            if record.isDurable {
-                try target.synchronize()
-                try synchronizeDirectory(directory)
-            }
-            return (
-                CopyFiles(target: ReopenableFile(target), bitmap: bitmap),
-                record.target.map { _ in StorageInstance.text(of: target) }
-            )
-        }
-        do {
-            try volume.amend { written in
-                written.nextCopy += 1
-                written.copies.append(record)
-                if let path = record.target { written.storage?[path] = storage }
-            }  // from here on a crash finds it
-        } catch {
-            volume.removeCopyFiles(record.id, targetOwner: record.ownTarget)
-            throw error
-        }
-        return NewCopy(volume: volume, record: record, files: files)
-    }
-
-    func newTarget(_ volume: VolumeState, _ owner: CopyID) async throws -> OpenFile {
-        let (path, size) = (volume.targetPath(owner), volume.geometry.size)
-        return try await disks.run { try makeTarget(path, size: size) }
-    }
-
-    func openOperatorTarget(_ path: String, _ volume: VolumeState) async throws -> (OpenFile, isZero: Bool) {
-        let (name, size) = (volume.name, volume.geometry.size)
-        return try await disks.run { try Self.operatorTarget(path, of: name, size) }
-    }
-
-    /// A file or device of the operator's, and whether it reads as zeroes.
-    ///
-    /// - Parameters:
-    ///   - name, size: of the volume.
-    ///   - recorded: it holds data of a copy, and so must be as large as that left it.
-    static func operatorTarget(
-        _ path: String, of name: String, _ size: UInt64, recorded: Bool = false
-    ) throws -> (OpenFile, isZero: Bool) {
-        let target: OpenFile
-        do {
-            target = try OpenFile.storage(path: path, waitMilliseconds: recorded ? 2000 : 0)
-        } catch {
-            throw Refusal(
-                error.errno == EBUSY
-                    ? "the target \(path) is mounted, or in use by another program (`fuser -vm \(path)`); give a device that nobody uses"
-                    : "target: \(error)")
-        }
-        guard target.tryLock() else {
-            throw Refusal("the target \(path) is in use: it is a volume, or the target of another FlashCopy")
-        }
-        let present = try target.size()
-        if try target.isRegularFile() {
-            if recorded, present != size {
-                throw DamagedMetadata(
-                    description: "the target \(path) has \(present) bytes instead of \(size): it was cut short")
-            }
-            guard present == 0 || present == size else {
-                throw Refusal(
-                    "the target \(path) has \(present) bytes, volume '\(name)' has \(size); give a file of that size, "
-                        + "or a new one")
-            }
-            if present == 0 { try target.truncate(to: size) }
-            return (target, present == 0)
-        }
-        guard present >= size else {
-            throw Refusal("the target \(path) has \(present) bytes, volume '\(name)' needs \(size)")
-        }
-        return (target, false)
-    }
-
-    /// Does something on every volume at one instant: acknowledgements are held while it is done. False when the hold's
-    /// deadline passed.
-    func together(
-        _ members: [VolumeState], each: (Int) async -> Void
-    ) async -> Bool {
-        for index in members.indices {
-            let number = members[index].number
-            await members[index].reactor.run { $0.hold(number) }
-            await each(index)
-        }
-        var intact = true
-        for volume in members {
-            let number = volume.number
-            if await !volume.reactor.run({ $0.releaseHold(number) }) { intact = false }
-        }
-        return intact || members.count == 1
-    }
-
-    /// Gives the files of a new copy to the volume's reactor, and the copy to `place` there.
-    func enterChain(
-        _ volume: VolumeState, _ record: CopyRecord, _ parts: CopyFiles, targetFile: StoreFile? = nil,
-        place: @escaping @Sendable (Volume, FlashCopy) -> Void
-    ) async {
-        let entry = Self.chainEntry(volume.number, record, parts, targetFile: targetFile, place: place)
-        let (target, bitmap) = await volume.reactor.run(entry)
-        entered(volume, record, parts, target, bitmap)
-    }
-
-    /// The same for the reactor's thread; `entered` must follow with the numbers that it returns.
-    static func chainEntry(
-        _ number: VolumeNumber, _ record: CopyRecord, _ parts: CopyFiles, targetFile: StoreFile? = nil,
-        place: @escaping @Sendable (Volume, FlashCopy) -> Void
-    ) -> @Sendable (Reactor) -> (StoreFile, StoreFile) {
-        { reactor in
-            let hosted = reactor.hosted(number)
-            let isPoint = record.id < VolumeRecord.firstCopyID
-            let target = targetFile ?? hosted.addFile(parts.target, mayRest: isPoint)
-            let bitmap = hosted.addFile(parts.bitmap.mapping.file, mapping: parts.bitmap.mapping, mayRest: isPoint)
-            place(
-                hosted.volume,
-                FlashCopy(
-                    id: record.id, targetFile: target, bitmapFile: bitmap, preserved: parts.bitmap.bitmap(),
-                    changes: record.isFilled ? parts.bitmap.bitmap(1) : nil,
-                    failureMark: parts.bitmap.failureMark(), durable: record.isDurable,
-                    targetIsZero: record.targetIsZero, isFilled: record.isFilled, rate: record.rate))
-            return (target, bitmap)
-        }
-    }
-
-    func entered(
-        _ volume: VolumeState, _ record: CopyRecord, _ parts: CopyFiles, _ target: StoreFile, _ bitmap: StoreFile
-    ) {
-        var files = parts
-        (files.targetFile, files.bitmapFile) = (target, bitmap)
-        volume.copies[record.id] = files
-        fillStarts[record.id] = nil
-        // A small one may be complete before it was known here, and says so once.
-        if record.isFilled { Task { await reviewCompletion(volume, record.id) } }
-    }
-
-    /// What a durable copy reads elsewhere is on stable storage before anybody is told of it.
-    func settle(_ copy: NewCopy) async throws {
-        guard copy.record.isDurable else { return }
-        try await copy.volume.flushSource()
-        try await copy.volume.flushTargets(disks)
-        try synchronizeChanges(copy.volume)
-    }
-
-    /// What a copy that left had noted is in the bitmaps of older ones now; they are on stable storage before its own goes.
-    func synchronizeChanges(_ volume: VolumeState) throws {
-        for files in volume.copies.values where files.bitmap.header.bitmaps > 1 { try files.bitmap.synchronize() }
-    }
-
-    /// Records that the copies are there; or takes them out again when they are not of one instant.
-    func conclude(_ made: [NewCopy], _ intact: Bool) async throws {
-        guard intact else {
-            for copy in made { await leave(copy.volume, copy.record.id) }
-            await waitUntilGone(made)
-            throw heldApart("created")
-        }
-        do {
-            for copy in made { try await settle(copy) }
-            for copy in made { try copy.volume.update(copy.record.id) { $0.beActive() } }
-        } catch {
-            await giveUp(made)
-            throw error
-        }
-        for copy in made { publish(copy.volume, group(ofVolume: copy.volume.name)) }
-    }
-
-    /// Takes copies out that may be recorded as active: one that leaves preserves nothing any more, and so must not be served by a
-    /// start that finds such a record, of this copy or of another of its set.
-    private func giveUp(_ made: [NewCopy]) async {
-        for copy in made { copy.volume.acknowledge(copy.record.id) { $0.state = .withdrawing } }
-        guard made.contains(where: { $0.volume.isUnsaved }) else {
-            for copy in made { await leave(copy.volume, copy.record.id) }
-            return
-        }
-        Task {
-            await wait(seconds: nil) { !made.contains { $0.volume.isUnsaved } }
-            guard !isStopping else { return }
-            for copy in made { await leave(copy.volume, copy.record.id) }
-        }
-    }
-
-    /// A site may end between the records of copies that were taken together (`CopyRecord.set`): all of them are there, or leave.
-    func completeSets() throws {
-        func sets(_ state: CopyRecord.State) -> Set<String> {
-            Set(volumes.values.flatMap { $0.record.copies.filter { $0.state == state }.compactMap(\.set) })
-        }
-        let (taken, givenUp) = (sets(.active), sets(.withdrawing))
-        for volume in volumes.values {
-            let decided = volume.record.copies.compactMap { copy -> (CopyID, CopyRecord.State)? in
-                guard let set = copy.set else { return nil }
-                if givenUp.contains(set), copy.state == .active || copy.state == .creating {
-                    return (copy.id, .withdrawing)
-                }
-                return taken.contains(set) && copy.state == .creating ? (copy.id, .active) : nil
-            }
-            guard !decided.isEmpty else { continue }
-            try volume.amend { record in for (id, state) in decided { record.change(id) { $0.state = state } } }
-        }
-    }
-
-    /// Takes a copy out of the chain; `copyWithdrawn` follows.
-    func leave(_ volume: VolumeState, _ id: CopyID) async {
-        let number = volume.number
-        let present = await volume.reactor.run { reactor in
-            reactor.disconnectReaders(number, of: id)
-            reactor.hosted(number).volume.withdrawCopy(id)
-            return reactor.hosted(number).volume.copy(id) != nil
-        }
-        if !present { copyWithdrawn(volume, id) }
-    }
-
-    /// Another try may want the same targets; five seconds are enough unless older copies need a lot.
-    func waitUntilGone(_ copies: [NewCopy]) async {
-        await wait(seconds: 5) { !copies.contains { $0.volume.copies[$0.record.id] != nil } }
-    }
-
-    /// Takes back what was prepared; a target that belongs to the copy before stays.
-    func discard(_ copy: NewCopy) throws {
-        let (record, volume) = (copy.record, copy.volume)
-        try volume.amend { $0.copies.removeAll { $0.id == record.id } }
-        volume.removeCopyFiles(record.id, targetOwner: record.ownTarget)
     }
 
     // MARK: Showing
@@ -463,8 +195,9 @@ extension Site {
             preservedBytes: min(volume.geometry.size, UInt64(grains) * grain), size: volume.geometry.size)
         guard record.isFilled else { return report }
         let now = monotonicNanoseconds()
-        let start = fillStarts[id] ?? (now, grains)
-        fillStarts[id] = start
+        let place = volume.place(id)
+        let start = fillStarts[place] ?? (now, grains)
+        fillStarts[place] = start
         let seconds = Double(now - start.0) / 1e9
         let rate = seconds > 0 ? Double(grains - start.1) * Double(grain) / seconds : 0
         let left = Double(volume.geometry.size - report.preservedBytes)
@@ -484,12 +217,9 @@ extension Site {
         let members = try members(request.volumes)
         for (volume, record) in try copies(request.name, members) {
             let (number, id) = (volume.number, record.id)
-            try volume.update(id) { copy in
-                copy.rate = request.rate ?? copy.rate
-                if let writable = request.writable { copy.allowWrites(writable) }
-            }
+            try volume.amend(.set(id, rate: request.rate, writable: request.writable))
             if let rate = request.rate {
-                fillStarts[id] = nil
+                fillStarts[volume.place(id)] = nil
                 await volume.reactor.run { $0.hosted(number).volume.setRate(id, rate) }
             }
             publish(volume, group(ofVolume: volume.name))
@@ -507,18 +237,7 @@ extension Site {
             throw Refusal(
                 "volume '\(volume.name)' is being restored from '\(request.name)'; wait until it holds all of it")
         }
-        for (volume, record) in found {
-            guard volume.copies[record.id] != nil else {
-                forget(volume, record.id, wasInChain: false)
-                continue
-            }
-            try volume.update(record.id) { copy in
-                copy.state = .withdrawing
-                copy.set = nil  // this one alone
-            }
-            publish(volume, group(ofVolume: volume.name))
-            await leave(volume, record.id)
-        }
+        try await run(WithdrawCopies(found.map(\.1.id)), on: found.map(\.0))
         note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) withdrawn")
     }
 
@@ -531,8 +250,7 @@ extension Site {
         // What was leaving already, and only had readers left.
         if isRetired, !waitsToLeave(volume, id) { await leave(volume, id) }
         note(nil, "volume \(volume.name): FlashCopy '\(name)' has failed: \(reason)")
-        copyReady(id)  // a refresh that waits for it begins again
-        publish(volume, group(ofVolume: volume.name))
+        copyReady(volume, id)  // a refresh that waits for it begins again
     }
 
     /// - Returns: why, in words.
@@ -540,10 +258,7 @@ extension Site {
     func markFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async -> String {
         let target = volume.copies[id].map { " in \($0.target.path)" } ?? ""
         let reason = "old content could not be preserved\(target): \(String(cString: strerror(errno)))"
-        volume.acknowledge(id) { copy in
-            copy.state = .failed
-            copy.reason = reason
-        }
+        acknowledge(.failed(id, reason: reason), volume)
         if let group = group(ofVolume: volume.name) { await failPoints(group, volume, UInt64(id)) }
         return reason
     }
@@ -555,7 +270,7 @@ extension Site {
         await settlePoints(group, endsReaders: true)
     }
 
-    private func reviewCompletion(_ volume: VolumeState, _ id: CopyID) async {
+    func reviewCompletion(_ volume: VolumeState, _ id: CopyID) async {
         let number = volume.number
         guard await volume.reactor.run({ $0.hosted(number).volume.copy(id)?.isComplete }) == true,
             volume.record.copies.contains(where: { $0.id == id && !$0.isComplete })
@@ -563,68 +278,26 @@ extension Site {
         await copyCompleted(volume, id)
     }
 
-    /// The background copy is finished; once its data is on stable storage the target is an image by itself.
     func copyCompleted(_ volume: VolumeState, _ id: CopyID) async {
-        guard let files = volume.copies[id], let record = volume.record.copies.first(where: { $0.id == id }) else {
-            return
-        }
-        do { try await disks.run { try files.target.open().synchronize() } } catch {
-            let (number, errno) = (volume.number, (error as? SystemError)?.errno ?? EIO)
-            volume.reactor.perform { $0.hosted(number).volume.targetFlushFailed(id, errno: errno) }
-            return
-        }
-        let directory = "\(volume.directory)/copies"
+        guard volume.copies[id] != nil, let name = volume.record.table[id]?.name else { return }
         do {
-            try await disks.run {
-                try files.bitmap.synchronize()
-                try synchronizeDirectory(directory)
-            }
-            // It may have failed, or left, meanwhile.
-            guard volume.record.copies.contains(where: { $0.id == id && $0.state != .failed && $0.state != .lost })
-            else { return }
-            try volume.update(id) { $0.isComplete = true }
+            guard try await run(CompleteCopy(id), on: [volume]) else { return }
+            note(nil, "volume \(volume.name): the background copy of '\(name)' is complete")
         } catch {
-            note(
-                nil, "volume \(volume.name): the background copy of '\(record.name)' is not complete for sure: \(error)"
-            )
-            return
+            note(nil, "volume \(volume.name): the background copy of '\(name)' is not complete for sure: \(error)")
         }
-        note(nil, "volume \(volume.name): the background copy of '\(record.name)' is complete")
     }
 
-    /// A copy has left the chain: its record and files go, or, when only its content was lost, its files.
-    func copyWithdrawn(_ volume: VolumeState, _ id: CopyID) {
-        let files = volume.copies.removeValue(forKey: id)
-        if let files {
-            let number = volume.number
-            volume.reactor.perform { reactor in
-                reactor.hosted(number).removeFile(files.targetFile)
-                reactor.hosted(number).removeFile(files.bitmapFile)
-            }
-        }
-        forget(volume, id, wasInChain: files != nil)
-        happened()
-    }
-
-    private func forget(_ volume: VolumeState, _ id: CopyID, wasInChain: Bool) {
-        let record = volume.record.copies.first { $0.id == id }
-        // A target that its successor has taken over stays.
-        let owner = record?.targetOwner ?? id
-        let shared = volume.record.copies.contains { $0.id != id && $0.targetOwner == owner && $0.state != .lost }
-        do {
-            try synchronizeChanges(volume)
-        } catch {
-            // Its record still says what older copies may lack: it stays, and leaves with the next start, or when asked again.
+    /// A copy has left the chain.
+    func copyWithdrawn(_ volume: VolumeState, _ id: CopyID) async {
+        let name = volume.record.table[id]?.name
+        do { try await run(ForgetCopy(id, of: 0, wasInChain: true), on: [volume]) } catch {
             note(
                 nil,
-                "volume \(volume.name): FlashCopy '\(record?.name ?? String(id))' has left, but that cannot be written down: \(error)"
+                "volume \(volume.name): FlashCopy '\(name ?? String(id))' has left, but that cannot be written down: \(error)"
             )
-            return
         }
-        volume.acknowledge { record in
-            guard let index = record.copies.firstIndex(where: { $0.id == id }) else { return }
-            if !wasInChain || !record.copies[index].hasLeft() { record.copies.remove(at: index) }
-        }
-        volume.removeUnnamedFiles(id, targetOwner: shared || record?.target != nil ? nil : owner)
+        copyReady(volume, id)  // who waits for it finds that it has left
+        happened()
     }
 }

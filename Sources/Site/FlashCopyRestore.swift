@@ -1,31 +1,17 @@
 // FlashCopyRestore.swift: `farcopy flashcopy restore`: volumes become a FlashCopy's point in time again.
 //
-//   hosts are shut out ─► what is discarded becomes a FlashCopy ─► hosts would see the restored state, nothing flows
-//   ─► everything that this relies on is flushed ─► the decision, for each volume ─► data flows back, hosts are let in
-//
 // Must be prevented:
-//   a host that had a volume open writes what it has cached over what is restored
-//   what is discarded is not kept
-//   the source changes before the decision to restore it is on stable storage
-//   some of the volumes are restored and others not: once one decision is on stable storage, a start makes the others
+//   a host that had a volume open writes what it has cached over what is restored, and nobody was asked
 //   a site gives up its role, or takes one, while its volumes are being exchanged
 
 import API
 import Base
+import FlashCopies
 import Glibc
 import Groups
 import NBDServer
 import Ring
 import Volumes
-
-/// A volume on its way to what a FlashCopy of it holds.
-private struct Restoration {
-    var volume: VolumeState
-    var copy: CopyRecord
-    /// Keeps what is discarded.
-    var kept: NewCopy?
-    var keptIsInChain = false
-}
 
 extension Site {
     /// The volumes become the FlashCopies' point in time again, at once; data flows back in the background.
@@ -42,7 +28,8 @@ extension Site {
         let hosts = await hosts(members)
         if request.disconnect != true { try refuseUnder(hosts) }
         let kept = unusedName("before-restore-", members)
-        try await restore(found.map { Restoration(volume: $0, copy: $1) }, keptAs: kept)
+        let drafts = members.map { CopyDraft(volume: $0.name, name: kept) }
+        try await run(RestoreVolumes(found.map(\.1), keeping: drafts, decision: randomIdentity()), on: members)
         let names = request.volumes.joined(separator: ", ")
         note(
             nil,
@@ -119,113 +106,11 @@ extension Site {
             .unconfirmed)
     }
 
-    /// Ends the hosts' connections, readers' as well, since what they have cached is void; what they asked for is carried out
-    /// first. New ones can only read until `letHostsIn`.
-    private func shutOut(_ volume: VolumeState) async {
-        volume.shutsHostsOut = true
-        let (number, reactor) = (volume.number, volume.reactor)
-        await reactor.run { $0.hosted(number).writable = false }
-        publish(volume, group(ofVolume: volume.name))
-        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-            reactor.perform { $0.disconnect(number, .hosts) { continuation.resume() } }
-        }
-    }
-
-    private func letHostsIn(_ volume: VolumeState) async {
-        volume.shutsHostsOut = false
-        let number = volume.number
-        let group = group(ofVolume: volume.name)
-        let writable =
-            group == nil || group?.servesHosts == true && group?.record.leftOut?.contains(volume.name) != true
-        await volume.reactor.run { $0.hosted(number).writable = writable }
-        publish(volume, group)
-    }
-
-    // MARK: The steps
-
-    /// Nobody writes to the volumes meanwhile, so that what is kept and what is restored is of one instant on all of them.
-    private func restore(_ parts: [Restoration], keptAs name: String) async throws {
-        var parts = parts
-        for part in parts { await shutOut(part.volume) }
-        let decision = randomIdentity()
-        do {
-            for index in parts.indices { try await prepareRestore(&parts[index], keptAs: name, decision) }
-            for index in parts.indices { await enterRestore(&parts[index]) }
-            for part in parts { try await settle(part) }
-            try parts[0].volume.amend { $0.decideRestore(at: realSeconds()) }
-        } catch {
-            for part in parts { await takeBack(part) }
-            throw error
-        }
-        // One decision stands: a start would make these.
-        for part in parts.dropFirst() { part.volume.acknowledge { $0.decideRestore(at: realSeconds()) } }
-        for part in parts {
-            let number = part.volume.number
-            await part.volume.reactor.run { $0.hosted(number).volume.continueRestore() }
-            await shutOut(part.volume)  // who came to read meanwhile does not know that this is another volume now
-            await letHostsIn(part.volume)
-        }
-    }
-
-    private func prepareRestore(_ part: inout Restoration, keptAs name: String, _ decision: String) async throws {
-        let volume = part.volume
-        let kept = try await prepare(
-            FlashCopyRequest(name: name, volumes: [volume.name]), volume, target: nil, order: volume.takeOrder())
-        part.kept = kept
-        _ = try await makeRestoreBitmap(volume)
-        try volume.amend { record in
-            record.restoring = VolumeRecord.Restoring(
-                copy: part.copy.id, decided: false, kept: kept.record.id, decision: decision)
-        }
-        publish(volume, group(ofVolume: volume.name))  // the copy is read-only from here on
-        guard part.copy.isWritable else { return }
-        let (number, id) = (volume.number, part.copy.id)
-        await volume.reactor.run { $0.disconnectReaders(number, of: id) }
-    }
-
-    /// The kept copy becomes the newest of the chain, and takes what the restore overwrites.
-    private func enterRestore(_ part: inout Restoration) async {
-        guard let kept = part.kept else { return }
-        await enterChain(part.volume, kept.record, kept.files) { $0.addCopy($1) }
-        part.keptIsInChain = true
-        await beginRestore(part.volume, from: part.copy.id, fresh: true)
-    }
-
-    /// What does not have to come back is the copy's as well, and may not have been flushed yet; nor may what clients wrote to
-    /// the copy.
-    private func settle(_ part: Restoration) async throws {
-        try await part.volume.flushSource()
-        try await part.volume.flushTargets(disks)
-        if let bitmap = part.volume.restoreBitmap { try await disks.run { try bitmap.synchronize() } }
-        if let kept = part.kept { try await settle(kept) }
-    }
-
-    /// As if the restore had not been asked for: nothing has flowed back. A decision that may stand in the record's file all the same
-    /// finds no bitmap, and a start says so.
-    private func takeBack(_ part: Restoration) async {
-        let volume = part.volume
-        let number = volume.number
-        if part.keptIsInChain { await volume.reactor.run { $0.hosted(number).volume.cancelRestore() } }
-        unlink(volume.restoreBitmapPath)
-        volume.acknowledge { $0.restoring = nil }
+    func restoreFinished(_ volume: VolumeState) {
+        if volume.record.restoring != nil { acknowledge(.restoring(nil), volume) }
         dropRestoreBitmap(volume)
-        if let kept = part.kept, part.keptIsInChain {
-            await leave(volume, kept.record.id)
-        } else if let kept = part.kept {
-            try? discard(kept)  // what cannot be written, a start does
-        }
-        await letHostsIn(volume)
-    }
-
-    /// At a start: a restore that was decided for one of its volumes is decided for all.
-    func completeRestoreDecisions() throws {
-        let decided = Set(volumes.values.compactMap { $0.record.restoring }.filter(\.decided).compactMap(\.decision))
-        for volume in volumes.values {
-            guard let restoring = volume.record.restoring, !restoring.decided, let decision = restoring.decision,
-                decided.contains(decision)
-            else { continue }
-            try volume.amend { $0.decideRestore(at: realSeconds()) }
-        }
+        note(group(ofVolume: volume.name)?.entry.name, "volume \(volume.name) holds all of its point in time again")
+        publish(volume, group(ofVolume: volume.name))
     }
 
     /// "before-restore-3": the first number that none of the volumes has a FlashCopy of.
@@ -233,14 +118,5 @@ extension Site {
         var number = 1
         while members.contains(where: { $0.record.copies.contains { $0.name == "\(prefix)\(number)" } }) { number += 1 }
         return "\(prefix)\(number)"
-    }
-}
-
-extension VolumeRecord {
-    mutating func decideRestore(at time: Double) {
-        restoring?.decided = true
-        restoredAt = time
-        guard let kept = restoring?.kept, let index = copies.firstIndex(where: { $0.id == kept }) else { return }
-        copies[index].beActive()
     }
 }

@@ -7,9 +7,9 @@
 //   a restore that nobody was told of goes on
 //   a start that ends in the middle leaves less behind than it found: the volume's record becomes this run's when everything was
 //     taken up and flushed, before hosts, peers or work in the background change anything
-//   files go before the record says that they are not needed
 
 import Base
+import FlashCopies
 import Glibc
 import Groups
 import NBDServer
@@ -39,110 +39,56 @@ extension Site {
 
     // MARK: The chain
 
-    /// A recovery point or FlashCopy that takes its place in the chain.
-    private struct Link {
-        var record: CopyRecord
-        var resumption: CopyRecord.Resumption
-        var isPoint = false
-        var id: CopyID { record.id }
-    }
-
-    /// The chain, oldest first: recovery points from the group's record, FlashCopies from the volume's.
+    /// Recovery points from the group's record, FlashCopies from the volume's.
     private func resumeChain(_ volume: VolumeState, _ group: GroupState?) async throws {
-        var links = try pointLinks(volume, group)
-        var copies = volume.record.copies
-        for index in copies.indices {
-            let overtaken = try isOvertaken(volume, copies[index])
-            let resumption = copies[index].resume(trusted: volume.isTrusted, overtaken: overtaken)
-            links.append(Link(record: copies[index], resumption: resumption))
-        }
-        let forgotten = Set(links.filter { $0.resumption == .forgotten }.map(\.id))
-        if copies != volume.record.copies { try volume.amend { $0.copies = copies } }
-        links = links.filter { $0.resumption != .forgotten && $0.resumption != .absent }
-        links.sort { $0.record.order < $1.record.order }
-        let newest = max(links.last?.record.order ?? 0, group?.record.points.last?.order ?? 0)
-        volume.nextOrder = (newest / CopyRecord.orderStep + 1) * CopyRecord.orderStep
-        state.removeOrphans(
-            volume.name, bitmaps: Set(links.map(\.id)), targets: Set(links.map(\.record.targetOwner)))
-        let opened = try openLinks(volume, links)
-        try await noteFailed(volume, group, &links, opened)
-        let lost = opened.lastIndex { $0 == nil }.map { $0 + 1 } ?? 0
-        if lost > 0 { try await loseCopies(volume, group, links[..<lost]) }
-        for (link, files) in zip(links, opened).dropFirst(lost) { try await resumeLink(volume, link, files!) }
+        let points = try pointLinks(volume, group)
+        try await run(ResumeChain(trusted: volume.isTrusted, points: points), on: [volume])
         volume.carriers = group?.record.carriers(of: [volume.name])[volume.name] ?? []
-        guard !forgotten.isEmpty else { return }
-        try synchronizeChanges(volume)
-        try volume.amend { $0.copies.removeAll { forgotten.contains($0.id) } }
     }
 
     /// Recovery points of which the volume has files: those that carry what is kept must be there, the others leave.
-    private func pointLinks(_ volume: VolumeState, _ group: GroupState?) throws -> [Link] {
+    private func pointLinks(_ volume: VolumeState, _ group: GroupState?) throws -> [ChainLink] {
         guard let record = group?.record else { return [] }
         let carriers = record.carriers(of: [volume.name])[volume.name] ?? []
         var links = carriers.compactMap { record.pointRecord($0) }.map { point in
             let hasFailed = record.points(carriedBy: point.number, volume.name).allSatisfy { $0.isFailed == true }
-            return Link(record: CopyRecord(point), resumption: hasFailed ? .servesOlder : .serves, isPoint: true)
+            return ChainLink(CopyRecord(point), hasFailed ? .servesOlder : .serves, isPoint: true)
         }
         for point in record.retired ?? [] where !carriers.contains(point.number) {
             guard try exists(volume.bitmapPath(CopyID(point.number))) else { continue }
-            links.append(Link(record: CopyRecord(point), resumption: .leaves, isPoint: true))
+            links.append(ChainLink(CopyRecord(point), .leaves, isPoint: true))
         }
         return links
     }
 
-    /// Whether the copy that is to take the place of a refreshed one has begun to use its target.
-    private func isOvertaken(_ volume: VolumeState, _ record: CopyRecord) throws -> Bool {
-        guard record.state == .refreshing else { return false }
-        for other in volume.record.copies
-        where other.state == .creating && other.targetOwner == record.targetOwner && other.id != record.id {
-            guard try exists(volume.bitmapPath(other.id)) else { continue }
-            let file = try OpenFile(path: volume.bitmapPath(other.id), flags: O_RDONLY)
-            return try file.read(at: BitmapHeader.takenOffset, count: 1).first == 1
-        }
-        return false
+    func findTaken(_ volume: VolumeState, _ ids: [CopyID]) throws -> Set<CopyID> {
+        Set(
+            try ids.filter { id in
+                guard try exists(volume.bitmapPath(id)) else { return false }
+                let file = try OpenFile(path: volume.bitmapPath(id), flags: O_RDONLY)
+                return try file.read(at: BitmapHeader.takenOffset, count: 1).first == 1
+            })
     }
 
-    /// The files of each link; nil where they cannot be relied on.
-    private func openLinks(_ volume: VolumeState, _ links: [Link]) throws -> [CopyFiles?] {
-        try links.map { link in
+    /// - Returns: the files of each link; nil where they cannot be relied on.
+    func openFiles(_ volume: VolumeState, _ links: [ChainLink]) throws -> [CopyFiles?] {
+        let group = group(ofVolume: volume.name)
+        let newest = max(links.last?.copy.order ?? 0, group?.record.points.last?.order ?? 0)
+        volume.nextOrder = (newest / CopyRecord.orderStep + 1) * CopyRecord.orderStep
+        state.removeOrphans(
+            volume.name, bitmaps: Set(links.map(\.id)), targets: Set(links.map(\.copy.targetOwner)))
+        return try links.map { link in
             do {
                 return try openLink(volume, link)
             } catch let damage as DamagedMetadata {
-                note(group(ofVolume: volume.name)?.entry.name, "volume \(volume.name): \(damage)")
+                note(group?.entry.name, "volume \(volume.name): \(damage)")
                 return nil
             }
         }
     }
 
-    /// What had failed when the last process ended, perhaps before it could write that down.
-    private func noteFailed(
-        _ volume: VolumeState, _ group: GroupState?, _ links: inout [Link], _ opened: [CopyFiles?]
-    ) async throws {
-        for index in links.indices
-        where opened[index]?.bitmap.hasFailed == true || volume.hadFailed(links[index].record) {
-            guard links[index].resumption == .serves else { continue }
-            links[index].resumption = .servesOlder
-            let id = links[index].id
-            if links[index].isPoint {
-                try await group?.handle.change(.pointFailed(UInt64(id), volume: volume.name))
-                try await group?.handle.settle()  // nothing else says so once the volume is taken up
-                if group?.record.points(carriedBy: UInt64(id), volume.name).isEmpty == true {
-                    links[index].resumption = .leaves
-                }
-                note(
-                    group?.entry.name,
-                    "volume \(volume.name): recovery point \(id) had failed when the last process ended")
-            } else {
-                try volume.update(id) { copy in
-                    copy.state = .failed
-                    copy.reason = "old content could not be preserved"
-                }
-            }
-        }
-    }
-
-    private func openLink(_ volume: VolumeState, _ link: Link) throws -> CopyFiles {
-        let record = link.record
+    private func openLink(_ volume: VolumeState, _ link: ChainLink) throws -> CopyFiles {
+        let record = link.copy
         // Files come before the record that names them, except those of a copy of which nobody was told yet.
         let missing = try !exists(volume.bitmapPath(link.id))
         if missing, record.state != .creating {
@@ -170,17 +116,19 @@ extension Site {
         return CopyFiles(target: ReopenableFile(target), bitmap: bitmap)
     }
 
-    /// Copies up to one whose bitmap is damaged: they read through it, and nobody knows what it has.
-    private func loseCopies(_ volume: VolumeState, _ group: GroupState?, _ links: ArraySlice<Link>) async throws {
-        let ids = Set(links.map(\.id))
-        try volume.amend { record in
-            for index in record.copies.indices where ids.contains(record.copies[index].id) {
-                record.copies[index].state = .lost
-                record.copies[index].reason =
-                    "its bitmap or target, or that of a newer copy that it reads through, is damaged"
-            }
-        }
-        try await voidPoints(volume, group, ids)
+    /// A recovery point had failed when the last process ended, perhaps before it could write that down.
+    ///
+    /// - Returns: whether the group keeps some point all the same, whose files these are.
+    func failPoint(_ volume: VolumeState, _ id: CopyID) async throws -> Bool {
+        guard let group = group(ofVolume: volume.name) else { return true }
+        try await group.handle.change(.pointFailed(UInt64(id), volume: volume.name))
+        try await group.handle.settle()  // nothing else says so once the volume is taken up
+        note(group.entry.name, "volume \(volume.name): recovery point \(id) had failed when the last process ended")
+        return !group.record.points(carriedBy: UInt64(id), volume.name).isEmpty
+    }
+
+    func loseFiles(_ volume: VolumeState, _ ids: Set<CopyID>) async throws {
+        try await voidPoints(volume, group(ofVolume: volume.name), ids)
         for id in ids { unlink(volume.bitmapPath(id)) }
     }
 
@@ -197,8 +145,8 @@ extension Site {
         try await group.handle.change(.pointsVoided(through: last, lineage: randomIdentity()))
     }
 
-    private func resumeLink(_ volume: VolumeState, _ link: Link, _ files: CopyFiles) async throws {
-        let record = link.record
+    func resumeLink(_ volume: VolumeState, _ link: ChainLink, _ files: CopyFiles) async throws {
+        let record = link.copy
         let fails = link.resumption == .servesOlder
         await enterChain(volume, record, files) { volume, copy in volume.resumeCopy(copy, failed: fails) }
         let (number, id) = (volume.number, link.id)
@@ -288,7 +236,7 @@ extension Site {
                     "volume \(volume.name): it was being restored from a FlashCopy that is lost; parts of it are of the FlashCopy's "
                         + "time and parts are newer: restore it from another copy")
             }
-            try volume.amend { $0.restoring = nil }
+            try volume.amend(.restoring(nil))
             return
         }
         try openRestoreBitmap(volume)

@@ -8,6 +8,7 @@
 
 import API
 import Base
+import FlashCopies
 import FoundationEssentials
 import Glibc
 import Groups
@@ -52,12 +53,12 @@ package actor Site {
     private(set) var reserve: SpaceReserve
     var reserveProblem: String?
     /// Refreshes that wait until a copy is out of use.
-    var readyWaiters: [CopyID: CheckedContinuation<Void, Never>] = [:]
+    var readyWaiters: [ChainedCopy: CheckedContinuation<Void, Never>] = [:]
     /// Who waits for something to come about (`Occasions.swift`).
     var waiting: [UInt64: Waiting] = [:]
     var lastWait: UInt64 = 0
     /// When the progress of a background copy was looked at first, and how many grains it had.
-    var fillStarts: [CopyID: (at: UInt64, grains: Int)] = [:]
+    var fillStarts: [ChainedCopy: (at: UInt64, grains: Int)] = [:]
     private(set) var isStopping = false
     private var listening: [Address] = []
 
@@ -128,8 +129,7 @@ package actor Site {
             bitmapBytes: groups.values.flatMap { members($0) }.reduce(0) { $0 + UInt64($1.restoreHeader.fileBytes) }
         )
         keepReserve()
-        try completeRestoreDecisions()
-        try completeSets()
+        try completeCopies()
         for group in groups.values { try await decideService(group) }
         for entry in configuration.volumes { try await host(volumes[entry.name]!) }
         for group in groups.values { await settlePoints(group) }
@@ -210,6 +210,14 @@ package actor Site {
     func giveUpUncertainPoint(_ group: GroupState) async throws {
         guard group.record.mustGiveUpPoint(heldBy: members(group).map(\.heldPoint)) else { return }
         try await group.handle.change(.pointGivenUp)
+    }
+
+    /// Copies that were taken together, and volumes that were restored together, are what one of them says.
+    private func completeCopies() throws {
+        let volumes = Array(volumes.values)
+        for (index, change) in CopyTable.completions(volumes.map(\.record.table), at: realSeconds()) {
+            try volumes[index].amend(change)
+        }
     }
 
     func group(ofVolume name: String) -> GroupState? {
@@ -334,9 +342,9 @@ package actor Site {
             let reason = "volume \(name) could not hold point \(number): \(String(cString: strerror(errno)))"
             group?.replicator?.pointLost(reason)
         case .copyFailed(let id, let errno): await copyFailed(volume, id, errno)
-        case .copyWithdrawn(let id): copyWithdrawn(volume, id)
+        case .copyWithdrawn(let id): await copyWithdrawn(volume, id)
         case .copyCompleted(let id): await copyCompleted(volume, id)
-        case .copyReady(let id): copyReady(id)
+        case .copyReady(let id): copyReady(volume, id)
         case .failureUnwritten(let id, let errno): await failureUnwritten(volume, id, errno)
         case .activityLogFailed(let errno): await activityLogFailed(volume, errno)
         case .sourceLost(let errno):

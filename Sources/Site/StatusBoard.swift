@@ -8,6 +8,7 @@
 
 import API
 import Base
+import FlashCopies
 import FoundationEssentials
 import Glibc
 import Groups

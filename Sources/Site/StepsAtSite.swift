@@ -2,6 +2,7 @@
 
 import API
 import Base
+import FlashCopies
 import Glibc
 import Groups
 import NBDServer
@@ -290,7 +291,7 @@ extension Site {
         }
         var request = FlashCopyRequest(name: name, volumes: members.map(\.name))
         request.durable = true
-        try await patiently(name) { try await self.establish(request, members) }
+        try await take(request, members)
         note(
             group.entry.name,
             "what hosts wrote here and '\(group.entry.peer)' lacks is kept as FlashCopy '\(name)' until it is withdrawn"

@@ -9,13 +9,13 @@
 
 import API
 import Base
+import FlashCopies
 import FoundationEssentials
 import Glibc
 import Groups
 import Link
 import NBDServer
 import Ring
-import Synchronization
 import TLS
 import Volumes
 
@@ -69,7 +69,7 @@ extension Site {
         } catch {
             problem = error
         }
-        for copy in copies { await leave(copy.volume, copy.record.id) }
+        for copy in copies { await leave(copy.volume, copy.id) }
         try? await peer.unpin(pinned)
         if let problem { throw problem }
         report!.point = point.number
@@ -81,59 +81,34 @@ extension Site {
     /// Names with ':' are the site's own and not exported.
     static let verifyPrefix = "verify:"
 
+    private struct VerifiedCopy {
+        var volume: VolumeState
+        var id: CopyID
+    }
+
     /// FlashCopies of the instant of a point that the peer has committed.
-    private func copyAtPoint(_ group: GroupState, _ replicator: GroupHandle) async throws -> (PointRecord, [NewCopy]) {
+    private func copyAtPoint(
+        _ group: GroupState, _ replicator: GroupHandle
+    ) async throws -> (PointRecord, [VerifiedCopy]) {
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
-        let members = members(group)
-        let made = try await prepareAll(members) { index in
-            let volume = members[index]
-            try self.checkNotRestoring(volume)
-            let request = FlashCopyRequest(
-                name: "\(Self.verifyPrefix)\(volume.record.nextCopy)", volumes: [volume.name])
-            return try await self.prepare(request, volume, target: nil, order: volume.takeOrder())
+        let work = CopyWork(members(group))
+        work.replicator = replicator
+        let drafts = try work.volumes.map { volume in
+            try checkNotRestoring(volume)
+            return CopyDraft(volume: volume.name, name: "\(Self.verifyPrefix)\(volume.record.nextCopy)")
         }
-        let entries = made.map { Self.chainEntry($0.volume.number, $0.record, $0.files) { $0.addCopy($1) } }
-        let taken = Mutex(TakenCopies())
         do {
-            let point = try await replicator.cycle { reactor, index in
-                taken.withLock { if !$0.isOver { $0.files[index] = entries[index](reactor) } }
-            }
-            guard enterTaken(made, taken.withLock { $0.files }).isEmpty else {
-                throw Refusal("the point was formed without its FlashCopies; try again", .passing)
-            }
-            return (point, made)
+            let made = try await run(TakeCopies(drafts, at: .nextPoint), on: work)
+            return (work.point!, zip(work.volumes, made).map { VerifiedCopy(volume: $0, id: $1.id) })
         } catch {
-            // A reactor that has not formed yet must not take what is removed here.
-            let files = taken.withLock { taken in
-                taken.isOver = true
-                return taken.files
-            }
-            let missing = enterTaken(made, files)
-            for (index, copy) in made.enumerated() {
-                if missing.contains(index) { try? discard(copy) } else { await leave(copy.volume, copy.record.id) }
-            }
             throw error as? Refusal ?? Refusal("group '\(group.entry.name)': \(error)")
         }
     }
 
-    /// What the reactors have done of the copies of one point, by the volume's index.
-    private struct TakenCopies: Sendable {
-        var files: [Int: (StoreFile, StoreFile)] = [:]
-        var isOver = false
-    }
-
-    /// - Returns: the indices of copies that no reactor has taken.
-    private func enterTaken(_ made: [NewCopy], _ files: [Int: (StoreFile, StoreFile)]) -> [Int] {
-        for (index, copy) in made.enumerated() {
-            guard let (target, bitmap) = files[index] else { continue }
-            entered(copy.volume, copy.record, copy.files, target, bitmap)
-        }
-        return made.indices.filter { files[$0] == nil }
-    }
-
     private func compare(
-        _ operation: Operation, _ peer: HTTPPeer, _ pinned: String, _ copies: [NewCopy], _ repair: Bool, _ rate: UInt64
+        _ operation: Operation, _ peer: HTTPPeer, _ pinned: String, _ copies: [VerifiedCopy], _ repair: Bool,
+        _ rate: UInt64
     ) async throws -> VerifyReport {
         var report = VerifyReport(
             point: 0, startedAt: "", finishedAt: "", comparedBytes: 0, differingBytes: 0, differenceCount: 0,
@@ -184,7 +159,7 @@ extension Site {
     }
 
     private func digestPairs(
-        _ copy: NewCopy, _ peer: HTTPPeer, _ pinned: String, _ parts: [(UInt64, Int)]
+        _ copy: VerifiedCopy, _ peer: HTTPPeer, _ pinned: String, _ parts: [(UInt64, Int)]
     ) async throws -> [([UInt8], [UInt8])] {
         let name = copy.volume.name
         var theirs: [Task<[UInt8], any Error>] = []
@@ -197,7 +172,7 @@ extension Site {
         }
         var pairs: [([UInt8], [UInt8])] = []
         for ((offset, length), task) in zip(parts, theirs) {
-            let ours = try await digests(copy.volume, .copy(copy.record.id), offset, length, Comparison.block)
+            let ours = try await digests(copy.volume, .copy(copy.id), offset, length, Comparison.block)
             pairs.append((ours, try await task.value))
         }
         return pairs

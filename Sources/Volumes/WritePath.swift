@@ -27,12 +27,12 @@ extension Volume {
             orphanWaiters.append(slot, in: requests)
             return
         }
-        if request.pointee.view != .volume {
-            advanceTargetWrite(slot)
-            return
-        }
         if isBarred {
             barrierWaiters.append(slot, in: requests)
+            return
+        }
+        if request.pointee.view != .volume {
+            advanceTargetWrite(slot)
             return
         }
         if activity.isOn, !omits(.skipActivityLog), !enterRegions(slot) { return }

@@ -8,8 +8,10 @@ func seeds(seed: UInt64) throws {
     #expect(world.figures.commits > 0 || world.figures.crashes > 0)
 }
 
-@Test("seeds of copies that broke a rule break none any more", arguments: [UInt64(901_761), 903_732, 906_788, 5873])
-func copySeeds(seed: UInt64) throws { try CopyWorld(seed: seed).run(steps: 8_000, skipping: []) }
+@Test(
+    "seeds of copies that broke a rule break none any more",
+    arguments: [UInt64(1687), 10_825, 201_525, 403_785, 404_519])
+func copySeeds(seed: UInt64) throws { try CopyWorld(seed: seed).run(steps: 20_000, skipping: []) }
 
 @Test("one seed replays exactly")
 func replay() throws {
@@ -63,9 +65,26 @@ func fault() {
 
 @Test("a failing seed becomes a short run that fails in the same way")
 func shortest() {
-    let (end, skipped) = CopyWorld.shortest(seed: 113, fault: .recordAfterChain, steps: 8_000)
+    let (end, skipped) = CopyWorld.shortest(seed: 105, fault: .recordAfterChain, steps: 8_000)
     #expect(end - skipped.count < 1000)
     #expect(throws: SimulationFailure.self) {
-        try CopyWorld(seed: 113, fault: .recordAfterChain).run(steps: end, skipping: skipped)
+        try CopyWorld(seed: 105, fault: .recordAfterChain).run(steps: end, skipping: skipped)
+    }
+}
+
+@Test("operations on copies end every way")
+func copyOperations() throws {
+    var happened: [String: Int] = [:]
+    for seed in UInt64(1)...150 {
+        let world = CopyWorld(seed: seed)
+        try world.run(steps: 4_000, skipping: [])
+        happened.merge(world.happened) { $0 + $1 }
+    }
+    for name in ["TakeCopies", "TakeOutOfUse", "RetakeCopies", "RestoreVolumes", "WithdrawCopies"] {
+        for volumes in [1, 2] {
+            for end in ["done", "failed"] {
+                #expect(happened["\(name) \(volumes) \(end)"] != nil, "\(name) of \(volumes) never ends so: \(end)")
+            }
+        }
     }
 }

@@ -175,6 +175,24 @@ func durableCopyThatFails(isWritten: Bool) {
     #expect(bench.settle() == [slot])
 }
 
+@Test("that a durable copy has failed is flushed before a client overwrites what it lacks in a newer copy")
+func durableCopyThatFailsUnderAWriteToACopy() {
+    let bench = Bench()
+    let mark = bench.addCopy(1, durable: true)
+    bench.addCopy(2, durable: true)
+    let slot = bench.submit(.write, view: .copy(2), grain: 3)
+    bench.volume.complete(bench.pending()[0], errno: 0)  // what the older one needs was read
+    bench.volume.complete(bench.pending()[0], errno: 28)
+    #expect(mark.pointee == 1)
+    let barrier = bench.pending()
+    #expect(barrier.map(\.file) == [3] && barrier[0].operation == .flush, "the client's write waits for the mark")
+    bench.volume.complete(barrier[0], errno: 0)
+    let rest = bench.pending()
+    #expect(rest.map(\.operation) == [.read], "it goes on: the rest of the grain is brought in")
+    bench.volume.complete(rest[0], errno: 0)
+    #expect(bench.settle() == [slot])
+}
+
 @Test("a write that comes again does not go ahead on a durable bit whose flush failed")
 func bitWhoseFlushFailed() {
     let bench = Bench()

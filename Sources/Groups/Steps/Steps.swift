@@ -80,11 +80,14 @@ package enum Answer: Sendable {
     case yielded(Joining)
 }
 
-package enum Next<Outcome: Sendable>: Sendable {
-    case perform(SiteAction)
+/// What an operation does next: an action, after which it is told what has become of it, or its end.
+package enum Step<Action: Sendable, Outcome: Sendable>: Sendable {
+    case perform(Action)
     case done(Outcome)
     case failed(any Error)
 }
+
+package typealias Next<Outcome: Sendable> = Step<SiteAction, Outcome>
 
 package protocol Steps {
     associatedtype Outcome: Sendable
@@ -106,7 +109,7 @@ extension StepTable {
 }
 
 /// An answer that does not belong to what was asked: a mistake of whoever carries the actions out.
-struct UnexpectedAnswer: Error, CustomStringConvertible {
-    var description: String
-    init(_ answer: Answer, _ state: some Any) { description = "'\(answer)' is no answer to '\(state)'" }
+package struct UnexpectedAnswer: Error, CustomStringConvertible {
+    package var description: String
+    package init(_ answer: some Any, _ state: some Any) { description = "'\(answer)' is no answer to '\(state)'" }
 }

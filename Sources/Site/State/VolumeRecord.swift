@@ -1,5 +1,6 @@
 // VolumeRecord.swift: what is written down about a volume, apart from the recovery points, which are its group's.
 
+import FlashCopies
 import Groups
 import Ring
 import Volumes
@@ -27,8 +28,6 @@ extension CopyRecord {
 
 struct VolumeRecord: VersionedRecord {
     static let currentFormat = 2
-    /// Identifiers of FlashCopies begin here, apart from those of recovery points, which are their numbers.
-    static let firstCopyID: CopyID = 1 << 62
 
     /// Left by a stop in order: what everything looked like then.
     struct CleanMark: Codable, Sendable {
@@ -38,16 +37,6 @@ struct VolumeRecord: VersionedRecord {
         var modifiedAt: Int64?
         /// Of each bitmap file, by its name in the volume's directory.
         var checksums: [String: UInt32]
-    }
-
-    struct Restoring: Codable, Sendable {
-        var copy: CopyID
-        /// False: nothing has flowed back yet, and nobody was told that it would.
-        var decided: Bool
-        /// The FlashCopy that keeps what is discarded; it counts once this is decided.
-        var kept: CopyID?
-        /// The same for all volumes that are restored together: once one of them is decided, all are.
-        var decision: String?
     }
 
     var format = currentFormat
@@ -69,16 +58,18 @@ struct VolumeRecord: VersionedRecord {
     var clean: CleanMark?
     /// The file that was served last.
     var file: OpenFile.Identity?
-    /// The volume becomes a FlashCopy's point in time again.
-    var restoring: Restoring?
-    /// When it was last decided that it does, seconds since 1970: what a host has cached from before is not of this volume.
+    /// See `CopyTable`, as are `copies` and `nextCopy`.
+    var restoring: CopyTable.Restoring?
     var restoredAt: Double?
     /// The activity log could not be written: after power loss it says nothing.
     var logIsBroken = false
 
-    /// Changes the record of a copy, if there is one.
-    mutating func change(_ id: CopyID, _ change: (inout CopyRecord) -> Void) {
-        guard let index = copies.firstIndex(where: { $0.id == id }) else { return }
-        change(&copies[index])
+    /// What is written down about the volume's FlashCopies.
+    var table: CopyTable {
+        get { CopyTable(copies: copies, nextCopy: nextCopy, restoring: restoring, restoredAt: restoredAt) }
+        set {
+            (copies, nextCopy) = (newValue.copies, newValue.nextCopy)
+            (restoring, restoredAt) = (newValue.restoring, newValue.restoredAt)
+        }
     }
 }

@@ -7,12 +7,19 @@
 import API
 import Base
 import CLibURing
+import FlashCopies
 import Glibc
 import Groups
 import NBDServer
 import Ring
 import SiteConfiguration
 import Volumes
+
+/// A copy of a volume's chain; identifiers are the volume's own.
+struct ChainedCopy: Hashable {
+    var volume: String
+    var id: CopyID
+}
 
 /// Files of one FlashCopy or recovery point.
 struct CopyFiles: Sendable {
@@ -612,20 +619,13 @@ final class VolumeState {
         !record.copies.contains { $0.id == id } && !carriers.contains { CopyID($0) == id }
     }
 
-    func takeOrder() -> UInt64 {
-        nextOrder += CopyRecord.orderStep
-        return nextOrder - CopyRecord.orderStep
-    }
-
     func copyRecord(_ name: String) -> CopyRecord? {
         record.copies.first { $0.name == name && $0.isListed }
     }
 
-    /// Changes a copy's record and makes that durable.
-    func update(_ id: CopyID, _ change: (inout CopyRecord) -> Void) throws { try amend { $0.change(id, change) } }
+    func amend(_ change: CopyChange) throws { try amend { $0.table.apply(change) } }
 
-    /// Takes over what has happened to a copy already.
-    func acknowledge(_ id: CopyID, _ change: (inout CopyRecord) -> Void) { acknowledge { $0.change(id, change) } }
+    func place(_ id: CopyID) -> ChainedCopy { ChainedCopy(volume: name, id: id) }
 
     // MARK: Stopping
 

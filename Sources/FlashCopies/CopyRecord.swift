@@ -6,6 +6,8 @@
 //   a copy whose bits or data power loss may have taken is read, or serves an older one
 //   a copy that survived power loss takes the changes that it shows for all there were
 
+import Volumes
+
 package struct CopyRecord: Codable, Sendable, Equatable {
     package enum State: String, Codable, Sendable {
         /// Being established; found at a start, nobody was told of it, and it leaves.
@@ -18,6 +20,19 @@ package struct CopyRecord: Codable, Sendable, Equatable {
         case failed
         /// Nothing of it is left but this record.
         case lost
+
+        /// Which states may follow which. What comes too late changes nothing: a copy that leaves does not come back, and of one that is
+        /// lost there is nothing left to say.
+        package func mayBecome(_ next: State) -> Bool {
+            switch (self, next) {
+            case (.creating, .active), (.creating, .withdrawing), (.creating, .failed), (_, .lost): true
+            case (.active, .refreshing), (.active, .withdrawing), (.active, .failed): true
+            case (.refreshing, .refreshing), (.refreshing, .withdrawing), (.refreshing, .failed): true
+            case (.failed, .refreshing), (.failed, .withdrawing), (.failed, .failed): true
+            case (.withdrawing, .withdrawing): true
+            case (.creating, _), (.active, _), (.refreshing, _), (.failed, _), (.withdrawing, _), (.lost, _): false
+            }
+        }
     }
 
     package var id: CopyID
@@ -98,7 +113,7 @@ package struct CopyRecord: Codable, Sendable, Equatable {
         case .creating: return .leaves
         case .active: return .serves
         case .refreshing:
-            // It stays in the record until it has handed over, and longer (`hasLeft`).
+            // It stays in the record until it has handed over, and longer (`CopyChange.left`).
             reason = "its refresh was interrupted; refresh it again, or withdraw it"
             return .leaves
         case .withdrawing: return .leaves
@@ -107,14 +122,17 @@ package struct CopyRecord: Codable, Sendable, Equatable {
         }
     }
 
-    /// It is there; unless it has failed since it was taken.
-    package mutating func beActive() { if state == .creating { state = .active } }
+    /// - Returns: whether it is so now.
+    @discardableResult
+    package mutating func become(_ next: State, reason: String? = nil) -> Bool {
+        guard state.mayBecome(next) else { return false }
+        state = next
+        if let reason { self.reason = reason }
+        return true
+    }
 
     /// Somebody was told of it, and may ask for it.
     package var isListed: Bool { state != .creating && isForgotten != true }
-
-    /// Whose target file in the state directory goes with this copy; nil = the operator's, or another copy's before it.
-    package var ownTarget: CopyID? { target == nil && targetOwner == id ? id : nil }
 
     /// Lets clients write to the copy, or no longer.
     package mutating func allowWrites(_ allowed: Bool) {
@@ -133,15 +151,6 @@ package struct CopyRecord: Codable, Sendable, Equatable {
             let takesWrites = other.isWritable || other.wasWritable == true
             return other.order >= order && takesWrites || other.order > order && other.state == .lost
         }
-    }
-
-    /// The copy is out of the chain.
-    ///
-    /// - Returns: whether its record stays, for the operator to see what became of it.
-    package mutating func hasLeft() -> Bool {
-        guard state == .refreshing else { return false }
-        state = .lost
-        return true
     }
 
     /// The space between the orders of copies that are taken one after the other, so that clones fit in between.

@@ -1,0 +1,102 @@
+// TakeCopies.swift: FlashCopies of several volumes at one instant, or clones of copies that they have.
+//
+// Must be prevented:
+//   copies of several volumes are of different instants
+//   somebody is told of a copy that a start, or power loss, takes away
+//   a copy leaves that its record may call active: a start would serve it, and it has preserved nothing since
+
+import Groups
+import Volumes
+
+package struct TakeCopies: CopyStepTable {
+    package enum Instant: Sendable {
+        case now
+        /// Of the group's next point, for as long as a comparison takes: nobody is told of them, and a start takes them out.
+        case nextPoint
+    }
+    enum State {
+        case begins, prepares(PrepareCopies), enters([CopyRecord])
+        /// Flushed and written down; what is left of that.
+        case settles([CopyRecord], [CopyAction])
+        case ends(Aftermath, any Error)
+    }
+    var state = State.begins
+    private let drafts: [CopyDraft]
+    private let instant: Instant
+
+    /// - Parameter drafts: one for each of the operation's volumes.
+    package init(_ drafts: [CopyDraft], at instant: Instant = .now) { (self.drafts, self.instant) = (drafts, instant) }
+
+    /// - Returns: the copies, in the order of the drafts.
+    package mutating func next(after answer: CopyAnswer, _ tables: [CopyTable]) -> CopyStep<[CopyRecord]> {
+        switch (state, answer) {
+        case (.begins, .begin): return prepare(PrepareCopies(drafts.map { .new($0) }), answer, tables)
+        case (.prepares(let part), _): return prepare(part, answer, tables)
+        case (.enters(let made), .entered(let missed, let apart)): return entered(made, missed, apart, tables)
+        case (.settles(let made, let todo), .done): return settle(made, todo)
+        case (.settles(let made, _), .failed(let error)): return giveUp(made, error)
+        case (.ends(let aftermath, let error), _): return end(aftermath, answer, error)
+        case (_, .failed(let error)): return .failed(error)
+        default: return .failed(UnexpectedAnswer(answer, state))
+        }
+    }
+
+    private mutating func prepare(
+        _ part: PrepareCopies, _ answer: CopyAnswer, _ tables: [CopyTable]
+    ) -> CopyStep<[CopyRecord]> {
+        var part = part
+        switch part.next(after: answer, tables) {
+        case .perform(let action): return go(.prepares(part), action)
+        case .failed(let error): return .failed(error)
+        case .done(let made):
+            let entries = made.enumerated().map { index, copy in
+                CopyEntry(volume: index, copy: copy, place: drafts[index].origin.map { .below($0.id) } ?? .newest)
+            }
+            return go(.enters(made), instant == .now ? .enter(entries) : .enterWithPoint(entries))
+        }
+    }
+
+    private mutating func entered(
+        _ made: [CopyRecord], _ missed: Set<Int>, _ apart: (any Error)?, _ tables: [CopyTable]
+    ) -> CopyStep<[CopyRecord]> {
+        guard missed.isEmpty, apart == nil else {
+            let error =
+                drafts.first?.origin.flatMap { origin in
+                    missed.isEmpty
+                        ? nil : Refusal("'\(origin.name)' went away or failed meanwhile; nothing was created")
+                } ?? apart ?? Refusal("the copies took no place; nothing was created, try again", .passing)
+            let taken = made.indices.filter { !missed.contains($0) }.map { CopyPlace(volume: $0, id: made[$0].id) }
+            return end(
+                Aftermath(
+                    missed.sorted().flatMap { discard($0, made[$0], tables) }
+                        + taken.map { .leave($0.volume, $0.id) } + (taken.isEmpty ? [] : [.awaitGone(taken)])), .begin,
+                error)
+        }
+        guard instant == .now else { return .done(made) }
+        return settle(
+            made,
+            made.indices.filter { made[$0].isDurable }.map { .flush($0) }
+                + made.enumerated().map { .change($0, .active($1.id)) })
+    }
+
+    private mutating func settle(_ made: [CopyRecord], _ todo: [CopyAction]) -> CopyStep<[CopyRecord]> {
+        guard let action = todo.first else { return .done(made) }
+        return go(.settles(made, Array(todo.dropFirst())), action)
+    }
+
+    /// Of this copy or of another of its set a record may say that it is active.
+    private mutating func giveUp(_ made: [CopyRecord], _ error: any Error) -> CopyStep<[CopyRecord]> {
+        end(
+            Aftermath(
+                made.enumerated().map { .acknowledge($0, .withdrawing($1.id, alone: false)) }
+                    + [.onceSaved(Aftermath(made.enumerated().map { .leave($0, $1.id) }))]), .begin, error)
+    }
+
+    private mutating func end(
+        _ aftermath: Aftermath, _ answer: CopyAnswer, _ error: any Error
+    ) -> CopyStep<[CopyRecord]> {
+        var aftermath = aftermath
+        guard let action = aftermath.next(after: answer) else { return .failed(error) }
+        return go(.ends(aftermath, error), action)
+    }
+}
