@@ -165,7 +165,7 @@ final class CopiedVolume {
         }
         bitmaps[copy.id] = SimulatedBitmap(bits: 256)
         // It may begin with data that one which was not durable has left in the target.
-        if copy.isDurable, fault != .skipFlushes, fault != .prepareUnflushed { targets[copy.targetOwner]?.flush() }
+        if copy.isDurable, fault != .skipFlushes { targets[copy.targetOwner]?.flush() }
         return isZero
     }
 

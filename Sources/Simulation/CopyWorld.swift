@@ -158,6 +158,9 @@ package final class CopyWorld: Scenario {
             for volume in volumes { volume.checkRecording() }
         }
         checkSets()
+        for volume in volumes where !hasFailed {
+            do { try volume.compareChanges() } catch { fail("\(error)") }
+        }
     }
 
     /// Once one of the volumes that were to be restored together says that it is decided, all are.

@@ -69,9 +69,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case halfSets
     /// Files of a copy that has left go although the record's file may name it; or its target, which another copy has taken over.
     case dropFilesUnsaved, dropSharedTarget
-    /// A copy is written down, or told of, or a restore is decided, or a background copy is finished, before what that relies on is on
-    /// stable storage.
-    case prepareUnflushed, activateUnflushed, decideUnflushed, completeUnflushed
+    /// A copy is told of, or a restore is decided, or a background copy is finished, before what that relies on is on stable storage.
+    case activateUnflushed, decideUnflushed, completeUnflushed
     /// What a copy that leaves has noted as changed for older ones goes with it.
     case forgetUnflushed
     /// A volume is restored from a copy that has failed.
@@ -123,6 +122,9 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
         }
     }
 
+    /// Where to begin looking for a seed that shows it; not at 1 where several rare things must come together.
+    package var firstSeed: UInt64 { self == .forgetUnflushed ? 4001 : 1 }
+
     /// It leaves out a rule of the engine, which other builds cannot.
     package var needsOwnBuild: Bool { !engine.isEmpty }
     package static var areBuiltIn: Bool { EngineFaults.areBuiltIn }
@@ -132,7 +134,7 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
         switch self {
         case .recordAfterChain, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges,
             .confirmEarly, .goOnUnwritten, .leaveUnsaved, .halfSets, .dropFilesUnsaved, .dropSharedTarget,
-            .prepareUnflushed, .activateUnflushed, .decideUnflushed, .completeUnflushed, .forgetUnflushed,
+            .activateUnflushed, .decideUnflushed, .completeUnflushed, .forgetUnflushed,
             .restoreFromFailed, .trustFailed:
             CopyWorld.self
         case .holdNothing, .holdOn, .countDeadlineAsRun, .drainEarly, .drainUnflushed, .forgetHalfFormed, .forgetFormed,

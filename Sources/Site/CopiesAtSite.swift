@@ -68,20 +68,20 @@ extension Site {
         func volume(_ index: Int) -> VolumeState { work.volumes[index] }
         switch action {
         case .look(let index, let id): return .chain(await look(volume(index), id))
-        case .change(let index, let change): try note(change, volume(index), work, index)
-        case .acknowledge(let index, let change): acknowledge(change, volume(index))
-        case .save(let index): try volume(index).settle()
+        case .change(let index, let change): try await note(change, volume(index), work, index)
+        case .acknowledge(let index, let change): await acknowledge(change, volume(index))
+        case .save(let index): try await volume(index).settle()
         case .onceSaved(let aftermath): await onceSaved(aftermath, work)
         case .makeFiles(let index, let copy, let owner): return try await makeFiles(copy, owner, work, index)
         case .discardFiles(let index, let id, let target):
             work.made[index] = nil
-            volume(index).removeCopyFiles(id, targetOwner: target)
+            await volume(index).removeCopyFiles(id, targetOwner: target)
         case .removeFiles(let index, let id, let target):
             work.made[index] = nil
-            removeFiles(volume(index), id, target)
+            await removeFiles(volume(index), id, target)
         case .flush(let index):
             try await volume(index).flushSource()
-            try await volume(index).flushTargets(disks)
+            try await volume(index).flushTargets()
             try await flushChanges(volume(index))
         case .flushChanges(let index): try await flushChanges(volume(index))
         case .flushTarget(let index, let id): try await flushTarget(volume(index), id)
@@ -135,30 +135,40 @@ extension Site {
 
     // MARK: The record
 
-    private func note(_ change: CopyChange, _ volume: VolumeState, _ work: CopyWork, _ index: Int) throws {
-        try volume.amend { record in
-            record.table.apply(change)
-            if case .added(let copy) = change, let path = copy.target, let target = work.made[index]?.files.target {
-                record.storage?[path] = (try? target.open()).map { StorageInstance.text(of: $0) }
+    private func note(_ change: CopyChange, _ volume: VolumeState, _ work: CopyWork, _ index: Int) async throws {
+        let target: (path: String, storage: String)? =
+            if case .added(let copy) = change, let path = copy.target,
+                let file = try work.made[index]?.files.target.open()
+            {
+                (path, StorageInstance.text(of: file))
+            } else {
+                nil
             }
+        defer { show(volume) }
+        try await volume.amend { record in
+            record.table.apply(change)
+            if let target { record.storage?[target.path] = target.storage }
         }
-        show(volume)
     }
 
     /// Unless its chain is not in place yet.
     private func show(_ volume: VolumeState) {
         if volume.isConfirmed { publish(volume, group(ofVolume: volume.name)) }
+        happened()
     }
 
-    func acknowledge(_ change: CopyChange, _ volume: VolumeState) {
+    func acknowledge(_ change: CopyChange, _ volume: VolumeState) async {
         var table = volume.record.table
         table.apply(change)
         guard table != volume.record.table else { return }  // a recovery point, which the group's record tells of
         volume.acknowledge { $0.table = table }
         show(volume)
+        try? await volume.settle()
+        happened()
     }
 
     private func onceSaved(_ aftermath: Aftermath, _ work: CopyWork) async {
+        for volume in work.volumes { try? await volume.settle() }
         guard work.isUnsaved else { return await finish(aftermath, work) }
         let names = work.volumes.map(\.name).joined(separator: ", ")
         note(nil, "an operation on FlashCopies of \(names) waits until their records can be written")
@@ -256,7 +266,7 @@ extension Site {
         }
     }
 
-    private func removeFiles(_ volume: VolumeState, _ id: CopyID, _ target: CopyID?) {
+    private func removeFiles(_ volume: VolumeState, _ id: CopyID, _ target: CopyID?) async {
         if let files = volume.copies.removeValue(forKey: id) {
             let number = volume.number
             // Its successor's, from now on.
@@ -266,7 +276,7 @@ extension Site {
                 if !isShared { reactor.hosted(number).removeFile(files.targetFile) }
             }
         }
-        volume.removeUnnamedFiles(id, targetOwner: target)
+        await volume.removeUnnamedFiles(id, targetOwner: target)
     }
 
     /// What a copy that left had noted is in the bitmaps of older ones now.

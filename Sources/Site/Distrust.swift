@@ -28,6 +28,7 @@ extension Site {
         volume.debt.log = true
         await pay(volume) {
             volume.acknowledge { $0.logIsBroken = true }
+            try? await volume.settle()
         } then: {
             $0.distrustActivityLog()
         }
@@ -97,7 +98,7 @@ extension Site {
     /// - Throws: when something of what is to be noted has found nobody.
     private func noteElsewhere(_ volume: VolumeState) async throws {
         let marking: Result<Void, any Error>
-        do { return try await volume.markSource(disks) } catch { marking = .failure(error) }
+        do { return try await volume.markSource() } catch { marking = .failure(error) }
         let debt = volume.debt
         let group = group(ofVolume: volume.name)
         var isOwed = !debt.failed.isEmpty
@@ -139,7 +140,7 @@ extension Site {
     /// - Parameter untracked: volumes of which the peer has noted that.
     func distrust(_ group: GroupState, untracked: [String] = []) async throws {
         guard group.record.role == .primary else { return }
-        for volume in members(group) where untracked.contains(volume.name) { volume.distrust() }
+        for volume in members(group) where untracked.contains(volume.name) { await volume.distrust() }
         if !untracked.isEmpty { try await giveUpUncertainPoint(group) }
         guard members(group).contains(where: \.wasAlone), !group.record.isAlone else { return }
         try await group.handle.change(.alone)

@@ -217,7 +217,7 @@ extension Site {
         let members = try members(request.volumes)
         for (volume, record) in try copies(request.name, members) {
             let (number, id) = (volume.number, record.id)
-            try volume.amend(.set(id, rate: request.rate, writable: request.writable))
+            try await volume.amend(.set(id, rate: request.rate, writable: request.writable))
             if let rate = request.rate {
                 fillStarts[volume.place(id)] = nil
                 await volume.reactor.run { $0.hosted(number).volume.setRate(id, rate) }
@@ -258,7 +258,7 @@ extension Site {
     func markFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async -> String {
         let target = volume.copies[id].map { " in \($0.target.path)" } ?? ""
         let reason = "old content could not be preserved\(target): \(String(cString: strerror(errno)))"
-        acknowledge(.failed(id, reason: reason), volume)
+        await acknowledge(.failed(id, reason: reason), volume)
         if let group = group(ofVolume: volume.name) { await failPoints(group, volume, UInt64(id)) }
         return reason
     }

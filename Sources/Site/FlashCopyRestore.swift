@@ -106,8 +106,8 @@ extension Site {
             .unconfirmed)
     }
 
-    func restoreFinished(_ volume: VolumeState) {
-        if volume.record.restoring != nil { acknowledge(.restoring(nil), volume) }
+    func restoreFinished(_ volume: VolumeState) async {
+        if volume.record.restoring != nil { await acknowledge(.restoring(nil), volume) }
         dropRestoreBitmap(volume)
         note(group(ofVolume: volume.name)?.entry.name, "volume \(volume.name) holds all of its point in time again")
         publish(volume, group(ofVolume: volume.name))

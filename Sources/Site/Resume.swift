@@ -28,7 +28,7 @@ extension Site {
         try await resumeChain(volume, group)
         try await resumeRole(volume, group)
         try await resumeRestore(volume, group)
-        try volume.confirm(bootID: bootID, servedAs: group?.servedAs)
+        try await volume.confirm(bootID: bootID, servedAs: group?.servedAs)
         let number = volume.number
         await volume.reactor.run { reactor in
             reactor.hosted(number).volume.finishResuming()
@@ -236,7 +236,7 @@ extension Site {
                     "volume \(volume.name): it was being restored from a FlashCopy that is lost; parts of it are of the FlashCopy's "
                         + "time and parts are newer: restore it from another copy")
             }
-            try volume.amend(.restoring(nil))
+            try await volume.amend(.restoring(nil))
             return
         }
         try openRestoreBitmap(volume)

@@ -111,7 +111,7 @@ package actor Site {
             let home = group(ofVolume: entry.name)
             let record = home?.record
             let volume = try VolumeState(
-                entry, state: state, reactor: reactors[index % count], bootID: bootID, role: record?.role,
+                entry, state: state, disks: disks, reactor: reactors[index % count], bootID: bootID, role: record?.role,
                 servedAs: home?.servedAs, hasPoints: record?.points.isEmpty == false, force: force)
             volumes[entry.name] = volume
             board.volumes.withLock { $0.append(volume.board) }
@@ -129,7 +129,7 @@ package actor Site {
             bitmapBytes: groups.values.flatMap { members($0) }.reduce(0) { $0 + UInt64($1.restoreHeader.fileBytes) }
         )
         keepReserve()
-        try completeCopies()
+        try await completeCopies()
         for group in groups.values { try await decideService(group) }
         for entry in configuration.volumes { try await host(volumes[entry.name]!) }
         for group in groups.values { await settlePoints(group) }
@@ -213,10 +213,10 @@ package actor Site {
     }
 
     /// Copies that were taken together, and volumes that were restored together, are what one of them says.
-    private func completeCopies() throws {
+    private func completeCopies() async throws {
         let volumes = Array(volumes.values)
         for (index, change) in CopyTable.completions(volumes.map(\.record.table), at: realSeconds()) {
-            try volumes[index].amend(change)
+            try await volumes[index].amend(change)
         }
     }
 
@@ -358,7 +358,7 @@ package actor Site {
             if let group, group.record.failedOver?.restoring.contains(name) == true {
                 try? await group.handle.change(.restored(volume: name))
             }
-            restoreFinished(volume)
+            await restoreFinished(volume)
         case .restoreFailed(let grain, let errno):
             note(
                 group?.entry.name,
@@ -376,7 +376,7 @@ package actor Site {
         if volumes.values.contains(where: \.isUnsaved) || groups.values.contains(where: \.isUnsaved) {
             reserve.releaseIfShort()
         }
-        for volume in volumes.values where volume.isUnsaved { try? volume.settle() }
+        for volume in volumes.values where volume.isUnsaved { try? await volume.settle() }
         for group in groups.values {
             if group.isUnsaved { try? await group.handle.settle() }
             await withdrawCarriers(group)
@@ -401,7 +401,7 @@ package actor Site {
             }
         }
         do {
-            for volume in volumes.values where volume.isConfirmed { try volume.finish() }
+            for volume in volumes.values where volume.isConfirmed { try await volume.finish() }
         } catch {
             logger.error("the stop is not clean: \(error)")
         }

@@ -135,7 +135,7 @@ extension Site {
             let made = try await disks.each(members.map { $0.newPoint(id) }) { try $0.make() }
             group.madeFiles = (id, Array(zip(members, made)))
         } catch {
-            for volume in members where volume.copies[id] == nil { volume.removeCopyFiles(id, targetOwner: id) }
+            for volume in members where volume.copies[id] == nil { await volume.removeCopyFiles(id, targetOwner: id) }
             throw error
         }
     }

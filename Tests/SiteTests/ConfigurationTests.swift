@@ -115,24 +115,90 @@ func durableRecord() throws {
 
 private struct DiskFull: Error {}
 
-@Test("a record in memory never says what the disk does not; what happened counts, and is saved later")
-func keptRecord() throws {
+/// A disk that is full, or slow: saves end when they are told to.
+private actor Disk {
     var stored = ["one"]
-    var full = false
-    let kept = KeptRecord(Sample(words: ["one"])) { value in
-        stored = full ? stored : value.words
-        if full { throw DiskFull() }
+    var isFull = false
+    var isSlow = false
+    private var waiting: [CheckedContinuation<Void, Never>] = []
+    let kept: KeptRecord<Sample>
+
+    init() {
+        let box = Box()
+        kept = KeptRecord(Sample(words: ["one"])) { value in try await box.disk!.write(value.words) }
+        self.box = box
+        box.disk = self
     }
-    try kept.amend { $0.words.append("two") }
-    #expect(kept.value.words == ["one", "two"] && stored == kept.value.words && !kept.isUnsaved)
-    full = true
-    #expect(throws: DiskFull.self) { try kept.amend { $0.words.append("three") } }
-    #expect(kept.value.words == ["one", "two"], "nothing has changed")
-    #expect(kept.isUnsaved, "the file may say otherwise")
-    #expect(throws: DiskFull.self) { try kept.settle() }
-    kept.acknowledge { $0.words = ["happened"] }
-    #expect(kept.value.words == ["happened"] && kept.isUnsaved)
-    full = false
-    try kept.settle()
-    #expect(stored == ["happened"] && !kept.isUnsaved)
+
+    private let box: Box
+    private final class Box: @unchecked Sendable {
+        // Safe because: set once, before the first save.
+        weak var disk: Disk?
+    }
+
+    func write(_ words: [String]) async throws {
+        if isSlow { await withCheckedContinuation { waiting.append($0) } }
+        if isFull { throw DiskFull() }
+        stored = words
+    }
+
+    func set(full: Bool = false, slow: Bool = false) { (isFull, isSlow) = (full, slow) }
+    var writes: Int { waiting.count }
+    func endWrite() { waiting.removeFirst().resume() }
+
+    var words: [String] { kept.value.words }
+    var isUnsaved: Bool { kept.isUnsaved }
+    func add(_ word: String) async throws { try await kept.amend { $0.words.append(word) } }
+    func happen(_ word: String) { kept.acknowledge { $0.words.append(word) } }
+    func settle() async throws { try await kept.settle() }
+}
+
+@Test("a record in memory never says what the disk does not; what happened counts, and is saved later")
+func keptRecord() async throws {
+    let disk = Disk()
+    try await disk.add("two")
+    #expect(await disk.words == ["one", "two"])
+    #expect(await disk.stored == ["one", "two"])
+    #expect(await !disk.isUnsaved)
+    await disk.set(full: true)
+    await #expect(throws: DiskFull.self) { try await disk.add("three") }
+    #expect(await disk.words == ["one", "two"], "nothing has changed")
+    #expect(await disk.isUnsaved, "the file may say otherwise")
+    await #expect(throws: DiskFull.self) { try await disk.settle() }
+    await disk.happen("happened")
+    #expect(await disk.words == ["one", "two", "happened"])
+    #expect(await disk.isUnsaved)
+    await disk.set()
+    try await disk.settle()
+    #expect(await disk.stored == ["one", "two", "happened"])
+    #expect(await !disk.isUnsaved)
+}
+
+@Test("what happens during a save is not lost with it, and saves come one after the other")
+func keptRecordOnASlowDisk() async throws {
+    let disk = Disk()
+    await disk.set(slow: true)
+    let adds = Task { try await disk.add("two") }
+    while await disk.writes == 0 { await Task.yield() }
+    await disk.happen("happened")
+    let settles = Task { try await disk.settle() }
+    let addsMore = Task { try await disk.add("three") }
+    for _ in 0..<100 { await Task.yield() }
+    #expect(await disk.writes == 1, "a save waits for the one before")
+    #expect(await disk.words == ["one", "happened"], "what is not saved is not there")
+    await disk.endWrite()
+    try await adds.value
+    #expect(await disk.words == ["one", "happened", "two"])
+    #expect(await disk.stored == ["one", "two"])
+    #expect(await disk.isUnsaved, "the file does not say what has happened")
+    for _ in 0..<2 {
+        while await disk.writes == 0 { await Task.yield() }
+        await disk.endWrite()
+        for _ in 0..<100 { await Task.yield() }
+    }
+    try await settles.value
+    try await addsMore.value
+    #expect(await disk.stored == disk.words)
+    #expect(await disk.words.sorted() == ["happened", "one", "three", "two"])
+    #expect(await !disk.isUnsaved)
 }

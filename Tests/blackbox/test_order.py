@@ -184,8 +184,11 @@ class Order(OrderTest):
 
         def recorded():
             events.extend(site.recorder.events())
-            targets = [index for index, (kind, path) in enumerate(events) if kind == "fdatasync" and path.endswith(".target")]
-            return targets and ("fdatasync", "/state/volumes/disk/volume.record") in events[targets[-1]:]
+            # That the copy is there may be written down meanwhile.
+            names = [index for index, event in enumerate(events) if event == ("fsync", "/state/volumes/disk/copies")]
+            record = "/state/volumes/disk/volume.record"
+            written = names and ("pwrite", record) in events[names[-1]:] and events[names[-1]:].index(("pwrite", record)) + names[-1]
+            return written and ("fdatasync", record) in events[written:]
         wait_for(recorded, what="the end of the background copy")
         self.order(events, ("fdatasync", ".target"), (FLUSHES, ".bitmap"), *self.record("volume.record"))
         self.order(events, ("fsync", "/copies"), *self.record("volume.record"))

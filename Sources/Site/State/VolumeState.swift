@@ -13,6 +13,7 @@ import Groups
 import NBDServer
 import Ring
 import SiteConfiguration
+import Synchronization
 import Volumes
 
 /// A copy of a volume's chain; identifiers are the volume's own.
@@ -56,12 +57,24 @@ func makeTarget(_ path: String, size: UInt64) throws -> OpenFile {
     return target
 }
 
+/// The record's file, for whichever disk thread saves it.
+private final class VolumeRecordFile: @unchecked Sendable {
+    // Safe because: the file is used under the lock only.
+    private let lock = Mutex(())
+    private let file: DurableRecord<VolumeRecord>
+
+    init(_ file: DurableRecord<VolumeRecord>) { self.file = file }
+
+    func save(_ record: VolumeRecord) throws { try lock.withLock { _ in try file.save(record) } }
+}
+
 final class VolumeState {
     let entry: Configuration.VolumeEntry
     let geometry: Geometry
     let source: OpenFile
     let directory: String
     let reactor: ReactorHandle
+    private let disks: DiskThreads
     /// What others than the site's thread may read.
     let board: VolumeBoard
     var number: VolumeNumber = -1 { didSet { board.number.store(number, ordering: .releasing) } }
@@ -102,9 +115,10 @@ final class VolumeState {
     var wasAlone: Bool { mark?.logIsBroken == true }
 
     /// The peer has noted what the record could not: this start trusts as little as after power loss.
-    func distrust() {
+    func distrust(isolation: isolated (any Actor)? = #isolation) async {
         isTrusted = false
         acknowledge { $0.logIsBroken = true }
+        try? await settle()
     }
 
     /// Whether a copy had failed when the last process ended, and could not be marked.
@@ -134,11 +148,12 @@ final class VolumeState {
     ///   - servedAs: what the record says of a volume of that group.
     ///   - hasPoints: the group has recovery points of it.
     init(
-        _ entry: Configuration.VolumeEntry, state: StateDirectory, reactor: ReactorHandle, bootID: String,
-        role: Role?, servedAs: String?, hasPoints: Bool, force: Bool
+        _ entry: Configuration.VolumeEntry, state: StateDirectory, disks: DiskThreads, reactor: ReactorHandle,
+        bootID: String, role: Role?, servedAs: String?, hasPoints: Bool, force: Bool
     ) throws {
         self.entry = entry
         self.reactor = reactor
+        self.disks = disks
         directory = state.volume(entry.name)
         try StateDirectory.makeDirectory(directory)
         try StateDirectory.makeDirectory("\(directory)/copies")
@@ -243,7 +258,8 @@ final class VolumeState {
             try synchronizeDirectory("\(state.path)/volumes")
             try recordFile.save(record)
         }
-        kept = KeptRecord(record) { try recordFile.save($0) }
+        let file = VolumeRecordFile(recordFile)
+        kept = KeptRecord(record) { record in try await disks.run { try file.save(record) } }
         board = VolumeBoard(entry.name, geometry, reactor)
         showCopies()
     }
@@ -331,7 +347,9 @@ final class VolumeState {
 
     /// Everything that the last run left was taken up, and what that changed in the bitmaps is on stable storage: from now on the
     /// record is this run's. Hosts, the peer and work in the background are let in after this.
-    func confirm(bootID: String, servedAs: String?) throws {
+    func confirm(
+        bootID: String, servedAs: String?, isolation: isolated (any Actor)? = #isolation
+    ) async throws {
         // A log that is broken, or a flush that failed: only what is flushed now is known to be there.
         if record.logIsBroken || recording.hasLostSource || !isTrusted { try source.synchronize() }
         if recording.hasLostSource { source.dropCache() }
@@ -347,7 +365,7 @@ final class VolumeState {
         }
         let storage = Self.storage(record, directory, source)
         let file = try source.identity()
-        try kept.amend { record in
+        try await kept.amend { record in
             record.clean = nil
             record.bootID = bootID
             record.storage = storage
@@ -365,7 +383,7 @@ final class VolumeState {
     /// Notes at the volume's own file what the next start must not rely on.
     ///
     /// - Throws: for a block device, which has no attributes that last.
-    func markSource(_ disks: DiskThreads, isolation: isolated (any Actor)? = #isolation) async throws {
+    func markSource(isolation: isolated (any Actor)? = #isolation) async throws {
         // One after the other: each says what all have said before it.
         await marking.enter()
         defer { marking.leave() }
@@ -378,12 +396,14 @@ final class VolumeState {
     }
 
     /// Changes the record, durably or not at all.
-    func amend(_ change: (inout VolumeRecord) throws -> Void) throws {
-        try kept.amend(change)
+    func amend(
+        isolation: isolated (any Actor)? = #isolation, _ change: (inout VolumeRecord) -> Void
+    ) async throws {
+        try await kept.amend(change)
         showCopies()
     }
 
-    /// Takes over what has happened already: in memory at once, and in the file as soon as it can be written.
+    /// Takes over what has happened already: in memory at once, and in the file as soon as it can be written (`settle`).
     func acknowledge(_ change: (inout VolumeRecord) -> Void) {
         kept.acknowledge(change)
         showCopies()
@@ -391,11 +411,11 @@ final class VolumeState {
 
     /// The record's file may hold another one; `settle` mends that.
     var isUnsaved: Bool { kept.isUnsaved }
-    func settle() throws {
-        try kept.settle()
+    func settle(isolation: isolated (any Actor)? = #isolation) async throws {
+        try await kept.settle()
         let left = unnamedFiles
         unnamedFiles = []
-        for (id, targetOwner) in left { removeCopyFiles(id, targetOwner: targetOwner) }
+        for (id, targetOwner) in left { await removeCopyFiles(id, targetOwner: targetOwner) }
     }
 
     /// Flushes the volume's own file, for whom the outcome matters, through its engine: the kernel tells an error once, and hosts must
@@ -420,7 +440,7 @@ final class VolumeState {
     }
 
     /// Flushes the targets of all copies, for what reads through them. An error counts for the copy jobs that write there as well.
-    func flushTargets(_ disks: DiskThreads, isolation: isolated (any Actor)? = #isolation) async throws {
+    func flushTargets(isolation: isolated (any Actor)? = #isolation) async throws {
         // All that one at rest has is there already.
         for (id, files) in copies {
             guard let target = files.target.openNow else { continue }
@@ -602,16 +622,20 @@ final class VolumeState {
     }
 
     /// Lets go of a copy's files and removes those that lie in the state directory.
-    func removeCopyFiles(_ id: CopyID, targetOwner: CopyID?) {
+    func removeCopyFiles(
+        _ id: CopyID, targetOwner: CopyID?, isolation: isolated (any Actor)? = #isolation
+    ) async {
         copies[id] = nil
-        unlink(bitmapPath(id))
-        if let targetOwner { unlink(targetPath(targetOwner)) }
+        let paths = [bitmapPath(id)] + (targetOwner.map { [targetPath($0)] } ?? [])
+        try? await disks.run { for path in paths { unlink(path) } }
     }
 
     /// The same, once no record's file may name the copy any more: without its files it would take the older ones with it.
-    func removeUnnamedFiles(_ id: CopyID, targetOwner: CopyID?) {
-        guard !isUnsaved else { return unnamedFiles.append((id, targetOwner)) }
-        removeCopyFiles(id, targetOwner: targetOwner)
+    func removeUnnamedFiles(
+        _ id: CopyID, targetOwner: CopyID?, isolation: isolated (any Actor)? = #isolation
+    ) async {
+        unnamedFiles.append((id, targetOwner))
+        try? await settle()
     }
 
     /// Whether a copy is neither written down as one of the volume's nor carries a recovery point of its group.
@@ -623,7 +647,9 @@ final class VolumeState {
         record.copies.first { $0.name == name && $0.isListed }
     }
 
-    func amend(_ change: CopyChange) throws { try amend { $0.table.apply(change) } }
+    func amend(_ change: CopyChange, isolation: isolated (any Actor)? = #isolation) async throws {
+        try await amend { $0.table.apply(change) }
+    }
 
     func place(_ id: CopyID) -> ChainedCopy { ChainedCopy(volume: name, id: id) }
 
@@ -637,7 +663,7 @@ final class VolumeState {
     }
 
     /// Everything is on stable storage, and the record says how it was left.
-    func finish() throws {
+    func finish(isolation: isolated (any Actor)? = #isolation) async throws {
         guard !recording.hasLostSource else { throw SystemError("flush \(source.path)", errno: EIO) }
         try source.synchronize()
         try pointHold?.target.synchronize()
@@ -647,7 +673,7 @@ final class VolumeState {
             try file.synchronize()
             mark.checksums[name] = try file.checksum()
         }
-        try amend { $0.clean = mark }
+        try await amend { $0.clean = mark }
     }
 
     var setup: VolumeSetup {
