@@ -42,6 +42,8 @@ package struct ReplicatedVolume: Sendable {
         self.recording = recording
     }
 
+    package var place: ServedVolume { ServedVolume(reactor, number) }
+
     package var preservedBitmap: Bitmap {
         Bitmap(memory: preserved.memory + BitmapHeader.byteCount, count: geometry.grainCount)
     }
@@ -295,7 +297,7 @@ package final class Replicator {
         let mailbox = group.mailbox
         let asker = epoch
         let volumes = configuration.volumes
-        onEvery(volumes) { reactor, index in
+        onEvery(volumes.map(\.place)) { reactor, index in
             reactor.hosted(volumes[index].number).volume.mayFormPoint
         } done: { reactor, whole in
             guard whole else {
@@ -303,7 +305,7 @@ package final class Replicator {
                 return
             }
             let used = NotedVolumes()
-            onEvery(volumes, from: reactor) { reactor, index in
+            onEvery(volumes.map(\.place), from: reactor) { reactor, index in
                 let volume = reactor.hosted(volumes[index].number).volume
                 if volume.pointBitmapIsDirty { used.note(index) }
                 return volume.changedGrains == 0
@@ -323,7 +325,7 @@ package final class Replicator {
         _ body: @escaping @Sendable (Reactor, ReplicatedVolume) -> Void, done: @escaping @Sendable () -> Void = {}
     ) {
         let volumes = configuration.volumes
-        onEvery(volumes) { reactor, index in
+        onEvery(volumes.map(\.place)) { reactor, index in
             body(reactor, volumes[index])
             return true
         } done: { _, _ in
@@ -351,33 +353,24 @@ package final class Replicator {
         }
     }
 
-    /// The reactor that forms last lets all of them go: acknowledgements wait for reactors only, not for this thread.
     private func form(_ number: UInt64) {
         let mailbox = group.mailbox
         let asker = epoch
         let volumes = configuration.volumes
         let handle = group.handle
         let alongside = group.alongside(number)
-        let longest = LongestHold()
-        onEvery(volumes) { reactor, index in
+        let changed = NotedVolumes()
+        holdTogether(volumes.map(\.place)) { reactor, index in
             let volume = volumes[index]
             reactor.formPoint(
-                volume.number, point: number, targetFile: volume.targetFile,
-                preserved: volume.preservedBitmap)
+                volume.number, point: number, targetFile: volume.targetFile, preserved: volume.preservedBitmap)
             alongside?(reactor, index)
-            return true
-        } done: { reactor, _ in
-            let formedAt = realSeconds()
-            let changed = NotedVolumes()
-            onEvery(volumes, from: reactor) { reactor, index in
-                let number = volumes[index].number
-                longest.note(reactor.heldFor(number))
-                if reactor.hosted(number).volume.outOfSyncGrains > 0 { changed.note(index) }
-                return reactor.releaseHold(number)
-            } done: { _, intact in
-                handle.noteHold(longest.nanoseconds)
-                mailbox.send(.event(.formed(at: formedAt, intact: intact, changed: changed.all), epoch: asker))
-            }
+        } release: { reactor, index in
+            if reactor.hosted(volumes[index].number).volume.outOfSyncGrains > 0 { changed.note(index) }
+        } done: { outcome in
+            handle.noteHold(outcome.nanoseconds)
+            mailbox.send(
+                .event(.formed(at: outcome.at, intact: outcome.isIntact, changed: changed.all), epoch: asker))
         }
     }
 
@@ -495,56 +488,9 @@ package final class Replicator {
     }
 }
 
-/// Performs `body` for each volume, by its index, on its reactor, with one message to each reactor; the last one calls `done`, on its
-/// thread.
-///
-/// - Parameter own: the reactor that this runs on: the others are told first, then it takes its part at once.
-private func onEvery(
-    _ volumes: [ReplicatedVolume], from own: Reactor? = nil,
-    _ body: @escaping @Sendable (Reactor, Int) -> Bool,
-    done: @escaping @Sendable (Reactor, Bool) -> Void
-) {
-    let parts = Dictionary(grouping: volumes.indices, by: { volumes[$0].reactor.number })
-    let gathered = Gathered(count: parts.count, done: done)
-    @Sendable func perform(_ part: [Int], _ reactor: Reactor) {
-        gathered.answer(reactor, part.reduce(true) { body(reactor, $1) && $0 })
-    }
-    for (number, part) in parts where number != own?.number {
-        volumes[part[0]].reactor.perform { perform(part, $0) }
-    }
-    if let own, let part = parts[own.number] { perform(part, own) }
-}
-
 /// Volumes of which reactors say something, by their indices.
 private final class NotedVolumes: Sendable {
     private let indices = Mutex<[Int]>([])
     var all: [Int] { indices.withLock { $0.sorted() } }
     func note(_ index: Int) { indices.withLock { $0.append(index) } }
-}
-
-/// The longest of the holds of a point's volumes.
-private final class LongestHold: Sendable {
-    private let value = Atomic<UInt64>(0)
-    var nanoseconds: UInt64 { value.load(ordering: .relaxed) }
-    func note(_ nanoseconds: UInt64) { value.max(nanoseconds, ordering: .relaxed) }
-}
-
-/// Counts answers of several reactors; the last one calls `done`.
-private final class Gathered: Sendable {
-    private let state: Mutex<(left: Int, all: Bool)>
-    private let done: @Sendable (Reactor, Bool) -> Void
-
-    init(count: Int, done: @escaping @Sendable (Reactor, Bool) -> Void) {
-        state = Mutex((count, true))
-        self.done = done
-    }
-
-    func answer(_ reactor: Reactor, _ ok: Bool) {
-        let outcome: Bool? = state.withLock { state in
-            state.left -= 1
-            state.all = state.all && ok
-            return state.left == 0 ? state.all : nil
-        }
-        if let outcome { done(reactor, outcome) }
-    }
 }

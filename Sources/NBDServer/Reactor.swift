@@ -480,25 +480,29 @@ package final class Reactor {
 
     // MARK: Points
 
-    /// Forms the volume's part of a point and holds its acknowledgements (see `Volume.formPoint`).
+    /// Forms the volume's part of a point, while its acknowledgements are held (see `Volume.formPoint`).
     package func formPoint(
         _ number: VolumeNumber, point: UInt64, targetFile: StoreFile, preserved: Bitmap
     ) {
         let hosted = hosted(number)
-        beginHold(number, hosted)
         guard hosted.volume.mayFormPoint else {
             // A restore began meanwhile: hosts see the restored data before it is there, and a drain would send what was.
             hosted.holdExpired = true
-            hosted.volume.holdAcknowledgements()
             return
         }
         hosted.volume.formPoint(number: point, targetFile: targetFile, preserved: preserved)
     }
 
-    /// Holds acknowledgements while FlashCopies of several volumes are established.
+    /// Holds acknowledgements while something is done on several volumes (`holdTogether`).
     package func hold(_ number: VolumeNumber) {
-        let hosted = hosted(number)
-        beginHold(number, hosted)
+        let (hosted, now) = (hosted(number), monotonicNanoseconds())
+        if !held.contains(number) { held.append(number) }
+        if hosted.holders == 0 {
+            hosted.holdExpired = false
+            hosted.heldSince = now
+        }
+        hosted.holders += 1
+        hosted.holdDeadline = now + UInt64(Limits.holdMilliseconds) * 1_000_000
         hosted.volume.holdAcknowledgements()
     }
 
@@ -510,17 +514,6 @@ package final class Reactor {
             hosted.volume.releaseHold()
         }
         held.removeAll { volumes[$0]?.volume.holding != true }
-    }
-
-    private func beginHold(_ number: VolumeNumber, _ hosted: HostedVolume) {
-        let now = monotonicNanoseconds()
-        if !held.contains(number) { held.append(number) }
-        if hosted.holders == 0 {
-            hosted.holdExpired = false
-            hosted.heldSince = now
-        }
-        hosted.holders += 1
-        hosted.holdDeadline = now + UInt64(Limits.holdMilliseconds) * 1_000_000
     }
 
     /// How long acknowledgements of a volume have been held, in nanoseconds.

@@ -306,37 +306,32 @@ extension Site {
     // MARK: The chain
 
     private func enter(_ entries: [CopyEntry], _ work: CopyWork) async -> CopyAnswer {
-        var missed: Set<Int> = []
-        let isIntact = await together(entries.map { work.volumes[$0.volume] }) { place in
-            let (volume, entry) = (work.volumes[entries[place].volume], entries[place])
-            guard let files = work.made.removeValue(forKey: entry.volume)?.files else { return }
-            let made = await volume.reactor.run(chainEntry(volume, entry, files))
-            entered(volume, entry.copy, files, made)
-            if !made.isIn { missed.insert(place) }
+        let places = entries.map { ServedVolume(work.volumes[$0.volume].reactor, work.volumes[$0.volume].number) }
+        let parts = entries.map { chainEntry(work.volumes[$0.volume], $0, work.made[$0.volume]!.files) }
+        let taken = Mutex<[Int: EnteredCopy]>([:])
+        let outcome = await withCheckedContinuation { continuation in
+            holdTogether(places) { reactor, place in
+                let made = parts[place](reactor)
+                taken.withLock { $0[place] = made }
+            } done: {
+                continuation.resume(returning: $0)
+            }
         }
+        let made = taken.withLock { $0 }
+        for (place, made) in made { entered(entries[place], made, work) }
         return .entered(
-            missed: missed,
-            apart: isIntact
+            missed: Set(made.filter { !$0.value.isIn }.map(\.key)),
+            // One volume's copy is of one instant, whatever has become of the hold.
+            apart: outcome.isIntact || entries.count == 1
                 ? nil
                 : Refusal(
                     "the volumes could not be held together within \(Limits.holdMilliseconds) ms; nothing was created, try again",
                     .passing))
     }
 
-    /// Does something on every volume at one instant: acknowledgements are held while it is done. False when the hold's
-    /// deadline passed.
-    private func together(_ members: [VolumeState], each: (Int) async -> Void) async -> Bool {
-        for index in members.indices {
-            let number = members[index].number
-            await members[index].reactor.run { $0.hold(number) }
-            await each(index)
-        }
-        var intact = true
-        for volume in members {
-            let number = volume.number
-            if await !volume.reactor.run({ $0.releaseHold(number) }) { intact = false }
-        }
-        return intact || members.count == 1
+    private func entered(_ entry: CopyEntry, _ made: EnteredCopy, _ work: CopyWork) {
+        guard let files = work.made.removeValue(forKey: entry.volume)?.files else { return }
+        entered(work.volumes[entry.volume], entry.copy, files, made)
     }
 
     private func enterWithPoint(_ entries: [CopyEntry], _ work: CopyWork) async -> CopyAnswer {
@@ -360,12 +355,7 @@ extension Site {
             taken.isOver = true
             return taken.made
         }
-        for (place, made) in made {
-            let (volume, entry) = (work.volumes[entries[place].volume], entries[place])
-            if let files = work.made.removeValue(forKey: entry.volume)?.files {
-                entered(volume, entry.copy, files, made)
-            }
-        }
+        for (place, made) in made { entered(entries[place], made, work) }
         let missed = Set(entries.indices.filter { made[$0] == nil })
         if problem == nil, !missed.isEmpty {
             problem = Refusal("the point was formed without its FlashCopies; try again", .passing)

@@ -300,6 +300,43 @@ func holds() async throws {
     await server.end()
 }
 
+@Test(
+    "something is done on volumes of several reactors while all of them are held, and it is told when a deadline let go"
+)
+func holdsTogether() async throws {
+    let (one, other) = (try Server(number: 101), try Server(number: 102))
+    let places = [
+        ServedVolume(one.reactor, try await one.host(try one.file("a"), named: "a")),
+        ServedVolume(one.reactor, try await one.host(try one.file("b"), named: "b")),
+        ServedVolume(other.reactor, try await other.host(try other.file("c"), named: "c")),
+    ]
+    for isSlow in [false, true] {
+        let seen = Mutex<[String]>([])
+        let outcome = await withCheckedContinuation { continuation in
+            holdTogether(places) { reactor, index in
+                if isSlow, index == 2 { usleep(UInt32(3000 * Limits.holdMilliseconds)) }
+                let isHeld = reactor.hosted(places[index].number).volume.holding
+                seen.withLock { $0.append("\(index) takes \(isHeld)") }
+            } release: { reactor, index in
+                let isHeld = reactor.hosted(places[index].number).volume.holding
+                seen.withLock { $0.append("\(index) goes \(isHeld)") }
+            } done: {
+                continuation.resume(returning: $0)
+            }
+        }
+        #expect(outcome.isIntact == !isSlow)
+        let order = seen.withLock { $0 }
+        #expect(order.prefix(3).sorted() == (0..<3).map { "\($0) takes true" }, "all have taken before one goes")
+        #expect(order.count == 6)
+        if !isSlow { #expect(order.suffix(3).sorted() == (0..<3).map { "\($0) goes true" }) }
+        for place in places {
+            #expect(await place.reactor.run { !$0.hosted(place.number).volume.holding })
+        }
+    }
+    await one.end()
+    await other.end()
+}
+
 @Test("requests of a client that does not read its replies are bounded")
 func requestsOfAClientThatDoesNotRead() async throws {
     let server = try Server(number: 98)
