@@ -69,6 +69,17 @@ package indirect enum CopyAction: Sendable, Equatable {
     case loseFiles(Set<CopyID>)
     /// Takes its place, as the newest so far, and does what its resumption says.
     case resume(ChainLink)
+    case takeRole(RoleStart)
+    /// Grains that have not come back yet come back from that copy, as their bitmap says. Fails when that is damaged.
+    case resumeRestore(from: CopyID)
+    /// What was failed over to is lost: the group's record says that nothing comes back any more.
+    case loseFailover
+    /// A restore that was not decided, or whose copy is lost, is none any more.
+    case forgetRestore
+    /// What was taken up is on stable storage; then the volume's record says that it is this run's.
+    case confirm
+    /// Hosts, the peer and work in the background are let in.
+    case finishResuming
 
     // A restore.
     /// Ends the hosts' connections; what they asked for has been carried out. New ones can only read.

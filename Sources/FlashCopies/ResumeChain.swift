@@ -51,7 +51,8 @@ package struct ResumeChain: CopyStepTable {
     ///   - points: of which the volume has files.
     package init(trusted: Bool, points: [ChainLink]) { (isTrusted, self.points) = (trusted, points) }
 
-    package mutating func next(after answer: CopyAnswer, _ tables: [CopyTable]) -> CopyStep<Void> {
+    /// - Returns: what is in the chain.
+    package mutating func next(after answer: CopyAnswer, _ tables: [CopyTable]) -> CopyStep<Set<CopyID>> {
         let table = tables[0]
         switch (state, answer) {
         case (.begins, .begin):
@@ -70,7 +71,7 @@ package struct ResumeChain: CopyStepTable {
         case (.drops, .done): return enter(lost)
         case (.enters(let index), .done): return enter(index + 1)
         case (.flushes, .done): return go(.forgets, .change(0, .forgotten(forgotten)))
-        case (.forgets, .done): return .done(())
+        case (.forgets, .done): return .done(chain)
         case (_, .failed(let error)): return .failed(error)
         default: return .failed(UnexpectedAnswer(answer, state))
         }
@@ -85,7 +86,7 @@ package struct ResumeChain: CopyStepTable {
     }
 
     /// - Parameter taken: successors that have begun to use the target.
-    private mutating func resume(_ table: CopyTable, _ taken: Set<CopyID>) -> CopyStep<Void> {
+    private mutating func resume(_ table: CopyTable, _ taken: Set<CopyID>) -> CopyStep<Set<CopyID>> {
         var copies = table.copies
         links = points
         for index in copies.indices {
@@ -99,7 +100,7 @@ package struct ResumeChain: CopyStepTable {
         return copies == table.copies ? go(.opens, .openFiles(links)) : go(.writesDown, .change(0, .resumed(copies)))
     }
 
-    private mutating func mark(_ first: Int) -> CopyStep<Void> {
+    private mutating func mark(_ first: Int) -> CopyStep<Set<CopyID>> {
         guard
             let index = links.indices.dropFirst(first).first(where: {
                 files[$0] == .failed && links[$0].resumption == .serves
@@ -114,7 +115,7 @@ package struct ResumeChain: CopyStepTable {
     }
 
     /// Copies up to one whose files are damaged: they read through it, and nobody knows what it has.
-    private mutating func lose() -> CopyStep<Void> {
+    private mutating func lose() -> CopyStep<Set<CopyID>> {
         lost = files.lastIndex(of: .damaged).map { $0 + 1 } ?? 0
         guard lost > 0 else { return enter(0) }
         let ids = Set(links[..<lost].map(\.id))
@@ -125,9 +126,11 @@ package struct ResumeChain: CopyStepTable {
             ))
     }
 
-    private mutating func enter(_ index: Int) -> CopyStep<Void> {
+    private var chain: Set<CopyID> { Set(links[lost...].map(\.id)) }
+
+    private mutating func enter(_ index: Int) -> CopyStep<Set<CopyID>> {
         guard index < links.count else {
-            return forgotten.isEmpty ? .done(()) : go(.flushes, .flushChanges(0))
+            return forgotten.isEmpty ? .done(chain) : go(.flushes, .flushChanges(0))
         }
         return go(.enters(index), .resume(links[index]))
     }

@@ -234,34 +234,27 @@ final class CopiedVolume {
 
     // MARK: Starting (`Site.host`)
 
-    /// A process takes the volume up; between any two steps it may end.
+    /// A process takes the volume up; between any two actions it may end.
     ///
-    /// - Parameter goesOn: says after each step whether it does.
+    /// - Parameter goesOn: says after each action whether it does.
     /// - Returns: whether it came to its end.
     func start(_ goesOn: () -> Bool) -> Bool {
-        let trusted = isTrusted
+        var start = VolumeStart(isTrusted: isTrusted)
+        (start.role, start.knowsNothing) = (.primary, isDistrusted)
         if fault == .confirmEarly { isTrusted = true }
-        beginResuming()
-        let regions = SimulatedBitmap(bits: 64)
-        let region = Bitmap(
-            memory: regions.memory, count: ActivityLog.layout(size: UInt64(Self.size), smallest: Self.regionBytes).count
-        )
-        readLog { _ = ActivityLog.decode($0, into: region) }
-        if !trusted, fault != .trustBitmapsAfterPowerLoss { volume.recoverChanges(regions: region) }
-        if isDistrusted { volume.markAllChanged() }
-        guard goesOn(), resumeChain(trusted, region, goesOn) else { return false }
-        let bitmapFile = process.addStore(.bitmap(recording))
-        let logFile = process.addStore(.file(log))
-        readLog { volume.startActivityLog(file: logFile, contents: $0, recordingFile: bitmapFile) }
-        guard resumeRestore(), goesOn() else { return false }
-        // What was taken up is on stable storage before the record says that it is this run's.
-        if fault != .skipFlushes { for bitmap in mapped { bitmap.flush() } }
-        guard goesOn(), save(table), goesOn() else { return false }
-        isTrusted = true
-        (isDistrusted, failedUnwritten) = (false, [])
-        volume.finishResuming()
-        process.pump()
-        return true
+        volume.beginResuming()
+        var steps = StartVolume(start)
+        var answer = CopyAnswer.begin
+        while true {
+            switch steps.next(after: answer, [table]) {
+            case .perform(let action): answer = perform(action, start.isTrusted)
+            case .failed(let error):
+                note("the start fails: \(error)")
+                return false
+            case .done: return true
+            }
+            guard goesOn() else { return false }
+        }
     }
 
     private var mapped: [SimulatedBitmap] {
@@ -287,45 +280,67 @@ final class CopiedVolume {
         _ = process.addStore(.file(source))
     }
 
-    private func beginResuming() {
-        volume.recording = true
-        volume.beginResuming()
-    }
-
     private func readLog(_ body: (UnsafeRawBufferPointer) -> Void) {
         log.cached.withUnsafeBytes { body(UnsafeRawBufferPointer(rebasing: $0[ActivityLog.fileOffset...])) }
     }
 
-    private func resumeChain(_ trusted: Bool, _ regions: Bitmap, _ goesOn: () -> Bool) -> Bool {
-        var chain = ResumeChain(trusted: trusted, points: [])
-        var answer = CopyAnswer.begin
-        while true {
-            switch chain.next(after: answer, [table]) {
-            case .perform(let action): answer = perform(action, trusted, regions)
-            case .failed(let error):
-                note("the start fails: \(error)")
-                return false
-            case .done:
-                for copy in table.copies where copy.state == .active && images[copy.id] == nil {
-                    world.fail(
-                        "copy \(copy.id.label) of volume \(index) is active again, although it had failed, or had left")
-                }
-                return true
-            }
-            guard goesOn() else { return false }
-        }
-    }
-
-    private func perform(_ action: CopyAction, _ trusted: Bool, _ regions: Bitmap) -> CopyAnswer {
+    private func perform(_ action: CopyAction, _ trusted: Bool) -> CopyAnswer {
         switch action {
         case .findTaken(let ids): return .taken(Set(ids.filter(hasTaken)))
         case .openFiles(let links): return .opened(open(links))
         case .change(_, let change): return answer(amend(change))
         case .flushChanges: return answer(fault == .skipFlushes || flushChanges() == 0)
-        case .resume(let link): resume(link, trusted, regions)
+        case .resume(let link): resume(link, trusted)
+        case .takeRole(let role): take(role)
+        case .resumeRestore(let id):
+            guard pending != nil else {
+                world.fail("the bitmap of what volume \(index) is still to be given back is missing")
+                return answer(false)
+            }
+            startRestore(from: id, fresh: false)
+        case .forgetRestore:
+            // Part of it is of the copy's time, part is newer: the site says so.
+            if table.restoring?.decided == true, let overwritten { contents.mixed(with: overwritten) }
+            return answer(amend(.restoring(nil)))
+        case .confirm: return answer(confirm())
+        case .finishResuming:
+            volume.finishResuming()
+            process.pump()
         default: world.fail("'\(action)' is none of a start here")
         }
         return .done
+    }
+
+    private func take(_ role: RoleStart) {
+        for copy in table.copies where copy.state == .active && images[copy.id] == nil {
+            world.fail("copy \(copy.id.label) of volume \(index) is active again, although it had failed, or had left")
+        }
+        volume.recording = true
+        let regions = activeRegions()
+        let bitmapFile = process.addStore(.bitmap(recording))
+        let logFile = process.addStore(.file(log))
+        readLog { volume.startActivityLog(file: logFile, contents: $0, recordingFile: bitmapFile) }
+        if role.marksAll { volume.markAllChanged() }
+        if role.marksRegions, fault != .trustBitmapsAfterPowerLoss {
+            volume.recoverChanges(regions: Bitmap(memory: regions.memory, count: Self.regionCount))
+        }
+    }
+
+    private static let regionCount = ActivityLog.layout(size: UInt64(size), smallest: regionBytes).count
+
+    private func activeRegions() -> SimulatedBitmap {
+        let regions = SimulatedBitmap(bits: 64)
+        readLog { _ = ActivityLog.decode($0, into: Bitmap(memory: regions.memory, count: Self.regionCount)) }
+        return regions
+    }
+
+    /// What was taken up is on stable storage before the record says that it is this run's.
+    private func confirm() -> Bool {
+        if fault != .skipFlushes { for bitmap in mapped { bitmap.flush() } }
+        guard save(table) else { return false }
+        isTrusted = true
+        (isDistrusted, failedUnwritten) = (false, [])
+        return true
     }
 
     private func answer(_ isDone: Bool) -> CopyAnswer {
@@ -363,35 +378,19 @@ final class CopiedVolume {
         }
     }
 
-    private func resume(_ link: ChainLink, _ trusted: Bool, _ regions: Bitmap) {
+    private func resume(_ link: ChainLink, _ trusted: Bool) {
         let copy = link.copy
         _ = enterChain(copy) { volume, copy in
             volume.resumeCopy(copy, failed: link.resumption == .servesOlder)
             return true
         }
         if copy.isFilled, !trusted {
-            let all = SimulatedBitmap(bits: 64)
-            let every = Bitmap(memory: all.memory, count: regions.count)
-            every.setAll()
-            let lacks = isDistrusted || copy.mayLackChanges(in: table.copies)
-            volume.recoverChanges(of: copy.id, regions: lacks ? every : regions)
+            let active = activeRegions()
+            let regions = Bitmap(memory: active.memory, count: Self.regionCount)
+            if isDistrusted || copy.mayLackChanges(in: table.copies) { regions.setAll() }
+            volume.recoverChanges(of: copy.id, regions: regions)
         }
         if link.resumption == .leaves { volume.withdrawCopy(copy.id) }
-    }
-
-    private func resumeRestore() -> Bool {
-        guard let restoring = table.restoring else { return true }
-        guard restoring.decided, volume.copy(restoring.copy) != nil else {
-            // Part of it is of the copy's time, part is newer: the site says so.
-            if restoring.decided, let overwritten { contents.mixed(with: overwritten) }
-            return amend(.restoring(nil))
-        }
-        guard pending != nil else {
-            world.fail("the bitmap of what volume \(index) is still to be given back is missing")
-            return false
-        }
-        startRestore(from: restoring.copy, fresh: false)
-        return true
     }
 
     func startRestore(from id: CopyID, fresh: Bool) {

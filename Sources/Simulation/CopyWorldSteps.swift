@@ -224,7 +224,10 @@ extension CopyWorld {
         case .shutHostsOut, .admitHosts, .makeRestoreBitmap, .beginRestore, .flushRestoreBitmap, .goOnRestoring,
             .dropRestore:
             performRestore(action, work, done)
-        case .findTaken, .openFiles, .failPoint, .loseFiles, .resume: fail("'\(action)' is only a start's")
+        case .findTaken, .openFiles, .failPoint, .loseFiles, .resume, .takeRole, .resumeRestore, .loseFailover,
+            .forgetRestore,
+            .confirm, .finishResuming:
+            fail("'\(action)' is only a start's")
         }
     }
 

@@ -40,8 +40,8 @@ final class SimulatedSite {
     /// What must come back from the point that was failed over to.
     var restores: [SimulatedBitmap] = []
     private(set) var saved: GroupRecord
-    /// What the bitmaps and logs say is this run's: a start came to its end since power was lost.
-    private var isConfirmed = true
+    /// Volumes whose bitmaps and logs say what is not this run's: no start has come to their end since power was lost.
+    private var unconfirmed: Set<Int> = []
     /// The disk under all of these but the volumes takes nothing any more.
     private(set) var stateFails = false
     /// No record can be saved before this step.
@@ -144,9 +144,7 @@ final class SimulatedSite {
     @discardableResult
     func start() -> Bool {
         var lostPower = false
-        while !tryStart(
-            endingAt: !world.isQuiet && world.random.chance(15) ? world.random.below(World.volumes + 2) : nil)
-        {
+        while !tryStart(endingAt: !world.isQuiet && world.random.chance(15) ? world.random.below(16) : nil) {
             let powerLoss = world.random.chance(50)
             lose(powerLoss: powerLoss)
             lostPower = lostPower || powerLoss
@@ -158,51 +156,91 @@ final class SimulatedSite {
 
     /// - Parameter last: the step before which it ends; nil = it goes through.
     private func tryStart(endingAt last: Int?) -> Bool {
-        let trusted = isConfirmed && distrusted.isEmpty
+        var step = 0
+        func goesOn() -> Bool {
+            step += 1
+            return step != last
+        }
+        let isTrusted = recording.indices.map { !unconfirmed.contains($0) && !distrusted.contains($0) }
         group = Group(record: saved)
-        if fault == .confirmPrimaryEarly { isConfirmed = true }
-        if last == 0 { return false }
-        let held = recording.map { trusted ? $0.roles.pointee.heldPoint : nil }
+        if fault == .confirmPrimaryEarly { unconfirmed = [] }
+        guard goesOn() else { return false }
+        let held = zip(recording, isTrusted).map { $1 ? $0.roles.pointee.heldPoint : nil }
         if record.mustGiveUpPoint(heldBy: held), !take(.pointGivenUp) { return false }
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
         mailboxes = Array(repeating: [], count: World.volumes)
         (targetFiles, volumes) = ([], [])
         for index in 0..<World.volumes {
-            if last == index + 1 { return false }
-            volumes.append(resume(index, trusted))
+            volumes.append(makeVolume(index))
+            guard goesOn(), startVolume(index, isTrusted[index], goesOn) else { return false }
         }
-        if last == World.volumes + 1 { return false }
-        // As `VolumeState.confirm`: what hosts wrote while nothing was logged is on no stable storage, and was perhaps sent.
-        if !trusted { for file in files { file.flush() } }
-        for recording in recording { recording.flush() }
-        (isConfirmed, distrusted) = (true, [])
-        for simulated in volumes { simulated.volume.finishResuming() }
         return true
     }
 
-    private func resume(_ index: Int, _ trusted: Bool) -> SimulatedVolume {
-        let simulated = makeVolume(index)
+    private func startVolume(_ index: Int, _ isTrusted: Bool, _ goesOn: () -> Bool) -> Bool {
+        var start = VolumeStart(isTrusted: isTrusted, record, "\(index)") { copies[index][CopyID($0)] != nil }
+        start.knowsNothing = distrusted.contains(index)
+        volumes[index].volume.beginResuming()
+        var steps = StartVolume(start)
+        var answer = CopyAnswer.begin
+        while true {
+            switch steps.next(after: answer, [CopyTable()]) {
+            case .perform(let action): answer = perform(action, index, isTrusted)
+            case .failed: return false
+            case .done: return true
+            }
+            guard goesOn() else { return false }
+        }
+    }
+
+    private func perform(_ action: CopyAction, _ index: Int, _ isTrusted: Bool) -> CopyAnswer {
+        let simulated = volumes[index]
+        switch action {
+        case .openFiles(let links):
+            open(links, index)
+            return .opened(links.map { _ in .whole })
+        case .resume(let link):
+            addPoint(UInt64(link.id), to: simulated, index, resume: true, failed: link.resumption == .servesOlder)
+            if link.resumption == .leaves { simulated.volume.withdrawCopy(link.id) }
+        case .takeRole(let role): take(role, index)
+        case .resumeRestore(let id): startRestore(index, simulated, from: UInt64(id))
+        case .loseFailover: world.fail("the point that was failed over to is lost")
+        case .confirm:
+            // What hosts wrote while nothing was logged is on no stable storage, and was perhaps sent.
+            if !isTrusted { files[index].flush() }
+            recording[index].flush()
+            unconfirmed.remove(index)
+            distrusted.remove(index)
+        case .finishResuming: simulated.volume.finishResuming()
+        default: world.fail("'\(action)' is none of a start of volumes without FlashCopies")
+        }
+        return .done
+    }
+
+    /// What was made for a point that no record names goes.
+    private func open(_ links: [ChainLink], _ index: Int) {
+        for id in copies[index].keys where !links.contains(where: { $0.id == id }) { copies[index][id] = nil }
+        for link in links where copies[index][link.id] == nil {
+            world.fail("the files of point \(link.id) are missing at a start")
+        }
+    }
+
+    private func take(_ role: RoleStart, _ index: Int) {
+        let simulated = volumes[index]
         let engine = simulated.volume
-        let isPrimary = record.role == .primary
-        engine.policy = isPrimary ? .hostFirst : .copiesFirst
-        simulated.skipFlushes = fault == .skipFlushes && !isPrimary
-        engine.beginResuming()
-        resumeChain(index, simulated)
+        simulated.skipFlushes = fault == .skipFlushes && !role.isPrimary
         let target = simulated.addStore(.file(targets[index]))
         targetFiles.append(target)
-        engine.recording = isPrimary
-        if isPrimary { startLog(index, simulated, trusted) }
-        if isPrimary || record.yielded != nil, distrusted.contains(index) { engine.markAllChanged() }
-        if let held = record.held?.number {
+        engine.policy = role.isPrimary ? .hostFirst : .copiesFirst
+        engine.recording = role.isPrimary
+        if role.isPrimary { startLog(index, simulated, marksRegions: role.marksRegions) }
+        if role.marksAll { engine.markAllChanged() }
+        if let held = role.held {
             engine.resumePoint(
                 number: held, targetFile: target, preserved: preserved[index].bitmap(World.grains))
-        } else if isPrimary {
+        } else if role.isPrimary {
             engine.mergeOutOfSync()
         }
-        if let failover = record.failedOver, failover.restoring.contains("\(index)") {
-            startRestore(index, simulated, from: carrier(of: failover.point, index))
-        }
-        return simulated
     }
 
     private func makeVolume(_ index: Int) -> SimulatedVolume {
@@ -215,22 +253,6 @@ final class SimulatedSite {
                 smallestRegion: World.regionBytes, faults: fault?.engine ?? []))
         _ = simulated.addStore(.file(files[index]))
         return simulated
-    }
-
-    private func resumeChain(_ index: Int, _ simulated: SimulatedVolume) {
-        let carriers = carriers(index)
-        let retired = (record.retired ?? []).map(\.number)
-        // What was made for a point that no record names.
-        for id in copies[index].keys where !(carriers + retired).contains(UInt64(id)) { copies[index][id] = nil }
-        let leaving = retired.filter { !carriers.contains($0) && copies[index][CopyID($0)] != nil }
-        for point in (leaving + carriers).sorted() {
-            if copies[index][CopyID(point)] == nil { world.fail("the files of point \(point) are missing at a start") }
-            let failed =
-                carriers.contains(point)
-                && record.points(carriedBy: point, "\(index)").allSatisfy { $0.isFailed == true }
-            addPoint(point, to: simulated, index, resume: true, failed: failed)
-        }
-        for point in leaving { simulated.volume.withdrawCopy(CopyID(point)) }
     }
 
     /// Points whose files a volume's chain must have.
@@ -278,7 +300,7 @@ final class SimulatedSite {
         if resume { simulated.volume.resumeCopy(copy, failed: failed) } else { simulated.volume.addCopy(copy) }
     }
 
-    func startLog(_ index: Int, _ simulated: SimulatedVolume, _ trusted: Bool) {
+    func startLog(_ index: Int, _ simulated: SimulatedVolume, marksRegions: Bool = false) {
         let regions = SimulatedBitmap(bits: 64)
         let layout = ActivityLog.layout(size: UInt64(World.size), smallest: World.regionBytes)
         let region = Bitmap(memory: regions.memory, count: layout.count)
@@ -289,7 +311,7 @@ final class SimulatedSite {
             _ = ActivityLog.decode(contents, into: region)
             simulated.volume.startActivityLog(file: logFile, contents: contents, recordingFile: bitmapFile)
         }
-        if !trusted, fault != .trustBitmapsAfterPowerLoss { simulated.volume.recoverChanges(regions: region) }
+        if marksRegions, fault != .trustBitmapsAfterPowerLoss { simulated.volume.recoverChanges(regions: region) }
     }
 
     func startRestore(_ index: Int, _ simulated: SimulatedVolume, from point: UInt64) {
@@ -332,7 +354,7 @@ final class SimulatedSite {
     }
 
     private func loseState() {
-        isConfirmed = false
+        unconfirmed = Set(0..<World.volumes)
         for file in stateFiles { file.losePower(&world.random) }
         for bitmap in stateBitmaps { bitmap.losePower(&world.random) }
     }

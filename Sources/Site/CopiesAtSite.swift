@@ -101,6 +101,13 @@ extension Site {
         case .failPoint(let id): return .pointFailed(isKept: try await failPoint(volume(0), id))
         case .loseFiles(let ids): try await loseFiles(volume(0), ids)
         case .resume(let link): try await resumeLink(volume(0), link, work.opened[link.id]!)
+        case .takeRole(let role): try await takeRole(volume(0), role)
+        case .resumeRestore(let id): try await resumeRestore(volume(0), from: id)
+        case .loseFailover: try await loseFailover(volume(0))
+        case .forgetRestore: try await forgetRestore(volume(0))
+        case .confirm:
+            try await volume(0).confirm(bootID: bootID, servedAs: group(ofVolume: volume(0).name)?.servedAs)
+        case .finishResuming: await letGo(volume(0))
         case .shutHostsOut(let index): await shutOut(volume(index))
         case .admitHosts(let index): await letHostsIn(volume(index))
         case .makeRestoreBitmap(let index): _ = try await makeRestoreBitmap(volume(index))

@@ -1,12 +1,4 @@
-// Resume.swift: how a volume goes on from what the last run left.
-//
-// Must be prevented:
-//   bitmaps are trusted after power loss, beyond what the activity log allows
-//   a copy whose bits power loss may have taken serves its readers or an older copy
-//   work in the background begins before the chain is complete
-//   a restore that nobody was told of goes on
-//   a start that ends in the middle leaves less behind than it found: the volume's record becomes this run's when everything was
-//     taken up and flushed, before hosts, peers or work in the background change anything
+// Resume.swift: how a site carries out the start of a volume (`StartVolume`).
 
 import Base
 import FlashCopies
@@ -25,41 +17,20 @@ extension Site {
             reactor.hosted(number).volume.beginResuming()
             return number
         }
-        try await resumeChain(volume, group)
-        try await resumeRole(volume, group)
-        try await resumeRestore(volume, group)
-        try await volume.confirm(bootID: bootID, servedAs: group?.servedAs)
-        let number = volume.number
-        await volume.reactor.run { reactor in
-            reactor.hosted(number).volume.finishResuming()
-            reactor.hosted(number).restFiles()
+        var start = VolumeStart(isTrusted: volume.isTrusted)
+        if let group {
+            start = try VolumeStart(isTrusted: volume.isTrusted, group.record, volume.name) { point in
+                try exists(volume.bitmapPath(CopyID(point)))
+            }
         }
+        start.knowsNothing =
+            volume.record.servedAs != group?.servedAs || !volume.recordingIsWhole
+            || (!volume.isTrusted && volume.record.logIsBroken)
+        try await run(StartVolume(start), on: [volume])
         publish(volume, group)
     }
 
     // MARK: The chain
-
-    /// Recovery points from the group's record, FlashCopies from the volume's.
-    private func resumeChain(_ volume: VolumeState, _ group: GroupState?) async throws {
-        let points = try pointLinks(volume, group)
-        try await run(ResumeChain(trusted: volume.isTrusted, points: points), on: [volume])
-        volume.carriers = group?.record.carriers(of: [volume.name])[volume.name] ?? []
-    }
-
-    /// Recovery points of which the volume has files: those that carry what is kept must be there, the others leave.
-    private func pointLinks(_ volume: VolumeState, _ group: GroupState?) throws -> [ChainLink] {
-        guard let record = group?.record else { return [] }
-        let carriers = record.carriers(of: [volume.name])[volume.name] ?? []
-        var links = carriers.compactMap { record.pointRecord($0) }.map { point in
-            let hasFailed = record.points(carriedBy: point.number, volume.name).allSatisfy { $0.isFailed == true }
-            return ChainLink(CopyRecord(point), hasFailed ? .servesOlder : .serves, isPoint: true)
-        }
-        for point in record.retired ?? [] where !carriers.contains(point.number) {
-            guard try exists(volume.bitmapPath(CopyID(point.number))) else { continue }
-            links.append(ChainLink(CopyRecord(point), .leaves, isPoint: true))
-        }
-        return links
-    }
 
     func findTaken(_ volume: VolumeState, _ ids: [CopyID]) throws -> Set<CopyID> {
         Set(
@@ -163,39 +134,35 @@ extension Site {
 
     // MARK: The role
 
-    private func resumeRole(_ volume: VolumeState, _ group: GroupState?) async throws {
+    func takeRole(_ volume: VolumeState, _ role: RoleStart) async throws {
         let number = volume.number
-        let isSecondary = group?.record.role == .secondary
-        let isPrimary = group?.record.role == .primary
-        let recorded = volume.record.servedAs == group?.servedAs
-        let serves = !isSecondary && group?.servesHosts != false && group?.record.leftOut?.contains(volume.name) != true
-        let yielded = group?.record.yielded != nil
-        let held = group?.record.held?.number
-        let hold = isPrimary ? try volume.openPointHold() : nil
-        let knowsNothing = !recorded || !volume.recordingIsWhole || (!volume.isTrusted && volume.record.logIsBroken)
-        let regions = isPrimary && !volume.isTrusted && !knowsNothing ? volume.activeRegions : nil
-        if isPrimary { try await startActivityLog(volume) }
+        let group = group(ofVolume: volume.name)
+        volume.carriers = group?.record.carriers(of: [volume.name])[volume.name] ?? []
+        let serves =
+            !role.isSecondary && group?.servesHosts != false && group?.record.leftOut?.contains(volume.name) != true
+        let hold = role.isPrimary ? try volume.openPointHold() : nil
+        let regions = role.marksRegions ? volume.activeRegions : nil
+        if role.isPrimary { try await startActivityLog(volume) }
         volume.pointTargetFile = await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
             let targetFile = hold.map { hosted.addFile($0.target) } ?? -1
             hosted.writable = serves
-            hosted.volume.policy = isSecondary ? .copiesFirst : .hostFirst
-            hosted.volume.recording = isPrimary
-            if isPrimary || yielded, knowsNothing { hosted.volume.markAllChanged() }
+            hosted.volume.policy = role.isSecondary ? .copiesFirst : .hostFirst
+            hosted.volume.recording = role.isPrimary
+            if role.marksAll { hosted.volume.markAllChanged() }
             if let regions { hosted.volume.recoverChanges(regions: regions.bitmap) }
-            if let hold, let held {
+            if let hold, let held = role.held {
                 hosted.volume.resumePoint(number: held, targetFile: targetFile, preserved: hold.bitmap.bitmap())
-            } else if isPrimary {
+            } else if role.isPrimary {
                 hosted.volume.mergeOutOfSync()
             }
             return targetFile
         }
-        if let regions {
-            note(
-                group?.entry.name,
-                "volume \(volume.name): the machine went down; \(regions.bitmap.population()) active regions of "
-                    + "\(regions.bitmap.count) are compared anew")
-        }
+        guard let regions else { return }
+        note(
+            group?.entry.name,
+            "volume \(volume.name): the machine went down; \(regions.bitmap.population()) active regions of "
+                + "\(regions.bitmap.count) are compared anew")
     }
 
     /// Writes to the volume are logged before they are issued, from now on.
@@ -212,35 +179,37 @@ extension Site {
 
     // MARK: Restores
 
-    private func resumeRestore(_ volume: VolumeState, _ group: GroupState?) async throws {
-        if let failover = group?.record.failedOver, failover.restoring.contains(volume.name) {
-            if let id = group?.record.carrier(of: failover.point, volume.name).map({ CopyID($0) }),
-                volume.copies[id] != nil
-            {
-                try openRestoreBitmap(volume)
-                await beginRestore(volume, from: id, fresh: false)
-            } else {
-                note(
-                    group?.entry.name,
-                    "volume \(volume.name): point \(failover.point), which was failed over to, is lost; what had not flowed back "
-                        + "is as the old primary sent it last")
-                try await group?.handle.change(.restored(volume: volume.name))
-                try await group?.handle.settle()
-            }
+    func loseFailover(_ volume: VolumeState) async throws {
+        guard let group = group(ofVolume: volume.name) else { return }
+        note(
+            group.entry.name,
+            "volume \(volume.name): point \(group.record.failedOver?.point ?? 0), which was failed over to, is lost; what had not "
+                + "flowed back is as the old primary sent it last")
+        try await group.handle.change(.restored(volume: volume.name))
+        try await group.handle.settle()
+    }
+
+    func forgetRestore(_ volume: VolumeState) async throws {
+        if volume.record.restoring?.decided == true {
+            note(
+                group(ofVolume: volume.name)?.entry.name,
+                "volume \(volume.name): it was being restored from a FlashCopy that is lost; parts of it are of the FlashCopy's "
+                    + "time and parts are newer: restore it from another copy")
         }
-        guard let restoring = volume.record.restoring else { return }
-        guard restoring.decided, volume.copies[restoring.copy] != nil else {
-            if restoring.decided {
-                note(
-                    group?.entry.name,
-                    "volume \(volume.name): it was being restored from a FlashCopy that is lost; parts of it are of the FlashCopy's "
-                        + "time and parts are newer: restore it from another copy")
-            }
-            try await volume.amend(.restoring(nil))
-            return
-        }
+        try await volume.amend(.restoring(nil))
+    }
+
+    func resumeRestore(_ volume: VolumeState, from id: CopyID) async throws {
         try openRestoreBitmap(volume)
-        await beginRestore(volume, from: restoring.copy, fresh: false)
+        await beginRestore(volume, from: id, fresh: false)
+    }
+
+    func letGo(_ volume: VolumeState) async {
+        let number = volume.number
+        await volume.reactor.run { reactor in
+            reactor.hosted(number).volume.finishResuming()
+            reactor.hosted(number).restFiles()
+        }
     }
 
     /// No worst can be assumed here: a grain that is restored once too often loses what hosts wrote to it.

@@ -158,7 +158,13 @@ struct CopyTranscript {
                     CopyRecord(id: number, name: "", createdAt: 1, order: UInt64(number), state: .active), .serves,
                     isPoint: true)
             }
-            return erased(ResumeChain(trusted: !line.isSet("untrusted"), points: points)) { _ in "" }
+            var start = VolumeStart(isTrusted: !line.isSet("untrusted"))
+            (start.points, start.role, start.held) = (
+                points, line.fields["role"].flatMap(Role.init), line.number("held")
+            )
+            (start.knowsNothing, start.hasYielded) = (line.isSet("unknown"), line.isSet("yielded"))
+            if let point = line.fields["failover"] { start.failover = CopyID(point).map { .from($0) } ?? .lost }
+            return erased(StartVolume(start)) { _ in "" }
         }
     }
 
@@ -233,6 +239,12 @@ struct CopyTranscript {
         case .loseFiles(let ids):
             "remove the bitmaps of \(ids.map(\.label).sorted().map(String.init).joined(separator: ", "))"
         case .resume(let link): "\(link.id.label) takes its place, and \(link.resumption)"
+        case .takeRole(let role): words(role)
+        case .resumeRestore(let id): "what has not come back yet comes back from \(id.label)"
+        case .loseFailover: "save: what was failed over to is lost"
+        case .forgetRestore: "save: nothing is restored"
+        case .confirm: "flush, and save: it is this run's"
+        case .finishResuming: "let hosts and work in the background in"
         case .shutHostsOut(let index): at(index, "shut hosts out")
         case .admitHosts(let index): at(index, "admit hosts")
         case .makeRestoreBitmap(let index): at(index, "make the bitmap of what is to be restored")
@@ -241,6 +253,14 @@ struct CopyTranscript {
         case .goOnRestoring(let index): at(index, "data flows back")
         case .dropRestore(let index): at(index, "hosts see the volume again, and the bitmap goes")
         }
+    }
+
+    private func words(_ role: RoleStart) -> String {
+        let name = role.isPrimary ? "a primary's" : role.isSecondary ? "a secondary's" : "its own"
+        return "the engine is \(name)"
+            + (role.marksAll ? ", and everything counts as changed" : "")
+            + (role.marksRegions ? ", and what was active counts as changed" : "")
+            + (role.held.map { ", and point \($0) goes on" } ?? "")
     }
 
     private func words(_ aftermath: Aftermath) -> String {

@@ -16,16 +16,6 @@ extension VersionedRecord {
     package static var oldestFormat: Int { currentFormat }
 }
 
-extension CopyRecord {
-    /// A recovery point in a volume's chain. It is written down in its group's record.
-    init(_ point: PointRecord) {
-        self.init(
-            id: CopyID(point.number), name: "", createdAt: point.formedAt, order: point.order ?? point.number,
-            state: .active)
-        isDurable = true
-    }
-}
-
 struct VolumeRecord: VersionedRecord {
     static let currentFormat = 2
 
