@@ -45,10 +45,12 @@ package struct CopyTable: Sendable, Equatable {
 
     /// The target in the state directory that nobody needs once a copy has gone; nil = it is the operator's, or another copy's by now.
     package func unusedTarget(of copy: CopyRecord) -> CopyID? {
-        let isShared = copies.contains {
-            $0.id != copy.id && $0.targetOwner == copy.targetOwner && $0.state != .lost
-        }
-        return copy.target != nil || isShared ? nil : copy.targetOwner
+        copy.target == nil ? unusedTarget(ofOwner: copy.targetOwner, besides: copy.id) : nil
+    }
+
+    /// The same, of a copy whose record has gone, or of a recovery point: its own, unless another copy has taken that over.
+    package func unusedTarget(ofOwner owner: CopyID, besides id: CopyID) -> CopyID? {
+        copies.contains { $0.id != id && $0.targetOwner == owner && $0.state != .lost } ? nil : owner
     }
 }
 

@@ -100,8 +100,8 @@ package struct ForgetCopy: CopyStepTable {
         switch (state, answer) {
         case (.begins, .begin): return go(.flushes, .flushChanges(volume))
         case (.flushes, .done):
-            let copy = tables[volume][id]
-            let target = copy.map { tables[volume].unusedTarget(of: $0) } ?? id
+            let table = tables[volume]
+            let target = table[id].map { table.unusedTarget(of: $0) } ?? table.unusedTarget(ofOwner: id, besides: id)
             return go(
                 .writesDown(.removeFiles(volume, id, target: target)),
                 .acknowledge(volume, wasInChain ? .left(id) : .removed(id)))

@@ -77,11 +77,11 @@ package struct ResumeChain: CopyStepTable {
         }
     }
 
-    /// The copy that was to take the place of one that was being taken anew.
+    /// The copy that was to take the place of one that was being taken anew; it may have failed since.
     private func successor(of copy: CopyRecord, _ table: CopyTable) -> CopyID? {
         guard copy.state == .refreshing else { return nil }
         return table.copies.first {
-            $0.state == .creating && $0.targetOwner == copy.targetOwner && $0.id != copy.id
+            $0.state != .lost && $0.targetOwner == copy.targetOwner && $0.order > copy.order
         }?.id
     }
 

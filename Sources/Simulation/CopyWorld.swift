@@ -25,6 +25,8 @@ package final class CopyWorld: Scenario {
     private(set) var volumes: [CopiedVolume] = []
     /// One save in so many fails; 0 = none.
     private let failingSaves: Int
+    /// Of a hundred copies so many have a background copy, or can be written to.
+    let (filled, writable): (Int, Int)
     /// The disk under everything but the volumes takes nothing any more.
     private(set) var stateFails = false
 
@@ -70,6 +72,7 @@ package final class CopyWorld: Scenario {
         var generator = SeededGenerator(seed: seed ^ 0xC0FFEE)
         weights = Happening.allCases.map { $0.weight * $0.varies[generator.below(3)] }
         failingSaves = [0, 20, 6, 3][generator.below(4)]
+        (filled, writable) = ([15, 40, 90][generator.below(3)], [0, 30, 60][generator.below(3)])
         // Seldom enough memory for every job at once.
         let copyBytes = generator.chance(50) ? 1 << 20 : 1 << 16
         let count = generator.chance(40) ? 1 : 2

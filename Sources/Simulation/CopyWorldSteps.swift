@@ -50,9 +50,9 @@ extension CopyWorld {
         let name = "c\(steps)"
         let set = "\(name) of \(members.count)"
         var draft = CopyDraft(volume: "", name: name)
-        draft.isFilled = random.chance(40)
+        draft.isFilled = random.chance(filled)
         draft.rate = random.chance(70) ? 0 : 4_000_000
-        draft.isWritable = random.chance(40)
+        draft.isWritable = random.chance(writable)
         draft.isDurable = random.chance(25)
         draft.set = set
         let drafts = members.indices.map { index in

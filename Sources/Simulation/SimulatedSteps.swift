@@ -82,7 +82,7 @@ extension SimulatedSite {
         case .open(let point, _):
             for index in 0..<World.volumes {
                 startRestore(index, volumes[index], from: carrier(of: point, index))
-                startLog(index, volumes[index], true)
+                startLog(index, volumes[index])
             }
             servesHosts = true
             onEngines(done) { engine in
@@ -124,6 +124,7 @@ extension SimulatedSite {
             }
         case .askToYield: askToYield(done)
         case .takeChanges: done(answer(takeChanges()))
+        case .copyAtPoint, .pinPoint, .comparePoint, .dropCopies, .unpinPoint: world.fail("nobody compares points here")
         }
     }
 

@@ -47,6 +47,8 @@ final class GroupState {
     let points = RecoveryPoints()
     /// What carries no recovery point any more, and leaves once the record's file says so.
     var leavingCarriers: [(volume: VolumeState, ids: [CopyID], endsReaders: Bool)] = []
+    /// A point is being compared.
+    var verification: Verification?
     /// An operation on it lets none begin on FlashCopies.
     var holdsCopies = false
     /// This site asks its peer to give up the role.

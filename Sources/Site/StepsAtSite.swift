@@ -54,6 +54,11 @@ extension Site {
         case .serveAsSecondary: await serveAsSecondary(group)
         case .askToYield: return .yielded(try await askToYield(group))
         case .takeChanges: try await takeChanges(group)
+        case .copyAtPoint: return .point(try await copyAtPoint(group))
+        case .pinPoint(let point): try await pinPoint(group, point)
+        case .comparePoint(let point): try await comparePoint(group, point)
+        case .dropCopies: await dropCopies(group)
+        case .unpinPoint(let point): try await unpinPoint(group, point)
         }
         return .done
     }

@@ -2,10 +2,6 @@
 //
 // A FlashCopy of every volume is taken at the primary in the very instant in which a point is formed; the peer keeps that
 // point as a clone. The two must be alike, whatever hosts do meanwhile.
-//
-// Must be prevented:
-//   what hosts write meanwhile counts as a difference
-//   a FlashCopy made for it stays behind
 
 import API
 import Base
@@ -31,13 +27,36 @@ extension VerifyReport {
     }
 }
 
+/// A comparison that is under way.
+final class Verification {
+    let peer: HTTPPeer
+    let repairs: Bool
+    /// Bytes a second; 0 = as fast as it goes.
+    let rate: UInt64
+    var copies: [(volume: VolumeState, id: CopyID)] = []
+    var report = VerifyReport(
+        point: 0, startedAt: timestamp(realSeconds()), finishedAt: "", comparedBytes: 0, differingBytes: 0,
+        differenceCount: 0, differences: [], repairing: false)
+
+    init(_ peer: HTTPPeer, repair: Bool, rate: UInt64) { (self.peer, repairs, self.rate) = (peer, repair, rate) }
+}
+
 extension Site {
     /// - Parameter rate: bytes a second; 0 = as fast as it goes.
     package func verify(_ name: String, repair: Bool, rate: UInt64) async throws -> VerifyReport {
         let group = try group(name)
+        guard group.isReplicating else { throw Refusal(notMirroring(group)) }
+        guard let peer = peer(group) else {
+            throw Refusal("the peer of group '\(name)' gives no checksums; it is no Farcopy site")
+        }
         var report: VerifyReport?
         try await operate(group, .verify) {
-            report = try await self.compareSites(group, group.operation!, repair, rate)
+            let verification = Verification(peer, repair: repair, rate: rate)
+            group.verification = verification
+            defer { group.verification = nil }
+            verification.report.point = try await self.run(Verify(), group).number
+            verification.report.finishedAt = timestamp(realSeconds())
+            report = verification.report
         }
         let result = report!
         group.lastVerify = result
@@ -50,46 +69,20 @@ extension Site {
         return result
     }
 
-    private func compareSites(
-        _ group: GroupState, _ operation: Operation, _ repair: Bool, _ rate: UInt64
-    ) async throws -> VerifyReport {
-        guard let replicator = group.replicator else { throw Refusal(notMirroring(group)) }
-        guard let peer = peer(group) else {
-            throw Refusal("the peer of group '\(group.entry.name)' gives no checksums; it is no Farcopy site")
-        }
-        let started = realSeconds()
-        operation.step = "a point is formed"
-        let (point, copies) = try await copyAtPoint(group, replicator)
-        let pinned = "\(Self.verifyPrefix)\(point.number)"
-        var report: VerifyReport?
-        var problem: (any Error)?
-        do {
-            try await peer.pin(point: point.number, as: pinned)
-            report = try await compare(operation, peer, pinned, copies, repair, rate)
-        } catch {
-            problem = error
-        }
-        for copy in copies { await leave(copy.volume, copy.id) }
-        try? await peer.unpin(pinned)
-        if let problem { throw problem }
-        report!.point = point.number
-        report!.startedAt = timestamp(started)
-        report!.finishedAt = timestamp(realSeconds())
-        return report!
-    }
-
     /// Names with ':' are the site's own and not exported.
     static let verifyPrefix = "verify:"
 
-    private struct VerifiedCopy {
-        var volume: VolumeState
-        var id: CopyID
+    private func verification(_ group: GroupState) -> Verification {
+        guard let verification = group.verification else {
+            invariantFailed("what is compared is known before it is", #fileID, #line)
+        }
+        return verification
     }
 
     /// FlashCopies of the instant of a point that the peer has committed.
-    private func copyAtPoint(
-        _ group: GroupState, _ replicator: GroupHandle
-    ) async throws -> (PointRecord, [VerifiedCopy]) {
+    func copyAtPoint(_ group: GroupState) async throws -> PointRecord {
+        guard let replicator = group.replicator else { throw Refusal(notMirroring(group)) }
+        group.operation?.step = "a point is formed"
         await copyTurnstile.enter()
         defer { copyTurnstile.leave() }
         let work = CopyWork(members(group))
@@ -100,47 +93,57 @@ extension Site {
         }
         do {
             let made = try await run(TakeCopies(drafts, at: .nextPoint), on: work)
-            return (work.point!, zip(work.volumes, made).map { VerifiedCopy(volume: $0, id: $1.id) })
+            verification(group).copies = zip(work.volumes, made).map { ($0, $1.id) }
+            return work.point!
         } catch {
             throw error as? Refusal ?? Refusal("group '\(group.entry.name)': \(error)")
         }
     }
 
-    private func compare(
-        _ operation: Operation, _ peer: HTTPPeer, _ pinned: String, _ copies: [VerifiedCopy], _ repair: Bool,
-        _ rate: UInt64
-    ) async throws -> VerifyReport {
-        var report = VerifyReport(
-            point: 0, startedAt: "", finishedAt: "", comparedBytes: 0, differingBytes: 0, differenceCount: 0,
-            differences: [], repairing: false)
-        let total = copies.reduce(0) { $0 + $1.volume.geometry.size }
+    func pinPoint(_ group: GroupState, _ point: UInt64) async throws {
+        try await verification(group).peer.pin(point: point, as: "\(Self.verifyPrefix)\(point)")
+    }
+
+    func unpinPoint(_ group: GroupState, _ point: UInt64) async throws {
+        try await verification(group).peer.unpin("\(Self.verifyPrefix)\(point)")
+    }
+
+    func dropCopies(_ group: GroupState) async {
+        for (volume, id) in verification(group).copies { await leave(volume, id) }
+    }
+
+    func comparePoint(_ group: GroupState, _ point: UInt64) async throws {
+        let verification = verification(group)
+        let operation = group.operation!
+        let pinned = "\(Self.verifyPrefix)\(point)"
+        let total = verification.copies.reduce(0) { $0 + $1.volume.geometry.size }
         let begin = realSeconds()
-        for copy in copies {
-            let size = copy.volume.geometry.size
+        for (volume, id) in verification.copies {
+            let size = volume.geometry.size
             var offset: UInt64 = 0
             while offset < size {
                 guard !operation.isAborted else { throw Refusal("aborted by the operator") }
                 let parts = Self.parts(from: offset, size)
-                let pairs = try await digestPairs(copy, peer, pinned, parts)
+                let pairs = try await digestPairs(volume, id, verification.peer, pinned, parts)
                 for ((start, length), (ours, theirs)) in zip(parts, pairs) {
                     guard ours.count == theirs.count else { throw Refusal("the peer's checksums make no sense") }
                     let found = Sender.differing(ours, theirs, length, runs: .max).map {
                         start + UInt64($0.lowerBound)..<start + UInt64($0.upperBound)
                     }
-                    report.add(found, copy.volume.name)
-                    if repair, !found.isEmpty {
-                        try await markDifferent(copy.volume, found)
-                        report.repairing = true
+                    verification.report.add(found, volume.name)
+                    if verification.repairs, !found.isEmpty {
+                        try await markDifferent(volume, found)
+                        verification.report.repairing = true
                     }
-                    report.comparedBytes += UInt64(length)
+                    verification.report.comparedBytes += UInt64(length)
                     offset = start + UInt64(length)
                 }
-                operation.step = progress(report, total, begin)
-                let due = rate == 0 ? 0 : Double(report.comparedBytes) / Double(rate) - (realSeconds() - begin)
+                operation.step = progress(verification.report, total, begin)
+                let rate = Double(verification.rate)
+                let due = rate == 0 ? 0 : Double(verification.report.comparedBytes) / rate - (realSeconds() - begin)
                 if due > 0 { try await Task.sleep(for: .seconds(min(due, 5))) }
             }
         }
-        return report
     }
 
     private func progress(_ report: VerifyReport, _ total: UInt64, _ begin: Double) -> String {
@@ -159,9 +162,9 @@ extension Site {
     }
 
     private func digestPairs(
-        _ copy: VerifiedCopy, _ peer: HTTPPeer, _ pinned: String, _ parts: [(UInt64, Int)]
+        _ volume: VolumeState, _ id: CopyID, _ peer: HTTPPeer, _ pinned: String, _ parts: [(UInt64, Int)]
     ) async throws -> [([UInt8], [UInt8])] {
-        let name = copy.volume.name
+        let name = volume.name
         var theirs: [Task<[UInt8], any Error>] = []
         for (offset, length) in parts {
             theirs.append(
@@ -172,7 +175,7 @@ extension Site {
         }
         var pairs: [([UInt8], [UInt8])] = []
         for ((offset, length), task) in zip(parts, theirs) {
-            let ours = try await digests(copy.volume, .copy(copy.id), offset, length, Comparison.block)
+            let ours = try await digests(volume, .copy(id), offset, length, Comparison.block)
             pairs.append((ours, try await task.value))
         }
         return pairs

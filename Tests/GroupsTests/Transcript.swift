@@ -192,6 +192,11 @@ extension SiteAction {
         case .serveAsSecondary: "serve as secondary"
         case .askToYield: "ask the peer to yield"
         case .takeChanges: "take over what the peer has changed"
+        case .copyAtPoint: "take FlashCopies in the instant of a point"
+        case .pinPoint(let point): "have the peer keep point \(point)"
+        case .comparePoint(let point): "compare point \(point)"
+        case .dropCopies: "drop the FlashCopies"
+        case .unpinPoint(let point): "have the peer let go of point \(point)"
         }
     }
 }
@@ -219,7 +224,7 @@ struct GroupTranscript {
                     Cycle.Settings(
                         interval: interval, volumes: Int(line.number("volumes") ?? 1), window: 2, checkpointBytes: 100)),
                 line)
-        case "commit", "session", "failover", "yield", "join", "handover", "takeback":
+        case "commit", "session", "failover", "yield", "join", "handover", "takeback", "verify":
             steps = operation(line)
             return goOn(.begin)
         case "ok":
@@ -302,6 +307,7 @@ struct GroupTranscript {
             ) { "point \($0.number)" }
         case "handover": return erased(HandOver(seconds: 60)) { "at point \($0.number)" }
         case "takeback": return erased(TakeBack()) { _ in "" }
+        case "verify": return erased(Verify()) { "point \($0.number)" }
         default:
             let theirs = try! GroupRecord(
                 "role=\(line.isSet("primary") ? "primary" : "secondary") generations=\(line.fields["knows"] ?? "one")")

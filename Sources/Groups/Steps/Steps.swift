@@ -66,6 +66,15 @@ package enum SiteAction: Sendable, Equatable {
     case askToYield
     /// What the peer says it has changed is in the bitmaps, on stable storage.
     case takeChanges
+
+    // A comparison.
+    /// FlashCopies of all volumes in the instant of a point that the peer has committed. Answered by `Answer.point`.
+    case copyAtPoint
+    /// The peer keeps the point, whatever its retention.
+    case pinPoint(UInt64)
+    case comparePoint(UInt64)
+    case dropCopies
+    case unpinPoint(UInt64)
 }
 
 /// What has become of an action.
