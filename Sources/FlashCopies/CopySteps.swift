@@ -139,15 +139,19 @@ package struct ChainLook: Sendable {
     package var isDurable: Bool
     /// Larger than the order of everything in it.
     package var nextOrder: UInt64
-    /// The orders of its recovery points.
+    /// The orders of all recovery points in it, those that are past their retention included.
     package var points: [UInt64]
+    /// How many copies and points it has.
+    package var count: Int
     /// Of the copy that was asked for; nil = it is not there.
     package var copy: FlashCopy.State?
     /// Seconds since 1970.
     package var at: Double
 
-    package init(isDurable: Bool, nextOrder: UInt64, points: [UInt64], copy: FlashCopy.State?, at: Double) {
-        (self.isDurable, self.nextOrder, self.points) = (isDurable, nextOrder, points)
+    package init(
+        isDurable: Bool, nextOrder: UInt64, points: [UInt64], count: Int, copy: FlashCopy.State?, at: Double
+    ) {
+        (self.isDurable, self.nextOrder, self.points, self.count) = (isDurable, nextOrder, points, count)
         (self.copy, self.at) = (copy, at)
     }
 }

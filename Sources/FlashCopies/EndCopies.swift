@@ -52,6 +52,8 @@ package struct WithdrawCopies: CopyStepTable {
         case (.begins, .begin): return look(0)
         case (.looks(let index), .chain(let chain)):
             guard chain.copy != nil else { return forget(index, ForgetCopy(ids[index], of: index), .begin, tables) }
+            // Its set may be leaving, once that can be written down: then it waits for the others.
+            if tables[index][ids[index]]?.state == .withdrawing { return look(index + 1) }
             // This one alone: others of its set stay.
             return go(.writesDown(index), .change(index, .withdrawing(ids[index], alone: true)))
         case (.writesDown(let index), .done): return go(.leaves(index), .leave(index, ids[index]))

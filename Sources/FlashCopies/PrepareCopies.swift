@@ -4,7 +4,10 @@
 //   a copy takes old content before it is written down: a crash would lose what older copies need
 //   a copy that must survive power loss is written down before its files are on stable storage
 //   a copy that is newer than a durable one is not durable, although that one reads through it
+//   a clone is written down below something that it does not read through: after a restart it would
+//   a chain becomes longer than the engine can hold
 
+import Base
 import Groups
 import Volumes
 
@@ -62,6 +65,8 @@ package struct CopyDraft: Sendable {
 /// What takes the place of a copy that is taken anew: the same, over the same target.
 struct Successor: Sendable {
     let old: CopyRecord
+    /// The volume's name.
+    let volume: String
 
     func copy(_ chain: ChainLook, _ table: CopyTable) -> CopyRecord {
         var copy = old
@@ -95,18 +100,29 @@ package struct PrepareCopies: CopyStepTable {
         switch (state, answer) {
         case (.takesBack(let aftermath, let error), _): return takeBack(aftermath, answer, error)
         case (.begins, .begin): return look(0)
-        case (.looks(let index), .chain(let chain)): return makeFiles(index, chain, tables[index])
+        case (.looks(let index), .chain(let chain)): return makeFiles(index, chain, tables)
         case (.makes(let index, var copy), .files(let targetIsZero)):
             copy.targetIsZero = targetIsZero
             return go(.writesDown(index, copy), .change(index, .added(copy)))
         case (.writesDown(let index, let copy), .done):
             made.append(copy)
             return index + 1 < parts.count ? look(index + 1) : .done(made)
-        case (.writesDown(let index, let copy), .failed(let error)):
+        case (.makes(let index, let copy), .failed(let error)), (.writesDown(let index, let copy), .failed(let error)):
             let target = tables[index].unusedTarget(of: copy)
             return takeBack(tables, [.discardFiles(index, copy.id, target: target)], error)
         case (_, .failed(let error)): return takeBack(tables, [], error)
         default: return .failed(UnexpectedAnswer(answer, state))
+        }
+    }
+
+    /// Recovery points and the copies that restores keep need room as well.
+    private static let reserve = 8
+
+    private static func checkRoom(_ chain: ChainLook, _ volume: String) throws {
+        guard chain.count < Limits.copiesPerVolume - reserve else {
+            throw Refusal(
+                "volume '\(volume)' has \(chain.count) FlashCopies and recovery points, which is the limit; withdraw some"
+            )
         }
     }
 
@@ -116,17 +132,23 @@ package struct PrepareCopies: CopyStepTable {
     }
 
     private mutating func makeFiles(
-        _ index: Int, _ chain: ChainLook, _ table: CopyTable
+        _ index: Int, _ chain: ChainLook, _ tables: [CopyTable]
     ) -> CopyStep<[CopyRecord]> {
+        let table = tables[index]
         switch parts[index] {
         case .new(let draft):
             do {
+                try Self.checkRoom(chain, draft.volume)
                 let copy = try draft.copy(chain, table)
                 return go(.makes(index, copy), .makeFiles(index, copy, targetOf: nil))
             } catch {
-                return takeBack([table], [], error)
+                return takeBack(tables, [], error)
             }
         case .successor(let successor):
+            // In place of one that is lost it is one more.
+            do { if chain.copy == nil { try Self.checkRoom(chain, successor.volume) } } catch {
+                return takeBack(tables, [], error)
+            }
             let copy = successor.copy(chain, table)
             let kept = successor.keepsTarget(chain) ? successor.old.id : nil
             return go(.makes(index, copy), .makeFiles(index, copy, targetOf: kept))

@@ -125,20 +125,27 @@ package struct RestoreVolumes: CopyStepTable {
         return go(.opens(Array(todo.dropFirst())), action)
     }
 
-    /// As if the restore had not been asked for: nothing has flowed back. The decision may stand in a record's file all the same, and then
-    /// a start would carry it out; so until that is mended, nobody writes, and everything that it relies on is kept.
+    /// As if the restore had not been asked for: nothing has flowed back.
     private mutating func takeBack(_ error: any Error, _ tables: [CopyTable]) -> CopyStep<Void> {
-        let hasBegun = kept.indices
-        let forgotten = hasBegun.flatMap { index -> [CopyAction] in
-            [.acknowledge(index, .restoring(nil))]
-                + (index < entered ? [.acknowledge(index, .withdrawing(kept[index].id, alone: true))] : [])
-        }
-        let dropped = hasBegun.flatMap { index -> [CopyAction] in
+        let dropped = kept.indices.flatMap { index -> [CopyAction] in
             [.dropRestore(index)]
                 + (index < entered ? [.leave(index, kept[index].id)] : discard(index, kept[index], tables))
         }
         let admitted = copies.indices.map { CopyAction.admitHosts($0) }
-        return takeBack(Aftermath(forgotten + [.onceSaved(Aftermath(dropped + admitted))]), .begin, error)
+        guard case .decides = state else {
+            // No file says that it is decided, so a start forgets it as well.
+            return takeBack(Aftermath(kept.indices.flatMap { forget($0) } + dropped + admitted), .begin, error)
+        }
+        // The decision may stand in the first volume's file all the same, and then a start would carry it out for all. So until that
+        // is mended, nobody writes, everything that it relies on is kept, and the other volumes' records still know of it.
+        let others = kept.indices.dropFirst().flatMap { forget($0) }
+        return takeBack(
+            Aftermath(forget(0) + [.onceSaved(Aftermath(others + dropped + admitted))]), .begin, error)
+    }
+
+    private func forget(_ index: Int) -> [CopyAction] {
+        [.acknowledge(index, .restoring(nil))]
+            + (index < entered ? [.acknowledge(index, .withdrawing(kept[index].id, alone: true))] : [])
     }
 
     private mutating func takeBack(

@@ -109,7 +109,8 @@ package struct RetakeCopies: CopyStepTable {
             guard old.count == ids.count else {
                 return .failed(Refusal("FlashCopy '\(name)' has left meanwhile", .unknown))
             }
-            return prepare(PrepareCopies(old.map { .successor(Successor(old: $0)) }), .begin, tables)
+            return prepare(
+                PrepareCopies(zip(old, volumes).map { .successor(Successor(old: $0, volume: $1)) }), .begin, tables)
         }
     }
 

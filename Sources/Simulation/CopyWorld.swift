@@ -45,6 +45,8 @@ package final class CopyWorld: Scenario {
     package internal(set) var happened: [String: Int] = [:]
     /// Sets of which the operator has withdrawn one alone.
     var partedSets: Set<String> = []
+    /// When something has just been settled that the next moments may show to be unsettled.
+    func losePowerSoon() { if relapse == nil, random.chance(8) { relapse = steps + random.below(300) } }
     /// A sector to tell about in the trace (the simulate command's WATCH).
     // Safe because: set once, before the first run.
     package nonisolated(unsafe) static var watching: Int?
@@ -169,12 +171,15 @@ package final class CopyWorld: Scenario {
     /// Once one of the volumes that were to be restored together says that it is decided, all are.
     private func settleRestores() {
         let decided = Set(volumes.compactMap(\.saved.restoring).filter(\.decided).compactMap(\.decision))
+        var stands: Set<Bool> = []
         for volume in volumes {
             guard let before = volume.unrestored else { continue }
             volume.unrestored = nil
-            if let decision = volume.saved.restoring?.decision, decided.contains(decision) { continue }
-            volume.contents = before
+            let isDecided = volume.saved.restoring?.decision.map { decided.contains($0) } ?? false
+            stands.insert(isDecided)
+            if !isDecided { volume.contents = before }
         }
+        if stands.count > 1 { fail("one volume is restored, and another is not") }
     }
 
     /// Copies that were taken together are all there, or none; what has been lost since is there as well, and says so.

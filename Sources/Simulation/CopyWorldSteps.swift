@@ -128,6 +128,7 @@ extension CopyWorld {
 
     func withdrawn(_ volume: CopiedVolume, _ id: CopyID) {
         volume.note("copy \(id.label) has left")
+        losePowerSoon()
         run(ForgetCopy(id, of: 0, wasInChain: true), SimulatedWork(.end, [volume])) { _ in
             volume.readyTasks.removeValue(forKey: id)?()
         }
@@ -178,7 +179,7 @@ extension CopyWorld {
                 .chain(
                     ChainLook(
                         isDurable: engine.chainIsDurable, nextOrder: volume(index).nextOrder, points: [],
-                        copy: id.flatMap { engine.copy($0)?.state }, at: Double(steps))))
+                        count: engine.chainCount, copy: id.flatMap { engine.copy($0)?.state }, at: Double(steps))))
         case .change(let index, let change): done(answer(volume(index).amend(change)))
         case .acknowledge(let index, let change):
             volume(index).acknowledge(change)

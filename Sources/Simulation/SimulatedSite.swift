@@ -421,6 +421,8 @@ final class SimulatedSite {
         case .activityLogFailed: distrust(index)
         case .copyWithdrawn(let id): copies[index][id] = nil
         case .copyFailed(let id, _), .failureUnwritten(let id, _):
+            // The disk that is full has the record as well.
+            if !world.isQuiet, world.random.chance(30) { fullUntil = world.steps + world.random.below(600) }
             _ = take(.pointFailed(UInt64(id), volume: "\(index)"))
             if case .failureUnwritten = event { volumes[index].volume.failureIsWritten() }
             settleChains()

@@ -116,7 +116,7 @@ extension SimulatedSite {
             admitWhenSettled(life)
             done(.done)
         case .settleChanges: settleChanges(done)
-        case .keepUnsent: done(.done)  // FlashCopies are CopyWorld's
+        case .keepUnsent, .dropUnsent: done(.done)  // FlashCopies are CopyWorld's
         case .serveAsSecondary:
             onEngines(done) { engine in
                 engine.policy = .copiesFirst

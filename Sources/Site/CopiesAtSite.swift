@@ -125,14 +125,17 @@ extension Site {
 
     private func look(_ volume: VolumeState, _ id: CopyID?) async -> ChainLook {
         let record = group(ofVolume: volume.name)?.record
-        let points = volume.carriers.compactMap { record?.pointRecord($0) }.map { $0.order ?? $0.number }
+        let points = volume.copies.keys.filter { $0 < CopyTable.firstID }.map { id in
+            record?.pointRecord(UInt64(id)).map { $0.order ?? $0.number } ?? UInt64(id)
+        }
         let number = volume.number
-        let (isDurable, copy) = await volume.reactor.run { reactor in
+        let (isDurable, count, copy) = await volume.reactor.run { reactor in
             let engine = reactor.hosted(number).volume
-            return (engine.chainIsDurable, id.flatMap { engine.copy($0)?.state })
+            return (engine.chainIsDurable, engine.chainCount, id.flatMap { engine.copy($0)?.state })
         }
         return ChainLook(
-            isDurable: isDurable, nextOrder: volume.nextOrder, points: points, copy: copy, at: realSeconds())
+            isDurable: isDurable, nextOrder: volume.nextOrder, points: points, count: count, copy: copy,
+            at: realSeconds())
     }
 
     private func onEngine(_ volume: VolumeState, _ body: @escaping @Sendable (Volume) -> Void) async {

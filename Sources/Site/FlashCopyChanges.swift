@@ -69,11 +69,17 @@ extension Site {
         // Before anything is frozen, since it may take a while.
         let ids = try copies(request.name, members).map(\.1.id)
         try await run(TakeOutOfUse(ids, volumes: request.volumes), on: members)
-        try await frozen(members, request.name) {
-            try await self.patiently(request.name) {
-                let ids = try self.copies(request.name, members).map(\.1.id)
-                try await self.run(RetakeCopies(ids, name: request.name, volumes: request.volumes), on: members)
+        do {
+            try await frozen(members, request.name) {
+                try await self.patiently(request.name) {
+                    let ids = try self.copies(request.name, members).map(\.1.id)
+                    try await self.run(RetakeCopies(ids, name: request.name, volumes: request.volumes), on: members)
+                }
             }
+        } catch {
+            throw Refusal(
+                "\(error); what FlashCopy '\(request.name)' held is not kept any more since its refresh began: refresh it again, or "
+                    + "withdraw it", (error as? Refusal)?.kind ?? .failed)
         }
         note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) taken anew")
         return try await reports(request.name, members)

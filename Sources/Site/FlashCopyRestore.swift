@@ -17,12 +17,13 @@ extension Site {
     /// The volumes become the FlashCopies' point in time again, at once; data flows back in the background.
     package func restoreFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
         let members = try members(request.volumes)
+        for (volume, record) in try copies(request.name, members) { try checkRestorable(volume, record) }
         let groups = try groupsToHold(members)
-        // In this order, as where a role is given up.
-        for group in groups { await group.turnstile.enter() }
-        defer { for group in groups { group.turnstile.leave() } }
-        await copyTurnstile.enter()
-        defer { copyTurnstile.leave() }
+        await enterTurnstiles(groups)
+        defer {
+            copyTurnstile.leave()
+            for group in groups { group.turnstile.leave() }
+        }
         let found = try copies(request.name, members)
         for (volume, record) in found { try checkRestorable(volume, record) }
         let hosts = await hosts(members)
@@ -41,6 +42,21 @@ extension Site {
             reports[index].disconnected = hosts[index].clients.count
         }
         return reports
+    }
+
+    /// Who gives a role up holds its group and waits for operations on FlashCopies; so nobody else waits for one while it has the other: a
+    /// failover would wait with it.
+    private func enterTurnstiles(_ groups: [GroupState]) async {
+        while true {
+            await copyTurnstile.enter()
+            if groups.allSatisfy(\.turnstile.isFree) { break }
+            copyTurnstile.leave()
+            for group in groups {
+                await group.turnstile.enter()
+                group.turnstile.leave()
+            }
+        }
+        for group in groups { await group.turnstile.enter() }
     }
 
     /// The volumes' groups, none of which is changing roles.

@@ -47,6 +47,8 @@ final class GroupState {
     let points = RecoveryPoints()
     /// What carries no recovery point any more, and leaves once the record's file says so.
     var leavingCarriers: [(volume: VolumeState, ids: [CopyID], endsReaders: Bool)] = []
+    /// Keeps what the peer lacks, of the last try to give the role up.
+    var unsent: String?
     /// A point is being compared.
     var verification: Verification?
     /// An operation on it lets none begin on FlashCopies.

@@ -40,10 +40,9 @@ extension Site {
 
     package func endPractice(_ name: String) async throws {
         let group = try group(name)
-        guard members(group).contains(where: { $0.copyRecord(Self.practiceName) != nil }) else {
-            throw Refusal("group '\(name)' is not being practised with", .unknown)
-        }
-        try await withdrawFlashCopy(FlashCopyRequest(name: Self.practiceName, volumes: group.entry.volumes))
+        let volumes = members(group).filter { $0.copyRecord(Self.practiceName) != nil }.map(\.name)
+        guard !volumes.isEmpty else { throw Refusal("group '\(name)' is not being practised with", .unknown) }
+        try await withdrawFlashCopy(FlashCopyRequest(name: Self.practiceName, volumes: volumes))
         note(name, "practice ends")
     }
 }

@@ -142,7 +142,7 @@ package actor Site {
         }
         for group in groups.values { try await goOn(group) }
         board.isStarted.store(true, ordering: .releasing)
-        await dropVerifyCopies()
+        await dropVerifyCopies(Array(volumes.values))
         Task { await watch() }
     }
 
@@ -376,7 +376,7 @@ package actor Site {
         if volumes.values.contains(where: \.isUnsaved) || groups.values.contains(where: \.isUnsaved) {
             reserve.releaseIfShort()
         }
-        for volume in volumes.values where volume.isUnsaved { try? await volume.settle() }
+        for volume in volumes.values where volume.isUnsettled { try? await volume.settle() }
         for group in groups.values {
             if group.isUnsaved { try? await group.handle.settle() }
             await withdrawCarriers(group)

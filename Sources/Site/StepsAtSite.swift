@@ -51,6 +51,7 @@ extension Site {
         case .admitHosts: await admitWhenSettled(group)
         case .settleChanges: try await settleChanges(group)
         case .keepUnsent: try await keepUnsent(group)
+        case .dropUnsent: await dropUnsent(group)
         case .serveAsSecondary: await serveAsSecondary(group)
         case .askToYield: return .yielded(try await askToYield(group))
         case .takeChanges: try await takeChanges(group)
@@ -286,8 +287,11 @@ extension Site {
     }
 
     private func keepUnsent(_ group: GroupState) async throws {
+        group.unsent = nil
         guard await standing(group).changedBytes > 0 else { return }
         let members = members(group)
+        // The point of the new direction needs its files as well.
+        try descriptors.require(4 * members.count)
         let base = "unsent-after-\(group.record.divergedFrom?.number ?? 0)"
         var (name, attempt) = (base, 1)
         while members.contains(where: { volume in volume.record.copies.contains { $0.name == name } }) {
@@ -297,10 +301,20 @@ extension Site {
         var request = FlashCopyRequest(name: name, volumes: members.map(\.name))
         request.durable = true
         try await take(request, members)
+        group.unsent = name
         note(
             group.entry.name,
             "what hosts wrote here and '\(group.entry.peer)' lacks is kept as FlashCopy '\(name)' until it is withdrawn"
         )
+    }
+
+    private func dropUnsent(_ group: GroupState) async {
+        guard let name = group.unsent else { return }
+        group.unsent = nil
+        let found = members(group).compactMap { volume in volume.copyRecord(name).map { (volume, $0.id) } }
+        do { try await run(WithdrawCopies(found.map(\.1)), on: found.map(\.0)) } catch {
+            note(group.entry.name, "FlashCopy '\(name)' stays, although the role was not given up: \(error)")
+        }
     }
 
     private func serveAsSecondary(_ group: GroupState) async {

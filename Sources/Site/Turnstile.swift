@@ -6,6 +6,8 @@ package final class Turnstile {
 
     package init(places: Int = 1) { free = places }
 
+    /// Who enters now does not wait.
+    package var isFree: Bool { free > 0 }
     package var waitingCount: Int { waiting.count }
 
     package func enter(isolation: isolated (any Actor)? = #isolation) async {

@@ -201,6 +201,8 @@ extension Site {
     package func pin(_ name: String, _ request: PinRequest) async throws {
         let group = try verifiedGroup(name, request)
         for volume in members(group) where volume.copyRecord(request.name) != nil { return }
+        // The primary compares one point at a time: it died, or could not be heard, before it let go of this one.
+        await dropVerifyCopies(members(group))
         var copy = FlashCopyRequest(name: request.name, volumes: group.entry.volumes)
         copy.of = String(request.point)
         _ = try await cloneFlashCopy(copy, own: true)
@@ -212,8 +214,8 @@ extension Site {
     }
 
     /// What a verification of an earlier process left behind.
-    func dropVerifyCopies() async {
-        for volume in volumes.values {
+    func dropVerifyCopies(_ volumes: [VolumeState]) async {
+        for volume in volumes {
             for copy in volume.record.copies where copy.name.hasPrefix(Self.verifyPrefix) {
                 try? await withdrawFlashCopy(FlashCopyRequest(name: copy.name, volumes: [volume.name]))
             }

@@ -62,7 +62,8 @@ struct CopyTranscript {
                 .chain(
                     ChainLook(
                         isDurable: line.isSet("durable"), nextOrder: line.number("next") ?? 100,
-                        points: line.list("points").compactMap { UInt64($0) }, copy: state(line.fields["copy"]), at: 7))
+                        points: line.list("points").compactMap { UInt64($0) }, count: Int(line.number("count") ?? 3),
+                        copy: state(line.fields["copy"]), at: 7))
             )
         case "files": return goOn(.files(targetIsZero: !line.isSet("used")))
         case "entered":

@@ -189,6 +189,7 @@ extension SiteAction {
         case .admitHosts: "admit hosts"
         case .settleChanges: "give up the point in the volumes, and flush what has changed"
         case .keepUnsent: "keep as a FlashCopy what the peer lacks"
+        case .dropUnsent: "drop that FlashCopy"
         case .serveAsSecondary: "serve as secondary"
         case .askToYield: "ask the peer to yield"
         case .takeChanges: "take over what the peer has changed"

@@ -25,7 +25,7 @@
 
 struct fault {
     char call[16];    // the call's name, as "fdatasync"; "*" = any that is told or can fail here
-    char suffix[64];  // how the path ends
+    char suffix[64];  // how the path ends; behind a ~, what is somewhere in it
     int32_t error;    // errno; 0: the process is killed instead of the call; below 0: it takes so many seconds longer
     int32_t skip;     // so many calls are let through first; counts down
     int32_t left;     // so many are to fail; counts down
@@ -73,7 +73,9 @@ static int fails(const char *call, const char *path) {
     pthread_mutex_lock(&lock);
     size_t length = strlen(path), end = strlen(fault->suffix);
     int matches = !strcmp(fault->call, "*") || !strcmp(fault->call, call);
-    if (fault->left > 0 && matches && length >= end && !strcmp(path + length - end, fault->suffix)) {
+    int named = fault->suffix[0] == '~' ? strstr(path, fault->suffix + 1) != NULL
+                                        : length >= end && !strcmp(path + length - end, fault->suffix);
+    if (fault->left > 0 && matches && named) {
         if (fault->skip > 0) {
             fault->skip--;
         } else {

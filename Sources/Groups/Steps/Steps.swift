@@ -60,6 +60,8 @@ package enum SiteAction: Sendable, Equatable {
     case settleChanges
     /// What hosts wrote here and the peer lacks becomes a FlashCopy.
     case keepUnsent
+    /// That FlashCopy goes again.
+    case dropUnsent
     /// The volumes' engines are a secondary's.
     case serveAsSecondary
     /// The peer becomes this site's secondary. Answered by `Answer.yielded`.

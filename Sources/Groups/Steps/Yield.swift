@@ -3,11 +3,12 @@
 // Must be prevented:
 //   a role is given up before the hosts' last acknowledged write is in what is kept
 //   hosts stay shut out, or mirroring stopped, because the role was not given up
+//   every try to give it up leaves one more FlashCopy
 
 package struct Yield: StepTable {
     enum State {
         case begins, stops, holdsCopies, shutsOut, settles, givesUp, keeps, surveys
-        case makesFiles(Yielding), decides(Yielding), takes(Yielding), serves(Yielding)
+        case makesFiles(Yielding), decides(Yielding), takes(Yielding), serves(Yielding), drops(any Error)
         case closes(any Error), admits(any Error), goesOn(any Error)
     }
     var state = State.begins
@@ -34,7 +35,10 @@ package struct Yield: StepTable {
 
     package mutating func next(after answer: Answer, _ record: GroupRecord) -> Next<PointRecord> {
         switch (state, answer) {
-        case (.closes(let error), _): return takeBack(error)
+        case (.closes(let error), _), (.drops(let error), _): return takeBack(error)
+        // Asked again, it is kept again.
+        case (.keeps, .failed(let error)), (.surveys, .failed(let error)), (.makesFiles, .failed(let error)):
+            return go(.drops(error), .dropUnsent)
         case (.admits(let error), _): return go(.goesOn(error), .startMirroring)
         case (.goesOn(let error), _): return .failed(error)
         // The file may hold the role that was not taken.

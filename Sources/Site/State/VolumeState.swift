@@ -411,6 +411,8 @@ final class VolumeState {
 
     /// The record's file may hold another one; `settle` mends that.
     var isUnsaved: Bool { kept.isUnsaved }
+    /// So it does, or files wait to be removed.
+    var isUnsettled: Bool { kept.isUnsaved || !unnamedFiles.isEmpty }
     func settle(isolation: isolated (any Actor)? = #isolation) async throws {
         try await kept.settle()
         let left = unnamedFiles
