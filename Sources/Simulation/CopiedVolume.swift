@@ -462,7 +462,7 @@ final class CopiedVolume {
     // MARK: Hosts
 
     private func range() -> Range<Int> {
-        let start = world.random.below(Self.sectors)
+        let start = world.busy.lowerBound + world.random.below(world.busy.count)
         let count = world.random.chance(30) ? 8 : 1 + world.random.below(world.random.chance(20) ? 40 : 6)
         return start..<min(Self.sectors, start + count)
     }

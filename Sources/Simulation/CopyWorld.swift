@@ -33,6 +33,8 @@ package final class CopyWorld: Scenario {
     // The process.
     /// The next step of each operation that is under way, and what waits beside it.
     var tasks: [() -> Void] = []
+    /// Where hosts and readers are at work for a while; the rest is idle, and leaves the activity log.
+    private(set) var busy = 0..<CopiedVolume.sectors
     /// An operator's command is under way: the next one waits.
     var operating = false
     /// Power is lost at this step, soon after a restart: what the last process left is hardly used yet.
@@ -228,6 +230,10 @@ package final class CopyWorld: Scenario {
         if let next = relapse, steps >= next {
             relapse = nil
             crash(powerLoss: true)
+        }
+        if random.below(400) == 0 {
+            let start = random.below(CopiedVolume.sectors)
+            busy = random.chance(40) ? 0..<CopiedVolume.sectors : start..<min(CopiedVolume.sectors, start + 20)
         }
         let happening = random.one(of: Happening.allCases, weights: weights)
         let volume = random.one(of: volumes)!
