@@ -109,6 +109,7 @@ package struct Leg {
     }
 
     mutating func finishMerge() {
+        invariant(outOfSyncCount == 0, "only what counts as changed is cleared")
         merge = .none
         outOfSync.clearAll()
     }

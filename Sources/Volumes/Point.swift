@@ -80,14 +80,16 @@ extension Volume {
     /// of either, so the ones are on stable storage before the others are cleared.
     package func mergeOutOfSync() {
         leg.addOutOfSync()
-        guard !mayForgetBits else { return leg.finishMerge() }
+        // Its end clears them: when the next point has bits of its own, it must be over.
         guard leg.merge == .none else { return }
+        guard !mayForgetBits else { return leg.finishMerge() }
         leg.merge = .flushing
         issue(flushIO(activity.recordingFile, IOToken(owner: .mergeFlush, slot: 0, generation: 0)))
     }
 
     /// A merge that cannot be made durable ends once it is written down that the bitmaps are not to be relied on.
     func completeMerge(_ errno: Int32) {
+        invariant(leg.merge == .flushing, "a merge waits for its own flush")
         guard errno != 0, !mayForgetBits else { return leg.finishMerge() }
         markAllChanged()  // as in `loseBits`
         leg.merge = .failed

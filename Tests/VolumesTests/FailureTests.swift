@@ -147,6 +147,28 @@ func mergeThatFails() {
     #expect(bench.volume.changedGrains == 512)
 }
 
+@Test(
+    "a merge whose flush is under way ends with that, and not earlier: it would clear what the next point has to send")
+func mergeThatIsUnderWay() {
+    let bench = Bench()
+    bench.startActivityLog()
+    bench.submit(.write, grain: 7)
+    _ = bench.settle()
+    bench.formPoint(1)
+    bench.volume.giveUpPoint()
+    let flush = bench.pending()
+    #expect(flush.map(\.file) == [2])
+    bench.volume.distrustActivityLog()
+    bench.volume.giveUpPoint()
+    #expect(bench.pending().isEmpty)
+    #expect(!bench.volume.mayFormPoint, "the flush is not answered")
+    bench.volume.complete(flush[0], errno: 0)
+    #expect(bench.volume.mayFormPoint)
+    bench.formPoint(2)
+    #expect(bench.volume.outOfSyncGrains == 1)
+    #expect(bench.volume.outOfSync.firstSet(in: 0..<512) == 7)
+}
+
 @Test("that a durable copy has failed is flushed before the host overwrites what it lacks", arguments: [true, false])
 func durableCopyThatFails(isWritten: Bool) {
     let bench = Bench()
