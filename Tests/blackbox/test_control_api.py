@@ -277,6 +277,7 @@ class Descriptors(SiteTest):
         """What takes the last descriptor may come from elsewhere: a limit that is lowered while the site runs."""
         site = self.site("solo", {"disk": "16MiB"})
         handle = site.connect("disk")
+        handle.pread(512, 0)  # it is in service: handing it to the volume's reactor is over
         pid = site.process.pid
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (16, hard))
