@@ -83,4 +83,12 @@ func statesOfACopy() {
     #expect(chain[1]?.state == .withdrawing && chain[1]?.reason == "full")
     chain.apply(.left(1))
     #expect(chain.copies.isEmpty)
+    chain.apply(.added(CopyRecord(id: 2, name: "d", createdAt: 0, order: 2, state: .active)))
+    chain.apply(.refreshing(2))
+    chain.apply(.left(2))
+    #expect(chain[2]?.state == .lost, "it stays in the list")
+    for change in [CopyChange.withdrawing(2, alone: true), .failed(2, reason: "late"), .refreshing(2), .active(2)] {
+        chain.apply(change)
+        #expect(chain[2]?.state == .lost)
+    }
 }
