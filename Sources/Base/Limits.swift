@@ -79,6 +79,8 @@ package enum Limits {
 
     /// FlashCopies (recovery points included) of one volume.
     package static let copiesPerVolume = 256
+    /// So many less by command: recovery points, and what restores keep, need room as well.
+    package static let copiesKeptFree = 8
     /// A region to which nothing is written for this long, or twice that, leaves the activity log.
     package static let activitySweepSeconds = 10
     /// Recovery points of one group; their volumes' chains have room for FlashCopies beside them.

@@ -155,4 +155,7 @@ package struct CopyRecord: Codable, Sendable, Equatable {
 
     /// The space between the orders of copies that are taken one after the other, so that clones fit in between.
     package static let orderStep: UInt64 = 1 << 20
+
+    /// The order of what is taken next.
+    package static func order(after newest: UInt64) -> UInt64 { (newest / orderStep + 1) * orderStep }
 }

@@ -175,16 +175,47 @@ extension CopyStepTable {
         state = next
         return .perform(action)
     }
+
+    /// Goes on with a part of the operation, which is an operation by itself.
+    ///
+    /// - Parameters:
+    ///   - state: of the whole, while that part is under way.
+    ///   - next: what comes after the part's end.
+    mutating func goOn<Part: CopySteps>(
+        _ part: Part, after answer: CopyAnswer, _ tables: [CopyTable], as state: (Part) -> State,
+        then next: (inout Self, Part.Outcome) -> CopyStep<Outcome>,
+        failed: (inout Self, any Error) -> CopyStep<Outcome> = { .failed($1) }
+    ) -> CopyStep<Outcome> {
+        var part = part
+        switch part.next(after: answer, tables) {
+        case .perform(let action): return go(state(part), action)
+        case .done(let outcome): return next(&self, outcome)
+        case .failed(let error): return failed(&self, error)
+        }
+    }
+}
+
+/// One after the other, until one of them fails.
+struct InOrder: CopySteps {
+    private var todo: ArraySlice<CopyAction>
+    init(_ todo: [CopyAction]) { self.todo = todo[...] }
+
+    mutating func next(after answer: CopyAnswer, _ tables: [CopyTable]) -> CopyStep<Void> {
+        switch answer {
+        case .begin, .done: todo.popFirst().map { .perform($0) } ?? .done(())
+        case .failed(let error): .failed(error)
+        default: .failed(UnexpectedAnswer(answer, self))
+        }
+    }
 }
 
 /// One after the other, whatever becomes of each. What cannot be taken out of a record keeps its files: a start removes both.
-package struct Aftermath: Sendable, Equatable {
-    private var todo: [CopyAction]
-    init(_ todo: [CopyAction]) { self.todo = todo }
+package struct Aftermath: CopySteps, Sendable, Equatable {
+    private var todo: ArraySlice<CopyAction>
+    init(_ todo: [CopyAction]) { self.todo = todo[...] }
 
-    /// - Parameter answer: to the action before; `begin` at first.
-    package mutating func next(after answer: CopyAnswer) -> CopyAction? {
+    package mutating func next(after answer: CopyAnswer, _ tables: [CopyTable]) -> CopyStep<Void> {
         if case .failed = answer, case .removeFiles = todo.first { todo.removeFirst() }
-        return todo.isEmpty ? nil : todo.removeFirst()
+        return todo.popFirst().map { .perform($0) } ?? .done(())
     }
 }

@@ -72,12 +72,7 @@ package struct WithdrawCopies: CopyStepTable {
     private mutating func forget(
         _ index: Int, _ part: ForgetCopy, _ answer: CopyAnswer, _ tables: [CopyTable]
     ) -> CopyStep<Void> {
-        var part = part
-        switch part.next(after: answer, tables) {
-        case .perform(let action): return go(.forgets(index, part), action)
-        case .failed(let error): return .failed(error)
-        case .done: return look(index + 1)
-        }
+        goOn(part, after: answer, tables, as: { .forgets(index, $0) }) { steps, _ in steps.look(index + 1) }
     }
 }
 

@@ -98,7 +98,7 @@ package struct PrepareCopies: CopyStepTable {
     /// - Returns: the copies, in the order of the drafts.
     package mutating func next(after answer: CopyAnswer, _ tables: [CopyTable]) -> CopyStep<[CopyRecord]> {
         switch (state, answer) {
-        case (.takesBack(let aftermath, let error), _): return takeBack(aftermath, answer, error)
+        case (.takesBack(let part, let error), _): return end(error, part, answer, tables)
         case (.begins, .begin): return look(0)
         case (.looks(let index), .chain(let chain)): return makeFiles(index, chain, tables)
         case (.makes(let index, var copy), .files(let targetIsZero)):
@@ -115,11 +115,8 @@ package struct PrepareCopies: CopyStepTable {
         }
     }
 
-    /// Recovery points and the copies that restores keep need room as well.
-    private static let reserve = 8
-
     private static func checkRoom(_ chain: ChainLook, _ volume: String) throws {
-        guard chain.count < Limits.copiesPerVolume - reserve else {
+        guard chain.count < Limits.copiesPerVolume - Limits.copiesKeptFree else {
             throw Refusal(
                 "volume '\(volume)' has \(chain.count) FlashCopies and recovery points, which is the limit; withdraw some"
             )
@@ -158,15 +155,13 @@ package struct PrepareCopies: CopyStepTable {
     private mutating func takeBack(
         _ tables: [CopyTable], _ first: [CopyAction], _ error: any Error
     ) -> CopyStep<[CopyRecord]> {
-        takeBack(Aftermath(first + made.indices.flatMap { discard($0, made[$0], tables) }), .begin, error)
+        end(error, Aftermath(first + made.indices.flatMap { discard($0, made[$0], tables) }), .begin, tables)
     }
 
-    private mutating func takeBack(
-        _ aftermath: Aftermath, _ answer: CopyAnswer, _ error: any Error
+    private mutating func end(
+        _ error: any Error, _ part: Aftermath, _ answer: CopyAnswer, _ tables: [CopyTable]
     ) -> CopyStep<[CopyRecord]> {
-        var aftermath = aftermath
-        guard let action = aftermath.next(after: answer) else { return .failed(error) }
-        return go(.takesBack(aftermath, error), action)
+        goOn(part, after: answer, tables, as: { .takesBack($0, error) }, then: { _, _ in .failed(error) })
     }
 }
 

@@ -19,10 +19,10 @@ import Volumes
 
 package struct RestoreVolumes: CopyStepTable {
     enum State {
-        case begins, shutsOut([CopyAction]), prepares(PrepareCopies), notes([CopyAction])
+        case begins, shutsOut(InOrder), prepares(PrepareCopies), notes(InOrder)
         /// Of this volume the kept copy enters, or the restore begins.
         case enters(Int), starts(Int)
-        case settles([CopyAction]), looks, decides, opens([CopyAction])
+        case settles(InOrder), looks, decides, opens(Aftermath)
         case takesBack(Aftermath, any Error)
     }
     var state = State.begins
@@ -42,43 +42,44 @@ package struct RestoreVolumes: CopyStepTable {
 
     package mutating func next(after answer: CopyAnswer, _ tables: [CopyTable]) -> CopyStep<Void> {
         switch (state, answer) {
-        case (.takesBack(let aftermath, let error), _): return takeBack(aftermath, answer, error)
-        case (.begins, .begin): return shutOut(copies.indices.map { .shutHostsOut($0) }, tables)
-        case (.shutsOut(let todo), .done): return shutOut(todo, tables)
+        case (.takesBack(let part, let error), _): return end(error, part, answer, tables)
+        case (.begins, .begin): return shutOut(InOrder(copies.indices.map { .shutHostsOut($0) }), answer, tables)
+        case (.shutsOut(let part), _): return shutOut(part, answer, tables)
         case (.prepares(let part), _): return prepare(part, answer, tables)
-        case (.notes(let todo), .done): return note(todo)
+        case (.notes(let part), _): return note(part, answer, tables)
         case (.enters(let index), .entered):
             entered = index + 1
             return go(.starts(index), .beginRestore(index, from: copies[index].id))
-        case (.starts(let index), .done): return enter(index + 1)
-        case (.settles(let todo), .done): return settle(todo)
+        case (.starts(let index), .done): return enter(index + 1, tables)
+        case (.settles(let part), _): return settle(part, answer, tables)
         case (.looks, .chain(let chain)): return go(.decides, .change(0, .restoreDecided(at: chain.at)))
         case (.decides, .done): return open(tables)
         // One decision stands: what fails from here on does not take it back.
-        case (.opens(let todo), _): return open(todo)
+        case (.opens(let part), _): return open(part, answer, tables)
         case (_, .failed(let error)): return takeBack(error, tables)
         default: return .failed(UnexpectedAnswer(answer, state))
         }
     }
 
-    private mutating func shutOut(_ todo: [CopyAction], _ tables: [CopyTable]) -> CopyStep<Void> {
-        guard let action = todo.first else {
-            return prepare(PrepareCopies(drafts.map { .new($0) }), .begin, tables)
-        }
-        return go(.shutsOut(Array(todo.dropFirst())), action)
+    private mutating func shutOut(
+        _ part: InOrder, _ answer: CopyAnswer, _ tables: [CopyTable]
+    ) -> CopyStep<Void> {
+        goOn(
+            part, after: answer, tables, as: { .shutsOut($0) },
+            then: { steps, _ in
+                steps.prepare(PrepareCopies(steps.drafts.map { .new($0) }), .begin, tables)
+            }, failed: { $0.takeBack($1, tables) })
     }
 
     private mutating func prepare(
         _ part: PrepareCopies, _ answer: CopyAnswer, _ tables: [CopyTable]
     ) -> CopyStep<Void> {
-        var part = part
-        switch part.next(after: answer, tables) {
-        case .perform(let action): return go(.prepares(part), action)
-        case .failed(let error): return takeBack(error, tables)
-        case .done(let made):
-            kept = made
-            return note(made.indices.flatMap { noted($0) })
-        }
+        goOn(
+            part, after: answer, tables, as: { .prepares($0) },
+            then: { steps, made in
+                steps.kept = made
+                return steps.note(InOrder(made.indices.flatMap(steps.noted)), .begin, tables)
+            }, failed: { $0.takeBack($1, tables) })
     }
 
     /// The copy is read-only from here on.
@@ -88,23 +89,26 @@ package struct RestoreVolumes: CopyStepTable {
             + (copies[index].isWritable ? [.endReaders(index, copies[index].id)] : [])
     }
 
-    private mutating func note(_ todo: [CopyAction]) -> CopyStep<Void> {
-        guard let action = todo.first else { return enter(0) }
-        return go(.notes(Array(todo.dropFirst())), action)
+    private mutating func note(_ part: InOrder, _ answer: CopyAnswer, _ tables: [CopyTable]) -> CopyStep<Void> {
+        goOn(
+            part, after: answer, tables, as: { .notes($0) }, then: { steps, _ in steps.enter(0, tables) },
+            failed: { $0.takeBack($1, tables) })
     }
 
     /// The kept copy becomes the newest of the chain, and takes what the restore overwrites.
-    private mutating func enter(_ index: Int) -> CopyStep<Void> {
+    private mutating func enter(_ index: Int, _ tables: [CopyTable]) -> CopyStep<Void> {
         guard index < kept.count else {
             // What does not have to come back is the copy's as well, and may not have been flushed yet; nor may what clients wrote to it.
-            return settle(kept.indices.flatMap { [.flush($0), .flushRestoreBitmap($0)] })
+            let actions = kept.indices.flatMap { [CopyAction.flush($0), .flushRestoreBitmap($0)] }
+            return settle(InOrder(actions), .begin, tables)
         }
         return go(.enters(index), .enter([CopyEntry(volume: index, copy: kept[index], place: .newest)]))
     }
 
-    private mutating func settle(_ todo: [CopyAction]) -> CopyStep<Void> {
-        guard let action = todo.first else { return go(.looks, .look(0, nil)) }
-        return go(.settles(Array(todo.dropFirst())), action)
+    private mutating func settle(_ part: InOrder, _ answer: CopyAnswer, _ tables: [CopyTable]) -> CopyStep<Void> {
+        goOn(
+            part, after: answer, tables, as: { .settles($0) }, then: { steps, _ in steps.go(.looks, .look(0, nil)) },
+            failed: { $0.takeBack($1, tables) })
     }
 
     /// The first volume's record tells a start of the decision for all, until its own data is back: so none flows, and no host writes,
@@ -115,14 +119,14 @@ package struct RestoreVolumes: CopyStepTable {
         let opened = copies.indices.flatMap { index -> [CopyAction] in
             [.goOnRestoring(index), .shutHostsOut(index), .admitHosts(index)]
         }
-        return open(
-            copies.indices.dropFirst().map { .acknowledge($0, .restoreDecided(at: time)) }
-                + [.onceSaved(Aftermath(opened))])
+        let actions =
+            copies.indices.dropFirst().map { CopyAction.acknowledge($0, .restoreDecided(at: time)) }
+            + [.onceSaved(Aftermath(opened))]
+        return open(Aftermath(actions), .begin, tables)
     }
 
-    private mutating func open(_ todo: [CopyAction]) -> CopyStep<Void> {
-        guard let action = todo.first else { return .done(()) }
-        return go(.opens(Array(todo.dropFirst())), action)
+    private mutating func open(_ part: Aftermath, _ answer: CopyAnswer, _ tables: [CopyTable]) -> CopyStep<Void> {
+        goOn(part, after: answer, tables, as: { .opens($0) }, then: { _, _ in .done(()) })
     }
 
     /// As if the restore had not been asked for: nothing has flowed back.
@@ -134,13 +138,13 @@ package struct RestoreVolumes: CopyStepTable {
         let admitted = copies.indices.map { CopyAction.admitHosts($0) }
         guard case .decides = state else {
             // No file says that it is decided, so a start forgets it as well.
-            return takeBack(Aftermath(kept.indices.flatMap { forget($0) } + dropped + admitted), .begin, error)
+            return end(error, Aftermath(kept.indices.flatMap(forget) + dropped + admitted), .begin, tables)
         }
         // The decision may stand in the first volume's file all the same, and then a start would carry it out for all. So until that
         // is mended, nobody writes, everything that it relies on is kept, and the other volumes' records still know of it.
-        let others = kept.indices.dropFirst().flatMap { forget($0) }
-        return takeBack(
-            Aftermath(forget(0) + [.onceSaved(Aftermath(others + dropped + admitted))]), .begin, error)
+        let others = kept.indices.dropFirst().flatMap(forget)
+        return end(
+            error, Aftermath(forget(0) + [.onceSaved(Aftermath(others + dropped + admitted))]), .begin, tables)
     }
 
     private func forget(_ index: Int) -> [CopyAction] {
@@ -148,11 +152,9 @@ package struct RestoreVolumes: CopyStepTable {
             + (index < entered ? [.acknowledge(index, .withdrawing(kept[index].id, alone: true))] : [])
     }
 
-    private mutating func takeBack(
-        _ aftermath: Aftermath, _ answer: CopyAnswer, _ error: any Error
+    private mutating func end(
+        _ error: any Error, _ part: Aftermath, _ answer: CopyAnswer, _ tables: [CopyTable]
     ) -> CopyStep<Void> {
-        var aftermath = aftermath
-        guard let action = aftermath.next(after: answer) else { return .failed(error) }
-        return go(.takesBack(aftermath, error), action)
+        goOn(part, after: answer, tables, as: { .takesBack($0, error) }, then: { _, _ in .failed(error) })
     }
 }

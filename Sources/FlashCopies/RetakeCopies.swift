@@ -50,8 +50,8 @@ package struct TakeOutOfUse: CopyStepTable {
 
 package struct RetakeCopies: CopyStepTable {
     enum State {
-        case begins, takesOutOfUse(TakeOutOfUse), prepares(PrepareCopies, [CopyRecord]), enters
-        case removes(Int), flushes(Int), replaces(Int), saves(Int), cleansUp(Int, [CopyAction])
+        case begins, takesOutOfUse(TakeOutOfUse), prepares(PrepareCopies), enters
+        case removes(Int), flushes(Int), replaces(Int), saves(Int), cleansUp(Int)
     }
     var state = State.begins
     private let ids: [CopyID]
@@ -75,11 +75,11 @@ package struct RetakeCopies: CopyStepTable {
         switch (state, answer) {
         case (.begins, .begin): return takeOutOfUse(TakeOutOfUse(ids, volumes: volumes), answer, tables)
         case (.takesOutOfUse(let part), _): return takeOutOfUse(part, answer, tables)
-        case (.prepares(let part, _), _): return prepare(part, answer, tables)
+        case (.prepares(let part), _): return prepare(part, answer, tables)
         case (.enters, .entered(let missed, let apart)):
             (self.missed, self.apart) = (missed, apart)
             return conclude(0)
-        case (.removes(let index), .done): return cleanUp(index, [removeFiles(index, made[index], tables[index])])
+        case (.removes(let index), .done): return cleanUp(index, made[index], tables)
         case (.removes(let index), .failed(let error)):
             problem = error  // it stays `creating`, and a start takes it out
             return conclude(index + 1)
@@ -90,8 +90,8 @@ package struct RetakeCopies: CopyStepTable {
         case (.replaces(let index), .done): return go(.saves(index), .save(index))
         case (.saves(let index), _):
             if case .failed(let error) = answer { problem = problem ?? error }
-            return cleanUp(index, [removeFiles(index, old[index], tables[index])])
-        case (.cleansUp(let index, let todo), _): return cleanUp(index, todo)
+            return cleanUp(index, old[index], tables)
+        case (.cleansUp(let index), _): return conclude(index + 1)
         case (_, .failed(let error)): return .failed(error)
         default: return .failed(UnexpectedAnswer(answer, state))
         }
@@ -100,35 +100,25 @@ package struct RetakeCopies: CopyStepTable {
     private mutating func takeOutOfUse(
         _ part: TakeOutOfUse, _ answer: CopyAnswer, _ tables: [CopyTable]
     ) -> CopyStep<Void> {
-        var part = part
-        switch part.next(after: answer, tables) {
-        case .perform(let action): return go(.takesOutOfUse(part), action)
-        case .failed(let error): return .failed(error)
-        case .done:
-            old = zip(ids, tables).compactMap { $1[$0] }
-            guard old.count == ids.count else {
-                return .failed(Refusal("FlashCopy '\(name)' has left meanwhile", .unknown))
+        goOn(part, after: answer, tables, as: { .takesOutOfUse($0) }) { steps, _ in
+            steps.old = zip(steps.ids, tables).compactMap { $1[$0] }
+            guard steps.old.count == steps.ids.count else {
+                return .failed(Refusal("FlashCopy '\(steps.name)' has left meanwhile", .unknown))
             }
-            return prepare(
-                PrepareCopies(zip(old, volumes).map { .successor(Successor(old: $0, volume: $1)) }), .begin, tables)
+            let successors = zip(steps.old, steps.volumes).map { Successor(old: $0, volume: $1) }
+            return steps.prepare(PrepareCopies(successors.map { .successor($0) }), .begin, tables)
         }
     }
 
     private mutating func prepare(
         _ part: PrepareCopies, _ answer: CopyAnswer, _ tables: [CopyTable]
     ) -> CopyStep<Void> {
-        var part = part
-        switch part.next(after: answer, tables) {
-        case .perform(let action): return go(.prepares(part, old), action)
-        case .failed(let error): return .failed(error)
-        case .done(let made):
-            self.made = made
-            return go(
-                .enters,
-                .enter(
-                    made.enumerated().map {
-                        CopyEntry(volume: $0, copy: $1, place: .insteadOf(ids[$0]))
-                    }))
+        goOn(part, after: answer, tables, as: { .prepares($0) }) { steps, made in
+            steps.made = made
+            let entries = zip(made, steps.ids).enumerated().map { index, pair in
+                CopyEntry(volume: index, copy: pair.0, place: .insteadOf(pair.1))
+            }
+            return steps.go(.enters, .enter(entries))
         }
     }
 
@@ -143,9 +133,8 @@ package struct RetakeCopies: CopyStepTable {
         go(.replaces(index), .acknowledge(index, .replaced(ids[index], by: made[index].id, failed: reason)))
     }
 
-    private mutating func cleanUp(_ index: Int, _ todo: [CopyAction]) -> CopyStep<Void> {
-        guard let action = todo.first else { return conclude(index + 1) }
-        return go(.cleansUp(index, Array(todo.dropFirst())), action)
+    private mutating func cleanUp(_ index: Int, _ copy: CopyRecord, _ tables: [CopyTable]) -> CopyStep<Void> {
+        go(.cleansUp(index), removeFiles(index, copy, tables[index]))
     }
 
     private func end() -> CopyStep<Void> {

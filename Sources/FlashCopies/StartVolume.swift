@@ -53,8 +53,8 @@ package struct VolumeStart: Sendable, Equatable {
 
 /// What a volume's engine is told of its role.
 package struct RoleStart: Sendable, Equatable {
-    package var isPrimary: Bool
-    package var isSecondary: Bool
+    /// In the group; nil = the volume is in none.
+    package var role: Role?
     /// Everything counts as changed.
     package var marksAll: Bool
     /// What the activity log calls active counts as changed.
@@ -83,8 +83,7 @@ extension CopyRecord {
     /// A recovery point in a volume's chain. It is written down in its group's record.
     package init(_ point: PointRecord) {
         self.init(
-            id: CopyID(point.number), name: "", createdAt: point.formedAt, order: point.order ?? point.number,
-            state: .active)
+            id: CopyID(point.number), name: "", createdAt: point.formedAt, order: point.chainOrder, state: .active)
         isDurable = true
     }
 }
@@ -118,21 +117,16 @@ package struct StartVolume: CopyStepTable {
     private mutating func takeUp(
         _ part: ResumeChain, _ answer: CopyAnswer, _ tables: [CopyTable]
     ) -> CopyStep<Void> {
-        var part = part
-        switch part.next(after: answer, tables) {
-        case .perform(let action): return go(.takesUp(part), action)
-        case .failed(let error): return .failed(error)
-        case .done(let chain):
-            self.chain = chain
-            return go(.takesRole, .takeRole(role))
+        goOn(part, after: answer, tables, as: { .takesUp($0) }) { steps, chain in
+            steps.chain = chain
+            return steps.go(.takesRole, .takeRole(steps.role))
         }
     }
 
     private var role: RoleStart {
         let isPrimary = start.role == .primary
         return RoleStart(
-            isPrimary: isPrimary, isSecondary: start.role == .secondary,
-            marksAll: (isPrimary || start.hasYielded) && start.knowsNothing,
+            role: start.role, marksAll: (isPrimary || start.hasYielded) && start.knowsNothing,
             marksRegions: isPrimary && !start.isTrusted && !start.knowsNothing, held: isPrimary ? start.held : nil)
     }
 

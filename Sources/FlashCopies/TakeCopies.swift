@@ -16,8 +16,8 @@ package struct TakeCopies: CopyStepTable {
     }
     enum State {
         case begins, prepares(PrepareCopies), enters([CopyRecord])
-        /// Flushed and written down; what is left of that.
-        case settles([CopyRecord], [CopyAction])
+        /// Flushed and written down.
+        case settles([CopyRecord], InOrder)
         case ends(Aftermath, any Error)
     }
     var state = State.begins
@@ -33,9 +33,8 @@ package struct TakeCopies: CopyStepTable {
         case (.begins, .begin): return prepare(PrepareCopies(drafts.map { .new($0) }), answer, tables)
         case (.prepares(let part), _): return prepare(part, answer, tables)
         case (.enters(let made), .entered(let missed, let apart)): return entered(made, missed, apart, tables)
-        case (.settles(let made, let todo), .done): return settle(made, todo)
-        case (.settles(let made, _), .failed(let error)): return giveUp(made, error)
-        case (.ends(let aftermath, let error), _): return end(aftermath, answer, error)
+        case (.settles(let made, let part), _): return settle(made, part, answer, tables)
+        case (.ends(let part, let error), _): return end(error, part, answer, tables)
         case (_, .failed(let error)): return .failed(error)
         default: return .failed(UnexpectedAnswer(answer, state))
         }
@@ -44,15 +43,12 @@ package struct TakeCopies: CopyStepTable {
     private mutating func prepare(
         _ part: PrepareCopies, _ answer: CopyAnswer, _ tables: [CopyTable]
     ) -> CopyStep<[CopyRecord]> {
-        var part = part
-        switch part.next(after: answer, tables) {
-        case .perform(let action): return go(.prepares(part), action)
-        case .failed(let error): return .failed(error)
-        case .done(let made):
+        goOn(part, after: answer, tables, as: { .prepares($0) }) { steps, made in
             let entries = made.enumerated().map { index, copy in
-                CopyEntry(volume: index, copy: copy, place: drafts[index].origin.map { .below($0.id) } ?? .newest)
+                let place = steps.drafts[index].origin.map { CopyEntry.Place.below($0.id) } ?? .newest
+                return CopyEntry(volume: index, copy: copy, place: place)
             }
-            return go(.enters(made), instant == .now ? .enter(entries) : .enterWithPoint(entries))
+            return steps.go(.enters(made), steps.instant == .now ? .enter(entries) : .enterWithPoint(entries))
         }
     }
 
@@ -66,37 +62,38 @@ package struct TakeCopies: CopyStepTable {
                         ? nil : Refusal("'\(origin.name)' went away or failed meanwhile; nothing was created")
                 } ?? apart ?? Refusal("the copies took no place; nothing was created, try again", .passing)
             let taken = made.indices.filter { !missed.contains($0) }.map { CopyPlace(volume: $0, id: made[$0].id) }
-            return end(
-                Aftermath(
-                    missed.sorted().flatMap { discard($0, made[$0], tables) }
-                        + taken.map { .leave($0.volume, $0.id) } + (taken.isEmpty ? [] : [.awaitGone(taken)])), .begin,
-                error)
+            let actions =
+                missed.sorted().flatMap { discard($0, made[$0], tables) } + taken.map { .leave($0.volume, $0.id) }
+                + (taken.isEmpty ? [] : [.awaitGone(taken)])
+            return end(error, Aftermath(actions), .begin, tables)
         }
         guard instant == .now else { return .done(made) }
-        return settle(
-            made,
+        let actions =
             made.indices.filter { made[$0].isDurable }.map { .flush($0) }
-                + made.enumerated().map { .change($0, .active($1.id)) })
+            + made.enumerated().map { CopyAction.change($0, .active($1.id)) }
+        return settle(made, InOrder(actions), .begin, tables)
     }
 
-    private mutating func settle(_ made: [CopyRecord], _ todo: [CopyAction]) -> CopyStep<[CopyRecord]> {
-        guard let action = todo.first else { return .done(made) }
-        return go(.settles(made, Array(todo.dropFirst())), action)
+    private mutating func settle(
+        _ made: [CopyRecord], _ part: InOrder, _ answer: CopyAnswer, _ tables: [CopyTable]
+    ) -> CopyStep<[CopyRecord]> {
+        goOn(
+            part, after: answer, tables, as: { .settles(made, $0) }, then: { _, _ in .done(made) },
+            failed: { $0.giveUp(made, $1, tables) })
     }
 
     /// Of this copy or of another of its set a record may say that it is active.
-    private mutating func giveUp(_ made: [CopyRecord], _ error: any Error) -> CopyStep<[CopyRecord]> {
-        end(
-            Aftermath(
-                made.enumerated().map { .acknowledge($0, .withdrawing($1.id, alone: false)) }
-                    + [.onceSaved(Aftermath(made.enumerated().map { .leave($0, $1.id) }))]), .begin, error)
+    private mutating func giveUp(
+        _ made: [CopyRecord], _ error: any Error, _ tables: [CopyTable]
+    ) -> CopyStep<[CopyRecord]> {
+        let leaving = made.enumerated().map { CopyAction.leave($0, $1.id) }
+        let withdrawn = made.enumerated().map { CopyAction.acknowledge($0, .withdrawing($1.id, alone: false)) }
+        return end(error, Aftermath(withdrawn + [.onceSaved(Aftermath(leaving))]), .begin, tables)
     }
 
     private mutating func end(
-        _ aftermath: Aftermath, _ answer: CopyAnswer, _ error: any Error
+        _ error: any Error, _ part: Aftermath, _ answer: CopyAnswer, _ tables: [CopyTable]
     ) -> CopyStep<[CopyRecord]> {
-        var aftermath = aftermath
-        guard let action = aftermath.next(after: answer) else { return .failed(error) }
-        return go(.ends(aftermath, error), action)
+        goOn(part, after: answer, tables, as: { .ends($0, error) }, then: { _, _ in .failed(error) })
     }
 }

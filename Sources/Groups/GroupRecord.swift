@@ -14,6 +14,8 @@ package struct PointRecord: Codable, Sendable, Equatable {
     package var bytes: UInt64?
     /// Its place in the chains of the group's volumes (secondary); larger is newer.
     package var order: UInt64?
+    /// The same, also of points from before they had one.
+    package var chainOrder: UInt64 { order ?? number }
     /// What a site had when it gave up the role of primary: nothing that the present primary has sent.
     package var isBase: Bool?
     /// Old content of it was lost: it cannot be read, or failed over to. Its number counts.

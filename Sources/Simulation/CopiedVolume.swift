@@ -66,9 +66,9 @@ final class CopiedVolume {
     var flippedAt = 0
     /// Of every copy whose files are there: what it must hold whenever its record says that it is active.
     var images: [CopyID: Contents] = [:]
-    /// What the volume held when its change recording was last cleared.
     /// When the target of a background copy that was finished was flushed.
     var flushedAt: [CopyID: Int] = [:]
+    /// What the volume held when its change recording was last cleared.
     private var mirrored: [UInt8]?
     var hasStalled = false
 
@@ -151,7 +151,7 @@ final class CopiedVolume {
     /// - Returns: whether the target reads as zeroes; nil when it is in use.
     func makeFiles(_ copy: CopyRecord, over owner: CopyID?) -> Bool? {
         if owner == nil, targetFiles[copy.targetOwner] != nil { return nil }
-        nextOrder = max(nextOrder, (copy.order / CopyRecord.orderStep + 1) * CopyRecord.orderStep)
+        nextOrder = max(nextOrder, CopyRecord.order(after: copy.order))
         var isZero = owner == nil && copy.target == nil
         if owner == nil {
             let file = SimulatedFile(byteCount: Self.size)
@@ -243,17 +243,12 @@ final class CopiedVolume {
         (start.role, start.knowsNothing) = (.primary, isDistrusted)
         if fault == .confirmEarly { isTrusted = true }
         volume.beginResuming()
-        var steps = StartVolume(start)
-        var answer = CopyAnswer.begin
-        while true {
-            switch steps.next(after: answer, [table]) {
-            case .perform(let action): answer = perform(action, start.isTrusted)
-            case .failed(let error):
-                note("the start fails: \(error)")
-                return false
-            case .done: return true
-            }
-            guard goesOn() else { return false }
+        switch takeUp(StartVolume(start), { table }, goesOn, { perform($0, start.isTrusted) }) {
+        case .success: return true
+        case .failure(let error):
+            note("the start fails: \(error)")
+            return false
+        case nil: return false
         }
     }
 
@@ -288,21 +283,21 @@ final class CopiedVolume {
         switch action {
         case .findTaken(let ids): return .taken(Set(ids.filter(hasTaken)))
         case .openFiles(let links): return .opened(open(links))
-        case .change(_, let change): return answer(amend(change))
-        case .flushChanges: return answer(fault == .skipFlushes || flushChanges() == 0)
+        case .change(_, let change): return CopyAnswer(isDone: amend(change))
+        case .flushChanges: return CopyAnswer(isDone: fault == .skipFlushes || flushChanges() == 0)
         case .resume(let link): resume(link, trusted)
         case .takeRole(let role): take(role)
         case .resumeRestore(let id):
             guard pending != nil else {
                 world.fail("the bitmap of what volume \(index) is still to be given back is missing")
-                return answer(false)
+                return CopyAnswer(isDone: false)
             }
             startRestore(from: id, fresh: false)
         case .forgetRestore:
             // Part of it is of the copy's time, part is newer: the site says so.
             if table.restoring?.decided == true, let overwritten { contents.mixed(with: overwritten) }
-            return answer(amend(.restoring(nil)))
-        case .confirm: return answer(confirm())
+            return CopyAnswer(isDone: amend(.restoring(nil)))
+        case .confirm: return CopyAnswer(isDone: confirm())
         case .finishResuming:
             volume.finishResuming()
             process.pump()
@@ -343,12 +338,8 @@ final class CopiedVolume {
         return true
     }
 
-    private func answer(_ isDone: Bool) -> CopyAnswer {
-        isDone ? .done : .failed(SimulationFailure("it cannot be written down"))
-    }
-
     private func open(_ links: [ChainLink]) -> [LinkFiles] {
-        nextOrder = ((links.last?.copy.order ?? 0) / CopyRecord.orderStep + 1) * CopyRecord.orderStep
+        nextOrder = CopyRecord.order(after: links.last?.copy.order ?? 0)
         // Files that nobody needs (`StateDirectory.removeOrphans`).
         for id in bitmaps.keys.sorted() where !links.contains(where: { $0.id == id }) {
             bitmaps[id] = nil

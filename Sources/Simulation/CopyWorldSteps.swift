@@ -169,9 +169,6 @@ extension CopyWorld {
 
     private func perform(_ action: CopyAction, _ work: SimulatedWork, _ done: @escaping (CopyAnswer) -> Void) {
         func volume(_ index: Int) -> CopiedVolume { work.volumes[index] }
-        func answer(_ isDone: Bool) -> CopyAnswer {
-            isDone ? .done : .failed(SimulationFailure("it cannot be written down"))
-        }
         switch action {
         case .look(let index, let id):
             let engine = volume(index).volume
@@ -180,11 +177,11 @@ extension CopyWorld {
                     ChainLook(
                         isDurable: engine.chainIsDurable, nextOrder: volume(index).nextOrder, points: [],
                         count: engine.chainCount, copy: id.flatMap { engine.copy($0)?.state }, at: Double(steps))))
-        case .change(let index, let change): done(answer(volume(index).amend(change)))
+        case .change(let index, let change): done(CopyAnswer(isDone: volume(index).amend(change)))
         case .acknowledge(let index, let change):
             volume(index).acknowledge(change)
             done(.done)
-        case .save(let index): done(answer(volume(index).settle()))
+        case .save(let index): done(CopyAnswer(isDone: volume(index).settle()))
         case .onceSaved(let aftermath): onceSaved(aftermath, work, done)
         case .makeFiles(let index, let copy, let owner):
             let isZero = volume(index).makeFiles(copy, over: owner)
@@ -195,12 +192,12 @@ extension CopyWorld {
         case .removeFiles(let index, let id, let target):
             volume(index).removeFiles(id, target: target)
             done(.done)
-        case .flush(let index): done(answer(leavesOut(work) || volume(index).flush() == 0))
+        case .flush(let index): done(CopyAnswer(isDone: leavesOut(work) || volume(index).flush() == 0))
         case .flushChanges(let index):
-            done(answer(leavesOut(work) || fault == .forgetUnflushed || volume(index).flushChanges() == 0))
-        case .flushTarget(let index, let id): done(answer(flushTarget(volume(index), id)))
+            done(CopyAnswer(isDone: leavesOut(work) || fault == .forgetUnflushed || volume(index).flushChanges() == 0))
+        case .flushTarget(let index, let id): done(CopyAnswer(isDone: flushTarget(volume(index), id)))
         case .flushBitmap(let index, let id):
-            done(answer(leavesOut(work) || volume(index).bitmaps[id]?.flush() ?? 0 == 0))
+            done(CopyAnswer(isDone: leavesOut(work) || volume(index).bitmaps[id]?.flush() ?? 0 == 0))
         case .enter(let entries), .enterWithPoint(let entries): done(enter(entries, work))
         case .leave(let index, let id):
             leave(volume(index), id)
@@ -286,25 +283,14 @@ extension CopyWorld {
 
     private func onceSaved(_ aftermath: Aftermath, _ work: SimulatedWork, _ done: @escaping (CopyAnswer) -> Void) {
         if fault == .leaveUnsaved || !work.volumes.contains(where: \.isUnsaved) {
-            return finish(aftermath, .begin, work) { done(.done) }
+            return run(aftermath, work) { _ in done(.done) }
         }
         wait(.max) {
             !work.volumes.contains(where: \.isUnsaved)
         } then: { [unowned self] in
-            finish(aftermath, .begin, work) {}
+            run(aftermath, work) { _ in }
         }
         done(.done)
-    }
-
-    private func finish(
-        _ aftermath: Aftermath, _ answer: CopyAnswer, _ work: SimulatedWork, _ done: @escaping () -> Void
-    ) {
-        var aftermath = aftermath
-        guard let action = aftermath.next(after: answer) else { return done() }
-        let left = aftermath
-        perform(action, work) { [unowned self] answer in
-            tasks.append { [unowned self] in finish(left, answer, work, done) }
-        }
     }
 
     // MARK: The chain

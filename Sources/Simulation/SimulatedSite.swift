@@ -181,16 +181,9 @@ final class SimulatedSite {
         var start = VolumeStart(isTrusted: isTrusted, record, "\(index)") { copies[index][CopyID($0)] != nil }
         start.knowsNothing = distrusted.contains(index)
         volumes[index].volume.beginResuming()
-        var steps = StartVolume(start)
-        var answer = CopyAnswer.begin
-        while true {
-            switch steps.next(after: answer, [CopyTable()]) {
-            case .perform(let action): answer = perform(action, index, isTrusted)
-            case .failed: return false
-            case .done: return true
-            }
-            guard goesOn() else { return false }
-        }
+        guard case .success = takeUp(StartVolume(start), { CopyTable() }, goesOn, { perform($0, index, isTrusted) })
+        else { return false }
+        return true
     }
 
     private func perform(_ action: CopyAction, _ index: Int, _ isTrusted: Bool) -> CopyAnswer {
@@ -228,17 +221,18 @@ final class SimulatedSite {
     private func take(_ role: RoleStart, _ index: Int) {
         let simulated = volumes[index]
         let engine = simulated.volume
-        simulated.skipFlushes = fault == .skipFlushes && !role.isPrimary
+        let isPrimary = role.role == .primary
+        simulated.skipFlushes = fault == .skipFlushes && !isPrimary
         let target = simulated.addStore(.file(targets[index]))
         targetFiles.append(target)
-        engine.policy = role.isPrimary ? .hostFirst : .copiesFirst
-        engine.recording = role.isPrimary
-        if role.isPrimary { startLog(index, simulated, marksRegions: role.marksRegions) }
+        engine.policy = isPrimary ? .hostFirst : .copiesFirst
+        engine.recording = isPrimary
+        if isPrimary { startLog(index, simulated, marksRegions: role.marksRegions) }
         if role.marksAll { engine.markAllChanged() }
         if let held = role.held {
             engine.resumePoint(
                 number: held, targetFile: target, preserved: preserved[index].bitmap(World.grains))
-        } else if role.isPrimary {
+        } else if isPrimary {
             engine.mergeOutOfSync()
         }
     }

@@ -19,7 +19,7 @@ import Volumes
 final class CopyWork {
     let volumes: [VolumeState]
     /// Files that are made, by their volume.
-    var made: [Int: (id: CopyID, files: CopyFiles)] = [:]
+    var made: [Int: CopyFiles] = [:]
     /// Files of a chain that is taken up.
     var opened: [CopyID: CopyFiles] = [:]
     /// Forms the point that copies are taken with, and that point.
@@ -126,7 +126,7 @@ extension Site {
     private func look(_ volume: VolumeState, _ id: CopyID?) async -> ChainLook {
         let record = group(ofVolume: volume.name)?.record
         let points = volume.copies.keys.filter { $0 < CopyTable.firstID }.map { id in
-            record?.pointRecord(UInt64(id)).map { $0.order ?? $0.number } ?? UInt64(id)
+            record?.pointRecord(UInt64(id))?.chainOrder ?? UInt64(id)
         }
         let number = volume.number
         let (isDurable, count, copy) = await volume.reactor.run { reactor in
@@ -138,17 +138,12 @@ extension Site {
             at: realSeconds())
     }
 
-    private func onEngine(_ volume: VolumeState, _ body: @escaping @Sendable (Volume) -> Void) async {
-        let number = volume.number
-        await volume.reactor.run { body($0.hosted(number).volume) }
-    }
-
     // MARK: The record
 
     private func note(_ change: CopyChange, _ volume: VolumeState, _ work: CopyWork, _ index: Int) async throws {
         let target: (path: String, storage: String)? =
             if case .added(let copy) = change, let path = copy.target,
-                let file = try work.made[index]?.files.target.open()
+                let file = try work.made[index]?.target.open()
             {
                 (path, StorageInstance.text(of: file))
             } else {
@@ -179,18 +174,17 @@ extension Site {
 
     private func onceSaved(_ aftermath: Aftermath, _ work: CopyWork) async {
         for volume in work.volumes { try? await volume.settle() }
-        guard work.isUnsaved else { return await finish(aftermath, work) }
+        guard work.isUnsaved else { return await carryOut(aftermath, work) }
         let names = work.volumes.map(\.name).joined(separator: ", ")
         note(nil, "an operation on FlashCopies of \(names) waits until their records can be written")
         Task {
             await wait(seconds: nil) { !work.isUnsaved }
-            if !isStopping { await finish(aftermath, work) }
+            if !isStopping { await carryOut(aftermath, work) }
         }
     }
 
-    private func finish(_ aftermath: Aftermath, _ work: CopyWork) async {
-        var (aftermath, answer) = (aftermath, CopyAnswer.begin)
-        while let action = aftermath.next(after: answer) { answer = await perform(action, work) }
+    private func carryOut(_ aftermath: Aftermath, _ work: CopyWork) async {
+        try? await run(aftermath, on: work)  // it ends, whatever fails
     }
 
     // MARK: Files
@@ -199,8 +193,7 @@ extension Site {
         _ copy: CopyRecord, _ owner: CopyID?, _ work: CopyWork, _ index: Int
     ) async throws -> CopyAnswer {
         let volume = work.volumes[index]
-        volume.nextOrder = max(
-            volume.nextOrder, copy.order / CopyRecord.orderStep * CopyRecord.orderStep + CopyRecord.orderStep)
+        volume.nextOrder = max(volume.nextOrder, CopyRecord.order(after: copy.order))
         let target: OpenFile
         var isZero = true
         if let owner, let files = volume.copies[owner] {
@@ -223,7 +216,7 @@ extension Site {
             }
             return CopyFiles(target: ReopenableFile(target), bitmap: bitmap)
         }
-        work.made[index] = (copy.id, files)
+        work.made[index] = files
         return .files(targetIsZero: isZero)
     }
 
@@ -317,7 +310,7 @@ extension Site {
 
     private func enter(_ entries: [CopyEntry], _ work: CopyWork) async -> CopyAnswer {
         let places = entries.map { ServedVolume(work.volumes[$0.volume].reactor, work.volumes[$0.volume].number) }
-        let parts = entries.map { chainEntry(work.volumes[$0.volume], $0, work.made[$0.volume]!.files) }
+        let parts = chainEntries(entries, work)
         let taken = Mutex<[Int: EnteredCopy]>([:])
         let outcome = await withCheckedContinuation { continuation in
             holdTogether(places) { reactor, place in
@@ -340,7 +333,7 @@ extension Site {
     }
 
     private func entered(_ entry: CopyEntry, _ made: EnteredCopy, _ work: CopyWork) {
-        guard let files = work.made.removeValue(forKey: entry.volume)?.files else { return }
+        guard let files = work.made.removeValue(forKey: entry.volume) else { return }
         entered(work.volumes[entry.volume], entry.copy, files, made)
     }
 
@@ -348,9 +341,7 @@ extension Site {
         guard let replicator = work.replicator else {
             return .entered(missed: Set(entries.indices), apart: Refusal("the group does not mirror", .passing))
         }
-        let parts = entries.map { entry in
-            chainEntry(work.volumes[entry.volume], entry, work.made[entry.volume]!.files)
-        }
+        let parts = chainEntries(entries, work)
         let taken = Mutex(TakenCopies())
         var problem: (any Error)?
         do {
@@ -379,7 +370,11 @@ extension Site {
         var isOver = false
     }
 
-    /// For the reactor's thread; `entered` must follow with what that returns.
+    /// For the reactors' threads; `entered` must follow with what these return.
+    private func chainEntries(_ entries: [CopyEntry], _ work: CopyWork) -> [@Sendable (Reactor) -> EnteredCopy] {
+        entries.map { chainEntry(work.volumes[$0.volume], $0, work.made[$0.volume]!) }
+    }
+
     private func chainEntry(
         _ volume: VolumeState, _ entry: CopyEntry, _ files: CopyFiles
     ) -> @Sendable (Reactor) -> EnteredCopy {

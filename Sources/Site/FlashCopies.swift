@@ -57,7 +57,7 @@ extension Site {
             throw Refusal(
                 "volume '\(volume.name)' has a FlashCopy '\(name)' already; withdraw it or choose another name")
         }
-        guard volume.copies.count < Limits.copiesPerVolume - 8 else {
+        guard volume.copies.count < Limits.copiesPerVolume - Limits.copiesKeptFree else {
             throw Refusal(
                 "volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit; withdraw some")
         }
@@ -244,7 +244,7 @@ extension Site {
     // MARK: Events
 
     func copyFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async {
-        let name = volume.record.copies.first { $0.id == id }?.name ?? String(id)
+        let name = volume.record.table[id]?.name ?? String(id)
         let isRetired = volume.copyIsRetired(id)
         let reason = await markFailed(volume, id, errno)
         // What was leaving already, and only had readers left.

@@ -42,7 +42,7 @@ extension Site {
             let carrier = known.carrier(of: point, volume.name).flatMap(known.pointRecord)
         {
             return CopyDraft.Origin(
-                id: CopyID(carrier.number), name: name, order: carrier.order ?? carrier.number, isDurable: true)
+                id: CopyID(carrier.number), name: name, order: carrier.chainOrder, isDurable: true)
         }
         let record = try copies(name, [volume])[0].1
         guard record.state == .active else {

@@ -82,7 +82,7 @@ extension Site {
             )
         }
         try checkNotSecondary(volume, "; fail over to a recovery point instead")
-        guard volume.copies.count < Limits.copiesPerVolume - 8 else {
+        guard volume.copies.count < Limits.copiesPerVolume - Limits.copiesKeptFree else {
             throw Refusal(
                 "volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit, and the restore adds one with "
                     + "what it discards; withdraw some")

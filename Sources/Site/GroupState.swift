@@ -11,8 +11,7 @@ import Synchronization
 import Volumes
 
 /// The record's file, for the group's thread.
-final class GroupRecordFile: @unchecked Sendable {
-    // Safe because: the file is used under the mutex only.
+final class GroupRecordFile: Sendable {
     private let saved: Mutex<GroupRecord>
     private let file: DurableRecord<GroupRecord>
 

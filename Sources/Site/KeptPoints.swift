@@ -65,7 +65,7 @@ extension RecoveryPoints {
         all = points.map { point in
             shown.first { $0.number == point.number }
                 ?? Point(
-                    number: point.number, order: point.order ?? point.number,
+                    number: point.number, order: point.chainOrder,
                     text: "recovery point \(point.number) of \(timestamp(point.formedAt))")
         }
     }

@@ -45,7 +45,7 @@ extension Site {
     func openFiles(_ volume: VolumeState, _ links: [ChainLink]) throws -> [CopyFiles?] {
         let group = group(ofVolume: volume.name)
         let newest = max(links.last?.copy.order ?? 0, group?.record.points.last?.order ?? 0)
-        volume.nextOrder = (newest / CopyRecord.orderStep + 1) * CopyRecord.orderStep
+        volume.nextOrder = CopyRecord.order(after: newest)
         state.removeOrphans(
             volume.name, bitmaps: Set(links.map(\.id)), targets: Set(links.map(\.copy.targetOwner)))
         return try links.map { link in
@@ -139,21 +139,23 @@ extension Site {
         let group = group(ofVolume: volume.name)
         volume.carriers = group?.record.carriers(of: [volume.name])[volume.name] ?? []
         let serves =
-            !role.isSecondary && group?.servesHosts != false && group?.record.leftOut?.contains(volume.name) != true
-        let hold = role.isPrimary ? try volume.openPointHold() : nil
+            role.role != .secondary && group?.servesHosts != false
+            && group?.record.leftOut?.contains(volume.name) != true
+        let isPrimary = role.role == .primary
+        let hold = isPrimary ? try volume.openPointHold() : nil
         let regions = role.marksRegions ? volume.activeRegions : nil
-        if role.isPrimary { try await startActivityLog(volume) }
+        if isPrimary { try await startActivityLog(volume) }
         volume.pointTargetFile = await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
             let targetFile = hold.map { hosted.addFile($0.target) } ?? -1
             hosted.writable = serves
-            hosted.volume.policy = role.isSecondary ? .copiesFirst : .hostFirst
-            hosted.volume.recording = role.isPrimary
+            hosted.volume.policy = role.role == .secondary ? .copiesFirst : .hostFirst
+            hosted.volume.recording = isPrimary
             if role.marksAll { hosted.volume.markAllChanged() }
             if let regions { hosted.volume.recoverChanges(regions: regions.bitmap) }
             if let hold, let held = role.held {
                 hosted.volume.resumePoint(number: held, targetFile: targetFile, preserved: hold.bitmap.bitmap())
-            } else if role.isPrimary {
+            } else if isPrimary {
                 hosted.volume.mergeOutOfSync()
             }
             return targetFile

@@ -65,10 +65,12 @@ extension Site {
     }
 
     func onEngines(_ group: GroupState, _ body: @escaping @Sendable (Volume) -> Void) async {
-        for volume in members(group) {
-            let number = volume.number
-            await volume.reactor.run { body($0.hosted(number).volume) }
-        }
+        for volume in members(group) { await onEngine(volume, body) }
+    }
+
+    func onEngine(_ volume: VolumeState, _ body: @escaping @Sendable (Volume) -> Void) async {
+        let number = volume.number
+        await volume.reactor.run { body($0.hosted(number).volume) }
     }
 
     // MARK: The intake

@@ -257,7 +257,7 @@ struct CopyTranscript {
     }
 
     private func words(_ role: RoleStart) -> String {
-        let name = role.isPrimary ? "a primary's" : role.isSecondary ? "a secondary's" : "its own"
+        let name = role.role.map { "a \($0)'s" } ?? "its own"
         return "the engine is \(name)"
             + (role.marksAll ? ", and everything counts as changed" : "")
             + (role.marksRegions ? ", and what was active counts as changed" : "")
@@ -266,7 +266,7 @@ struct CopyTranscript {
 
     private func words(_ aftermath: Aftermath) -> String {
         var (aftermath, found) = (aftermath, [String]())
-        while let action = aftermath.next(after: .done) { found.append(words(action)) }
+        while case .perform(let action) = aftermath.next(after: .done, tables) { found.append(words(action)) }
         return found.joined(separator: "; ")
     }
 

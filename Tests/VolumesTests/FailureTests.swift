@@ -128,9 +128,10 @@ func logThatIsNotAnswered() {
     #expect(bench.settle().count == 1)
 }
 
-@Test("a merge whose flush failed keeps the bits until it is written down that they are not to be relied on")
-func mergeThatFails() {
-    let bench = Bench()
+/// A point with something to send in grain 7 is formed and given up.
+///
+/// - Returns: the flush of the bitmaps, which is under way.
+private func giveUpPoint(_ bench: Bench) -> [StoreIO] {
     bench.startActivityLog()
     bench.submit(.write, grain: 7)
     _ = bench.settle()
@@ -139,6 +140,13 @@ func mergeThatFails() {
     bench.volume.giveUpPoint()
     let flush = bench.pending()
     #expect(flush.map(\.file) == [2] && flush[0].operation == .flush)
+    return flush
+}
+
+@Test("a merge whose flush failed keeps the bits until it is written down that they are not to be relied on")
+func mergeThatFails() {
+    let bench = Bench()
+    let flush = giveUpPoint(bench)
     bench.volume.complete(flush[0], errno: 5)
     #expect(bench.volume.popEvent() == .activityLogFailed(errno: 5))
     #expect(bench.volume.outOfSync.firstSet(in: 0..<512) == 7 && !bench.volume.mayFormPoint)
@@ -151,13 +159,7 @@ func mergeThatFails() {
     "a merge whose flush is under way ends with that, and not earlier: it would clear what the next point has to send")
 func mergeThatIsUnderWay() {
     let bench = Bench()
-    bench.startActivityLog()
-    bench.submit(.write, grain: 7)
-    _ = bench.settle()
-    bench.formPoint(1)
-    bench.volume.giveUpPoint()
-    let flush = bench.pending()
-    #expect(flush.map(\.file) == [2])
+    let flush = giveUpPoint(bench)
     bench.volume.distrustActivityLog()
     bench.volume.giveUpPoint()
     #expect(bench.pending().isEmpty)

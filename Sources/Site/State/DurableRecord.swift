@@ -16,8 +16,11 @@ import FoundationEssentials
 import Glibc
 import Groups
 import Ring
+import Synchronization
 
-package final class DurableRecord<Value: VersionedRecord> {
+package final class DurableRecord<Value: VersionedRecord>: @unchecked Sendable {
+    // Safe because: what changes, changes in `save`, under the lock.
+    private let lock = Mutex(())
     private var file: OpenFile
     private var sequence: UInt64 = 0
     private let directory: String
@@ -70,7 +73,9 @@ package final class DurableRecord<Value: VersionedRecord> {
     }
 
     /// Replaces the value; on return it is on stable storage.
-    package func save(_ value: Value) throws {
+    package func save(_ value: Value) throws { try lock.withLock { _ in try replace(value) } }
+
+    private func replace(_ value: Value) throws {
         let encoder = JSONEncoder()
         encoder.outputFormatting = [.sortedKeys]
         let payload = [UInt8](try encoder.encode(value))

@@ -13,7 +13,6 @@ import Groups
 import NBDServer
 import Ring
 import SiteConfiguration
-import Synchronization
 import Volumes
 
 /// A copy of a volume's chain; identifiers are the volume's own.
@@ -55,17 +54,6 @@ func makeTarget(_ path: String, size: UInt64) throws -> OpenFile {
     let target = try OpenFile(path: path, flags: O_RDWR | O_CREAT)
     try target.truncate(to: size)
     return target
-}
-
-/// The record's file, for whichever disk thread saves it.
-private final class VolumeRecordFile: @unchecked Sendable {
-    // Safe because: the file is used under the lock only.
-    private let lock = Mutex(())
-    private let file: DurableRecord<VolumeRecord>
-
-    init(_ file: DurableRecord<VolumeRecord>) { self.file = file }
-
-    func save(_ record: VolumeRecord) throws { try lock.withLock { _ in try file.save(record) } }
 }
 
 final class VolumeState {
@@ -258,8 +246,7 @@ final class VolumeState {
             try synchronizeDirectory("\(state.path)/volumes")
             try recordFile.save(record)
         }
-        let file = VolumeRecordFile(recordFile)
-        kept = KeptRecord(record) { record in try await disks.run { try file.save(record) } }
+        kept = KeptRecord(record) { record in try await disks.run { try recordFile.save(record) } }
         board = VolumeBoard(entry.name, geometry, reactor)
         showCopies()
     }
