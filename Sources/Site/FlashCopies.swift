@@ -272,14 +272,17 @@ extension Site {
 
     func reviewCompletion(_ volume: VolumeState, _ id: CopyID) async {
         let number = volume.number
-        guard await volume.reactor.run({ $0.hosted(number).volume.copy(id)?.isComplete }) == true,
-            volume.record.copies.contains(where: { $0.id == id && !$0.isComplete })
-        else { return }
+        guard await volume.reactor.run({ $0.hosted(number).volume.copy(id)?.isComplete }) == true else { return }
         await copyCompleted(volume, id)
     }
 
+    /// May be told of twice (`reviewCompletion`): it is written down, and said, once.
     func copyCompleted(_ volume: VolumeState, _ id: CopyID) async {
-        guard volume.copies[id] != nil, let name = volume.record.table[id]?.name else { return }
+        guard volume.copies[id] != nil, let copy = volume.record.table[id], !copy.isComplete,
+            volume.completing.insert(id).inserted
+        else { return }
+        defer { volume.completing.remove(id) }
+        let name = copy.name
         do {
             guard try await run(CompleteCopy(id), on: [volume]) else { return }
             note(nil, "volume \(volume.name): the background copy of '\(name)' is complete")

@@ -75,6 +75,19 @@ class FlashCopyService(SiteTest):
         self.assertIn("machine went down", self.show(site, "older")[0]["reason"])
         self.assertEqual(site.read("disk"), now)
 
+    @not_on_devices
+    def test_a_background_copy_is_complete_once(self):
+        """A small one is often complete while it is still being entered; two ways tell of that."""
+        site = self.site("solo", {"disk": "64KiB"})
+        site.connect("disk").pwrite(b"a" * 65536, 0)
+        for index in range(20):
+            name = f"image{index}"
+            site.farcopy("flashcopy", "create", "disk", name, "--copy", "--rate", "0")
+            self.complete(site, name)
+            wait_for(lambda: f"copy of '{name}' is complete" in site.farcopy("events").stdout, what="that it is said")
+            site.farcopy("flashcopy", "withdraw", "disk", name)
+            self.assertEqual(site.farcopy("events").stdout.count(f"copy of '{name}' is complete"), 1)
+
     def test_background_copy_goes_on_after_sigkill(self):
         site, handle, first = self.solo()
         site.farcopy("flashcopy", "create", "disk", "image", "--copy", "--rate", "4MiB")

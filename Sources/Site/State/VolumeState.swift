@@ -80,6 +80,8 @@ final class VolumeState {
     var carriers: [UInt64] = []
     /// Of copies that have left while the record's file may still name them: `settle` removes them, or the next start.
     private var unnamedFiles: [(id: CopyID, targetOwner: CopyID?)] = []
+    /// Their background copies are finished, and that is being written down.
+    var completing: Set<CopyID> = []
     var restoreBitmap: BitmapFile?
     var restoreFile: StoreFile = -1
     var debt = DistrustDebt()
