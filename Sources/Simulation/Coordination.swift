@@ -68,7 +68,7 @@ package final class Coordination: Scenario {
     package private(set) var happened: [String: Int] = [:]
 
     private enum Happening: CaseIterable {
-        case write, apply, acknowledge, form, task, deliver, data, tick, request, crash, restart, cut, failOver
+        case write, apply, acknowledge, form, task, deliver, data, tick, request, tell, crash, restart, cut, failOver
         var weight: Int {
             switch self {
             case .write: 120
@@ -78,13 +78,14 @@ package final class Coordination: Scenario {
             case .data: 600
             case .tick: 200
             case .request: 120
+            case .tell: 6
             case .crash: 3
             case .restart: 60
             case .cut: 6
             case .failOver: 30
             }
         }
-        var varies: [Int] { [.crash, .cut, .failOver].contains(self) ? [0, 1, 4] : [1, 2] }
+        var varies: [Int] { [.tell, .crash, .cut, .failOver].contains(self) ? [0, 1, 4] : [1, 2] }
     }
 
     package init(seed: UInt64, fault: DeliberateFault? = nil) {
@@ -159,6 +160,7 @@ package final class Coordination: Scenario {
             if let host = random.one(of: hosts.indices.filter { hosts[$0].sending != nil }) { send(host) }
         case .tick: tick()
         case .request: if coordinator != nil { tell(.coordinator, .request) }
+        case .tell: tellUnasked()
         case .crash: crash(processes[random.below(processes.count)], "dies")
         case .restart:
             restart(processes[random.below(processes.count)])
@@ -174,9 +176,15 @@ package final class Coordination: Scenario {
     private func passTime(by amount: UInt64) {
         let end = now + amount
         while failure == nil {
-            let due = hosts.indices.compactMap { host in hosts[host].machine?.wakeAt.map { ($0, host) } }
+            let due = hosts.indices.compactMap { host in
+                hosts[host].deadline(settings.maxCoordination).map { ($0, host) }
+            }
             guard let (at, host) = due.min(by: { $0 < $1 }), at <= end, fault != .holdOn else { break }
             now = max(now, at)
+            if hosts[host].isAtOnce {
+                letGoAtOnce(host)
+                continue
+            }
             if fault == .countDeadlineAsRun, case .formed? = hosts[host].machine?.state {
                 // The executor has lost the difference between the two ways of letting go.
                 let run = Stamped(
@@ -254,8 +262,15 @@ package final class Coordination: Scenario {
         }
     }
 
+    /// What has not formed by the deadline does not.
+    private func letGoAtOnce(_ host: Int) {
+        if let number = hosts[host].forming { hosts[host].tasks.append(.lost(number, "it let go by itself")) }
+        hosts[host].forming = nil
+        letGo(host)
+    }
+
     private func letGo(_ host: Int) {
-        hosts[host].heldSince = nil
+        (hosts[host].heldSince, hosts[host].isAtOnce) = (nil, false)
         for grain in hosts[host].held { acknowledged(host, grain) }
         hosts[host].held = []
     }
@@ -277,7 +292,8 @@ package final class Coordination: Scenario {
         guard hosts[host].image.count == CoordinationHost.grainCount else { return }
         if formed[number]?[host] != nil { fail("a host forms a point anew") }
         formed[number, default: [:]][host] = hosts[host].image
-        hosts[host].forming = nil
+        (hosts[host].forming, hosts[host].heldPoint) = (nil, number)
+        if hosts[host].isAtOnce { letGo(host) }
         hosts[host].tasks.append(.formed(number))
     }
 
@@ -286,6 +302,11 @@ package final class Coordination: Scenario {
     private func send(_ host: Int) {
         guard var sending = hosts[host].sending else { return }
         let remote = hosts[host].remote
+        if sending.session == nil, hosts[host].outOfSync.isEmpty {
+            // All of it is there already, and a remote that has prepared the point lets nobody in.
+            hosts[host].sending = nil
+            return hosts[host].tasks.append(.drained(sending.number))
+        }
         guard reaches(.host(host), .remote(remote)), remotes[remote].machine?.takesData == true else { return }
         guard let session = sending.session, remotes[remote].sessions[host] == session else {
             // A new session: what was sent in the one before does not count.
@@ -330,6 +351,14 @@ package final class Coordination: Scenario {
         } else {
             hosts[write.host].sending?.session = nil  // its answer is lost
         }
+    }
+
+    /// An operator's wish, or what a new session with the only remote brings to light.
+    private func tellUnasked() {
+        guard coordinator != nil else { return }
+        if random.chance(50) { return tell(.coordinator, .giveUp("mirroring stops")) }
+        guard remotes.count == 1, let remote = remotes[0].machine, reaches(.coordinator, .remote(0)) else { return }
+        tell(.coordinator, .found(committed: remote.record.committed))
     }
 
     // MARK: Messages
@@ -541,7 +570,7 @@ package final class Coordination: Scenario {
                 return save(machine.record, &hosts[host].file) { try machine.record.check(after: $0) }
             },
             perform: { perform($0, host: host) },
-            saved: { hosts[host].machine?.wasSaved() }, saveFailed: { hosts[host].machine?.saveFailed() })
+            saved: { hosts[host].machine?.wasSaved() }, saveFailed: { drive(host) { $0.saveFailed() } })
     }
 
     private func perform(_ action: Participant.Action, host: Int) {
@@ -550,8 +579,9 @@ package final class Coordination: Scenario {
         case .makeReady(let number):
             let isReady = isQuiet || !random.chance(4)
             hosts[host].tasks.append(isReady ? .madeReady(number) : .notReady(number, "a volume is being restored"))
-        case .holdAndForm(let number):
+        case .holdAndForm(let number), .formAtOnce(let number):
             if fault != .holdNothing { hosts[host].heldSince = now }
+            if case .formAtOnce = action { hosts[host].isAtOnce = fault != .holdNothing }
             (hosts[host].forming, hosts[host].image) = (number, [])
         case .letGo: letGo(host)
         case .drain(let number):
@@ -561,9 +591,11 @@ package final class Coordination: Scenario {
             hosts[host].recording.formUnion(hosts[host].outOfSync)
             hosts[host].outOfSync = []
             (hosts[host].forming, hosts[host].sending, hosts[host].image) = (nil, nil, [])
+            hosts[host].heldPoint = nil
+            if hosts[host].isAtOnce { letGo(host) }
             hosts[host].tasks.removeAll()  // what was begun before has ended
             hosts[host].tasks.append(.gaveUp(number))
-        case .end: hosts[host].image = []
+        case .end: (hosts[host].image, hosts[host].heldPoint) = ([], nil)
         case .contradiction(let text): fail("a host meets the impossible: \(text)")
         }
     }
@@ -657,7 +689,7 @@ package final class Coordination: Scenario {
             }
             coordinator = nil
         case .host(let host):
-            hosts[host].die()
+            hosts[host].die(powerLoss: powerLoss)
             for grain in hosts[host].grains.indices {
                 guard let (write, isApplied) = hosts[host].grains[grain].underWay else { continue }
                 if !isApplied, random.chance(50) {
@@ -698,11 +730,13 @@ package final class Coordination: Scenario {
             var record = hosts[host].file.content
             if fault == .forgetHalfFormed { record = ParticipantRecord(epoch: record.epoch, number: record.number) }
             if fault == .forgetFormed {
-                record = ParticipantRecord(epoch: record.epoch, number: 0, isOpen: record.isOpen)
+                record = ParticipantRecord(epoch: record.epoch, number: 0, point: record.point)
             }
             hosts[host].file.content = record
             hosts[host].machine = Participant(settings, record: record)
-            drive(host) { $0.start() }
+            let isHeld = hosts[host].heldPoint == record.number || fault == .trustHeldPoint
+            happened["starts: \(record.point), \(isHeld ? "" : "not ")held", default: 0] += 1
+            drive(host) { $0.start(isHeld: isHeld) }
         case .remote(let remote):
             guard remotes[remote].machine == nil else { return }
             remotes[remote].file.isRead()

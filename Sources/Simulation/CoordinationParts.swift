@@ -31,7 +31,8 @@ struct RecordFile<Record> {
     mutating func isRead() { sure = content }
 }
 
-/// A host with its volumes. What is written survives a crash, as do the bits; what is held and what is under way does not.
+/// A host with its volumes. What is written survives a crash, as do the bits, and what is held of a point if only the process dies; held
+/// acknowledgements and what is under way do not.
 struct CoordinationHost {
     static let volumes = 2
     static let grainsPerVolume = 3
@@ -50,9 +51,12 @@ struct CoordinationHost {
     /// Acknowledgements are held since then, and go to these grains' writes.
     var heldSince: UInt64?
     var held: [Int] = []
-    /// What volumes that have formed hold of the point.
+    /// What volumes that have formed hold of the point, and its number once all have.
     var image: [Int] = []
+    var heldPoint: UInt64?
     var forming: UInt64?
+    /// It lets go when all have formed.
+    var isAtOnce = false
     var sending: Sending?
 
     /// A drain, in a session of its own.
@@ -65,10 +69,14 @@ struct CoordinationHost {
 
     init(remote: Int) { self.remote = remote }
 
-    mutating func die() {
-        (machine, tasks, heldSince, held, image) = (nil, [], nil, [], [])
-        (forming, sending) = (nil, nil)
+    mutating func die(powerLoss: Bool) {
+        (machine, tasks, heldSince, held) = (nil, [], nil, [])
+        (forming, isAtOnce, sending) = (nil, false, nil)
+        if powerLoss { (image, heldPoint) = ([], nil) }
     }
+
+    /// When acknowledgements that are held must go; nil while none are.
+    func deadline(_ longest: UInt64) -> UInt64? { machine?.wakeAt ?? (isAtOnce ? heldSince.map { $0 + longest } : nil) }
 }
 
 /// A remote with the secondary copies of some hosts.

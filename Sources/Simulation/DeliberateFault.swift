@@ -87,8 +87,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case countDeadlineAsRun
     /// A host says that all of a point is at its remote while data is under way, or not flushed.
     case drainEarly, drainUnflushed
-    /// A restarted host does not give up the point that a crash has left half formed.
-    case forgetHalfFormed
+    /// A restarted host does not give up the point that a crash has left half formed, or that its volumes do not hold any more.
+    case forgetHalfFormed, trustHeldPoint
     /// A restarted host does not know which numbers were used.
     case forgetFormed
     /// A restarted coordinator gives up what was decided, or gives a number to two points.
@@ -139,7 +139,7 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
             CopyWorld.self
         case .holdNothing, .holdOn, .countDeadlineAsRun, .drainEarly, .drainUnflushed, .forgetHalfFormed, .forgetFormed,
             .forgetDecision, .forgetNumber, .decideUnsaved, .saveOverNewer, .obeyOlderEpoch, .prepareUnsaved,
-            .promiseUnsaved, .forgetPromise, .takeLateData, .countSilenceAsPromise, .failOverUnasked:
+            .promiseUnsaved, .forgetPromise, .takeLateData, .countSilenceAsPromise, .failOverUnasked, .trustHeldPoint:
             Coordination.self
         default: World.self
         }

@@ -35,6 +35,19 @@ func successors() {
     ] {
         #expect(((try? next.check(after: decided)) != nil) == isLegal)
     }
+    for (next, isLegal) in [
+        (ParticipantRecord(epoch: 2, number: 5), true), (ParticipantRecord(epoch: 2, number: 5, point: .held), true),
+        (ParticipantRecord(epoch: 2, number: 6, point: .forming), true),
+        (ParticipantRecord(epoch: 2, number: 5, point: .forming), false),
+        (ParticipantRecord(epoch: 2, number: 4, point: .held), false),
+        (ParticipantRecord(epoch: 1, number: 5, point: .held), false),
+    ] {
+        let held = ParticipantRecord(epoch: 2, number: 5, point: .held)
+        #expect(((try? next.check(after: held)) != nil) == isLegal)
+    }
+    #expect(throws: IllegalCoordination.self) {
+        try ParticipantRecord(number: 5, point: .held).check(after: ParticipantRecord(number: 5))
+    }
     let prepared = TwoPhaseRecord(epoch: 2, committed: 4, stand: .prepared(5))
     for (next, isLegal) in [
         (TwoPhaseRecord(epoch: 2, committed: 5), true),
@@ -148,6 +161,16 @@ func coordinatorPlaces() {
         walk(.remote(1, Stamped(epoch: 1, answer)), expected) { Coordinator.place(of: answer, in: $0) }
     }
     // About an older point, or to another process: late, whatever it is; about a newer one: impossible.
+    // What an operator wants, as long as nothing is decided; what a remote has is only asked of a single one.
+    for kind in Coordinator.State.Kind.allCases {
+        var machine = coordinator(kind)
+        let turn = machine.handle(.giveUp("why"), now: 1)
+        let ends: [Coordinator.State.Kind] = [.makingReady, .holding, .running, .draining, .preparing]
+        #expect(turn.before.first == (ends.contains(kind) ? .givesUp(1, "why") : nil))
+        #expect((machine.state.kind == .givingUp) == (ends.contains(kind) || kind == .givingUp))
+        let found = machine.handle(.found(committed: 1), now: 1)
+        #expect(found.before.contains { if case .contradiction = $0 { true } else { false } })
+    }
     for kind in Coordinator.State.Kind.allCases where kind != .stopped {
         for answer in [HostAnswer.ready(0), .ended(0), .gaveUp(0)] {
             var machine = coordinator(kind)
@@ -166,11 +189,12 @@ func coordinatorPlaces() {
 @Test("every request and event has its place in every state of a host")
 func participantPlaces() {
     let requests: [(HostRequest, String)] = [
-        (.makeReady(1), "HlHlllll"), (.form(1), "HxHlHlll"), (.run(1), "HxxxHHHl"), (.giveUp(1), "HHHHHHHl"),
-        (.end(1), "HxxxxxHl"),
+        (.makeReady(1), "HlHlllll"), (.form(1), "HxHlHlll"), (.formAtOnce(1), "HxHlxHHl"), (.run(1), "HxxxHHHl"),
+        (.giveUp(1), "HHHHHHHl"), (.end(1), "HxxxxlHl"),
     ]
     let newer: [(HostRequest, String)] = [
-        (.makeReady(2), "Hxxxxxxl"), (.form(2), "xxxxxxxl"), (.run(2), "xxxxxxxl"), (.giveUp(2), "Hxxxxxxl"),
+        (.makeReady(2), "Hxxxxxxl"), (.form(2), "xxxxxxxl"), (.formAtOnce(2), "xxxxxxxl"), (.run(2), "xxxxxxxl"),
+        (.giveUp(2), "Hxxxxxxl"),
         (.end(2), "xxxxxxxl"),
     ]
     let own: [(Participant.Event, String)] = [

@@ -2,7 +2,7 @@
 //
 // `group hosts=3 remotes=3` begins; `go` carries everything to its end, message by message. `lose`, `hold` and `repeat` say what becomes
 // of messages of a kind (and, with `to=`, to one receiver) until `release`; `stuck host=2` never forms, `stuck remote=1` never
-// has all of a point flushed; at `busy remote=0` writes are under way; `crash` and `start` take a process;
+// has all of a point flushed; at `busy remote=0` writes are under way; `crash` and `start` take a process (`without` its point);
 // `wait ms=50` lets time pass; `point` commits one, untold. A line that begins with `!` is one whose saves fail.
 
 import Groups
@@ -78,7 +78,9 @@ struct CoordinationTranscript {
             slow = Set(line.number("remote").map { [Int($0)] } ?? [])
         case "busy": busy = line.number("remote").map { Int($0) }
         case "crash": crash(try party(line))
-        case "start": start(try party(line))
+        case "start": start(try party(line), line)
+        case "give-up": tell(.giveUp(line.fields["reason"] ?? "mirroring stops"))
+        case "found": tell(.found(committed: line.required("committed")))
         case "failover":
             let remote = Int(line.required("remote"))
             drive(remote: remote, line.number("alone").map { .failOverAlone($0) } ?? .failOver)
@@ -128,7 +130,7 @@ struct CoordinationTranscript {
         }
     }
 
-    private mutating func start(_ party: Party) {
+    private mutating func start(_ party: Party, _ line: Line = Line("start")) {
         switch party {
         case .coordinator:
             var machine = Coordinator(settings, record: files.0)
@@ -137,7 +139,7 @@ struct CoordinationTranscript {
             carryOut(turn)
         case .host(let host):
             var machine = Participant(settings, record: files.1[host])
-            let turn = machine.start()
+            let turn = machine.start(isHeld: !line.isSet("without"))
             hosts[host] = machine
             carryOut(turn, host: host)
         case .remote(let remote):
@@ -226,10 +228,11 @@ struct CoordinationTranscript {
     private mutating func carryOut(_ turn: Turn<Participant.Action>, host: Int) {
         for action in turn.before { perform(action, host) }
         guard turn.saves, let record = hosts[host]?.record else { return }
-        let words = "epoch \(record.epoch), point \(record.number)\(record.isOpen ? " may be half formed" : "")"
+        let words =
+            "epoch \(record.epoch), point \(record.number)\(record.point == .none ? "" : record.point == .held ? " is held" : " may be half formed")"
         if savesFail {
             said.append("host \(host) cannot save: \(words)")
-            hosts[host]?.saveFailed()
+            if let next = hosts[host]?.saveFailed() { carryOut(next, host: host) }
             return
         }
         files.1[host] = record
@@ -246,6 +249,8 @@ struct CoordinationTranscript {
             return
         case .makeReady(let number): soon(.madeReady(number))
         case .holdAndForm(let number): if !stuck.contains(host) { soon(.formed(number)) }
+        case .formAtOnce(let number):
+            soon(stuck.contains(host) ? .lost(number, "it let go by itself") : .formed(number))
         case .drain(let number): soon(.drained(number))
         case .giveUp(let number): soon(.gaveUp(number))
         case .letGo, .end, .contradiction: break
@@ -305,6 +310,7 @@ extension HostRequest {
         switch self {
         case .makeReady(let number): "ready \(number)?"
         case .form(let number): "form \(number)"
+        case .formAtOnce(let number): "form \(number) at once"
         case .run(let number): "run \(number)"
         case .giveUp(let number): "give-up \(number)"
         case .end(let number): "end \(number)"
@@ -358,6 +364,7 @@ extension Participant.Action {
         case .answer: "answers"
         case .makeReady(let number): "makes point \(number) ready"
         case .holdAndForm(let number): "holds, and forms point \(number)"
+        case .formAtOnce(let number): "holds, forms point \(number), and lets go"
         case .letGo: "lets go"
         case .drain(let number): "drains point \(number)"
         case .giveUp(let number): "merges the bits of point \(number) back"

@@ -17,6 +17,8 @@ package enum HostRequest: Equatable, Sendable {
     case makeReady(UInt64)
     /// Hold acknowledgements and form, in one step.
     case form(UInt64)
+    /// The same in one step where there is only one host: it lets go when all of its volumes have formed.
+    case formAtOnce(UInt64)
     /// Every host has formed: let go, and drain. Asked again, it is a question how far that is.
     case run(UInt64)
     /// The point never counts.
@@ -26,7 +28,9 @@ package enum HostRequest: Equatable, Sendable {
 
     package var number: UInt64 {
         switch self {
-        case .makeReady(let number), .form(let number), .run(let number), .giveUp(let number), .end(let number): number
+        case .makeReady(let number), .form(let number), .formAtOnce(let number), .run(let number), .giveUp(let number),
+            .end(let number):
+            number
         }
     }
 }
@@ -36,7 +40,7 @@ package enum HostAnswer: Equatable, Sendable {
     case ready(UInt64)
     /// Every volume has formed, and acknowledgements are held.
     case formed(UInt64)
-    /// It let go because of `run`.
+    /// It let go because of `run`, or because all had formed at once; the point is held, also through a restart.
     case ran(UInt64)
     /// All of the point is at its remote, flushed.
     case drained(UInt64)

@@ -2,13 +2,15 @@
 //
 //   make ready → hold and form → run → drain → prepare → (decided) → commit → end
 //
-// One host and one remote are the smallest case; with one remote there is no `prepare`, and its record is the decision.
+// One host and one remote are the smallest case: one host forms and lets go in one step; with one remote there is no `prepare`, and its
+// record is the decision.
 //
 // Must be prevented:
 //   a point counts although a host let go before all had formed: `run` is said when all have, and each says that it let go because of it
 //   hosts wait: they let go by themselves at the deadline, whatever happens here; saves and preparations come before the pause
 //   a commit is asked for before the decision is on stable storage, or before every remote has prepared
-//   a decision is not carried out: a new process takes it up, and what was undecided is given up everywhere
+//   a decision is not carried out: a new process takes it up
+//   a point that may be half formed goes on after a restart: it is given up everywhere
 //   a new point begins while a host or a remote has not yet heard what became of the last one
 //   a process that has been followed by another goes on, or an answer to it counts
 //   somebody is asked for ever at full speed, or an undecided point is held for somebody who does not answer
@@ -20,6 +22,10 @@ package struct Coordinator: Sendable {
         case tick
         /// A point is wanted now; while another is under way nothing comes of it.
         case request
+        /// The point that is under way, unless it is decided, is not to count: mirroring stops, or the remote's copy is another.
+        case giveUp(String)
+        /// What the only remote has committed, by its record, unasked: an answer was lost.
+        case found(committed: UInt64)
         /// The record belongs to a newer process.
         case superseded
         case host(Int, Stamped<HostAnswer>)
@@ -83,8 +89,10 @@ package struct Coordinator: Sendable {
     }
 
     package let settings: Settings
-    package private(set) var record: CoordinatorRecord
+    package internal(set) var record: CoordinatorRecord
     package private(set) var state = State.idle
+    /// A process before this one may have asked remotes about the point.
+    private var isTakenUp = false
     /// The file may hold another record than this: whatever is said next waits for the save.
     package private(set) var isUnsaved = false
 
@@ -102,6 +110,9 @@ package struct Coordinator: Sendable {
         switch record.point {
         case .none: return .saved(then: [])
         case .undecided: return giveUp(record.lastNumber, "its coordinator has ended", atRemotes: true, now)
+        case .formed:
+            isTakenUp = true
+            return enter(.draining(record.lastNumber, Round(settings.allHosts, now: now)))
         case .commit: return enter(.committing(record.lastNumber, Round(settings.allRemotes, now: now), Votes()))
         }
     }
@@ -129,6 +140,8 @@ package struct Coordinator: Sendable {
         case .request:
             guard case .idle = state else { return Turn() }
             return begin(now)
+        case .giveUp(let reason): return end(reason, now)
+        case .found(let number): return found(number, now)
         case .host(let host, let answer):
             guard answer.epoch == record.epoch else { return Turn() }
             if case .superseded(let epoch) = answer.body {
@@ -170,6 +183,7 @@ package struct Coordinator: Sendable {
         case (.makingReady(let number, var round), .ready):
             round.answered(host)
             guard round.isComplete else { return wait(.makingReady(number, round)) }
+            guard settings.hosts > 1 else { return enter(.running(number, Round([0], now: now), drained: [])) }
             return enter(
                 .holding(number, Round(settings.allHosts, now: now), until: now + settings.maxCoordination))
         case (.holding(let number, var round, let until), .formed):
@@ -183,9 +197,7 @@ package struct Coordinator: Sendable {
             round.answered(host)
             if case .drained = answer, !drained.contains(host) { drained.append(host) }
             guard round.isComplete else { return wait(.running(number, round, drained: drained)) }
-            let others = settings.allHosts.filter { !drained.contains($0) }
-            state = .draining(number, Round(others, now: now))
-            return others.isEmpty ? haveDrained(number, now) : Turn()
+            return haveRun(number, drained, now)
         case (.draining(let number, var round), .ran):
             round.isAtIt(host)
             return wait(.draining(number, round))
@@ -237,7 +249,7 @@ package struct Coordinator: Sendable {
             return giveUp(number, "remote \(remote): \(reason)", atRemotes: true, now)
         case (.committing(let number, _, _), .failedOver(let point)):
             // What was decided is left to those who have prepared it.
-            return giveUp(number, Self.failed(remote, point), atRemotes: record.point == .undecided, stops: true, now)
+            return giveUp(number, Self.failed(remote, point), atRemotes: record.point != .commit, stops: true, now)
         case (.givingUp(let number, let hosts, var remotes, let stops), .dropped):
             remotes.answered(remote)
             return gaveUp(number, hosts, remotes, stops)
@@ -248,8 +260,7 @@ package struct Coordinator: Sendable {
             }
             // The answer to its commit was lost. Hosts that gave the point up send more than is needed, not less.
             remotes.answered(remote)
-            record.committed = number
-            isUnsaved = true
+            haveCommitted(number)
             return gaveUp(number, hosts, remotes, stops)
         case (.givingUp(let number, let hosts, var remotes, _), .failedOver(let point)):
             remotes.answered(remote)
@@ -269,7 +280,18 @@ package struct Coordinator: Sendable {
         next.lastNumber += 1
         next.point = .undecided
         become(next)
+        isTakenUp = false
         return enter(.makingReady(next.lastNumber, Round(settings.allHosts, now: now)))
+    }
+
+    /// - Parameter drained: hosts whose data is at its remote already.
+    private mutating func haveRun(_ number: UInt64, _ drained: [Int], _ now: UInt64) -> Turn<Action> {
+        var next = record
+        next.point = .formed
+        become(next)
+        let others = settings.allHosts.filter { !drained.contains($0) }
+        state = .draining(number, Round(others, now: now))
+        return .saved() + (others.isEmpty ? haveDrained(number, now) : Turn())
     }
 
     private mutating func haveDrained(_ number: UInt64, _ now: UInt64) -> Turn<Action> {
@@ -293,10 +315,49 @@ package struct Coordinator: Sendable {
         return Turn()
     }
 
+    private mutating func haveCommitted(_ number: UInt64) {
+        record.committed = max(record.committed, number)
+        isUnsaved = true
+    }
+
+    private mutating func found(_ number: UInt64, _ now: UInt64) -> Turn<Action> {
+        let event = Event.found(committed: number)
+        guard settings.remotes == 1, number <= record.lastNumber else { return contradiction(event) }
+        guard number == record.lastNumber else {
+            // One that was given up, while its answer was lost.
+            haveCommitted(number)
+            return Turn()
+        }
+        switch state {
+        case .makingReady, .holding, .running, .preparing: return contradiction(event)
+        case .idle, .ending, .stopped:
+            haveCommitted(number)
+            return Turn()
+        case .committing, .givingUp: return carryOut(0, .committed(number), now)
+        case .draining:
+            // A process before this one has asked for it. What its host still has to send is sent with the next.
+            haveCommitted(number)
+            return Turn([.committed(number)]) + giveUp(number, "its remote has it already", atRemotes: false, now)
+        }
+    }
+
+    private mutating func end(_ reason: String, _ now: UInt64) -> Turn<Action> {
+        switch state {
+        case .idle, .ending, .givingUp, .stopped: return Turn()
+        case .makingReady(let number, _), .holding(let number, _, _), .running(let number, _, _),
+            .draining(let number, _):
+            return giveUp(number, reason, atRemotes: false, now)
+        case .preparing(let number, _): return giveUp(number, reason, atRemotes: true, now)
+        case .committing(let number, _, _):
+            return record.point == .commit ? Turn() : giveUp(number, reason, atRemotes: true, now)
+        }
+    }
+
     /// - Parameter atRemotes: they may have been asked to prepare it.
     private mutating func giveUp(
         _ number: UInt64, _ reason: String, atRemotes: Bool, stops: Bool = false, _ now: UInt64
     ) -> Turn<Action> {
+        let atRemotes = atRemotes || (isTakenUp && record.point != .commit)
         if atRemotes, record.point == .commit {
             // Every remote has promised never to commit it.
             record.point = .undecided
@@ -392,7 +453,8 @@ package struct Coordinator: Sendable {
         case .idle, .stopped: []
         case .makingReady(let number, let round): ask(round, .makeReady(number))
         case .holding(let number, let round, _): ask(round, .form(number))
-        case .running(let number, let round, _), .draining(let number, let round): ask(round, .run(number))
+        case .running(let number, let round, _): ask(round, settings.hosts == 1 ? .formAtOnce(number) : .run(number))
+        case .draining(let number, let round): ask(round, .run(number))
         case .preparing(let number, let round): ask(round, .prepare(number, after: record.committed))
         case .committing(let number, let round, let votes):
             ask(

@@ -11,8 +11,10 @@ package struct CoordinatorRecord: Equatable, Sendable, Codable {
     package enum Point: String, Equatable, Sendable, Codable {
         /// Every remote has committed it, or it was given up everywhere.
         case none
-        /// It is formed, or was: a new process gives it up.
+        /// It may be half formed: a new process gives it up.
         case undecided
+        /// Every host let go because of `run`, and holds it: a new process goes on with it.
+        case formed
         /// Every remote had prepared it: a new process commits it everywhere.
         case commit
     }

@@ -2,11 +2,14 @@
 //
 //   make ready → hold and form → (run) let go → drain → end
 //
+// The only host of a group lets go by itself when all of its volumes have formed.
+//
 // Must be prevented:
 //   a write is held past the deadline, whatever is lost
 //   a host says that it let go because of `run` when it did so by itself
 //   a point is formed anew under a number that was used: an old `form` and `run` would send other data for it
-//   a point that a crash has left half formed goes on, or what it took from the bitmaps is forgotten: it is given up at the start
+//   a point that a crash has left half formed goes on, or what it took from the bitmaps is forgotten: it is given up at the start, as is
+//     one that a volume does not hold any more
 //   a coordinator's process that has been followed by another is obeyed
 //   it is promised that nothing is left of a point (`gaveUp`) before that is so, and so after a crash
 
@@ -15,10 +18,18 @@ package struct ParticipantRecord: Equatable, Sendable, Codable {
     package internal(set) var epoch: UInt64 = 0
     /// The last point that was, or is not to be, formed here.
     package internal(set) var number: UInt64 = 0
-    /// Found at a start, it means that the point may be half formed.
-    package internal(set) var isOpen = false
-    package init(epoch: UInt64 = 0, number: UInt64 = 0, isOpen: Bool = false) {
-        (self.epoch, self.number, self.isOpen) = (epoch, number, isOpen)
+    package internal(set) var point = Point.none
+    /// What has become of the point `number` here.
+    package enum Point: String, Equatable, Sendable, Codable {
+        /// Nothing is left of it, or was ever.
+        case none
+        /// It may be half formed.
+        case forming
+        /// Every volume has formed it, and this host let go because every host had.
+        case held
+    }
+    package init(epoch: UInt64 = 0, number: UInt64 = 0, point: Point = .none) {
+        (self.epoch, self.number, self.point) = (epoch, number, point)
     }
 
     /// - Throws: when this cannot come after `previous`.
@@ -26,6 +37,9 @@ package struct ParticipantRecord: Equatable, Sendable, Codable {
         guard epoch >= previous.epoch, number >= previous.number else {
             throw IllegalCoordination(
                 "point \(previous.number) of epoch \(previous.epoch) would be forgotten for \(number) of \(epoch)")
+        }
+        guard number > previous.number || point == .none || point == previous.point || previous.point == .forming else {
+            throw IllegalCoordination("point \(number) was \(previous.point) here, and cannot be \(point) next")
         }
     }
 }
@@ -38,7 +52,7 @@ package struct Participant: Sendable {
         case madeReady(UInt64)
         /// A volume cannot form a point now.
         case notReady(UInt64, String)
-        /// Every volume has formed.
+        /// Every volume has formed; of one that forms at once, all let go together then.
         case formed(UInt64)
         /// All of it is at the remote, flushed.
         case drained(UInt64)
@@ -54,8 +68,12 @@ package struct Participant: Sendable {
         case makeReady(UInt64)
         /// Hold acknowledgements and form on every volume, at once.
         case holdAndForm(UInt64)
+        /// The same, and let go when all have formed; whoever does it keeps to the deadline (`lost`).
+        case formAtOnce(UInt64)
         /// Acknowledgements go.
         case letGo(UInt64)
+        /// Send what it has to send, as the bitmaps say: some of it may be at the remote already. Where that is all, nobody is asked: a remote
+        /// that has prepared the point lets nothing in.
         case drain(UInt64)
         /// Merge its bits back, however far it is; nothing of it is sent any more.
         case giveUp(UInt64)
@@ -68,8 +86,8 @@ package struct Participant: Sendable {
         case idle
         case makingReady(UInt64)
         case ready(UInt64)
-        /// Hosts are held until that time at the latest.
-        case forming(UInt64, until: UInt64)
+        /// Hosts are held until that time at the latest; nil = it forms at once.
+        case forming(UInt64, until: UInt64?)
         case formed(UInt64, until: UInt64)
         case draining(UInt64)
         case drained(UInt64)
@@ -88,21 +106,40 @@ package struct Participant: Sendable {
         self.record = record
     }
 
-    package mutating func start() -> Turn<Action> {
-        guard record.isOpen else { return Turn() }
-        state = .givingUp(record.number)
-        return Turn([.giveUp(record.number)])
+    /// - Parameter isHeld: every volume holds the point that the record says is held.
+    package mutating func start(isHeld: Bool) -> Turn<Action> {
+        switch record.point {
+        case .none: return Turn()
+        case .held where isHeld:
+            state = .draining(record.number)
+            return Turn([.drain(record.number)])
+        case .forming, .held:
+            state = .givingUp(record.number)
+            return Turn([.giveUp(record.number)])
+        }
     }
 
     package mutating func wasSaved() { isUnsaved = false }
 
-    /// Nothing of the point was begun, and its number is not used again.
-    package mutating func saveFailed() { state = .idle }
+    package mutating func saveFailed() -> Turn<Action> {
+        switch state {
+        case .makingReady:
+            // Nothing of the point was begun, and its number is not used again.
+            state = .idle
+            return Turn()
+        case .draining(let number):
+            // That it let go was not said.
+            state = .givingUp(number)
+            return Turn([.giveUp(number)])
+        case .idle, .ready, .forming, .formed, .drained, .givingUp: return Turn()
+        }
+    }
 
     /// When `tick` must come at the latest, since hosts are held; nil = no need.
     package var wakeAt: UInt64? {
         switch state {
-        case .forming(_, let until), .formed(_, let until): until
+        case .forming(_, let until): until
+        case .formed(_, let until): until
         case .idle, .makingReady, .ready, .draining, .drained, .givingUp: nil
         }
     }
@@ -129,10 +166,10 @@ package struct Participant: Sendable {
     /// A host's write is never held past the deadline.
     private mutating func letGoInTime(_ now: UInt64) -> Turn<Action> {
         switch state {
-        case .forming(let number, let until), .formed(let number, let until):
+        case .forming(let number, let until?), .formed(let number, let until):
             guard now >= until else { return Turn() }
             return fail(number, "it let go by itself")
-        case .idle, .makingReady, .ready, .draining, .drained, .givingUp: return Turn()
+        case .forming(_, nil), .idle, .makingReady, .ready, .draining, .drained, .givingUp: return Turn()
         }
     }
 
@@ -142,29 +179,25 @@ package struct Participant: Sendable {
         if let turn = unhandled(Self.place(of: request, in: state), request) { return turn }
         switch (state, request) {
         case (.idle, .end(let number)): return answer(.ended(number))
-        case (.idle, .makeReady(let number)), (.idle, .form(let number)), (.idle, .run(let number)),
-            (.idle, .giveUp(let number)):
+        case (.idle, .makeReady(let number)), (.idle, .form(let number)), (.idle, .formAtOnce(let number)),
+            (.idle, .run(let number)), (.idle, .giveUp(let number)):
             return answer(.gaveUp(number))
         case (.ready(let number), .makeReady): return answer(.ready(number))
         case (.ready(let number), .form):
             state = .forming(number, until: now + maxHold)
             return Turn([.holdAndForm(number)])
+        case (.ready(let number), .formAtOnce):
+            state = .forming(number, until: nil)
+            return Turn([.formAtOnce(number)])
         case (.formed(let number, _), .form): return answer(.formed(number))
-        case (.formed(let number, _), .run):
-            state = .draining(number)
-            return Turn([.letGo(number)]) + answer(.ran(number)) + Turn([.drain(number)])
-        case (.draining(let number), .run): return answer(.ran(number))
-        case (.drained(let number), .run): return answer(.drained(number))
+        case (.formed(let number, _), .run): return Turn([.letGo(number)]) + hold(number)
+        case (.draining(let number), .run), (.draining(let number), .formAtOnce): return answer(.ran(number))
+        case (.drained(let number), .run), (.drained(let number), .formAtOnce): return answer(.drained(number))
         case (.drained(let number), .end):
             state = .idle
-            record.isOpen = false
+            record.point = .none
             return Turn([.end(number)]) + answer(.ended(number))
-        case (.forming(let number, _), .giveUp), (.formed(let number, _), .giveUp):
-            state = .givingUp(number)
-            return Turn([.letGo(number), .giveUp(number)])
-        case (_, .giveUp(let number)):
-            state = .givingUp(number)
-            return Turn([.giveUp(number)])
+        case (_, .giveUp(let number)): return giveUp(number)
         default: return contradiction(request)
         }
     }
@@ -174,14 +207,14 @@ package struct Participant: Sendable {
         if let turn = unhandled(Self.place(ofNewer: request, in: state), request) { return turn }
         switch request {
         case .makeReady(let number):
-            (record.number, record.isOpen, isUnsaved) = (number, true, true)
+            (record.number, record.point, isUnsaved) = (number, .forming, true)
             state = .makingReady(number)
             return .saved(then: [.makeReady(number)])
         case .giveUp(let number):
             // A `makeReady` of it may still be under way.
-            (record.number, record.isOpen, isUnsaved) = (number, false, true)
+            (record.number, record.point, isUnsaved) = (number, .none, true)
             return answer(.gaveUp(number))
-        case .form, .run, .end: return contradiction(request)
+        case .form, .formAtOnce, .run, .end: return contradiction(request)
         }
     }
 
@@ -193,15 +226,17 @@ package struct Participant: Sendable {
             state = .ready(number)
             return answer(.ready(number))
         case (.makingReady, .notReady(_, let reason)): return fail(number, reason)
-        case (.forming(_, let until), .formed):
+        case (.forming(_, let until?), .formed):
             state = .formed(number, until: until)
             return answer(.formed(number))
+        case (.forming(_, nil), .formed): return hold(number)
         case (.draining, .drained):
             state = .drained(number)
             return answer(.drained(number))
         case (_, .lost(_, let reason)): return fail(number, reason)
         case (.givingUp, .gaveUp):
             state = .idle
+            record.point = .none
             return answer(.gaveUp(number))
         default: return contradiction(event)
         }
@@ -210,9 +245,21 @@ package struct Participant: Sendable {
     // MARK: What is said
 
     private mutating func fail(_ number: UInt64, _ reason: String) -> Turn<Action> {
+        giveUp(number) + answer(.failed(number, reason))
+    }
+
+    /// It waits for nobody's save: more is sent than must be, never less.
+    private mutating func giveUp(_ number: UInt64) -> Turn<Action> {
         let isHeld = wakeAt != nil
         state = .givingUp(number)
-        return Turn(isHeld ? [.letGo(number)] : []) + answer(.failed(number, reason)) + Turn([.giveUp(number)])
+        return Turn((isHeld ? [.letGo(number)] : []) + [.giveUp(number)])
+    }
+
+    /// Every host has formed it, and this one lets go, or has.
+    private mutating func hold(_ number: UInt64) -> Turn<Action> {
+        state = .draining(number)
+        (record.point, isUnsaved) = (.held, true)
+        return .saved(then: [.answer(Stamped(epoch: record.epoch, .ran(number))), .drain(number)])
     }
 
     private func answer(_ body: HostAnswer) -> Turn<Action> {
@@ -263,10 +310,11 @@ extension Participant {
             //              idle making ready forming formed draining drained givingUp
             case .makeReady: "H   l      H     l       l      l        l       l"
             case .form: "     H   x      H     l       H      l        l       l"
+            case .formAtOnce: "H  x      H     l       x      H        H       l"
             case .run: "      H   x      x     x       H      H        H       l"
             case .giveUp: "   H   H      H     H       H      H        H       l"
-            // Asked again, since it has given up after a crash: `idle`, or will be.
-            case .end: "      H   x      x     x       x      x        H       l"
+            // Asked again, since it has given up after a crash: `idle`, or will be; or it drains again, and has nothing left to send.
+            case .end: "      H   x      x     x       x      l        H       l"
             }
         return Place(row, state.kind.rawValue)
     }
@@ -278,7 +326,7 @@ extension Participant {
             switch request {
             //                        idle making ready forming formed draining drained givingUp
             case .makeReady, .giveUp: "H   x      x     x       x      x        x       l"
-            case .form, .run, .end: "  x   x      x     x       x      x        x       l"
+            case .form, .formAtOnce, .run, .end: "x x    x     x       x      x        x       l"
             }
         return Place(row, state.kind.rawValue)
     }
