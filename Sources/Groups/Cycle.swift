@@ -1,11 +1,10 @@
-// Cycle.swift: the primary's half of a group: form a point → drain it → commit it, again and again.
+// Cycle.swift: the primary's half of a group: its session with the peer, and when a point is wanted. What becomes of a point a coordinator
+// and a participant say (CyclePoints.swift).
 //
 // A state machine without I/O: events in, actions out. A thread with libnbd drives it, and so does the simulator.
 //
 // Must be prevented:
 //   a point is formed while the one before is still held (staggering)
-//   a point counts as committed before the remote says so, or is sent again after it was
-//   a point stays half formed after a crash: the intent is recorded before the first volume forms
 //   the bitmaps are trusted against a secondary that they do not describe
 //   an answer is waited for that belongs to a link which was closed since: closing one voids whatever is under way
 //   something is done that relies on a record which could not be saved: it stands in `Turn.after`, which is dropped when the save fails,
@@ -21,27 +20,6 @@ package enum Interval: Sendable, Equatable {
     case every(UInt64)
     /// Only on command.
     case manual
-}
-
-/// What the peer says when a session opens.
-package struct PeerState: Sendable, Equatable, Codable {
-    package var session: UInt64
-    package var site: String
-    /// Identity of the secondary copy; changes when the secondary starts from nothing.
-    package var lineage: String
-    /// The same of each volume, by name.
-    package var volumeLineages: [String: String]?
-    /// Its newest point.
-    package var committed: PointRecord?
-    package init(
-        session: UInt64, site: String, lineage: String, volumeLineages: [String: String]? = nil, committed: PointRecord?
-    ) {
-        self.session = session
-        self.site = site
-        self.lineage = lineage
-        self.volumeLineages = volumeLineages
-        self.committed = committed
-    }
 }
 
 package struct Cycle {
@@ -99,20 +77,33 @@ package struct Cycle {
         case marking(PeerState)
         case idle
         case preparing(UInt64)
-        case forming(UInt64)
-        case moving(PointRecord, any Mover)
-        case committing(PointRecord)
+        /// The coordinator has a point under way.
+        case atPoint(Work)
+        /// Something is given up first.
         case givingUp(Next)
     }
 
-    /// What follows when a point has been given up.
+    /// What the link does for the point.
+    package enum Work {
+        /// Nothing yet: it forms.
+        case none
+        case moves(any Mover)
+        /// The peer was asked for the commit.
+        case commits
+    }
+
     package enum Next {
         case stop(String)
         case retry(String)
         case connect
         case carryOn
-        /// The peer had already committed the point.
-        case tookOver
+
+        var reason: String {
+            switch self {
+            case .stop(let reason), .retry(let reason): reason
+            case .connect, .carryOn: "it cannot be gone on with"
+            }
+        }
     }
 
     package struct Settings: Sendable {
@@ -134,16 +125,22 @@ package struct Cycle {
     }
 
     package let settings: Settings
-    package private(set) var state: State
+    package internal(set) var state = State.connecting
+    var coordinator: Coordinator
+    var participant: Participant
+    /// When the point that is at hand was formed, in seconds since 1970, and the volumes that have something to send of it.
+    var formed: (at: Double, changed: [Int]) = (0, [])
+    /// When the peer said that it was committed.
+    var committedAt: Double = 0
     /// There was a suspension after the last commit.
-    private(set) var resyncing = false
+    var resyncing = false
     private var lastFailure: String?
     private var dueAt: UInt64 = 0
-    private var requested = false
+    var requested = false
     /// While a volume is not ready no point is formed; asked again after `readyRetry`.
-    private var notBefore: UInt64 = 0
-    private static let readyRetry: UInt64 = 50_000_000
-    private var attempt = 0
+    var notBefore: UInt64 = 0
+    static let readyRetry: UInt64 = 50_000_000
+    var attempt = 0
     /// The driver adapts it to the link.
     package var pace: MovePace
     /// A link lost for longer than this ends the point that is held, so that its target stops growing.
@@ -152,21 +149,29 @@ package struct Cycle {
     /// Continuous cycles form at most one point in this time, and while nothing changes one in the longer time.
     package static let shortestCycle: UInt64 = 50_000_000
     package static let longestIdle: UInt64 = 1_000_000_000
-    private var formedAt: UInt64 = 0
+    var preparedAt: UInt64 = 0
 
-    /// - Parameter state: what it begins with, for who has read `place` and wants to see it.
-    package init(settings: Settings, state: State = .connecting) {
+    package init(settings: Settings, _ record: GroupRecord) {
         self.settings = settings
-        self.state = state
         pace = MovePace(limit: settings.window, checkpointBytes: settings.checkpointBytes)
+        coordinator = Coordinator(.single, record: record.coordination(epoch: 0))
+        participant = Participant(.single, record: record.participation)
     }
 
-    /// First actions after a start of the process.
-    mutating func start(_ record: inout GroupRecord) -> Turn<Action> {
-        if record.suspendedByOperator { return giveUp(.stop("suspended by the operator")) }
-        if record.forming != nil { return giveUp(.connect) }  // nobody knows which volumes have formed it
-        state = .connecting
-        return Turn([.openSession])
+    /// First actions after a start of the process. Every volume holds the point that the record says is held (`mustGiveUpPoint`).
+    mutating func start(_ record: inout GroupRecord, now: UInt64) -> Turn<Action> {
+        let taken = takeUp(&record, now)
+        if record.suspendedByOperator {
+            let next = Next.stop("suspended by the operator")
+            guard participant.state == .idle else { return taken + giveUp(next, &record, now) }
+            state = .stopped(next.reason)
+            return taken
+        }
+        guard !isGivingUp else {
+            state = .givingUp(.connect)
+            return taken
+        }
+        return Turn([.openSession]) + taken
     }
 
     /// The number that a point formed for a request made now will have at least.
@@ -190,91 +195,80 @@ package struct Cycle {
     /// When `tick` must come at the latest; nil = no need.
     func wakeAt(_ record: GroupRecord) -> UInt64? {
         switch state {
-        case .offline(_, let retryAt): retryAt
+        case .offline(_, let retryAt): isGivingUp ? nil : retryAt
+        case .atPoint: coordinator.wakeAt
         case .idle:
             if requested { notBefore } else if waitsForCommand(record) { nil } else { max(dueAt, notBefore) }
         default: nil
         }
     }
 
-    /// What a state makes of an event. What answers something that was given up meanwhile, or asks for what is no more, is late.
-    package static func place(of event: Event, in state: State) -> Place {
+    /// What it makes of an event. What answers something that was given up meanwhile, or asks for what is no more, is late.
+    package func place(of event: Event) -> Place {
         let isHandled: Bool =
             switch (event, state) {
             case (.tick, _), (.suspend, _), (.resume, _), (.request, _): true
             case (.sessionOpened, .connecting), (.sessionFailed, .connecting): true
             case (.allMarked, .marking): true
             case (.prepared, .preparing), (.notReady, .preparing): true
-            case (.formed, .forming): true
-            case (.move, .moving): true
-            case (.committed, .committing), (.commitRefused, .committing): true
-            case (.gaveUp, .givingUp): true
+            case (.formed, .atPoint(.none)): participant.state.kind == .forming
+            case (.move, .atPoint(.moves)): true
+            case (.committed, .atPoint(.commits)), (.commitRefused, .atPoint(.commits)): true
+            case (.gaveUp, _): isGivingUp
             // Nothing is under way, or it is being given up.
             case (.linkLost, .stopped), (.linkLost, .offline), (.linkLost, .givingUp): false
             case (.linkLost, _): true
-            // No point is held, or it is being given up.
-            case (.pointLost, .givingUp), (.pointLost, .marking), (.pointLost, .idle), (.pointLost, .preparing): false
-            case (.pointLost, _): true
+            // It is being given up, or will be.
+            case (.pointLost, .givingUp), (.pointLost, .marking): false
+            case (.pointLost, _): hasPoint
             case (.sessionOpened, _), (.sessionFailed, _), (.allMarked, _), (.prepared, _), (.notReady, _),
-                (.formed, _), (.move, _), (.committed, _), (.commitRefused, _), (.gaveUp, _):
+                (.formed, _), (.move, _), (.committed, _), (.commitRefused, _):
                 false
             }
         return isHandled ? .handled : .late
     }
 
     package mutating func handle(_ event: Event, _ record: inout GroupRecord, now: UInt64) -> Turn<Action> {
-        guard Self.place(of: event, in: state) == .handled else { return Turn() }
+        guard place(of: event) == .handled else { return Turn() }
         switch (event, state) {
-        case (.tick, _): return tick(record, now)
-        case (.suspend, _): return suspend(&record)
+        case (.tick, _): return tick(&record, now)
+        case (.suspend, _): return suspend(&record, now)
         case (.resume, _): return resume(&record)
         case (.request, _):
             requested = true
-            return tick(record, now)
+            return tick(&record, now)
         case (.sessionOpened(let peer), _): return opened(peer, &record, now)
         case (.sessionFailed(let reason, let retry), _): return failed(reason, retry: retry, &record, now)
         case (.linkLost(let reason), _): return lost(reason, &record, now)
-        case (.pointLost(let reason), _): return pointLost(reason, &record)
+        case (.pointLost(let reason), .offline), (.pointLost(let reason), .stopped):
+            return tell(.giveUp(reason), &record, now)
+        case (.pointLost(let reason), _): return closeLink() + giveUp(.retry(reason), &record, now)
         case (.allMarked, .marking(let peer)): return marked(peer, &record, now)
-        case (.prepared(let changed), .preparing(let number)): return prepared(number, changed, &record, now)
+        case (.prepared(let changed), _): return prepared(changed, &record, now)
         case (.notReady, _):
             notBefore = now + Self.readyRetry
             state = .idle
             return Turn()
-        case (.formed(let time, let intact, let changed), .forming(let number)):
-            guard intact else {
-                // Whoever asked for it still waits; but not at once, since hosts were held for nothing.
-                requested = true
-                notBefore = now + Self.readyRetry
-                return giveUp(.carryOn)
-            }
-            let point = PointRecord(number: number, formedAt: time)
-            record.primary?.point = .held(point)
-            return .saved() + startMove(point, record, changed)
-        case (.move(let event), .moving(let point, let mover)): return move(point, mover, event, record)
-        case (.committed(let time), .committing(let point)): return committed(point, time, &record, now)
-        case (.commitRefused(let reason), _):
-            return Turn([.closeLink]) + giveUp(.retry("the peer refused the point: \(reason)"))
-        case (.gaveUp, .givingUp(let next)): return gaveUp(next, &record, now)
-        case (.allMarked, _), (.prepared, _), (.formed, _), (.move, _), (.committed, _), (.gaveUp, _):
+        case (.formed(let time, let intact, let changed), _):
+            return didForm(at: time, isIntact: intact, changed, &record, now)
+        case (.move(let event), .atPoint(.moves(let mover))): return move(mover, event, &record, now)
+        case (.committed(let time), _): return committed(at: time, &record, now)
+        case (.commitRefused(let reason), _): return refused(reason, &record, now)
+        case (.gaveUp, _): return gaveUp(&record, now)
+        case (.allMarked, _), (.move, _):
             invariantFailed("only what a state has a place for is handled", #fileID, #line)
         }
     }
 
     /// - Parameter changed: some volume was written to since the last point.
-    private mutating func prepared(
-        _ number: UInt64, _ changed: Bool, _ record: inout GroupRecord, _ now: UInt64
-    ) -> Turn<Action> {
+    private mutating func prepared(_ changed: Bool, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         guard changed || isWanted(record, now) else {
             state = .idle
             return Turn()
         }
         requested = false
-        formedAt = now
-        record.primary?.point = .forming(number)
-        record.lastNumber = number
-        state = .forming(number)
-        return .saved(then: [.form(number: number)])
+        preparedAt = now
+        return beginPoint(&record, now)
     }
 
     // MARK: Link
@@ -292,32 +286,16 @@ package struct Cycle {
             state = .marking(peer)
             return Turn([.markAllChanged(renewed)])
         }
-        if let held = record.held, peer.committed?.number == held.number {
-            record.primary?.lastCommitted = peer.committed
-            return giveUp(.tookOver)
+        let found = learn(peer.committed, &record, now)
+        guard peer.committed?.number == record.lastCommitted?.number else {
+            let theirs = peer.committed.map { String($0.number) } ?? "none"
+            let ours = record.lastCommitted.map { String($0.number) } ?? "none"
+            let next = Next.stop(
+                "the peer's newest point is \(theirs) where \(ours) is expected; "
+                    + "if its volumes were exchanged, remove the group's record there to copy anew")
+            return found + closeLink() + giveUp(next, &record, now)
         }
-        if let theirs = peer.committed, theirs.number > record.lastCommitted?.number ?? 0,
-            theirs.number <= record.lastNumber
-        {
-            // A point of ours that was given up here while its commit's answer was on the way. Its bits were merged
-            // back, so what differs from it is known.
-            record.primary?.lastCommitted = theirs
-        }
-        if peer.committed?.number == record.lastCommitted?.number {
-            guard let held = record.held else {
-                // What has changed waits, as it did before the link was lost.
-                if waitsForCommand(record) { resyncing = false }
-                return .saved() + becomeIdle(record, now, due: now)
-            }
-            return .saved(then: [.rewind]) + startMove(held, record, Array(0..<settings.volumes))
-        }
-        let theirs = peer.committed.map { String($0.number) } ?? "none"
-        let ours = record.lastCommitted.map { String($0.number) } ?? "none"
-        return Turn([.closeLink])
-            + giveUp(
-                .stop(
-                    "the peer's newest point is \(theirs) where \(ours) is expected; "
-                        + "if its volumes were exchanged, remove the group's record there to copy anew"))
+        return found + goOn(&record, now)
     }
 
     /// The lineage is recorded only when the bitmaps say that everything may differ.
@@ -327,9 +305,10 @@ package struct Cycle {
         record.volumeLineages = peer.volumeLineages
         record.peerSite = peer.site
         record.lastNumber = max(record.lastNumber, peer.committed?.number ?? 0)
-        if record.held != nil { return .saved() + giveUp(.carryOn) }
+        if hasPoint { return .saved() + giveUp(.carryOn, &record, now) }
         // As if the session had just opened: the peer may have committed what was not known of here.
-        return .saved() + (record.lastCommitted == nil ? becomeIdle(record, now, due: now) : opened(peer, &record, now))
+        return .saved()
+            + (record.lastCommitted == nil ? becomeIdle(&record, now, due: now) : opened(peer, &record, now))
     }
 
     private mutating func failed(_ reason: String, retry: Bool, _ record: inout GroupRecord, _ now: UInt64) -> Turn<
@@ -344,66 +323,60 @@ package struct Cycle {
         // 0.25 s, 0.5 s … 8 s; a refusal that a retry does not mend is asked again every 30 s.
         let delay = retry ? UInt64(250_000_000) << UInt64(min(attempt - 1, 5)) : 30_000_000_000
         state = .offline(reason, retryAt: now + delay)
-        return isNew ? .saved(then: [.closeLink]) : Turn([.closeLink])
+        return (isNew ? .saved() : Turn()) + closeLink()
     }
 
     private mutating func lost(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
-        switch state {
-        case .stopped, .offline, .givingUp: return Turn()
-        case .preparing, .forming:
-            // Nothing of the point was sent; forming goes on and the drain will find the link closed.
-            return Turn([.closeLink]) + giveUp(.retry(reason))
-        case .connecting, .marking, .idle, .moving, .committing:
-            return failed(reason, retry: true, &record, now)
-        }
+        // Nothing of a point that forms was sent; forming goes on, and finds the link closed.
+        guard participant.state.kind == .forming else { return failed(reason, retry: true, &record, now) }
+        return closeLink() + giveUp(.retry(reason), &record, now)
     }
+
+    /// What was asked for before is not answered any more, so what is being given up is so anew.
+    func closeLink() -> Turn<Action> { Turn(isGivingUp ? [.closeLink, .giveUp] : [.closeLink]) }
 
     /// Mirroring waits until the record can be written; hosts do not.
     mutating func couldNotSave(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         let words = "the group's record cannot be written (\(reason)); mirroring goes on once it can"
         switch state {
-        case .stopped, .offline: return Turn([.closeLink])
-        // What was asked for before the link is closed is not answered any more, so it is asked for again.
-        case .givingUp(.stop(let reason)): return Turn([.closeLink]) + giveUp(.stop(reason))
-        case .preparing, .forming, .moving, .committing, .givingUp: return Turn([.closeLink]) + giveUp(.retry(words))
-        case .connecting, .marking, .idle: return failed(words, retry: true, &record, now)
+        case .stopped, .offline, .givingUp(.stop): return closeLink()
+        case .givingUp:
+            state = .givingUp(.retry(words))
+            return closeLink()
+        case .atPoint: return closeLink() + giveUp(.retry(words), &record, now)
+        case .connecting, .marking, .idle, .preparing: return failed(words, retry: true, &record, now)
         }
     }
 
-    private mutating func suspend(_ record: inout GroupRecord) -> Turn<Action> {
+    private mutating func suspend(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         record.primary?.suspendedByOperator = true
         resyncing = true
-        return Turn([.closeLink]) + giveUp(.stop("suspended by the operator"))
+        return closeLink() + giveUp(.stop("suspended by the operator"), &record, now)
     }
 
     private mutating func resume(_ record: inout GroupRecord) -> Turn<Action> {
-        guard record.suspendedByOperator else {
-            if case .offline = state {
-                state = .connecting
-                return Turn([.openSession])
-            }
-            if case .stopped = state {
-                state = .connecting
-                return Turn([.openSession])
-            }
-            return Turn()
-        }
+        let wasSuspended = record.suspendedByOperator
         record.primary?.suspendedByOperator = false
-        if case .givingUp = state {
+        let saved: Turn<Action> = wasSuspended ? .saved() : Turn()
+        switch state {
+        case .stopped where isGivingUp, .offline where isGivingUp, .givingUp where wasSuspended:
             state = .givingUp(.connect)
-            return .saved()
+            return saved
+        case .stopped, .offline:
+            state = .connecting
+            return saved + Turn([.openSession])
+        case .connecting, .marking, .idle, .preparing, .atPoint, .givingUp: return saved
         }
-        state = .connecting
-        return .saved(then: [.openSession])
     }
 
-    // MARK: Points
+    // MARK: Time
 
-    private mutating func tick(_ record: GroupRecord, _ now: UInt64) -> Turn<Action> {
+    mutating func tick(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         switch state {
-        case .offline(_, let retryAt) where now >= retryAt:
-            if let lostAt, now - lostAt > Self.heldLimit, record.held != nil {
-                return giveUp(.retry("the link is lost; the point was given up to free its target"))
+        case .offline(_, let retryAt) where now >= retryAt && !isGivingUp:
+            if let lostAt, now - lostAt > Self.heldLimit, hasPoint {
+                let next = Next.retry("the link is lost; the point was given up to free its target")
+                return giveUp(next, &record, now)
             }
             state = .connecting
             return Turn([.openSession])
@@ -416,12 +389,13 @@ package struct Cycle {
             let number = record.lastNumber + 1
             state = .preparing(number)
             return Turn([.prepare(number: number)])
+        case .atPoint where now >= coordinator.wakeAt ?? .max: return tell(.tick, &record, now)
         default: return Turn()
         }
     }
 
     /// The first copy is made unasked.
-    private func waitsForCommand(_ record: GroupRecord) -> Bool { settings.interval == .manual && hasFirst(record) }
+    func waitsForCommand(_ record: GroupRecord) -> Bool { settings.interval == .manual && hasFirst(record) }
 
     /// The peer has a point of this direction of mirroring.
     private func hasFirst(_ record: GroupRecord) -> Bool {
@@ -432,79 +406,26 @@ package struct Cycle {
     /// group does not push its recovery points out of retention, and even these form one often enough to tell the lag.
     private func isWanted(_ record: GroupRecord, _ now: UInt64) -> Bool {
         requested || settings.interval != .continuous || !hasFirst(record)
-            || now - formedAt >= Self.longestIdle
+            || now - preparedAt >= Self.longestIdle
     }
 
-    private mutating func becomeIdle(_ record: GroupRecord, _ now: UInt64, due: UInt64? = nil) -> Turn<Action> {
+    mutating func becomeIdle(_ record: inout GroupRecord, _ now: UInt64, due: UInt64? = nil) -> Turn<Action> {
         state = .idle
         if let due { dueAt = due }
-        return tick(record, now)
+        return tick(&record, now)
     }
 
-    private mutating func startMove(_ point: PointRecord, _ record: GroupRecord, _ volumes: [Int]) -> Turn<Action> {
-        let mover = settings.mode.mover(MoveShape(volumes: volumes, window: settings.window, pace: pace))
-        return move(point, mover, .begin, record)
-    }
-
-    private mutating func move(
-        _ point: PointRecord, _ mover: consuming any Mover, _ event: MoveEvent, _ record: GroupRecord
-    ) -> Turn<Action> {
-        state = .idle  // so that there is one mover, and its tables are not copied
-        mover.pace = pace
-        let actions = mover.handle(event).map { Action.move($0) }
-        guard mover.isDone else {
-            state = .moving(point, mover)
-            return Turn(actions)
-        }
-        var sent = point
-        sent.bytes = mover.bytesSent
-        state = .committing(sent)
-        let commit = Action.commit(
-            number: point.number, previous: record.lastCommitted?.number, formedAt: point.formedAt)
-        return Turn(actions + [commit])
-    }
-
-    private mutating func committed(
-        _ point: PointRecord, _ time: Double, _ record: inout GroupRecord, _ now: UInt64
-    ) -> Turn<Action> {
-        var done = point
-        done.committedAt = time
-        record.primary?.lastCommitted = done
-        record.primary?.point = .none
-        record.primary?.fromImage = false
-        resyncing = false
-        attempt = 0
-        return Turn([.endPoint(number: point.number)]) + .saved() + becomeIdle(record, now)
-    }
-
-    private mutating func pointLost(_ reason: String, _ record: inout GroupRecord) -> Turn<Action> {
-        switch state {
-        case .stopped, .offline:
-            record.primary?.point = .none
-            return Turn([.giveUp]) + .saved()
-        case .givingUp, .marking, .idle, .preparing: return Turn()
-        default: return Turn([.closeLink]) + giveUp(.retry(reason))
-        }
-    }
-
-    private mutating func giveUp(_ next: Next) -> Turn<Action> {
-        state = .givingUp(next)
-        return Turn([.giveUp])
-    }
-
-    private mutating func gaveUp(_ next: Next, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
-        record.primary?.point = .none
+    /// What was to follow when nothing is left to give up.
+    mutating func carryOut(_ next: Next, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         switch next {
         case .stop(let reason):
             state = .stopped(reason)
             return .saved()
-        case .retry(let reason):
-            return .saved() + failed(reason, retry: true, &record, now)
+        case .retry(let reason): return .saved() + failed(reason, retry: true, &record, now)
         case .connect:
             state = .connecting
             return .saved(then: [.openSession])
-        case .carryOn, .tookOver:
-            return .saved() + becomeIdle(record, now)
+        case .carryOn: return .saved() + becomeIdle(&record, now)
         }
     }
 }

@@ -38,6 +38,7 @@ package struct Group {
     package mutating func wasSaved() {
         isUnsaved = false
         fallback = nil
+        cycle?.wasSaved()
     }
 
     /// It is not: the file holds the record of before, or the new one.
@@ -54,9 +55,9 @@ package struct Group {
     // MARK: The cycle
 
     /// Begins to send to the peer.
-    package mutating func begin(_ settings: Cycle.Settings) -> Turn<Cycle.Action> {
-        cycle = Cycle(settings: settings)
-        return cycle!.start(&record)
+    package mutating func begin(_ settings: Cycle.Settings, now: UInt64) -> Turn<Cycle.Action> {
+        cycle = Cycle(settings: settings, record)
+        return cycle!.start(&record, now: now)
     }
 
     /// Ends it. A point that is held stays held.

@@ -1,7 +1,7 @@
 // Takeover.swift: what a secondary decides: whether a point may be committed, and which one a failover goes to.
 //
 // Must be prevented:
-//   a point is committed out of order, twice, or while writes to the intake are under way
+//   a point is committed while writes to the intake are under way
 //   a failover goes to a point that cannot be read
 
 /// Why something was not done, in words for the operator.
@@ -54,21 +54,12 @@ extension GroupRecord {
         points.last.flatMap { $0.number == number ? $0 : nil }
     }
 
-    /// The commit of a point.
+    /// The commit of the next point.
     ///
-    /// - Parameters:
-    ///   - previous: the newest point that the primary knows to be committed.
-    ///   - keep: which points stay.
+    /// - Parameter keep: which points stay.
     package func planCommit(
-        _ number: UInt64, after previous: UInt64?, formedAt: Double, keep: Retention, _ survey: IntakeSurvey
+        _ number: UInt64, formedAt: Double, keep: Retention, _ survey: IntakeSurvey
     ) throws(TakeoverRefusal) -> CommitPlan {
-        guard failedOver == nil, role == .secondary else { throw TakeoverRefusal("the group has failed over") }
-        let newest = points.last
-        guard newest?.number == previous, number > newest?.number ?? 0 else {
-            throw TakeoverRefusal(
-                "point \(number) is out of order: the newest here is \(newest.map { String($0.number) } ?? "none"), "
-                    + "the primary expects \(previous.map(String.init) ?? "none")")
-        }
         guard survey.writesUnderWay == 0 else {
             throw TakeoverRefusal("\(survey.writesUnderWay) writes to the intake are under way")
         }

@@ -34,4 +34,13 @@ package struct Turn<Action: Equatable & Sendable>: Equatable, Sendable {
         }
         return turn
     }
+
+    /// What each of its actions comes to, in the same order, with what waits for the save behind the save.
+    func flatMap<Other>(_ body: (Action) -> Turn<Other>) -> Turn<Other> {
+        var turn = Turn<Other>()
+        for action in before { turn = turn + body(action) }
+        if saves { turn = turn + .saved() }
+        for action in after { turn = turn + body(action) }
+        return turn
+    }
 }

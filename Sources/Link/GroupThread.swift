@@ -149,7 +149,7 @@ final class GroupThread {
         epoch += 1
         replicator = Replicator(self, configuration, epoch: epoch)
         performing = true
-        perform(group.begin(configuration.settings))
+        perform(group.begin(configuration.settings, now: monotonicNanoseconds()))
         performing = false
         handle(.tick)
         publish()

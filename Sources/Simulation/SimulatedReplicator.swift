@@ -10,7 +10,8 @@ extension SimulatedSite {
     func beginMirroring() {
         events = []
         let turn = group.begin(
-            Cycle.Settings(interval: .continuous, volumes: World.volumes, window: 4, checkpointBytes: 4))
+            Cycle.Settings(interval: .continuous, volumes: World.volumes, window: 4, checkpointBytes: 4),
+            now: world.now)
         group.adapt(MovePace(limit: 1 + world.random.below(4), checkpointBytes: 4))
         performing = true
         save(turn, ofCycle: true)

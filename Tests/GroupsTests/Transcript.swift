@@ -223,7 +223,8 @@ struct GroupTranscript {
             return carryOut(
                 group.begin(
                     Cycle.Settings(
-                        interval: interval, volumes: Int(line.number("volumes") ?? 1), window: 2, checkpointBytes: 100)),
+                        interval: interval, volumes: Int(line.number("volumes") ?? 1), window: 2, checkpointBytes: 100),
+                    now: now),
                 line)
         case "commit", "session", "failover", "yield", "join", "handover", "takeback", "verify":
             steps = operation(line)

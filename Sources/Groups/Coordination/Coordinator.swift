@@ -448,7 +448,8 @@ package struct Coordinator: Sendable {
     /// Asks all who are waited for. What they are told relies on the record.
     private func send() -> Turn<Action> { isUnsaved ? .saved(then: outstanding) : Turn(outstanding) }
 
-    private var outstanding: [Action] {
+    /// What those who are waited for have been asked.
+    var outstanding: [Action] {
         switch state {
         case .idle, .stopped: []
         case .makingReady(let number, let round): ask(round, .makeReady(number))

@@ -208,7 +208,8 @@ package struct TwoPhaseCommit: Sendable {
         guard previous == record.committed else {
             return refuse(
                 number,
-                "it is out of order: the newest here is \(record.committed), the coordinator expects \(previous)")
+                "point \(number) is out of order: the newest here is \(Self.words(record.committed)), "
+                    + "where \(Self.words(previous)) is expected")
         }
         state = .checking(number, purpose)
         return Turn([.check(number)])
@@ -240,9 +241,13 @@ package struct TwoPhaseCommit: Sendable {
         }
     }
 
-    /// For good: a refusal may arrive long after it was said.
+    private static func words(_ point: UInt64) -> String { point == 0 ? "none" : String(point) }
+
+    /// For good: a refusal may arrive long after it was said. Of the only remote, nobody relies on it: asked again it may commit the point, and
+    /// says so when that is dropped.
     private mutating func refuse(_ number: UInt64, _ reason: String) -> Turn<Action> {
         state = .open
+        guard !isOnly else { return say([.dropFiles(number), answerAction(.refuses(number, reason))]) }
         return change(to: .open, then: [.dropFiles(number), answerAction(.refuses(number, reason))]) {
             $0.refusedThrough = max($0.refusedThrough, number)
         }
