@@ -11,8 +11,8 @@ import Volumes
 
 extension Site {
     package func checksums(_ name: String, _ request: ChecksumRequest) async throws -> ChecksumAnswer {
-        let group = try group(name, askedBy: request.siteID)
-        guard let volume = members(group).first(where: { $0.name == request.volume }) else {
+        let group = try home.group(name, askedBy: request.siteID)
+        guard let volume = home.members(group).first(where: { $0.name == request.volume }) else {
             throw Refusal("group '\(name)' has no volume '\(request.volume)'", .unknown)
         }
         guard (512...Limits.maximumGrain).contains(request.block), (1...Limits.checksumBytes).contains(request.length)

@@ -91,7 +91,7 @@ extension Site {
         case .leave(let index, let id): await leave(volume(index), id)
         case .awaitGone(let places):
             // Five seconds are enough unless older copies need a lot.
-            await wait(seconds: 5) { !places.contains { work.volumes[$0.volume].copies[$0.id] != nil } }
+            await home.wait(seconds: 5) { !places.contains { work.volumes[$0.volume].copies[$0.id] != nil } }
         case .takeOutOfUse(let index, let id): await takeOutOfUse(volume(index), id)
         case .endReaders(let index, let id):
             let number = volume(index).number
@@ -106,7 +106,7 @@ extension Site {
         case .loseFailover: try await loseFailover(volume(0))
         case .forgetRestore: try await forgetRestore(volume(0))
         case .confirm:
-            try await volume(0).confirm(bootID: bootID, servedAs: group(ofVolume: volume(0).name)?.servedAs)
+            try await volume(0).confirm(bootID: home.bootID, servedAs: home.group(ofVolume: volume(0).name)?.servedAs)
         case .finishResuming: await letGo(volume(0))
         case .shutHostsOut(let index): await shutOut(volume(index))
         case .admitHosts(let index): await letHostsIn(volume(index))
@@ -116,15 +116,15 @@ extension Site {
                 throw Refusal(
                     "volume '\(volume(index).name)': the FlashCopy has failed meanwhile; nothing was restored")
             }
-        case .flushRestoreBitmap(let index): if let file = volume(index).restoreBitmap { try await flush([file]) }
-        case .goOnRestoring(let index): await onEngine(volume(index)) { $0.continueRestore() }
+        case .flushRestoreBitmap(let index): if let file = volume(index).restoreBitmap { try await home.flush([file]) }
+        case .goOnRestoring(let index): await home.onEngine(volume(index)) { $0.continueRestore() }
         case .dropRestore(let index): await dropRestore(volume(index))
         }
         return .done
     }
 
     private func look(_ volume: VolumeState, _ id: CopyID?) async -> ChainLook {
-        let record = group(ofVolume: volume.name)?.record
+        let record = home.group(ofVolume: volume.name)?.record
         let points = volume.copies.keys.filter { $0 < CopyTable.firstID }.map { id in
             record?.pointRecord(UInt64(id))?.chainOrder ?? UInt64(id)
         }
@@ -158,8 +158,8 @@ extension Site {
 
     /// Unless its chain is not in place yet.
     private func show(_ volume: VolumeState) {
-        if volume.isConfirmed { publish(volume, group(ofVolume: volume.name)) }
-        happened()
+        if volume.isConfirmed { home.publish(volume, home.group(ofVolume: volume.name)) }
+        home.happened()
     }
 
     func acknowledge(_ change: CopyChange, _ volume: VolumeState) async {
@@ -169,17 +169,17 @@ extension Site {
         volume.acknowledge { $0.table = table }
         show(volume)
         try? await volume.settle()
-        happened()
+        home.happened()
     }
 
     private func onceSaved(_ aftermath: Aftermath, _ work: CopyWork) async {
         for volume in work.volumes { try? await volume.settle() }
         guard work.isUnsaved else { return await carryOut(aftermath, work) }
         let names = work.volumes.map(\.name).joined(separator: ", ")
-        note(nil, "an operation on FlashCopies of \(names) waits until their records can be written")
+        home.note(nil, "an operation on FlashCopies of \(names) waits until their records can be written")
         Task {
-            await wait(seconds: nil) { !work.isUnsaved }
-            if !isStopping { await carryOut(aftermath, work) }
+            await home.wait(seconds: nil) { !work.isUnsaved }
+            if !home.isStopping { await carryOut(aftermath, work) }
         }
     }
 
@@ -200,15 +200,15 @@ extension Site {
             (target, isZero) = (try files.target.open(), false)
         } else if let path = copy.target {
             let (name, size) = (volume.name, volume.geometry.size)
-            (target, isZero) = try await disks.run { try Self.operatorTarget(path, of: name, size) }
+            (target, isZero) = try await home.disks.run { try Self.operatorTarget(path, of: name, size) }
         } else {
             let (path, size) = (volume.targetPath(copy.targetOwner), volume.geometry.size)
-            target = try await disks.run { try makeTarget(path, size: size) }
+            target = try await home.disks.run { try makeTarget(path, size: size) }
         }
         if copy.isFilled { try await startActivityLog(volume) }
         let header = volume.header(ofCopy: copy.id, recordsChanges: copy.isFilled)
         let (path, directory) = (volume.bitmapPath(copy.id), "\(volume.directory)/copies")
-        let files = try await disks.run {
+        let files = try await home.disks.run {
             let bitmap = try BitmapFile(path: path, header: header, create: true)
             if copy.isDurable {
                 try target.synchronize()
@@ -225,7 +225,7 @@ extension Site {
     /// - Parameters:
     ///   - name, size: of the volume.
     ///   - recorded: it holds data of a copy, and so must be as large as that left it.
-    static func operatorTarget(
+    nonisolated static func operatorTarget(
         _ path: String, of name: String, _ size: UInt64, recorded: Bool = false
     ) throws -> (OpenFile, isZero: Bool) {
         let target: OpenFile
@@ -285,14 +285,14 @@ extension Site {
     /// What a copy that left had noted is in the bitmaps of older ones now.
     func flushChanges(_ volume: VolumeState) async throws {
         let noting = volume.copies.values.map(\.bitmap).filter { $0.header.bitmaps > 1 }
-        if !noting.isEmpty { try await flush(noting) }
+        if !noting.isEmpty { try await home.flush(noting) }
     }
 
     private func flushTarget(_ volume: VolumeState, _ id: CopyID) async throws {
         guard let files = volume.copies[id] else { return }
-        do { try await disks.run { try files.target.open().synchronize() } } catch {
+        do { try await home.disks.run { try files.target.open().synchronize() } } catch {
             let errno = (error as? SystemError)?.errno ?? EIO
-            await onEngine(volume) { $0.targetFlushFailed(id, errno: errno) }
+            await home.onEngine(volume) { $0.targetFlushFailed(id, errno: errno) }
             throw error
         }
     }
@@ -300,7 +300,7 @@ extension Site {
     private func flushBitmap(_ volume: VolumeState, _ id: CopyID) async throws {
         guard let files = volume.copies[id] else { return }
         let directory = "\(volume.directory)/copies"
-        try await disks.run {
+        try await home.disks.run {
             try files.bitmap.synchronize()
             try synchronizeDirectory(directory)
         }
@@ -485,7 +485,7 @@ extension Site {
         volume.shutsHostsOut = true
         let (number, reactor) = (volume.number, volume.reactor)
         await reactor.run { $0.hosted(number).writable = false }
-        publish(volume, group(ofVolume: volume.name))
+        home.publish(volume, home.group(ofVolume: volume.name))
         await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
             reactor.perform { $0.disconnect(number, .hosts) { continuation.resume() } }
         }
@@ -494,11 +494,11 @@ extension Site {
     private func letHostsIn(_ volume: VolumeState) async {
         volume.shutsHostsOut = false
         let number = volume.number
-        let group = group(ofVolume: volume.name)
+        let group = home.group(ofVolume: volume.name)
         let writable =
             group == nil || group?.servesHosts == true && group?.record.leftOut?.contains(volume.name) != true
         await volume.reactor.run { $0.hosted(number).writable = writable }
-        publish(volume, group)
+        home.publish(volume, group)
     }
 
     /// Gives the bitmap of grains to restore to the reactor. `fresh`: it is filled there, and the restore begins paused.
@@ -523,7 +523,7 @@ extension Site {
     /// An empty bitmap of grains to restore, on stable storage.
     func makeRestoreBitmap(_ volume: VolumeState) async throws -> BitmapFile {
         let (path, header, directory) = (volume.restoreBitmapPath, volume.restoreHeader, volume.directory)
-        let file = try await disks.run {
+        let file = try await home.disks.run {
             let file = try BitmapFile(path: path, header: header, create: true)
             try synchronizeDirectory(directory)
             return file
@@ -533,7 +533,7 @@ extension Site {
     }
 
     private func dropRestore(_ volume: VolumeState) async {
-        await onEngine(volume) { $0.cancelRestore() }
+        await home.onEngine(volume) { $0.cancelRestore() }
         unlink(volume.restoreBitmapPath)
         dropRestoreBitmap(volume)
     }

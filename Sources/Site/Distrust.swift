@@ -21,8 +21,8 @@ import Volumes
 
 extension Site {
     func activityLogFailed(_ volume: VolumeState, _ errno: Int32) async {
-        note(
-            group(ofVolume: volume.name)?.entry.name,
+        home.note(
+            home.group(ofVolume: volume.name)?.entry.name,
             "volume \(volume.name): its activity log cannot be written (\(String(cString: strerror(errno)))); after power loss "
                 + "everything will be compared")
         volume.debt.log = true
@@ -58,36 +58,36 @@ extension Site {
     }
 
     private func isSaved(_ volume: VolumeState) -> Bool {
-        !volume.isUnsaved && group(ofVolume: volume.name)?.isUnsaved != true
+        !volume.isUnsaved && home.group(ofVolume: volume.name)?.isUnsaved != true
     }
 
     /// The records are the last who could have taken it.
     private func review(_ volume: VolumeState, _ problem: any Error) {
-        let group = group(ofVolume: volume.name)
+        let group = home.group(ofVolume: volume.name)
         guard !isSaved(volume) else { return settle(volume, group) }
         volume.debt.dueAt = monotonicNanoseconds() + UInt64(Limits.distrustSeconds) * 1_000_000_000
         let words =
             "volume \(volume.name): nobody takes the note that its metadata is out of date (\(problem)); should the machine lose "
             + "power before that is mended, run `farcopy adopt \(volume.name)` before the next start"
-        guard let group else { return note(nil, words) }
-        alert(group, .distrust, words)
+        guard let group else { return home.note(nil, words) }
+        home.alert(group, .distrust, words)
     }
 
     private func settle(_ volume: VolumeState, _ group: GroupState?) {
         volume.debt.dueAt = nil
-        if let group, !members(group).contains(where: { $0.debt.dueAt != nil }) { endAlert(group, .distrust) }
+        if let group, !home.members(group).contains(where: { $0.debt.dueAt != nil }) { home.endAlert(group, .distrust) }
     }
 
     /// What nobody has taken yet is tried again.
     func retryDistrust() {
         let now = monotonicNanoseconds()
-        for volume in volumes.values {
+        for volume in home.volumes.values {
             guard let due = volume.debt.dueAt, now >= due else { continue }
             volume.debt.dueAt = .max
             Task {
                 do {
                     if !isSaved(volume) { try await noteElsewhere(volume) }
-                    settle(volume, group(ofVolume: volume.name))
+                    settle(volume, home.group(ofVolume: volume.name))
                 } catch {
                     review(volume, error)
                 }
@@ -100,7 +100,7 @@ extension Site {
         let marking: Result<Void, any Error>
         do { return try await volume.markSource() } catch { marking = .failure(error) }
         let debt = volume.debt
-        let group = group(ofVolume: volume.name)
+        let group = home.group(ofVolume: volume.name)
         var isOwed = !debt.failed.isEmpty
         if debt.log {
             if let group, group.record.role == .primary, group.record.lineage != nil {
@@ -115,7 +115,7 @@ extension Site {
 
     private func tellPeer(_ group: GroupState, _ volume: VolumeState) async throws {
         _ = try await callPeer(
-            group, Endpoints.untracked, body: UntrackedRequest(siteID: siteRecord.id, volume: volume.name),
+            group, Endpoints.untracked, body: UntrackedRequest(siteID: home.siteRecord.id, volume: volume.name),
             seconds: Int64(Limits.distrustSeconds))
     }
 
@@ -123,13 +123,13 @@ extension Site {
 
     /// The primary cannot write down any more what its hosts change of a volume: all of it may differ once it starts again.
     package func noteUntracked(_ name: String, _ request: UntrackedRequest) async throws {
-        let group = try group(name, askedBy: request.siteID)
+        let group = try home.group(name, askedBy: request.siteID)
         guard group.entry.volumes.contains(request.volume) else {
             throw Refusal("group '\(name)' has no volume '\(request.volume)'", .unknown)
         }
         try await group.handle.change(
             .untracked(volume: request.volume, lineage: randomIdentity(), session: group.session ?? 0))
-        note(
+        home.note(
             name,
             "'\(group.entry.peer)' cannot write down any more what its hosts change of volume \(request.volume); all of it will be "
                 + "compared")
@@ -140,9 +140,9 @@ extension Site {
     /// - Parameter untracked: volumes of which the peer has noted that.
     func distrust(_ group: GroupState, untracked: [String] = []) async throws {
         guard group.record.role == .primary else { return }
-        for volume in members(group) where untracked.contains(volume.name) { await volume.distrust() }
+        for volume in home.members(group) where untracked.contains(volume.name) { await volume.distrust() }
         if !untracked.isEmpty { try await giveUpUncertainPoint(group) }
-        guard members(group).contains(where: \.wasAlone), !group.record.isAlone else { return }
+        guard home.members(group).contains(where: \.wasAlone), !group.record.isAlone else { return }
         try await group.handle.change(.alone)
     }
 }

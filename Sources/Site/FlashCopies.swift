@@ -19,26 +19,13 @@ extension Site {
     /// Bytes a second of a background copy when nothing is said.
     static let usualRate: UInt64 = 100 << 20
 
-    func members(_ names: [String]) throws -> [VolumeState] {
-        guard !names.isEmpty, Set(names).count == names.count else {
-            throw Refusal("name each volume once, and at least one", .misuse)
-        }
-        return try names.map { name in
-            guard let volume = volumes[name] else {
-                let known = volumes.keys.sorted().joined(separator: ", ")
-                throw Refusal("there is no volume '\(name)'; known: \(known)", .unknown)
-            }
-            return volume
-        }
-    }
-
     // MARK: Creating
 
     /// Takes FlashCopies of several volumes at one instant.
     package func createFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
-        await copyTurnstile.enter()
-        defer { copyTurnstile.leave() }
-        let members = try members(request.volumes)
+        await home.copyTurnstile.enter()
+        defer { home.copyTurnstile.leave() }
+        let members = try home.members(request.volumes)
         try checkCopyName(request.name)
         try checkTargets(request)
         try requireDescriptors(forCopies: members.count)
@@ -48,7 +35,7 @@ extension Site {
                 volume, ", which is consistent at its recovery points only; clone one of those, or fail over first")
         }
         try await frozen(members, request.name) { try await self.take(request, members) }
-        note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) created")
+        home.note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) created")
         return try await reports(request.name, members)
     }
 
@@ -67,15 +54,15 @@ extension Site {
     /// FlashCopies leave room for the recovery points that groups of this site are yet to keep.
     func requireDescriptors(forCopies count: Int) throws {
         var toCome = 0
-        for group in groups.values where group.record.role == .secondary {
+        for group in home.groups.values where group.record.role == .secondary {
             toCome += group.entry.volumes.count * (group.record.points.isEmpty ? 2 : 1)
         }
-        try descriptors.require(2 * (count + toCome))
+        try home.descriptors.require(2 * (count + toCome))
     }
 
     func checkNotRestoring(_ volume: VolumeState) throws {
-        let failingBack = group(ofVolume: volume.name)?.record.failedOver?.restoring.contains(volume.name) ?? false
-        if let group = group(ofVolume: volume.name), group.record.handingOver != nil || group.isJoining {
+        let failingBack = home.group(ofVolume: volume.name)?.record.failedOver?.restoring.contains(volume.name) ?? false
+        if let group = home.group(ofVolume: volume.name), group.record.handingOver != nil || group.isJoining {
             throw Refusal("group '\(group.entry.name)' is changing roles; try again when it has")
         }
         guard volume.record.restoring == nil, !volume.shutsHostsOut, !failingBack else {
@@ -85,7 +72,7 @@ extension Site {
     }
 
     func checkNotSecondary(_ volume: VolumeState, _ advice: String) throws {
-        guard group(ofVolume: volume.name)?.record.role == .secondary else { return }
+        guard home.group(ofVolume: volume.name)?.record.role == .secondary else { return }
         throw Refusal("volume '\(volume.name)' is a secondary\(advice)")
     }
 
@@ -107,7 +94,7 @@ extension Site {
                 "\(targets.count) targets for \(request.volumes.count) volumes: give one for each, in the same order",
                 .misuse)
         }
-        let paths = TargetPaths(allowed: configuration.targets, state: configuration.state)
+        let paths = TargetPaths(allowed: home.configuration.targets, state: home.configuration.state)
         for target in targets { try paths.check(target) }
     }
 
@@ -119,7 +106,7 @@ extension Site {
             do {
                 return try await body()
             } catch let error as Refusal where error.kind == .passing && triesLeft > 0 {
-                logger.info("FlashCopy '\(name)': \(error); trying again")
+                home.logger.info("FlashCopy '\(name)': \(error); trying again")
             }
         }
     }
@@ -151,7 +138,7 @@ extension Site {
 
     package func listFlashCopies() async throws -> [FlashCopyReport] {
         var all: [FlashCopyReport] = []
-        for volume in volumes.values.sorted(by: { $0.name < $1.name }) {
+        for volume in home.volumes.values.sorted(by: { $0.name < $1.name }) {
             for record in volume.record.copies
             where record.isListed && !record.name.hasPrefix(Self.verifyPrefix) {
                 all.append(await report(volume, record))
@@ -161,7 +148,7 @@ extension Site {
     }
 
     package func showFlashCopy(_ name: String, _ names: [String]) async throws -> [FlashCopyReport] {
-        try await reports(name, try copies(name, members(names)).map(\.0))
+        try await reports(name, try copies(name, home.members(names)).map(\.0))
     }
 
     func reports(_ name: String, _ members: [VolumeState]) async throws -> [FlashCopyReport] {
@@ -212,9 +199,9 @@ extension Site {
 
     /// Changes the rate of a background copy, or whether clients may write.
     package func setFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
-        await copyTurnstile.enter()
-        defer { copyTurnstile.leave() }
-        let members = try members(request.volumes)
+        await home.copyTurnstile.enter()
+        defer { home.copyTurnstile.leave() }
+        let members = try home.members(request.volumes)
         for (volume, record) in try copies(request.name, members) {
             let (number, id) = (volume.number, record.id)
             try await volume.amend(.set(id, rate: request.rate, writable: request.writable))
@@ -222,7 +209,7 @@ extension Site {
                 fillStarts[volume.place(id)] = nil
                 await volume.reactor.run { $0.hosted(number).volume.setRate(id, rate) }
             }
-            publish(volume, group(ofVolume: volume.name))
+            home.publish(volume, home.group(ofVolume: volume.name))
             if request.writable == false { await volume.reactor.run { $0.disconnectReaders(number, of: id) } }
         }
         return try await reports(request.name, members)
@@ -230,15 +217,15 @@ extension Site {
 
     /// Takes FlashCopies out of service; readers are disconnected, and what older copies need is handed over first.
     package func withdrawFlashCopy(_ request: FlashCopyRequest) async throws {
-        await copyTurnstile.enter()
-        defer { copyTurnstile.leave() }
-        let found = try copies(request.name, members(request.volumes))
+        await home.copyTurnstile.enter()
+        defer { home.copyTurnstile.leave() }
+        let found = try copies(request.name, home.members(request.volumes))
         for (volume, record) in found where volume.record.restoring?.copy == record.id {
             throw Refusal(
                 "volume '\(volume.name)' is being restored from '\(request.name)'; wait until it holds all of it")
         }
         try await run(WithdrawCopies(found.map(\.1.id)), on: found.map(\.0))
-        note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) withdrawn")
+        home.note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) withdrawn")
     }
 
     // MARK: Events
@@ -249,7 +236,7 @@ extension Site {
         let reason = await markFailed(volume, id, errno)
         // What was leaving already, and only had readers left.
         if isRetired, !waitsToLeave(volume, id) { await leave(volume, id) }
-        note(nil, "volume \(volume.name): FlashCopy '\(name)' has failed: \(reason)")
+        home.note(nil, "volume \(volume.name): FlashCopy '\(name)' has failed: \(reason)")
         copyReady(volume, id)  // a refresh that waits for it begins again
     }
 
@@ -259,7 +246,7 @@ extension Site {
         let target = volume.copies[id].map { " in \($0.target.path)" } ?? ""
         let reason = "old content could not be preserved\(target): \(String(cString: strerror(errno)))"
         await acknowledge(.failed(id, reason: reason), volume)
-        if let group = group(ofVolume: volume.name) { await failPoints(group, volume, UInt64(id)) }
+        if let group = home.group(ofVolume: volume.name) { await failPoints(group, volume, UInt64(id)) }
         return reason
     }
 
@@ -285,9 +272,9 @@ extension Site {
         let name = copy.name
         do {
             guard try await run(CompleteCopy(id), on: [volume]) else { return }
-            note(nil, "volume \(volume.name): the background copy of '\(name)' is complete")
+            home.note(nil, "volume \(volume.name): the background copy of '\(name)' is complete")
         } catch {
-            note(nil, "volume \(volume.name): the background copy of '\(name)' is not complete for sure: \(error)")
+            home.note(nil, "volume \(volume.name): the background copy of '\(name)' is not complete for sure: \(error)")
         }
     }
 
@@ -295,12 +282,12 @@ extension Site {
     func copyWithdrawn(_ volume: VolumeState, _ id: CopyID) async {
         let name = volume.record.table[id]?.name
         do { try await run(ForgetCopy(id, of: 0, wasInChain: true), on: [volume]) } catch {
-            note(
+            home.note(
                 nil,
                 "volume \(volume.name): FlashCopy '\(name ?? String(id))' has left, but that cannot be written down: \(error)"
             )
         }
         copyReady(volume, id)  // who waits for it finds that it has left
-        happened()
+        home.happened()
     }
 }

@@ -12,10 +12,10 @@ extension Site {
     ///
     /// - Parameter own: the name is one of the site's own.
     package func cloneFlashCopy(_ request: FlashCopyRequest, own: Bool = false) async throws -> [FlashCopyReport] {
-        await copyTurnstile.enter()
-        defer { copyTurnstile.leave() }
+        await home.copyTurnstile.enter()
+        defer { home.copyTurnstile.leave() }
         guard let origin = request.of else { throw Refusal("a clone needs 'of', a FlashCopy's name", .misuse) }
-        let members = try members(request.volumes)
+        let members = try home.members(request.volumes)
         if !own { try checkCopyName(request.name) }
         try checkTargets(request)
         try requireDescriptors(forCopies: members.count)
@@ -30,14 +30,15 @@ extension Site {
         try await patiently(request.name) {
             try await self.run(TakeCopies(self.drafts(request, members, origins)), on: members)
         }
-        note(nil, "FlashCopy '\(request.name)' of '\(origin)' of \(request.volumes.joined(separator: ", ")) created")
+        home.note(
+            nil, "FlashCopy '\(request.name)' of '\(origin)' of \(request.volumes.joined(separator: ", ")) created")
         return try await reports(request.name, members)
     }
 
     /// A FlashCopy by name, or a recovery point by number.
     func chainPlace(_ volume: VolumeState, _ name: String) throws -> CopyDraft.Origin {
         if let point = UInt64(name),
-            let known = group(ofVolume: volume.name)?.record,
+            let known = home.group(ofVolume: volume.name)?.record,
             known.points.contains(where: { $0.number == point && $0.isFailed != true }),
             let carrier = known.carrier(of: point, volume.name).flatMap(known.pointRecord)
         {
@@ -56,9 +57,9 @@ extension Site {
 
     /// Takes FlashCopies anew, of this instant; with a background copy, only what changed on either side is copied.
     package func refreshFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
-        await copyTurnstile.enter()
-        defer { copyTurnstile.leave() }
-        let members = try members(request.volumes)
+        await home.copyTurnstile.enter()
+        defer { home.copyTurnstile.leave() }
+        let members = try home.members(request.volumes)
         for (volume, record) in try copies(request.name, members) {
             try checkNotRestoring(volume)
             guard record.state != .withdrawing else {
@@ -81,7 +82,7 @@ extension Site {
                 "\(error); what FlashCopy '\(request.name)' held is not kept any more since its refresh began: refresh it again, or "
                     + "withdraw it", (error as? Refusal)?.kind ?? .failed)
         }
-        note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) taken anew")
+        home.note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) taken anew")
         return try await reports(request.name, members)
     }
 }

@@ -16,12 +16,12 @@ import Volumes
 extension Site {
     /// The volumes become the FlashCopies' point in time again, at once; data flows back in the background.
     package func restoreFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
-        let members = try members(request.volumes)
+        let members = try home.members(request.volumes)
         for (volume, record) in try copies(request.name, members) { try checkRestorable(volume, record) }
         let groups = try groupsToHold(members)
         await enterTurnstiles(groups)
         defer {
-            copyTurnstile.leave()
+            home.copyTurnstile.leave()
             for group in groups { group.turnstile.leave() }
         }
         let found = try copies(request.name, members)
@@ -32,7 +32,7 @@ extension Site {
         let drafts = members.map { CopyDraft(volume: $0.name, name: kept) }
         try await run(RestoreVolumes(found.map(\.1), keeping: drafts, decision: randomIdentity()), on: members)
         let names = request.volumes.joined(separator: ", ")
-        note(
+        home.note(
             nil,
             "\(names) restored from FlashCopy '\(request.name)'; what it held before is kept as FlashCopy '\(kept)' until it is "
                 + "withdrawn; \(hosts.reduce(0) { $0 + $1.clients.count }) clients were disconnected")
@@ -48,9 +48,9 @@ extension Site {
     /// failover would wait with it.
     private func enterTurnstiles(_ groups: [GroupState]) async {
         while true {
-            await copyTurnstile.enter()
+            await home.copyTurnstile.enter()
             if groups.allSatisfy(\.turnstile.isFree) { break }
-            copyTurnstile.leave()
+            home.copyTurnstile.leave()
             for group in groups {
                 await group.turnstile.enter()
                 group.turnstile.leave()
@@ -61,8 +61,8 @@ extension Site {
 
     /// The volumes' groups, none of which is changing roles.
     private func groupsToHold(_ members: [VolumeState]) throws -> [GroupState] {
-        let names = Set(members.compactMap { group(ofVolume: $0.name)?.entry.name })
-        let groups = names.sorted().compactMap { self.groups[$0] }
+        let names = Set(members.compactMap { home.group(ofVolume: $0.name)?.entry.name })
+        let groups = names.sorted().compactMap { home.groups[$0] }
         for group in groups {
             let name = group.entry.name
             if let operation = group.operation, operation.kind != .verify {
@@ -87,7 +87,7 @@ extension Site {
                 "volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit, and the restore adds one with "
                     + "what it discards; withdraw some")
         }
-        if let group = group(ofVolume: volume.name), group.record.handingOver != nil {
+        if let group = home.group(ofVolume: volume.name), group.record.handingOver != nil {
             throw Refusal("group '\(group.entry.name)' is being handed over to '\(group.entry.peer)'")
         }
     }
@@ -125,8 +125,9 @@ extension Site {
     func restoreFinished(_ volume: VolumeState) async {
         if volume.record.restoring != nil { await acknowledge(.restoring(nil), volume) }
         dropRestoreBitmap(volume)
-        note(group(ofVolume: volume.name)?.entry.name, "volume \(volume.name) holds all of its point in time again")
-        publish(volume, group(ofVolume: volume.name))
+        home.note(
+            home.group(ofVolume: volume.name)?.entry.name, "volume \(volume.name) holds all of its point in time again")
+        home.publish(volume, home.group(ofVolume: volume.name))
     }
 
     /// "before-restore-3": the first number that none of the volumes has a FlashCopy of.

@@ -12,7 +12,7 @@ extension Site {
         var hooks: [(section: String, commands: HookCommands)] = []
         for volume in members {
             if !volume.entry.hooks.isEmpty { hooks.append(("volume \(volume.name)", volume.entry.hooks)) }
-            if let group = group(ofVolume: volume.name)?.entry, !group.hooks.isEmpty,
+            if let group = home.group(ofVolume: volume.name)?.entry, !group.hooks.isEmpty,
                 !hooks.contains(where: { $0.section == "group \(group.name)" })
             {
                 hooks.append(("group \(group.name)", group.hooks))
@@ -39,7 +39,7 @@ extension Site {
             if let failure = await OperatorCommand.run(
                 command, environment + ["FARCOPY_EVENT=thaw"], hook.commands.timeout)
             {
-                note(nil, "on_thaw of \(hook.section) \(failure)")
+                home.note(nil, "on_thaw of \(hook.section) \(failure)")
             }
         }
         if let problem { throw problem }

@@ -18,11 +18,11 @@ extension Site {
         let readable = group.record.points.filter { $0.isFailed != true }
         group.points.keep(readable)
         let carriers = group.record.carriers(of: group.entry.volumes)
-        for volume in members(group) where carriers[volume.name] ?? [] != volume.carriers {
+        for volume in home.members(group) where carriers[volume.name] ?? [] != volume.carriers {
             let now = carriers[volume.name] ?? []
             let leaving = volume.carriers.filter { !now.contains($0) }.map { CopyID($0) }
             volume.carriers = now
-            exports.setCarriers(volume.name, now)
+            home.exports.setCarriers(volume.name, now)
             if !leaving.isEmpty { group.leavingCarriers.append((volume, leaving, endsReaders)) }
         }
         group.points.show(readable)
@@ -42,7 +42,8 @@ extension Site {
 
     /// The record's file may still name what the copy carries.
     func waitsToLeave(_ volume: VolumeState, _ id: CopyID) -> Bool {
-        group(ofVolume: volume.name)?.leavingCarriers.contains { $0.volume === volume && $0.ids.contains(id) } == true
+        home.group(ofVolume: volume.name)?.leavingCarriers.contains { $0.volume === volume && $0.ids.contains(id) }
+            == true
     }
 
     private func withdraw(_ volume: VolumeState, _ ids: [CopyID]) {

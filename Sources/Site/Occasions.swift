@@ -10,7 +10,7 @@ struct Waiting {
     var goesOn: CheckedContinuation<Void, Never>
 }
 
-extension Site {
+extension Holdings {
     /// Copies have left, records are saved, a role, a phase or how mirroring stands has changed, an operation is aborted, the site stops.
     func happened() {
         for (number, one) in waiting where one.condition() { endWait(number) }

@@ -28,17 +28,17 @@ extension Site {
         do {
             try await retire(dropped, group)
         } catch {
-            return note(group.entry.name, "recovery points that 'keep' does not cover cannot be dropped: \(error)")
+            return home.note(group.entry.name, "recovery points that 'keep' does not cover cannot be dropped: \(error)")
         }
         await settlePoints(group)
         let numbers = dropped.map { String($0.number) }.joined(separator: ", ")
-        note(group.entry.name, "recovery points \(numbers) leave, since 'keep' does not cover them any more")
+        home.note(group.entry.name, "recovery points \(numbers) leave, since 'keep' does not cover them any more")
     }
 
     /// A session of the peer; what `keep` does not cover makes room before anything is sent.
     package func acceptSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
         let answer = try await openSession(name, request)
-        let group = try group(name)
+        let group = try home.group(name)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         await applyRetention(group)
@@ -48,13 +48,13 @@ extension Site {
     // MARK: By command
 
     package func dropPoints(_ name: String, _ request: PointDropRequest) async throws -> PointDropReport {
-        let group = try group(name)
+        let group = try home.group(name)
         var report = try await beginDrop(group, request)
         guard request.preview != true, !report.dropped.isEmpty else { return report }
         // Outside the turnstile: a failover does not wait for this.
         report.leaving = await waitUntilFilesAreGone(group, report.dropped.map(\.id))
         let numbers = report.dropped.map { String($0.id) }.joined(separator: ", ")
-        note(name, "recovery points \(numbers) dropped by command")
+        home.note(name, "recovery points \(numbers) dropped by command")
         return report
     }
 
@@ -82,7 +82,7 @@ extension Site {
 
     /// The record decides: from here on a start takes them out of the chains.
     private func retire(_ points: [PointRecord], _ group: GroupState) async throws {
-        reserve.releaseIfShort()
+        home.reserve.releaseIfShort()
         try await group.handle.change(.retired(points.map(\.number)))
     }
 
@@ -93,7 +93,7 @@ extension Site {
         var without = group.record
         do { try without.apply(.retired(points.map(\.number))) } catch { return [] }
         let carriers = without.carriers(of: group.entry.volumes)
-        return members(group).map { volume in
+        return home.members(group).map { volume in
             (volume, volume.carriers.filter { carriers[volume.name]?.contains($0) != true }.map { CopyID($0) })
         }
     }
@@ -111,7 +111,7 @@ extension Site {
                 let known = points.map { String($0.number) }.joined(separator: ", ")
                 throw Refusal(
                     "group '\(group.entry.name)' has no point \(unknown.map(String.init).joined(separator: ", ")) at "
-                        + "'\(configuration.site)'; it has \(known.isEmpty ? "none" : known)", .unknown)
+                        + "'\(home.configuration.site)'; it has \(known.isEmpty ? "none" : known)", .unknown)
             }
             meant = points.filter { numbers.contains($0.number) }
         case (nil, let text?):
@@ -155,7 +155,7 @@ extension Site {
 
     /// Why dropping points would only move their data, and there is no room for that; nil when there is.
     private func shortage(_ left: Leaving) async -> String? {
-        guard let space = FileSystem(holding: state.path) else { return nil }
+        guard let space = FileSystem(holding: home.state.path) else { return nil }
         var bytes: UInt64 = 0
         for (volume, ids) in left {
             let number = volume.number
@@ -165,7 +165,7 @@ extension Site {
         guard bytes > 0, bytes > space.availableBytes else { return nil }
         return
             "up to \(bytes) bytes of these points are read through them by older points or FlashCopies and would have to move "
-            + "to those first, and \(state.path) has \(space.availableBytes) bytes free: drop older points first, or withdraw "
+            + "to those first, and \(home.state.path) has \(space.availableBytes) bytes free: drop older points first, or withdraw "
             + "FlashCopies and end practice"
     }
 
@@ -178,13 +178,13 @@ extension Site {
 
     /// - Returns: the points whose files are still there after a while, since their data moves.
     private func waitUntilFilesAreGone(_ group: GroupState, _ points: [UInt64]) async -> [UInt64] {
-        let members = members(group)
+        let members = home.members(group)
         func left() -> [UInt64] {
             points.filter { number in
                 members.contains { $0.copies[CopyID(number)] != nil && !$0.carriers.contains(number) }
             }
         }
-        await wait(seconds: Double(Limits.dropSeconds)) { left().isEmpty }
+        await home.wait(seconds: Double(Limits.dropSeconds)) { left().isEmpty }
         return left()
     }
 }

@@ -11,8 +11,8 @@ extension Site {
     ///
     /// - Parameter wanted: the recovery point's number; nil = the newest.
     package func practice(_ name: String, point wanted: String?) async throws -> [FlashCopyReport] {
-        let group = try group(name)
-        let volumes = members(group)
+        let group = try home.group(name)
+        let volumes = home.members(group)
         if volumes.contains(where: { $0.copyRecord(Self.practiceName) != nil }) {
             throw Refusal(
                 "group '\(name)' is being practised with already; `farcopy practice \(name) --end` ends that")
@@ -20,7 +20,7 @@ extension Site {
         guard let newest = group.record.newestReadable else {
             throw Refusal(
                 group.record.role == .primary
-                    ? "group '\(name)' is primary at '\(configuration.site)'; practise at '\(group.entry.peer)', which has its points"
+                    ? "group '\(name)' is primary at '\(home.configuration.site)'; practise at '\(group.entry.peer)', which has its points"
                     : "group '\(name)' has no recovery point that can be read: its first copy is not complete, or they have failed"
             )
         }
@@ -34,15 +34,15 @@ extension Site {
         request.of = point
         request.writable = true
         let reports = try await cloneFlashCopy(request)
-        note(name, "practice with point \(point) begins")
+        home.note(name, "practice with point \(point) begins")
         return reports
     }
 
     package func endPractice(_ name: String) async throws {
-        let group = try group(name)
-        let volumes = members(group).filter { $0.copyRecord(Self.practiceName) != nil }.map(\.name)
+        let group = try home.group(name)
+        let volumes = home.members(group).filter { $0.copyRecord(Self.practiceName) != nil }.map(\.name)
         guard !volumes.isEmpty else { throw Refusal("group '\(name)' is not being practised with", .unknown) }
         try await withdrawFlashCopy(FlashCopyRequest(name: Self.practiceName, volumes: volumes))
-        note(name, "practice ends")
+        home.note(name, "practice ends")
     }
 }

@@ -5,19 +5,19 @@ import Groups
 import Link
 
 extension Site {
-    package static var version: String { StatusBoard.version }
+    package nonisolated static var version: String { StatusBoard.version }
 
     /// Answered from the board: nobody's work is waited for.
     package nonisolated func status(group: String? = nil) async throws -> StatusReport {
-        try await board.report(group: group)
+        try await home.board.report(group: group)
     }
-    package nonisolated func points(_ name: String) throws -> [StatusReport.PointReport] { try board.points(name) }
-    package nonisolated var isStarted: Bool { board.isStarted.load(ordering: .acquiring) }
+    package nonisolated func points(_ name: String) throws -> [StatusReport.PointReport] { try home.board.points(name) }
+    package nonisolated var isStarted: Bool { home.board.isStarted.load(ordering: .acquiring) }
 
     private func replicator(_ name: String) throws -> GroupHandle {
-        let group = try group(name)
+        let group = try home.group(name)
         guard let replicator = group.replicator else {
-            throw Refusal(notMirroring(group))
+            throw Refusal(home.notMirroring(group))
         }
         return replicator
     }
@@ -27,7 +27,7 @@ extension Site {
     /// - Parameter fromImage: the secondary was seeded; until the first commit only what differs by checksum is sent.
     package func resume(_ name: String, fromImage: Bool = false) async throws {
         let replicator = try replicator(name)
-        if fromImage { try await group(name).handle.change(.seeded) }
+        if fromImage { try await home.group(name).handle.change(.seeded) }
         replicator.resume()
     }
 

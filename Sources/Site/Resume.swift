@@ -11,7 +11,7 @@ import Volumes
 extension Site {
     func host(_ volume: VolumeState) async throws {
         let setup = volume.setup
-        let group = group(ofVolume: volume.name)
+        let group = home.group(ofVolume: volume.name)
         volume.number = await volume.reactor.run { reactor in
             let number = reactor.host(setup)
             reactor.hosted(number).volume.beginResuming()
@@ -27,7 +27,7 @@ extension Site {
             volume.record.servedAs != group?.servedAs || !volume.recordingIsWhole
             || (!volume.isTrusted && volume.record.logIsBroken)
         try await run(StartVolume(start), on: [volume])
-        publish(volume, group)
+        home.publish(volume, group)
     }
 
     // MARK: The chain
@@ -43,16 +43,16 @@ extension Site {
 
     /// - Returns: the files of each link; nil where they cannot be relied on.
     func openFiles(_ volume: VolumeState, _ links: [ChainLink]) throws -> [CopyFiles?] {
-        let group = group(ofVolume: volume.name)
+        let group = home.group(ofVolume: volume.name)
         let newest = max(links.last?.copy.order ?? 0, group?.record.points.last?.order ?? 0)
         volume.nextOrder = CopyRecord.order(after: newest)
-        state.removeOrphans(
+        home.state.removeOrphans(
             volume.name, bitmaps: Set(links.map(\.id)), targets: Set(links.map(\.copy.targetOwner)))
         return try links.map { link in
             do {
                 return try openLink(volume, link)
             } catch let damage as DamagedMetadata {
-                note(group?.entry.name, "volume \(volume.name): \(damage)")
+                home.note(group?.entry.name, "volume \(volume.name): \(damage)")
                 return nil
             }
         }
@@ -91,15 +91,16 @@ extension Site {
     ///
     /// - Returns: whether the group keeps some point all the same, whose files these are.
     func failPoint(_ volume: VolumeState, _ id: CopyID) async throws -> Bool {
-        guard let group = group(ofVolume: volume.name) else { return true }
+        guard let group = home.group(ofVolume: volume.name) else { return true }
         try await group.handle.change(.pointFailed(UInt64(id), volume: volume.name))
         try await group.handle.settle()  // nothing else says so once the volume is taken up
-        note(group.entry.name, "volume \(volume.name): recovery point \(id) had failed when the last process ended")
+        home.note(
+            group.entry.name, "volume \(volume.name): recovery point \(id) had failed when the last process ended")
         return !group.record.points(carriedBy: UInt64(id), volume.name).isEmpty
     }
 
     func loseFiles(_ volume: VolumeState, _ ids: Set<CopyID>) async throws {
-        try await voidPoints(volume, group(ofVolume: volume.name), ids)
+        try await voidPoints(volume, home.group(ofVolume: volume.name), ids)
         for id in ids { unlink(volume.bitmapPath(id)) }
     }
 
@@ -109,7 +110,7 @@ extension Site {
                 $0 < 0 ? nil : group.record.points(carriedBy: UInt64($0), volume.name).last?.number
             }).max()
         else { return }
-        note(
+        home.note(
             group.entry.name,
             "volume \(volume.name): the recovery points up to \(last) are void, since a bitmap is "
                 + "damaged\(last == group.record.points.last?.number ? "; everything is copied anew" : "")")
@@ -136,7 +137,7 @@ extension Site {
 
     func takeRole(_ volume: VolumeState, _ role: RoleStart) async throws {
         let number = volume.number
-        let group = group(ofVolume: volume.name)
+        let group = home.group(ofVolume: volume.name)
         volume.carriers = group?.record.carriers(of: [volume.name])[volume.name] ?? []
         let serves =
             role.role != .secondary && group?.servesHosts != false
@@ -161,7 +162,7 @@ extension Site {
             return targetFile
         }
         guard let regions else { return }
-        note(
+        home.note(
             group?.entry.name,
             "volume \(volume.name): the machine went down; \(regions.bitmap.population()) active regions of "
                 + "\(regions.bitmap.count) are compared anew")
@@ -182,8 +183,8 @@ extension Site {
     // MARK: Restores
 
     func loseFailover(_ volume: VolumeState) async throws {
-        guard let group = group(ofVolume: volume.name) else { return }
-        note(
+        guard let group = home.group(ofVolume: volume.name) else { return }
+        home.note(
             group.entry.name,
             "volume \(volume.name): point \(group.record.failedOver?.point ?? 0), which was failed over to, is lost; what had not "
                 + "flowed back is as the old primary sent it last")
@@ -193,8 +194,8 @@ extension Site {
 
     func forgetRestore(_ volume: VolumeState) async throws {
         if volume.record.restoring?.decided == true {
-            note(
-                group(ofVolume: volume.name)?.entry.name,
+            home.note(
+                home.group(ofVolume: volume.name)?.entry.name,
                 "volume \(volume.name): it was being restored from a FlashCopy that is lost; parts of it are of the FlashCopy's "
                     + "time and parts are newer: restore it from another copy")
         }

@@ -21,8 +21,8 @@ extension Site {
     ///
     /// - Parameter loser: the site whose changes are discarded there, and kept as a FlashCopy.
     package func resync(_ name: String, discard loser: String) async throws -> ResyncReport {
-        let group = try group(name)
-        if loser == configuration.site {
+        let group = try home.group(name)
+        if loser == home.configuration.site {
             _ = try await requirePrimary(group)
             return try await callPeer(group, Endpoints.resync, [.discard: loser], seconds: 600)
         }
@@ -35,20 +35,20 @@ extension Site {
 
     /// What a resync would send and discard.
     package func previewResync(_ name: String, discard loser: String) async throws -> ResyncReport {
-        let group = try group(name)
-        if loser == configuration.site {
+        let group = try home.group(name)
+        if loser == home.configuration.site {
             return try await callPeer(group, Endpoints.previewResync, [.discard: loser])
         }
         guard loser == group.entry.peer else {
             throw Refusal(
-                "group '\(name)' is at '\(configuration.site)' and '\(group.entry.peer)'; there is no site '\(loser)'",
+                "group '\(name)' is at '\(home.configuration.site)' and '\(group.entry.peer)'; there is no site '\(loser)'",
                 .misuse)
         }
         let mine = try await requirePrimary(group)
         let theirs = try await peerStanding(group)
         if group.isMirroring, group.record.conflict == nil, theirs.role == .secondary {
             throw Refusal(
-                "group '\(name)': '\(loser)' is the secondary of '\(configuration.site)' already; there is nothing to discard"
+                "group '\(name)': '\(loser)' is the secondary of '\(home.configuration.site)' already; there is nothing to discard"
             )
         }
         let (differing, grains) = try await differences(group)
@@ -62,7 +62,8 @@ extension Site {
         let mine = await standing(group)
         guard mine.role == .primary else {
             throw Refusal(
-                "group '\(group.entry.name)' is secondary at '\(configuration.site)'; only a failover makes it primary")
+                "group '\(group.entry.name)' is secondary at '\(home.configuration.site)'; only a failover makes it primary"
+            )
         }
         return mine
     }
@@ -82,7 +83,7 @@ extension Site {
 
     /// Exchanges the roles without losing anything: hosts are shut out, the last point is sent, the peer takes over.
     package func switchover(_ name: String) async throws -> StatusReport.PointReport {
-        let group = try group(name)
+        let group = try home.group(name)
         var point: PointRecord?
         try await operate(group, .switchover) { point = try await self.exchangeRoles(group, group.operation!) }
         return point!.report
@@ -101,7 +102,7 @@ extension Site {
         group.turnstile.leave()
         operation.step = "'\(group.entry.peer)' has taken over; mirroring from there begins"
         try await waitUntil(operation, seconds: 60) { group.record.role == .secondary }
-        note(name, "switched over to '\(group.entry.peer)' at point \(point.number)")
+        home.note(name, "switched over to '\(group.entry.peer)' at point \(point.number)")
         return point
     }
 
@@ -110,9 +111,9 @@ extension Site {
         guard group.record.handingOver == nil else {
             throw Refusal("group '\(name)' is handing over already; `farcopy abort switchover:\(name)` takes it back")
         }
-        guard let replicator = group.replicator, group.isMirroring else { throw Refusal(notMirroring(group)) }
+        guard let replicator = group.replicator, group.isMirroring else { throw Refusal(home.notMirroring(group)) }
         if let reason = replicator.status.reason { throw Refusal("group '\(name)' is suspended: \(reason)") }
-        try refuseWhileRestoring(group)
+        try home.refuseWhileRestoring(group)
         guard peerClient(group) != nil else {
             throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site and cannot take over")
         }
@@ -138,16 +139,10 @@ extension Site {
         }
     }
 
-    func notMirroring(_ group: GroupState) -> String {
-        group.record.role == .secondary
-            ? "group '\(group.entry.name)' is secondary at '\(configuration.site)'; give this command to its primary, '\(group.entry.peer)'"
-            : "group '\(group.entry.name)' is not mirrored from '\(configuration.site)': \(board.shownState(group.board).1 ?? "")"
-    }
-
     /// A point formed from now on and committed by the peer.
     func pointOf(_ group: GroupState, seconds: Double) async throws -> PointRecord {
         guard let replicator = group.replicator, let operation = group.operation else {
-            throw Refusal(notMirroring(group))
+            throw Refusal(home.notMirroring(group))
         }
         operation.step =
             group.servesHosts
@@ -156,9 +151,9 @@ extension Site {
         Task { [site = self] in
             do {
                 let point = try await replicator.cycle()
-                await site.settle(outcome, .success(point))
+                site.settle(outcome, .success(point))
             } catch {
-                await site.settle(outcome, .failure(Refusal("\(error)")))
+                site.settle(outcome, .failure(Refusal("\(error)")))
             }
         }
         try await waitUntil(operation, seconds: seconds) { outcome.result != nil }
@@ -173,13 +168,13 @@ extension Site {
 
     private func settle(_ outcome: Outcome, _ result: Result<PointRecord, Refusal>) {
         outcome.result = result
-        happened()
+        home.happened()
     }
 
     private func waitUntil(
         _ operation: Operation, seconds: Double, _ condition: @escaping () -> Bool
     ) async throws {
-        await wait(seconds: seconds) { condition() || operation.isAborted }
+        await home.wait(seconds: seconds) { condition() || operation.isAborted }
         guard !condition() else { return }
         guard !operation.isAborted else { throw Refusal("aborted by the operator") }
         throw Refusal("it took longer than \(Int(seconds)) s")
@@ -201,9 +196,9 @@ extension Site {
                 do {
                     try await run(Promotion(at: point), group)
                 } catch HandOverFailure.refused(let refusal, _) {
-                    note(group.entry.name, "'\(group.entry.peer)' does not take over: \(refusal)")
+                    home.note(group.entry.name, "'\(group.entry.peer)' does not take over: \(refusal)")
                 } catch {
-                    logger.info("group \(group.entry.name): handing over: \(error)")
+                    home.logger.info("group \(group.entry.name): handing over: \(error)")
                 }
             }
             group.turnstile.leave()
@@ -213,15 +208,15 @@ extension Site {
 
     /// Every earlier request of this site's has come to its end at the peer.
     func openPeersSession(_ group: GroupState) async throws -> (peer: HTTPPeer, session: UInt64) {
-        guard let peer = peer(group) else { throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site") }
+        guard let peer = home.peer(group) else { throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site") }
         let opened = try await peer.openSession(
-            volumes: members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
+            volumes: home.members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
         return (peer, opened.state.session)
     }
 
     /// The primary hands over: this site takes its place, and mirrors to it as soon as it has given up its role.
     package func promote(_ name: String, _ request: PromoteRequest) async throws {
-        let group = try group(name)
+        let group = try home.group(name)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         if let done = group.record.failedOver, done.joins == true, done.point == request.point { return }
@@ -230,10 +225,10 @@ extension Site {
         }
         guard let newest = group.record.points.last, newest.number == request.point, group.record.role == .secondary
         else {
-            throw Refusal("point \(request.point) is not the newest at '\(configuration.site)'", .refused)
+            throw Refusal("point \(request.point) is not the newest at '\(home.configuration.site)'", .refused)
         }
         try await takeOver(group, newest, joins: true)
-        note(name, "'\(group.entry.peer)' has handed over at point \(newest.number)")
+        home.note(name, "'\(group.entry.peer)' has handed over at point \(newest.number)")
         Task { await joinAfterPromotion(group) }
     }
 
@@ -247,7 +242,7 @@ extension Site {
                 try await join(group)
                 return
             } catch {
-                logger.info("group \(group.entry.name): not mirroring yet: \(error)")
+                home.logger.info("group \(group.entry.name): not mirroring yet: \(error)")
             }
             try? await Task.sleep(for: .milliseconds(300))
         }
@@ -257,7 +252,7 @@ extension Site {
 
     /// The roles as the configuration has them: the peer becomes secondary, gets what differs, and takes over.
     package func failback(_ name: String) async throws -> StatusReport.PointReport {
-        let group = try group(name)
+        let group = try home.group(name)
         try await checkFailback(group)
         var point: PointRecord?
         try await operate(group, .failback) {
@@ -274,14 +269,15 @@ extension Site {
 
     /// What a failback would do.
     package func previewFailback(_ name: String) async throws -> ResyncReport {
-        let group = try group(name)
+        let group = try home.group(name)
         try await checkFailback(group)
         if !group.isMirroring || group.record.conflict != nil {
             return try await previewResync(name, discard: group.entry.peer)
         }
         let bytes = await standing(group).changedBytes
         return ResyncReport(
-            from: configuration.site, to: group.entry.peer, sentBytes: bytes, discardedBytes: 0, discardedGrains: 0)
+            from: home.configuration.site, to: group.entry.peer, sentBytes: bytes, discardedBytes: 0, discardedGrains: 0
+        )
     }
 
     private func checkFailback(_ group: GroupState) async throws {
@@ -289,7 +285,7 @@ extension Site {
         _ = try await requirePrimary(group)
         guard group.entry.role == .secondary else {
             throw Refusal(
-                "group '\(name)' is primary at '\(configuration.site)', as the configuration says; there is nothing to fail back"
+                "group '\(name)' is primary at '\(home.configuration.site)', as the home.configuration says; there is nothing to fail back"
             )
         }
     }
@@ -321,7 +317,7 @@ extension Site {
         do {
             _ = try await failback(group.entry.name)
         } catch {
-            note(group.entry.name, "failback: \(error)")
+            home.note(group.entry.name, "failback: \(error)")
         }
     }
 
@@ -362,10 +358,10 @@ extension Site {
         }
         let (kind, name) = (parts[0], parts[1])
         if kind == "restore" { return try await abandonRestore(name) }
-        let group = try group(name)
+        let group = try home.group(name)
         if let operation = group.operation, operation.kind.rawValue == kind {
             operation.abort()
-            happened()
+            home.happened()
             return "\(text) ends"
         }
         switch kind {
@@ -384,7 +380,7 @@ extension Site {
             group.replicator?.suspend()
             return "\(text) is suspended; `farcopy resume \(name)` goes on where it was"
         case "cycle":
-            guard let replicator = group.replicator else { throw Refusal(notMirroring(group)) }
+            guard let replicator = group.replicator else { throw Refusal(home.notMirroring(group)) }
             replicator.pointLost("the point was given up by the operator")
             return "the point is given up; its changes go with the next one"
         default: throw Refusal("there is no \(kind) of '\(name)' under way", .unknown)
@@ -393,7 +389,7 @@ extension Site {
 
     /// Gives up the rest of a restore that has stalled.
     private func abandonRestore(_ name: String) async throws -> String {
-        guard let volume = volumes[name] else { throw Refusal("there is no volume '\(name)'", .unknown) }
+        guard let volume = home.volumes[name] else { throw Refusal("there is no volume '\(name)'", .unknown) }
         guard volume.restoreBitmap != nil else {
             throw Refusal("volume '\(name)' is not being restored", .unknown)
         }
@@ -403,14 +399,14 @@ extension Site {
                 "the restore of volume '\(name)' goes on and ends by itself; only one that has stalled is given up")
         }
         let text = "\(UInt64(grains) * grain) bytes of volume '\(name)' could not be restored and stay as they were"
-        note(group(ofVolume: name)?.entry.name, text)
+        home.note(home.group(ofVolume: name)?.entry.name, text)
         return text
     }
 
     /// Bytes in which the sites may differ, and how many grains the peer has changed.
     private func differences(_ group: GroupState) async throws -> (bytes: UInt64, grains: UInt64) {
         var (bytes, grains) = (UInt64(0), UInt64(0))
-        for volume in members(group) {
+        for volume in home.members(group) {
             let (number, own) = (volume.number, UInt64(volume.geometry.grain))
             let changed = await volume.reactor.run { reactor in
                 let engine = reactor.hosted(number).volume

@@ -19,16 +19,11 @@ import Ring
 import Volumes
 
 extension Site {
-    func members(_ group: GroupState) -> [VolumeState] {
-        let leftOut = group.record.leftOut ?? []
-        return group.entry.volumes.compactMap { leftOut.contains($0) ? nil : volumes[$0] }
-    }
-
     // MARK: Standing
 
     func standing(_ group: GroupState) async -> Standing {
         var (grains, written) = (UInt64(0), UInt64(0))
-        for volume in members(group) {
+        for volume in home.members(group) {
             let number = volume.number
             guard number >= 0 else {
                 grains += volume.changesLeft
@@ -44,12 +39,13 @@ extension Site {
         let record = group.record
         let wrote = record.failedOver == nil || group.writtenAtFailover != written
         return Standing(
-            site: configuration.site, siteID: siteRecord.id, record: record, wrote: wrote, changedBytes: grains,
+            site: home.configuration.site, siteID: home.siteRecord.id, record: record, wrote: wrote,
+            changedBytes: grains,
             joining: group.isJoining)
     }
 
     func peerClient(_ group: GroupState) -> ControlClient? {
-        configuration.peers[group.entry.peer]?.control.map { ControlClient(address: $0) }
+        home.configuration.peers[group.entry.peer]?.control.map { ControlClient(address: $0) }
     }
 
     /// Calls the peer about a group.
@@ -80,10 +76,10 @@ extension Site {
 
     /// The peer asks how the group stands here, and says how it does there.
     package func answerStanding(_ name: String, _ theirs: Standing) async throws -> Standing {
-        let group = try group(name)
+        let group = try home.group(name)
         guard theirs.site == group.entry.peer else {
             throw Refusal(
-                "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)'", .refused)
+                "group '\(name)' at '\(home.configuration.site)' has the peer '\(group.entry.peer)'", .refused)
         }
         let mine = await standing(group)
         if isStarted, judge(mine, theirs) == .splitBrain { try await declare(.splitBrain, group) }
@@ -111,7 +107,7 @@ extension Site {
                 return verdict
             } catch {
                 guard monotonicNanoseconds() < deadline else {
-                    logger.info("group \(group.entry.name): the peer does not answer: \(error)")
+                    home.logger.info("group \(group.entry.name): the peer does not answer: \(error)")
                     return nil
                 }
                 try await Task.sleep(for: .milliseconds(100))
@@ -149,7 +145,8 @@ extension Site {
             return
         case .command(let command):
             let variables = [
-                "FARCOPY_EVENT=on_isolated", "FARCOPY_GROUP=\(group.entry.name)", "FARCOPY_SITE=\(configuration.site)",
+                "FARCOPY_EVENT=on_isolated", "FARCOPY_GROUP=\(group.entry.name)",
+                "FARCOPY_SITE=\(home.configuration.site)",
             ]
             if let failure = await OperatorCommand.run(command, variables, group.entry.hooks.timeout) {
                 group.isolation = "'\(peer)' does not answer, and on_isolated \(failure)"
@@ -162,35 +159,35 @@ extension Site {
 
     /// Serves hosts as soon as the peer says that it has not taken over.
     func awaitPeer(_ group: GroupState) async {
-        while !isStopping, group.isolation != nil {
+        while !home.isStopping, group.isolation != nil {
             try? await Task.sleep(for: .seconds(1))
             guard group.isolation != nil, let verdict = try? await learnStanding(group, seconds: 0) else { continue }
             group.isolation = nil
             if verdict == .stale || verdict == .splitBrain { return }
-            do { try await beginService(group) } catch { note(group.entry.name, "\(error)") }
+            do { try await beginService(group) } catch { home.note(group.entry.name, "\(error)") }
         }
     }
 
     private func beginService(_ group: GroupState) async throws {
-        await admitHosts(group)
+        await home.admitHosts(group)
         try await startMirroring(group)
     }
 
     /// The operator has made sure that the peer has not taken over.
     package func resumeIsolated(_ name: String) async throws {
-        let group = try group(name)
+        let group = try home.group(name)
         guard group.isolation != nil else {
             throw Refusal("group '\(name)' does not wait for its peer")
         }
         try await group.handle.change(.alone)
         group.isolation = nil
         try await beginService(group)
-        note(name, "serves hosts without having heard from '\(group.entry.peer)', by command")
+        home.note(name, "serves hosts without having heard from '\(group.entry.peer)', by command")
     }
 
     /// The replicator was refused: perhaps the peer has taken over while hosts went on here.
     func reviewAfterRefusal(_ name: String) async {
-        guard let group = groups[name], group.record.conflict == nil, group.isMirroring else { return }
+        guard let group = home.groups[name], group.record.conflict == nil, group.isMirroring else { return }
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         guard group.isMirroring, let theirs = try? await peerStanding(group) else { return }
@@ -202,7 +199,7 @@ extension Site {
             }
             await stopReplication(group)
         } catch {
-            note(name, "\(error)")
+            home.note(name, "\(error)")
         }
     }
 
@@ -212,13 +209,13 @@ extension Site {
         try await group.handle.change(.conflict(conflict))
         switch kind {
         case .stale:
-            note(group.entry.name, "'\(group.entry.peer)' has taken over; this site is stale and shuts hosts out")
+            home.note(group.entry.name, "'\(group.entry.peer)' has taken over; this site is stale and shuts hosts out")
         case .splitBrain:
-            note(
+            home.note(
                 group.entry.name,
                 "split-brain: hosts wrote here and at '\(group.entry.peer)'; `farcopy resync \(group.entry.name) --discard "
                     + "SITE` decides which stays")
-            alert(group, .splitBrain, "hosts wrote at both sites")
+            home.alert(group, .splitBrain, "hosts wrote at both sites")
         }
     }
 
@@ -226,37 +223,14 @@ extension Site {
     /// its hosts.
     private func shutOutUnlessChanged(_ group: GroupState) async -> Bool {
         guard await standing(group).changedBytes == 0 else { return false }
-        await shutOutHosts(group)
+        await home.shutOutHosts(group)
         // What they had asked for was carried out; nothing more comes.
         guard await standing(group).changedBytes > 0 else { return true }
-        await admitHosts(group)
+        await home.admitHosts(group)
         return false
     }
 
     // MARK: Hosts
-
-    /// Lets hosts write.
-    func admitHosts(_ group: GroupState) async {
-        group.servesHosts = true
-        for volume in members(group) {
-            let (number, writable) = (volume.number, !volume.shutsHostsOut)
-            await volume.reactor.run { $0.hosted(number).writable = writable }
-            publish(volume, group)
-        }
-    }
-
-    /// Ends the hosts' connections; what they asked for is carried out first. New ones can only read.
-    func shutOutHosts(_ group: GroupState) async {
-        group.servesHosts = false
-        for volume in members(group) {
-            let (number, reactor) = (volume.number, volume.reactor)
-            await reactor.run { $0.hosted(number).writable = false }
-            publish(volume, group)
-            await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-                reactor.perform { $0.disconnect(number, .hosts) { continuation.resume() } }
-            }
-        }
-    }
 
     func stopReplication(_ group: GroupState) async {
         if group.isReplicating { await group.endReplication() }
@@ -267,20 +241,20 @@ extension Site {
     /// Makes this site the secondary of its peer: what hosts wrote here and the peer lacks is kept as a FlashCopy, and the
     /// state as a whole as the first recovery point.
     package func yield(_ name: String, _ request: YieldRequest) async throws -> YieldAnswer {
-        let group = try group(name)
+        let group = try home.group(name)
         let askedAt = monotonicNanoseconds()
         try checkYield(group, request)
         try refuseIfOpposite(group, request)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         guard monotonicNanoseconds() - askedAt < UInt64(Limits.yieldWaitSeconds) * 1_000_000_000 else {
-            throw Refusal("group '\(name)' was busy at '\(configuration.site)'; try again", .passing)
+            throw Refusal("group '\(name)' was busy at '\(home.configuration.site)'; try again", .passing)
         }
         try refuseIfOpposite(group, request)
         if group.record.role == .secondary {
             guard let number = group.record.yielded,
                 let point = group.record.points.first(where: { $0.number == number })
-            else { throw Refusal("group '\(name)' is secondary at '\(configuration.site)' already") }
+            else { throw Refusal("group '\(name)' is secondary at '\(home.configuration.site)' already") }
             // Asked again.
             try await group.handle.change(.paired(site: request.siteID, generations: request.generations))
             return yieldAnswer(group, point)
@@ -291,9 +265,9 @@ extension Site {
         let point = try await run(
             Yield(
                 to: request.siteID, generations: request.generations, highestPoint: request.highestPoint,
-                lineage: randomIdentity(), volumes: members(group).map(\.name), keep: group.entry.keep,
+                lineage: randomIdentity(), volumes: home.members(group).map(\.name), keep: group.entry.keep,
                 servesHosts: served), group)
-        note(name, "'\(request.site)' is the primary; this site has given up that role")
+        home.note(name, "'\(request.site)' is the primary; this site has given up that role")
         return yieldAnswer(group, point)
     }
 
@@ -301,12 +275,12 @@ extension Site {
     private func refuseIfOpposite(_ group: GroupState, _ request: YieldRequest) throws {
         guard group.isJoining else { return }
         let name = group.entry.name
-        if siteRecord.id < request.siteID {
+        if home.siteRecord.id < request.siteID {
             throw Refusal(
-                "'\(configuration.site)' is resyncing group '\(name)' the other way round just now, and goes on; nothing of this "
+                "'\(home.configuration.site)' is resyncing group '\(name)' the other way round just now, and goes on; nothing of this "
                     + "command was done")
         }
-        throw Refusal("group '\(name)' at '\(configuration.site)' is changing roles; try again", .passing)
+        throw Refusal("group '\(name)' at '\(home.configuration.site)' is changing roles; try again", .passing)
     }
 
     /// A request that was delayed must not take the role when nobody waits for that any more.
@@ -317,7 +291,7 @@ extension Site {
         else {
             throw Refusal(
                 "'\(request.site)' does not ask any more for group '\(group.entry.name)' to give up its role at "
-                    + "'\(configuration.site)'", .passing)
+                    + "'\(home.configuration.site)'", .passing)
         }
     }
 
@@ -328,26 +302,27 @@ extension Site {
         }
         guard request.site == group.entry.peer else {
             throw Refusal(
-                "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)'", .refused)
+                "group '\(name)' at '\(home.configuration.site)' has the peer '\(group.entry.peer)'", .refused)
         }
         if let known = group.record.peerSite, known != request.siteID {
             throw Refusal(
-                "group '\(name)' at '\(configuration.site)' belongs to another '\(request.site)'", .refused)
+                "group '\(name)' at '\(home.configuration.site)' belongs to another '\(request.site)'", .refused)
         }
         try checkVolumes(group, request.site, request.volumes)
-        try refuseWhileRestoring(group)
+        try home.refuseWhileRestoring(group)
     }
 
     private func yieldAnswer(_ group: GroupState, _ point: PointRecord) -> YieldAnswer {
         YieldAnswer(
-            siteID: siteRecord.id, lineage: group.record.lineage ?? "", volumeLineages: group.record.volumeLineages,
+            siteID: home.siteRecord.id, lineage: group.record.lineage ?? "",
+            volumeLineages: group.record.volumeLineages,
             point: point)
     }
 
     /// For the peer that takes the role: what it must take into its bitmaps.
     package func changes(_ name: String, volume: String, from first: Int) async throws -> ChangesAnswer {
-        let group = try group(name)
-        guard let volume = members(group).first(where: { $0.name == volume }) else {
+        let group = try home.group(name)
+        guard let volume = home.members(group).first(where: { $0.name == volume }) else {
             throw Refusal("group '\(name)' has no volume '\(volume)'", .unknown)
         }
         let number = volume.number
@@ -368,19 +343,19 @@ extension Site {
         let name = group.entry.name
         guard group.record.role == .primary else {
             throw Refusal(
-                "group '\(name)' at '\(configuration.site)' has given up its role to '\(group.entry.peer)' meanwhile; nothing of this "
+                "group '\(name)' at '\(home.configuration.site)' has given up its role to '\(group.entry.peer)' meanwhile; nothing of this "
                     + "command was done")
         }
-        try refuseWhileRestoring(group)
+        try home.refuseWhileRestoring(group)
         group.isJoining = true
         defer { group.isJoining = false }
         let theirs = try await peerStanding(group)
         try await run(Join(group.record, theirs, identity: randomIdentity()), group)
-        note(name, "mirroring to '\(group.entry.peer)' begins; what either site has changed is sent")
+        home.note(name, "mirroring to '\(group.entry.peer)' begins; what either site has changed is sent")
     }
 
     func sessionVolumes(_ group: GroupState) -> [SessionRequest.Volume] {
-        members(group).map { SessionRequest.Volume(name: $0.name, size: $0.geometry.size) }
+        home.members(group).map { SessionRequest.Volume(name: $0.name, size: $0.geometry.size) }
     }
 
     /// Asks for all that the peer has changed, a part at a time; `each` gets words of a bitmap, the index of the first, and the
@@ -405,5 +380,4 @@ extension Site {
             first += answer.words.count
         }
     }
-
 }

@@ -16,29 +16,10 @@ import Ring
 import Volumes
 
 extension Site {
-    func group(_ name: String) throws -> GroupState {
-        guard let group = groups[name] else {
-            let known = groups.keys.sorted().joined(separator: ", ")
-            throw Refusal(
-                "there is no group '\(name)' at site '\(configuration.site)'; known: \(known.isEmpty ? "none" : known)",
-                .unknown)
-        }
-        return group
-    }
-
-    /// For calls that only the site at the other end of the group may make.
-    func group(_ name: String, askedBy siteID: String) throws -> GroupState {
-        let group = try group(name)
-        guard group.record.peerSite == siteID else {
-            throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)
-        }
-        return group
-    }
-
     // MARK: Sessions
 
     func openSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
-        let group = try group(name)
+        let group = try home.group(name)
         try checkPeer(group, request)  // not only after a wait, perhaps for the very site that asks
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
@@ -47,31 +28,31 @@ extension Site {
             IntakeSession(
                 site: request.siteID, generations: request.generations, session: UInt64.random(in: 1...UInt64.max)),
             group)
-        note(name, "the replicator of '\(request.site)' has opened a session")
+        home.note(name, "the replicator of '\(request.site)' has opened a session")
         let newest = group.record.points.last
         return SessionAnswer(
             state: PeerState(
-                session: session, site: siteRecord.id, lineage: group.record.lineage ?? "",
+                session: session, site: home.siteRecord.id, lineage: group.record.lineage ?? "",
                 volumeLineages: group.record.volumeLineages, committed: newest),
-            exports: members(group).map { intakeName($0.name, session) })
+            exports: home.members(group).map { home.intakeName($0.name, session) })
     }
 
     private func checkPeer(_ group: GroupState, _ request: SessionRequest) throws {
         let name = group.entry.name
         guard group.entry.peer == request.site else {
             throw Refusal(
-                "group '\(name)' at '\(configuration.site)' has the peer '\(group.entry.peer)', not '\(request.site)'",
+                "group '\(name)' at '\(home.configuration.site)' has the peer '\(group.entry.peer)', not '\(request.site)'",
                 .refused)
         }
         if let known = group.record.peerSite, known != request.siteID {
             throw Refusal(
-                "group '\(name)' at '\(configuration.site)' belongs to another '\(request.site)' (its site identity "
-                    + "differs: was its state directory exchanged?); to pair anew, stop '\(configuration.site)' and remove "
-                    + state.group(name), .refused)
+                "group '\(name)' at '\(home.configuration.site)' belongs to another '\(request.site)' (its site identity "
+                    + "differs: was its state directory exchanged?); to pair anew, stop '\(home.configuration.site)' and remove "
+                    + home.state.group(name), .refused)
         }
         if let failover = group.record.failedOver {
             throw Refusal(
-                "group '\(name)' has failed over to '\(configuration.site)' at point \(failover.point); "
+                "group '\(name)' has failed over to '\(home.configuration.site)' at point \(failover.point); "
                     + "'\(request.site)' is stale and must not be written to", .refused)
         }
         guard group.record.role == .secondary else {
@@ -79,7 +60,7 @@ extension Site {
         }
         if let newest = group.record.generations.first, !request.generations.contains(newest) {
             throw Refusal(
-                "group '\(name)': '\(request.site)' has an older generation than '\(configuration.site)' knows; it is stale",
+                "group '\(name)': '\(request.site)' has an older generation than '\(home.configuration.site)' knows; it is stale",
                 .refused)
         }
         try checkVolumes(group, request.site, request.volumes)
@@ -87,16 +68,16 @@ extension Site {
 
     func checkVolumes(_ group: GroupState, _ site: String, _ theirs: [SessionRequest.Volume]) throws {
         let name = group.entry.name
-        let ours = members(group).map { ($0.name, $0.geometry.size) }
+        let ours = home.members(group).map { ($0.name, $0.geometry.size) }
         guard ours.map(\.0) == theirs.map(\.name) else {
             throw Refusal(
-                "group '\(name)' has the volumes \(ours.map(\.0)) at '\(configuration.site)' and "
+                "group '\(name)' has the volumes \(ours.map(\.0)) at '\(home.configuration.site)' and "
                     + "\(theirs.map(\.name)) at '\(site)'; make them alike, in the same order",
                 .refused)
         }
         for (mine, theirs) in zip(ours, theirs) where mine.1 != theirs.size {
             throw Refusal(
-                "volume '\(mine.0)' of group '\(name)' has \(mine.1) bytes at '\(configuration.site)' and \(theirs.size) at "
+                "volume '\(mine.0)' of group '\(name)' has \(mine.1) bytes at '\(home.configuration.site)' and \(theirs.size) at "
                     + "'\(site)'; make them the same size", .refused)
         }
     }
@@ -104,7 +85,7 @@ extension Site {
     // MARK: Commit
 
     func commit(_ name: String, _ request: CommitRequest) async throws -> CommitAnswer {
-        let group = try group(name)
+        let group = try home.group(name)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         guard group.record.peerSite == request.siteID, group.session == request.session else {
@@ -129,7 +110,7 @@ extension Site {
 
     /// Makes a recovery point the read-write volumes of the group. Data flows back in the background.
     package func failover(_ name: String, point wanted: UInt64?) async throws -> FailoverReport {
-        let group = try group(name)
+        let group = try home.group(name)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         if let done = group.record.failedOver {
@@ -144,36 +125,36 @@ extension Site {
         do {
             point = try group.record.failoverPoint(wanted)
         } catch {
-            throw Refusal("group '\(name)' at '\(configuration.site)': \(error)")
+            throw Refusal("group '\(name)' at '\(home.configuration.site)': \(error)")
         }
         // The old primary may still say what it has not sent. It is not waited for.
         let unsent = try? await peerStanding(group, seconds: 1)
         let discarded = try await takeOver(group, point, joins: false)
-        note(name, "failed over to point \(point.number)")
+        home.note(name, "failed over to point \(point.number)")
         return FailoverReport(point, discarded: discarded, unsent: unsent?.changedBytes, now: realSeconds())
     }
 
     /// - Returns: bytes that had arrived after the point and are not part of it.
     @discardableResult
     func takeOver(_ group: GroupState, _ point: PointRecord, joins: Bool) async throws -> UInt64 {
-        let names = members(group).map(\.name)
+        let names = home.members(group).map(\.name)
         let (held, left) = (
             names.filter { group.record.holds(point, $0) }, names.filter { !group.record.holds(point, $0) }
         )
         if !left.isEmpty {
-            note(
+            home.note(
                 group.entry.name,
                 "point \(point.number) has no part of \(left.joined(separator: ", ")), which joined the group later and is left out; "
-                    + "take it out of the group's configuration at both sites")
+                    + "take it out of the group's home.configuration at both sites")
         }
         guard !held.isEmpty else { throw Refusal("point \(point.number) has no part of any volume of the group") }
-        await runCommand(group, .beforeFailover, ["FARCOPY_POINT=\(point.number)"])
+        await home.runCommand(group, .beforeFailover, ["FARCOPY_POINT=\(point.number)"])
         let discarded = try await run(
             Failover(
                 Takeover(
                     point: point.number, volumes: held, leftOut: left, generation: randomIdentity(), at: realSeconds(),
                     joins: joins)), group)
-        await runCommand(group, .afterFailover, ["FARCOPY_POINT=\(point.number)"])
+        await home.runCommand(group, .afterFailover, ["FARCOPY_POINT=\(point.number)"])
         return discarded
     }
 }

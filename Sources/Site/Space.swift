@@ -16,22 +16,23 @@ extension Site {
         let now = monotonicNanoseconds()
         guard now >= nextSpaceLook else { return }
         nextSpaceLook = now + Self.secondsBetweenLooks * 1_000_000_000
-        let (state, candidates) = (state.path, candidates())
-        guard let found = try? await disks.run({ Self.fileSystems(of: [state] + candidates.filter(isSparse)) }) else {
+        let (state, candidates) = (home.state.path, candidates())
+        guard let found = try? await home.disks.run({ Self.fileSystems(of: [state] + candidates.filter(isSparse)) })
+        else {
             return
         }
         let (began, over) = space.take(found)
-        for report in over { note(nil, "alert over: space: \(report.words)") }
+        for report in over { home.note(nil, "alert over: space: \(report.words)") }
         for report in began {
-            note(nil, "alert: space: \(report.words)")
-            guard let command = configuration.onSpaceLow else { continue }
+            home.note(nil, "alert: space: \(report.words)")
+            guard let command = home.configuration.onSpaceLow else { continue }
             let environment = [
-                "FARCOPY_EVENT=on_space_low", "FARCOPY_SITE=\(configuration.site)", "FARCOPY_PATH=\(report.path)",
+                "FARCOPY_EVENT=on_space_low", "FARCOPY_SITE=\(home.configuration.site)", "FARCOPY_PATH=\(report.path)",
                 "FARCOPY_REASON=\(report.words)",
             ]
             Task {
                 if let failure = await OperatorCommand.run(command, environment, HookCommands.usualTimeout) {
-                    note(nil, "on_space_low \(failure)")
+                    home.note(nil, "on_space_low \(failure)")
                 }
             }
         }
@@ -41,21 +42,21 @@ extension Site {
     /// Takes the reserve; tells once when that cannot be.
     func keepReserve() {
         do {
-            try reserve.restore()
+            try home.reserve.restore()
             reserveProblem = nil
         } catch {
             let words = "\(error)"
-            if reserveProblem != words { note(nil, words) }
+            if reserveProblem != words { home.note(nil, words) }
             reserveProblem = words
         }
         let (fileSystems, alerts) = (
             space.fileSystems, space.alerts + (reserveProblem.map { ["reserve: \($0)"] } ?? [])
         )
-        board.space.withLock { $0 = (fileSystems, alerts) }
+        home.board.space.withLock { $0 = (fileSystems, alerts) }
     }
 
     /// Those that what the site writes may fill: the state directory's, and those of sparse volumes and of targets.
-    private static func fileSystems(of paths: [String]) -> [FileSystemReport] {
+    private nonisolated static func fileSystems(of paths: [String]) -> [FileSystemReport] {
         var found: [FileSystemReport] = []
         var devices: Set<UInt64> = []
         for path in paths {
@@ -71,7 +72,7 @@ extension Site {
     }
 
     private func candidates() -> [String] {
-        volumes.values.sorted { $0.name < $1.name }.flatMap { volume in
+        home.volumes.values.sorted { $0.name < $1.name }.flatMap { volume in
             [volume.source.path] + volume.record.copies.compactMap { $0.state == .lost ? nil : $0.target }
         }
     }

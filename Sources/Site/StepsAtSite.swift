@@ -30,15 +30,15 @@ extension Site {
         case .settle: try await group.handle.settle()
         case .change(let change):
             try await group.handle.change(change)
-            happened()
+            home.happened()
         case .fence(let session): await fence(group, next: session)
         case .survey: return .survey(await survey(group))
-        case .flushVolumes(let names): try await VolumeState.flushSources(names.compactMap { volumes[$0] })
+        case .flushVolumes(let names): try await VolumeState.flushSources(names.compactMap { home.volumes[$0] })
         case .makePointFiles(let plan): try await makePointFiles(group, plan)
         case .takePoint(let plan): await takePoint(group, plan)
-        case .forgetChanges: await onEngines(group) { $0.forgetChanges() }
+        case .forgetChanges: await home.onEngines(group) { $0.forgetChanges() }
         case .markDifferences(let point, let names): return .bytes(try await markDifferences(group, names, point))
-        case .dropDifferences(let names): for name in names { volumes[name]?.restoreBitmap = nil }
+        case .dropDifferences(let names): for name in names { home.volumes[name]?.restoreBitmap = nil }
         case .open(let point, let names): try await open(group, names, point)
         case .stopMirroring: await stopReplication(group)
         case .startMirroring: try await startMirroring(group)
@@ -47,7 +47,7 @@ extension Site {
         case .countChanges: return .bytes(await standing(group).changedBytes)
         case .askToPromote(let point): try await promotePeer(group, point)
         case .endPeersSessions: _ = try await openPeersSession(group)
-        case .shutHostsOut: await shutOutHosts(group)
+        case .shutHostsOut: await home.shutOutHosts(group)
         case .admitHosts: await admitWhenSettled(group)
         case .settleChanges: try await settleChanges(group)
         case .keepUnsent: try await keepUnsent(group)
@@ -64,23 +64,14 @@ extension Site {
         return .done
     }
 
-    func onEngines(_ group: GroupState, _ body: @escaping @Sendable (Volume) -> Void) async {
-        for volume in members(group) { await onEngine(volume, body) }
-    }
-
-    func onEngine(_ volume: VolumeState, _ body: @escaping @Sendable (Volume) -> Void) async {
-        let number = volume.number
-        await volume.reactor.run { body($0.hosted(number).volume) }
-    }
-
     // MARK: The intake
 
     private func fence(_ group: GroupState, next session: UInt64) async {
         group.session = session == 0 ? nil : session
         group.madeFiles = nil
-        for volume in members(group) {
+        for volume in home.members(group) {
             await endIntake(volume, next: session)
-            if session != 0 { publish(volume, group) }
+            if session != 0 { home.publish(volume, group) }
         }
     }
 
@@ -97,11 +88,11 @@ extension Site {
     }
 
     private func survey(_ group: GroupState) async -> IntakeSurvey {
-        let (members, record) = (members(group), group.record)
+        let (members, record) = (home.members(group), group.record)
         let carriers = members.map { volume in
             record.points.last.flatMap { record.carrier(of: $0.number, volume.name) }.map { CopyID($0) }
         }
-        let found = await ask(members) { hosted, index in
+        let found = await home.ask(members) { hosted, index in
             (
                 writes: hosted.volume.modifyingInFlight,
                 isUnchanged: carriers[index].map { hosted.volume.isUnchanged(since: $0) } ?? false
@@ -117,30 +108,16 @@ extension Site {
             retired: Dictionary(uniqueKeysWithValues: retired), at: realSeconds())
     }
 
-    /// Looks at the engines of volumes, with one message to each reactor.
-    func ask<Found: Sendable>(
-        _ volumes: [VolumeState], _ look: @escaping @Sendable (HostedVolume, Int) -> Found
-    ) async -> [Found] {
-        var answers: [(Int, Found)] = []
-        for part in Dictionary(grouping: volumes.indices, by: { volumes[$0].reactor.number }).values {
-            let numbers = part.map { ($0, volumes[$0].number) }
-            answers += await volumes[part[0]].reactor.run { reactor in
-                numbers.map { ($0, look(reactor.hosted($1), $0)) }
-            }
-        }
-        return answers.sorted { $0.0 < $1.0 }.map(\.1)
-    }
-
     // MARK: Points
 
     private func makePointFiles(_ group: GroupState, _ plan: CommitPlan) async throws {
         let id = CopyID(plan.point.number)
-        let members = members(group).filter { plan.point.hasFiles(of: $0.name) }
-        for volume in self.members(group) { volume.nextOrder = (plan.point.order ?? 0) + CopyRecord.orderStep }
-        try descriptors.require(2 * members.count)
+        let members = home.members(group).filter { plan.point.hasFiles(of: $0.name) }
+        for volume in home.members(group) { volume.nextOrder = (plan.point.order ?? 0) + CopyRecord.orderStep }
+        try home.descriptors.require(2 * members.count)
         for volume in members { try await makeRoom(volume) }
         do {
-            let made = try await disks.each(members.map { $0.newPoint(id) }) { try $0.make() }
+            let made = try await home.disks.each(members.map { $0.newPoint(id) }) { try $0.make() }
             group.madeFiles = (id, Array(zip(members, made)))
         } catch {
             for volume in members where volume.copies[id] == nil { await volume.removeCopyFiles(id, targetOwner: id) }
@@ -177,9 +154,9 @@ extension Site {
     // MARK: A takeover
 
     private func markDifferences(_ group: GroupState, _ names: [String], _ point: UInt64) async throws -> UInt64 {
-        reserve.release()  // whatever is full
+        home.reserve.release()  // whatever is full
         var bytes: UInt64 = 0
-        for volume in names.compactMap({ volumes[$0] }) {
+        for volume in names.compactMap({ home.volumes[$0] }) {
             bytes += try await prepareRestore(volume, from: carrier(of: point, volume, group))
         }
         return bytes
@@ -196,7 +173,7 @@ extension Site {
     private func open(_ group: GroupState, _ names: [String], _ point: UInt64) async throws {
         group.servesHosts = true
         var written: UInt64 = 0
-        for volume in names.compactMap({ volumes[$0] }) {
+        for volume in names.compactMap({ home.volumes[$0] }) {
             written += try await open(volume, carrier(of: point, volume, group), group)
         }
         group.writtenAtFailover = written
@@ -213,7 +190,7 @@ extension Site {
             hosted.writable = true
             return hosted.bytesWritten
         }
-        publish(volume, group)
+        home.publish(volume, group)
         return written
     }
 
@@ -231,38 +208,29 @@ extension Site {
             engine.markChanged(file.bitmap())
             return file.bitmap().population()
         }
-        try await flush([file, volume.recording])
+        try await home.flush([file, volume.recording])
         return UInt64(grains) * UInt64(volume.geometry.grain)
     }
 
     // MARK: A primary's role
 
     private func holdCopies(_ group: GroupState) async throws {
-        await copyTurnstile.enter()
+        await home.copyTurnstile.enter()
         group.holdsCopies = true
-        try refuseWhileRestoring(group)
-    }
-
-    /// No role changes while data flows back into a volume.
-    func refuseWhileRestoring(_ group: GroupState) throws {
-        for volume in members(group) where volume.restoreBitmap != nil {
-            throw Refusal(
-                "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
-                .passing)
-        }
+        try home.refuseWhileRestoring(group)
     }
 
     private func releaseCopies(_ group: GroupState) {
-        if group.holdsCopies { copyTurnstile.leave() }
+        if group.holdsCopies { home.copyTurnstile.leave() }
         group.holdsCopies = false
     }
 
     private func admitWhenSettled(_ group: GroupState) async {
-        if (try? await group.handle.settle()) != nil { return await admitHosts(group) }
-        note(group.entry.name, "hosts stay shut out until the group's record can be written")
+        if (try? await group.handle.settle()) != nil { return await home.admitHosts(group) }
+        home.note(group.entry.name, "hosts stay shut out until the group's record can be written")
         Task {
-            await wait(seconds: nil) { !group.isUnsaved }
-            if !isStopping, group.isMirroring, !group.servesHosts { await admitHosts(group) }
+            await home.wait(seconds: nil) { !group.isUnsaved }
+            if !home.isStopping, group.isMirroring, !group.servesHosts { await home.admitHosts(group) }
         }
     }
 
@@ -274,7 +242,7 @@ extension Site {
     /// Ends the point that is held, so that CR alone says what the peer lacks, on stable storage.
     private func settleChanges(_ group: GroupState) async throws {
         let deadline = monotonicNanoseconds() + UInt64(Limits.handOverSeconds) * 1_000_000_000
-        for volume in members(group) {
+        for volume in home.members(group) {
             let number = volume.number
             await volume.reactor.run { $0.hosted(number).volume.giveUpPoint() }
             while await !volume.reactor.run({ $0.hosted(number).volume.mayFormPoint }) {
@@ -283,7 +251,7 @@ extension Site {
                 }
                 try await Task.sleep(for: .milliseconds(2))
             }
-            try await flush([volume.recording])
+            try await home.flush([volume.recording])
             try await volume.flushSource()
         }
     }
@@ -291,9 +259,9 @@ extension Site {
     private func keepUnsent(_ group: GroupState) async throws {
         group.unsent = nil
         guard await standing(group).changedBytes > 0 else { return }
-        let members = members(group)
+        let members = home.members(group)
         // The point of the new direction needs its files as well.
-        try descriptors.require(4 * members.count)
+        try home.descriptors.require(4 * members.count)
         let base = "unsent-after-\(group.record.divergedFrom?.number ?? 0)"
         var (name, attempt) = (base, 1)
         while members.contains(where: { volume in volume.record.copies.contains { $0.name == name } }) {
@@ -304,7 +272,7 @@ extension Site {
         request.durable = true
         try await take(request, members)
         group.unsent = name
-        note(
+        home.note(
             group.entry.name,
             "what hosts wrote here and '\(group.entry.peer)' lacks is kept as FlashCopy '\(name)' until it is withdrawn"
         )
@@ -313,43 +281,39 @@ extension Site {
     private func dropUnsent(_ group: GroupState) async {
         guard let name = group.unsent else { return }
         group.unsent = nil
-        let found = members(group).compactMap { volume in volume.copyRecord(name).map { (volume, $0.id) } }
+        let found = home.members(group).compactMap { volume in volume.copyRecord(name).map { (volume, $0.id) } }
         do { try await run(WithdrawCopies(found.map(\.1)), on: found.map(\.0)) } catch {
-            note(group.entry.name, "FlashCopy '\(name)' stays, although the role was not given up: \(error)")
+            home.note(group.entry.name, "FlashCopy '\(name)' stays, although the role was not given up: \(error)")
         }
     }
 
     private func serveAsSecondary(_ group: GroupState) async {
-        await onEngines(group) { engine in
+        await home.onEngines(group) { engine in
             engine.policy = .copiesFirst
             engine.recording = false
         }
-        for volume in members(group) { publish(volume, group) }
+        for volume in home.members(group) { home.publish(volume, group) }
     }
 
     private func askToYield(_ group: GroupState) async throws -> Joining {
         let answer = try await callPeer(
             group, Endpoints.yield,
             body: YieldRequest(
-                site: configuration.site, siteID: siteRecord.id, generations: group.record.generations,
+                site: home.configuration.site, siteID: home.siteRecord.id, generations: group.record.generations,
                 highestPoint: group.record.highestPoint, volumes: sessionVolumes(group)))
         return Joining(
             peer: answer.siteID, lineage: answer.lineage, volumeLineages: answer.volumeLineages, point: answer.point)
     }
 
     private func takeChanges(_ group: GroupState) async throws {
-        for volume in members(group) {
+        for volume in home.members(group) {
             let number = volume.number
             try await eachPeerChange(group, volume) { words, first, geometry in
                 let ranges = byteRanges(words, firstWord: first, geometry)
                 await volume.reactor.run { $0.hosted(number).volume.markChanged(ranges) }
             }
-            try await flush([volume.recording])
+            try await home.flush([volume.recording])
         }
-    }
-
-    func flush(_ bitmaps: [BitmapFile]) async throws {
-        _ = try await disks.each(bitmaps) { try $0.synchronize() }
     }
 
     /// The byte ranges of the set bits of a part of a bitmap.

@@ -44,9 +44,9 @@ final class Verification {
 extension Site {
     /// - Parameter rate: bytes a second; 0 = as fast as it goes.
     package func verify(_ name: String, repair: Bool, rate: UInt64) async throws -> VerifyReport {
-        let group = try group(name)
-        guard group.isReplicating else { throw Refusal(notMirroring(group)) }
-        guard let peer = peer(group) else {
+        let group = try home.group(name)
+        guard group.isReplicating else { throw Refusal(home.notMirroring(group)) }
+        guard let peer = home.peer(group) else {
             throw Refusal("the peer of group '\(name)' gives no checksums; it is no Farcopy site")
         }
         var report: VerifyReport?
@@ -62,7 +62,7 @@ extension Site {
         group.lastVerify = result
         group.verifiedBytes += result.comparedBytes
         group.differencesFound += UInt64(result.differenceCount)
-        note(
+        home.note(
             name,
             "point \(result.point) compared with '\(group.entry.peer)': \(result.comparedBytes) bytes, \(result.differingBytes) differ"
                 + (result.differingBytes > 0 && repair ? "; they are sent again" : ""))
@@ -81,11 +81,11 @@ extension Site {
 
     /// FlashCopies of the instant of a point that the peer has committed.
     func copyAtPoint(_ group: GroupState) async throws -> PointRecord {
-        guard let replicator = group.replicator else { throw Refusal(notMirroring(group)) }
+        guard let replicator = group.replicator else { throw Refusal(home.notMirroring(group)) }
         group.operation?.step = "a point is formed"
-        await copyTurnstile.enter()
-        defer { copyTurnstile.leave() }
-        let work = CopyWork(members(group))
+        await home.copyTurnstile.enter()
+        defer { home.copyTurnstile.leave() }
+        let work = CopyWork(home.members(group))
         work.replicator = replicator
         let drafts = try work.volumes.map { volume in
             try checkNotRestoring(volume)
@@ -184,13 +184,13 @@ extension Site {
     private func markDifferent(_ volume: VolumeState, _ runs: [Range<UInt64>]) async throws {
         let number = volume.number
         await volume.reactor.run { $0.hosted(number).volume.markChanged(runs) }
-        try await flush([volume.recording])  // the report says that they are sent again
+        try await home.flush([volume.recording])  // the report says that they are sent again
     }
 
     // MARK: At the peer
 
     private func verifiedGroup(_ name: String, _ request: PinRequest) throws -> GroupState {
-        let group = try group(name, askedBy: request.siteID)
+        let group = try home.group(name, askedBy: request.siteID)
         guard request.name.hasPrefix(Self.verifyPrefix) else {
             throw Refusal("'\(request.name)' is no FlashCopy of a verification", .refused)
         }
@@ -200,9 +200,9 @@ extension Site {
     /// Keeps a recovery point for a verification, whatever the retention.
     package func pin(_ name: String, _ request: PinRequest) async throws {
         let group = try verifiedGroup(name, request)
-        for volume in members(group) where volume.copyRecord(request.name) != nil { return }
+        for volume in home.members(group) where volume.copyRecord(request.name) != nil { return }
         // The primary compares one point at a time: it died, or could not be heard, before it let go of this one.
-        await dropVerifyCopies(members(group))
+        await dropVerifyCopies(home.members(group))
         var copy = FlashCopyRequest(name: request.name, volumes: group.entry.volumes)
         copy.of = String(request.point)
         _ = try await cloneFlashCopy(copy, own: true)

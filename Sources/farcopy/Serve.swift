@@ -42,7 +42,8 @@ struct Serve: AsyncParsableCommand {
     }
 
     private func serve(_ configuration: Configuration, _ logger: Logger) async throws {
-        let site = try Site(configuration: configuration, logger: logger, force: force)
+        try SiteThread.begin()
+        let site = try await Site(configuration: configuration, logger: logger, force: force)
         let stopped = stopSignal()
         try await withThrowingTaskGroup(of: Bool.self) { tasks in
             let (running, announce) = AsyncStream.makeStream(of: Void.self)

@@ -206,7 +206,8 @@ class Roles(SiteTest):
         wait_for(lambda: east.group()["pending_bytes"] == 0, what="everything is sent")
         west.farcopy("failover", "shop")
         wait_for(lambda: "stale" in east.group().get("reason", ""), what="east to learn it")
-        self.assertTrue(east.connect("orders").is_read_only())
+        # Its session was refused in these words; that it is stale it finds out next.
+        wait_for(lambda: east.connect("orders").is_read_only(), what="hosts to be shut out")
         self.restored(west)
         work = self.write(west, 3)
         west.farcopy("failback", "shop")
