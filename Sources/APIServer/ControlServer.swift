@@ -63,30 +63,30 @@ package struct ControlServer: Sendable {
         routes.serve(Endpoints.status) { try await $0.site.status(group: $0[.group]) }
         routes.serve(Endpoints.events) { $0.site.events.list(group: $0[.group]) }
         routes.serve(Endpoints.points) { try $0.site.points($0.name) }
-        routes.serve(Endpoints.flashCopies) { try await $0.site.listFlashCopies() }
+        routes.serve(Endpoints.flashCopies) { try await $0.site.flashCopies.listFlashCopies() }
         routes.serve(Endpoints.flashCopy) { asked in
             let volumes = asked[.volumes].map { $0.split(separator: ",").map(String.init) }
-            return try await asked.site.showFlashCopy(asked.name, volumes ?? [])
+            return try await asked.site.flashCopies.showFlashCopy(asked.name, volumes ?? [])
         }
         routes.serveText("/metrics", type: "text/plain; version=0.0.4") { Metrics.text(try await $0.status()) }
     }
 
     private func addGroups(_ routes: inout Routes) {
-        routes.serve(Endpoints.dropPoints) { try await $0.site.dropPoints($0.name, $0.body) }
+        routes.serve(Endpoints.dropPoints) { try await $0.site.removal.dropPoints($0.name, $0.body) }
         routes.serve(Endpoints.cycle) { asked in
-            if asked[.wait] != "false" { return .committed(try await asked.site.cycle(asked.name)) }
-            try await asked.site.request(asked.name)
+            if asked[.wait] != "false" { return .committed(try await asked.site.replication.cycle(asked.name)) }
+            try await asked.site.replication.request(asked.name)
             return .asked(Done(done: "a point was asked for"))
         }
         routes.serve(Endpoints.suspend) { asked in
-            try await asked.site.suspend(asked.name)
+            try await asked.site.replication.suspend(asked.name)
             return Done(done: "suspended")
         }
         routes.serve(Endpoints.resume) { asked in
             if asked[.isolated] == "true" {
-                try await asked.site.resumeIsolated(asked.name)
+                try await asked.site.standings.resumeIsolated(asked.name)
             } else {
-                try await asked.site.resume(asked.name, fromImage: asked[.fromImage] == "true")
+                try await asked.site.replication.resume(asked.name, fromImage: asked[.fromImage] == "true")
             }
             return Done(done: "resumed")
         }
@@ -95,14 +95,14 @@ package struct ControlServer: Sendable {
             guard let rate: UInt64? = text == "default" ? .some(nil) : UInt64(text) else {
                 throw Refusal("'\(text)' is no rate: give bytes a second, 0 for unbounded, or default", .misuse)
             }
-            try await asked.site.setRate(asked.name, rate)
+            try await asked.site.replication.setRate(asked.name, rate)
             return Done(done: "the rate is set")
         }
         routes.serve(Endpoints.verify) { asked in
-            try await asked.site.verify(
+            try await asked.site.verifications.verify(
                 asked.name, repair: asked[.repair] == "true", rate: asked[.rate].flatMap { UInt64($0) } ?? 0)
         }
-        routes.serve(Endpoints.abort) { Done(done: try await $0.site.abort($0[.operation] ?? "")) }
+        routes.serve(Endpoints.abort) { Done(done: try await $0.site.roles.abort($0[.operation] ?? "")) }
     }
 
     private func addRoles(_ routes: inout Routes) {
@@ -117,56 +117,56 @@ package struct ControlServer: Sendable {
                 guard let number = UInt64(text) else { throw Refusal("'\(text)' is no point", .misuse) }
                 return number
             }
-            return try await asked.site.failover(asked.name, point: point)
+            return try await asked.site.intake.failover(asked.name, point: point)
         }
-        routes.serve(Endpoints.previewResync) { try await $0.site.previewResync($0.name, discard: try loser($0)) }
-        routes.serve(Endpoints.resync) { try await $0.site.resync($0.name, discard: try loser($0)) }
-        routes.serve(Endpoints.switchover) { try await $0.site.switchover($0.name) }
-        routes.serve(Endpoints.previewFailback) { try await $0.site.previewFailback($0.name) }
-        routes.serve(Endpoints.failback) { try await $0.site.failback($0.name) }
-        routes.serve(Endpoints.practice) { try await $0.site.practice($0.name, point: $0[.point]) }
+        routes.serve(Endpoints.previewResync) { try await $0.site.roles.previewResync($0.name, discard: try loser($0)) }
+        routes.serve(Endpoints.resync) { try await $0.site.roles.resync($0.name, discard: try loser($0)) }
+        routes.serve(Endpoints.switchover) { try await $0.site.roles.switchover($0.name) }
+        routes.serve(Endpoints.previewFailback) { try await $0.site.roles.previewFailback($0.name) }
+        routes.serve(Endpoints.failback) { try await $0.site.roles.failback($0.name) }
+        routes.serve(Endpoints.practice) { try await $0.site.practice.practice($0.name, point: $0[.point]) }
         routes.serve(Endpoints.endPractice) { asked in
-            try await asked.site.endPractice(asked.name)
+            try await asked.site.practice.endPractice(asked.name)
             return Done(done: "the practice copy is gone")
         }
     }
 
     private func addFlashCopies(_ routes: inout Routes) {
-        routes.serve(Endpoints.createFlashCopy) { try await $0.site.createFlashCopy($0.body) }
-        routes.serve(Endpoints.setFlashCopy) { try await $0.site.setFlashCopy($0.body) }
-        routes.serve(Endpoints.cloneFlashCopy) { try await $0.site.cloneFlashCopy($0.body) }
-        routes.serve(Endpoints.refreshFlashCopy) { try await $0.site.refreshFlashCopy($0.body) }
-        routes.serve(Endpoints.restoreFlashCopy) { try await $0.site.restoreFlashCopy($0.body) }
+        routes.serve(Endpoints.createFlashCopy) { try await $0.site.flashCopies.createFlashCopy($0.body) }
+        routes.serve(Endpoints.setFlashCopy) { try await $0.site.flashCopies.setFlashCopy($0.body) }
+        routes.serve(Endpoints.cloneFlashCopy) { try await $0.site.flashCopies.cloneFlashCopy($0.body) }
+        routes.serve(Endpoints.refreshFlashCopy) { try await $0.site.flashCopies.refreshFlashCopy($0.body) }
+        routes.serve(Endpoints.restoreFlashCopy) { try await $0.site.flashCopies.restoreFlashCopy($0.body) }
         routes.serve(Endpoints.withdrawFlashCopy) { asked in
-            try await asked.site.withdrawFlashCopy(asked.body)
+            try await asked.site.flashCopies.withdrawFlashCopy(asked.body)
             return Done(done: "withdrawn")
         }
     }
 
     private func addPeer(_ routes: inout Routes) {
-        routes.serve(Endpoints.standing) { try await $0.site.answerStanding($0.name, $0.body) }
-        routes.serve(Endpoints.openSession) { try await $0.site.acceptSession($0.name, $0.body) }
-        routes.serve(Endpoints.commit) { try await $0.site.takeCommit($0.name, $0.body) }
-        routes.serve(Endpoints.checksums) { try await $0.site.checksums($0.name, $0.body) }
-        routes.serve(Endpoints.yield) { try await $0.site.yield($0.name, $0.body) }
+        routes.serve(Endpoints.standing) { try await $0.site.standings.answerStanding($0.name, $0.body) }
+        routes.serve(Endpoints.openSession) { try await $0.site.intake.acceptSession($0.name, $0.body) }
+        routes.serve(Endpoints.commit) { try await $0.site.intake.takeCommit($0.name, $0.body) }
+        routes.serve(Endpoints.checksums) { try await $0.site.checksums.checksums($0.name, $0.body) }
+        routes.serve(Endpoints.yield) { try await $0.site.roles.yield($0.name, $0.body) }
         routes.serve(Endpoints.changes) { asked in
-            try await asked.site.changes(
+            try await asked.site.roles.changes(
                 asked.name, volume: asked[.volume] ?? "", from: asked[.from].flatMap { Int($0) } ?? 0)
         }
         routes.serve(Endpoints.promote) { asked in
-            try await asked.site.promote(asked.name, asked.body)
+            try await asked.site.roles.promote(asked.name, asked.body)
             return Done(done: "promoted")
         }
         routes.serve(Endpoints.untracked) { asked in
-            try await asked.site.noteUntracked(asked.name, asked.body)
+            try await asked.site.distrust.noteUntracked(asked.name, asked.body)
             return Done(done: "noted")
         }
         routes.serve(Endpoints.pin) { asked in
-            try await asked.site.pin(asked.name, asked.body)
+            try await asked.site.verifications.pin(asked.name, asked.body)
             return Done(done: "pinned")
         }
         routes.serve(Endpoints.unpin) { asked in
-            try await asked.site.unpin(asked.name, asked.body)
+            try await asked.site.verifications.unpin(asked.name, asked.body)
             return Done(done: "unpinned")
         }
     }

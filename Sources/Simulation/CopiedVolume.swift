@@ -232,7 +232,7 @@ final class CopiedVolume {
         table.copies.filter(\.isFilled).map { bitmaps[$0.id]?.flush() ?? 0 }.max() ?? 0
     }
 
-    // MARK: Starting (`Site.host`)
+    // MARK: Starting (`CopyExecutor.host`)
 
     /// A process takes the volume up; between any two actions it may end.
     ///

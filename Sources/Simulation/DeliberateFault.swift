@@ -128,20 +128,4 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     /// It leaves out a rule of the engine, which other builds cannot.
     package var needsOwnBuild: Bool { !engine.isEmpty }
     package static var areBuiltIn: Bool { EngineFaults.areBuiltIn }
-
-    /// The scenario that shows it.
-    package var scenario: any Scenario.Type {
-        switch self {
-        case .recordAfterChain, .ignoreUnsettled, .dropHandover, .skipActivityLog, .forgetHeir, .forgetChanges,
-            .confirmEarly, .goOnUnwritten, .leaveUnsaved, .halfSets, .dropFilesUnsaved, .dropSharedTarget,
-            .activateUnflushed, .decideUnflushed, .completeUnflushed, .forgetUnflushed,
-            .restoreFromFailed, .trustFailed:
-            CopyWorld.self
-        case .holdNothing, .holdOn, .countDeadlineAsRun, .drainEarly, .drainUnflushed, .forgetHalfFormed, .forgetFormed,
-            .forgetDecision, .forgetNumber, .decideUnsaved, .saveOverNewer, .obeyOlderEpoch, .prepareUnsaved,
-            .promiseUnsaved, .forgetPromise, .takeLateData, .countSilenceAsPromise, .failOverUnasked, .trustHeldPoint:
-            Coordination.self
-        default: World.self
-        }
-    }
 }

@@ -195,7 +195,7 @@ extension SimulatedSite {
 
     // MARK: A primary's
 
-    /// As `Site.admitWhenSettled`, which does not wait either.
+    /// As `StepExecutor.admitWhenSettled`, which does not wait either.
     private func admitWhenSettled(_ process: Int) {
         guard process == life, record.role == .primary, record.handingOver == nil else { return }
         if save(group.settle()) { return servesHosts = true }

@@ -9,7 +9,16 @@ import Ring
 import TLS
 import Volumes
 
-extension Site {
+@SiteThread
+package final class Checksums {
+    private let home: Holdings
+    private let flashCopies: FlashCopies
+    private let turnstile = Turnstile(places: Limits.checksumsAtOnce)
+
+    init(_ home: Holdings, _ flashCopies: FlashCopies) {
+        (self.home, self.flashCopies) = (home, flashCopies)
+    }
+
     package func checksums(_ name: String, _ request: ChecksumRequest) async throws -> ChecksumAnswer {
         let group = try home.group(name, askedBy: request.siteID)
         guard let volume = home.members(group).first(where: { $0.name == request.volume }) else {
@@ -22,18 +31,18 @@ extension Site {
         }
         let view: View
         if let copy = request.copy {
-            view = .copy(try chainPlace(volume, copy).id)
+            view = .copy(try flashCopies.chainPlace(volume, copy).id)
         } else {
             guard let session = request.session, session == group.session else {
                 throw Refusal("the session has ended", .refused)
             }
             view = .volume
         }
-        guard checksumTurnstile.waitingCount < Limits.checksumsWaiting else {
+        guard turnstile.waitingCount < Limits.checksumsWaiting else {
             throw Refusal("\(Limits.checksumsWaiting) calls wait for checksums already; try again", .passing)
         }
-        await checksumTurnstile.enter()
-        defer { checksumTurnstile.leave() }
+        await turnstile.enter()
+        defer { turnstile.leave() }
         let digests = try await digests(volume, view, request.offset, request.length, request.block)
         return ChecksumAnswer(digests: Data(digests).base64EncodedString())
     }

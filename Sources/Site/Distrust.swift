@@ -13,13 +13,21 @@
 
 import API
 import Base
-import FoundationEssentials
 import Glibc
 import Groups
 import Ring
 import Volumes
 
-extension Site {
+@SiteThread
+package final class Distrust {
+    private let home: Holdings
+    private let peers: Peers
+    private let executor: CopyExecutor
+
+    init(_ home: Holdings, _ peers: Peers, _ executor: CopyExecutor) {
+        (self.home, self.peers, self.executor) = (home, peers, executor)
+    }
+
     func activityLogFailed(_ volume: VolumeState, _ errno: Int32) async {
         home.note(
             home.group(ofVolume: volume.name)?.entry.name,
@@ -37,7 +45,7 @@ extension Site {
     func failureUnwritten(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async {
         volume.debt.failed.insert(id)
         await pay(volume) {
-            await self.markFailed(volume, id, errno)
+            await executor.markFailed(volume, id, errno)
         } then: {
             $0.failureIsWritten()
         }
@@ -114,7 +122,7 @@ extension Site {
     }
 
     private func tellPeer(_ group: GroupState, _ volume: VolumeState) async throws {
-        _ = try await callPeer(
+        _ = try await peers.callPeer(
             group, Endpoints.untracked, body: UntrackedRequest(siteID: home.siteRecord.id, volume: volume.name),
             seconds: Int64(Limits.distrustSeconds))
     }
@@ -144,5 +152,11 @@ extension Site {
         if !untracked.isEmpty { try await giveUpUncertainPoint(group) }
         guard home.members(group).contains(where: \.wasAlone), !group.record.isAlone else { return }
         try await group.handle.change(.alone)
+    }
+
+    /// A point that was held is given up when one volume does not say any more what of it is still to be sent.
+    func giveUpUncertainPoint(_ group: GroupState) async throws {
+        guard group.record.mustGiveUpPoint(heldBy: home.members(group).map(\.heldPoint)) else { return }
+        try await group.handle.change(.pointGivenUp)
     }
 }

@@ -8,16 +8,27 @@
 import API
 import Base
 import FlashCopies
-import FoundationEssentials
-import Glibc
 import Groups
 import NBDServer
 import Ring
 import Volumes
 
-extension Site {
+@SiteThread
+package final class FlashCopies {
+    let home: Holdings
+    let chains: Chains
+    let restores: Restores
+    let executor: CopyExecutor
+    let hooks: Hooks
+
+    init(_ home: Holdings, _ chains: Chains, _ restores: Restores, _ executor: CopyExecutor, _ hooks: Hooks) {
+        (self.home, self.chains, self.restores, self.executor, self.hooks) = (home, chains, restores, executor, hooks)
+    }
+
     /// Bytes a second of a background copy when nothing is said.
     static let usualRate: UInt64 = 100 << 20
+    /// Names with ':' are the site's own and not exported.
+    static let verifyPrefix = "verify:"
 
     // MARK: Creating
 
@@ -34,7 +45,7 @@ extension Site {
             try checkNotSecondary(
                 volume, ", which is consistent at its recovery points only; clone one of those, or fail over first")
         }
-        try await frozen(members, request.name) { try await self.take(request, members) }
+        try await hooks.frozen(members, request.name) { try await self.take(request, members) }
         home.note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) created")
         return try await reports(request.name, members)
     }
@@ -48,7 +59,7 @@ extension Site {
             throw Refusal(
                 "volume '\(volume.name)' has \(volume.copies.count) copies, which is the limit; withdraw some")
         }
-        try checkNotRestoring(volume)
+        try home.checkNotRestoring(volume)
     }
 
     /// FlashCopies leave room for the recovery points that groups of this site are yet to keep.
@@ -58,17 +69,6 @@ extension Site {
             toCome += group.entry.volumes.count * (group.record.points.isEmpty ? 2 : 1)
         }
         try home.descriptors.require(2 * (count + toCome))
-    }
-
-    func checkNotRestoring(_ volume: VolumeState) throws {
-        let failingBack = home.group(ofVolume: volume.name)?.record.failedOver?.restoring.contains(volume.name) ?? false
-        if let group = home.group(ofVolume: volume.name), group.record.handingOver != nil || group.isJoining {
-            throw Refusal("group '\(group.entry.name)' is changing roles; try again when it has")
-        }
-        guard volume.record.restoring == nil, !volume.shutsHostsOut, !failingBack else {
-            throw Refusal(
-                "volume '\(volume.name)' is being restored; wait until `farcopy status` shows no more bytes to restore")
-        }
     }
 
     func checkNotSecondary(_ volume: VolumeState, _ advice: String) throws {
@@ -113,7 +113,7 @@ extension Site {
 
     func take(_ request: FlashCopyRequest, _ members: [VolumeState]) async throws {
         try await patiently(request.name) {
-            try await self.run(TakeCopies(self.drafts(request, members)), on: members)
+            try await self.executor.run(TakeCopies(self.drafts(request, members)), on: members)
         }
     }
 
@@ -183,8 +183,8 @@ extension Site {
         guard record.isFilled else { return report }
         let now = monotonicNanoseconds()
         let place = volume.place(id)
-        let start = fillStarts[place] ?? (now, grains)
-        fillStarts[place] = start
+        let start = chains.fillStarts[place] ?? (now, grains)
+        chains.fillStarts[place] = start
         let seconds = Double(now - start.0) / 1e9
         let rate = seconds > 0 ? Double(grains - start.1) * Double(grain) / seconds : 0
         let left = Double(volume.geometry.size - report.preservedBytes)
@@ -206,7 +206,7 @@ extension Site {
             let (number, id) = (volume.number, record.id)
             try await volume.amend(.set(id, rate: request.rate, writable: request.writable))
             if let rate = request.rate {
-                fillStarts[volume.place(id)] = nil
+                chains.fillStarts[volume.place(id)] = nil
                 await volume.reactor.run { $0.hosted(number).volume.setRate(id, rate) }
             }
             home.publish(volume, home.group(ofVolume: volume.name))
@@ -224,70 +224,9 @@ extension Site {
             throw Refusal(
                 "volume '\(volume.name)' is being restored from '\(request.name)'; wait until it holds all of it")
         }
-        try await run(WithdrawCopies(found.map(\.1.id)), on: found.map(\.0))
+        try await executor.run(WithdrawCopies(found.map(\.1.id)), on: found.map(\.0))
         home.note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) withdrawn")
     }
 
     // MARK: Events
-
-    func copyFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async {
-        let name = volume.record.table[id]?.name ?? String(id)
-        let isRetired = volume.copyIsRetired(id)
-        let reason = await markFailed(volume, id, errno)
-        // What was leaving already, and only had readers left.
-        if isRetired, !waitsToLeave(volume, id) { await leave(volume, id) }
-        home.note(nil, "volume \(volume.name): FlashCopy '\(name)' has failed: \(reason)")
-        copyReady(volume, id)  // a refresh that waits for it begins again
-    }
-
-    /// - Returns: why, in words.
-    @discardableResult
-    func markFailed(_ volume: VolumeState, _ id: CopyID, _ errno: Int32) async -> String {
-        let target = volume.copies[id].map { " in \($0.target.path)" } ?? ""
-        let reason = "old content could not be preserved\(target): \(String(cString: strerror(errno)))"
-        await acknowledge(.failed(id, reason: reason), volume)
-        if let group = home.group(ofVolume: volume.name) { await failPoints(group, volume, UInt64(id)) }
-        return reason
-    }
-
-    /// Recovery points that have failed are none any more (`GroupChange.pointFailed`).
-    private func failPoints(_ group: GroupState, _ volume: VolumeState, _ carrier: UInt64) async {
-        guard volume.carriers.contains(carrier) else { return }
-        try? await group.handle.change(.pointFailed(carrier, volume: volume.name))
-        await settlePoints(group, endsReaders: true)
-    }
-
-    func reviewCompletion(_ volume: VolumeState, _ id: CopyID) async {
-        let number = volume.number
-        guard await volume.reactor.run({ $0.hosted(number).volume.copy(id)?.isComplete }) == true else { return }
-        await copyCompleted(volume, id)
-    }
-
-    /// May be told of twice (`reviewCompletion`): it is written down, and said, once.
-    func copyCompleted(_ volume: VolumeState, _ id: CopyID) async {
-        guard volume.copies[id] != nil, let copy = volume.record.table[id], !copy.isComplete,
-            volume.completing.insert(id).inserted
-        else { return }
-        defer { volume.completing.remove(id) }
-        let name = copy.name
-        do {
-            guard try await run(CompleteCopy(id), on: [volume]) else { return }
-            home.note(nil, "volume \(volume.name): the background copy of '\(name)' is complete")
-        } catch {
-            home.note(nil, "volume \(volume.name): the background copy of '\(name)' is not complete for sure: \(error)")
-        }
-    }
-
-    /// A copy has left the chain.
-    func copyWithdrawn(_ volume: VolumeState, _ id: CopyID) async {
-        let name = volume.record.table[id]?.name
-        do { try await run(ForgetCopy(id, of: 0, wasInChain: true), on: [volume]) } catch {
-            home.note(
-                nil,
-                "volume \(volume.name): FlashCopy '\(name ?? String(id))' has left, but that cannot be written down: \(error)"
-            )
-        }
-        copyReady(volume, id)  // who waits for it finds that it has left
-        home.happened()
-    }
 }

@@ -5,7 +5,7 @@ import FlashCopies
 import Groups
 import Volumes
 
-extension Site {
+extension FlashCopies {
     // MARK: Clone
 
     /// Takes FlashCopies of what other FlashCopies, or recovery points, hold.
@@ -28,7 +28,7 @@ extension Site {
             }
         }
         try await patiently(request.name) {
-            try await self.run(TakeCopies(self.drafts(request, members, origins)), on: members)
+            try await self.executor.run(TakeCopies(self.drafts(request, members, origins)), on: members)
         }
         home.note(
             nil, "FlashCopy '\(request.name)' of '\(origin)' of \(request.volumes.joined(separator: ", ")) created")
@@ -61,7 +61,7 @@ extension Site {
         defer { home.copyTurnstile.leave() }
         let members = try home.members(request.volumes)
         for (volume, record) in try copies(request.name, members) {
-            try checkNotRestoring(volume)
+            try home.checkNotRestoring(volume)
             guard record.state != .withdrawing else {
                 throw Refusal("FlashCopy '\(request.name)' of volume '\(volume.name)' is being withdrawn")
             }
@@ -69,12 +69,13 @@ extension Site {
         }
         // Before anything is frozen, since it may take a while.
         let ids = try copies(request.name, members).map(\.1.id)
-        try await run(TakeOutOfUse(ids, volumes: request.volumes), on: members)
+        try await executor.run(TakeOutOfUse(ids, volumes: request.volumes), on: members)
         do {
-            try await frozen(members, request.name) {
+            try await hooks.frozen(members, request.name) {
                 try await self.patiently(request.name) {
                     let ids = try self.copies(request.name, members).map(\.1.id)
-                    try await self.run(RetakeCopies(ids, name: request.name, volumes: request.volumes), on: members)
+                    try await self.executor.run(
+                        RetakeCopies(ids, name: request.name, volumes: request.volumes), on: members)
                 }
             }
         } catch {

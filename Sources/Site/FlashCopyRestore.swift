@@ -13,7 +13,7 @@ import NBDServer
 import Ring
 import Volumes
 
-extension Site {
+extension FlashCopies {
     /// The volumes become the FlashCopies' point in time again, at once; data flows back in the background.
     package func restoreFlashCopy(_ request: FlashCopyRequest) async throws -> [FlashCopyReport] {
         let members = try home.members(request.volumes)
@@ -30,7 +30,7 @@ extension Site {
         if request.disconnect != true { try refuseUnder(hosts) }
         let kept = unusedName("before-restore-", members)
         let drafts = members.map { CopyDraft(volume: $0.name, name: kept) }
-        try await run(RestoreVolumes(found.map(\.1), keeping: drafts, decision: randomIdentity()), on: members)
+        try await executor.run(RestoreVolumes(found.map(\.1), keeping: drafts, decision: randomIdentity()), on: members)
         let names = request.volumes.joined(separator: ", ")
         home.note(
             nil,
@@ -75,7 +75,7 @@ extension Site {
     }
 
     private func checkRestorable(_ volume: VolumeState, _ record: CopyRecord) throws {
-        try checkNotRestoring(volume)
+        try home.checkNotRestoring(volume)
         guard record.state == .active else {
             throw Refusal(
                 "FlashCopy '\(record.name)' of volume '\(volume.name)' is \(record.state.rawValue): \(record.reason ?? "it cannot be restored")"
@@ -123,8 +123,8 @@ extension Site {
     }
 
     func restoreFinished(_ volume: VolumeState) async {
-        if volume.record.restoring != nil { await acknowledge(.restoring(nil), volume) }
-        dropRestoreBitmap(volume)
+        if volume.record.restoring != nil { await chains.acknowledge(.restoring(nil), volume) }
+        restores.dropRestoreBitmap(volume)
         home.note(
             home.group(ofVolume: volume.name)?.entry.name, "volume \(volume.name) holds all of its point in time again")
         home.publish(volume, home.group(ofVolume: volume.name))

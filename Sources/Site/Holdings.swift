@@ -4,14 +4,18 @@
 
 import API
 import Base
-import FoundationEssentials
 import Groups
 import Logging
 import NBDServer
 import Ring
 import SiteConfiguration
-import Synchronization
 import Volumes
+
+/// Somebody who waits.
+struct Waiting {
+    var condition: () -> Bool
+    var goesOn: CheckedContinuation<Void, Never>
+}
 
 @SiteThread
 final class Holdings {
@@ -120,6 +124,19 @@ final class Holdings {
         logger.info("\(group.map { "group \($0): " } ?? "")\(text)")
         events.add(group: group, text)
     }
+
+    func checkNotRestoring(_ volume: VolumeState) throws {
+        let failingBack = group(ofVolume: volume.name)?.record.failedOver?.restoring.contains(volume.name) ?? false
+        if let group = group(ofVolume: volume.name), group.record.handingOver != nil || group.isJoining {
+            throw Refusal("group '\(group.entry.name)' is changing roles; try again when it has")
+        }
+        guard volume.record.restoring == nil, !volume.shutsHostsOut, !failingBack else {
+            throw Refusal(
+                "volume '\(volume.name)' is being restored; wait until `farcopy status` shows no more bytes to restore")
+        }
+    }
+
+    nonisolated var isStarted: Bool { board.isStarted.load(ordering: .acquiring) }
 
     // MARK: Engines and disks
 

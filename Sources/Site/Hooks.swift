@@ -5,7 +5,14 @@ import Groups
 import Ring
 import SiteConfiguration
 
-extension Site {
+@SiteThread
+final class Hooks {
+    private let home: Holdings
+
+    init(_ home: Holdings) {
+        self.home = home
+    }
+
     /// Runs `body` between the freezing and thawing commands of everything that the volumes belong to. What was frozen is
     /// thawed whatever happens; when something cannot be frozen, `body` does not run.
     func frozen(_ members: [VolumeState], _ name: String, _ body: () async throws -> Void) async throws {

@@ -10,7 +10,15 @@ import Groups
 import NBDServer
 import Volumes
 
-extension Site {
+@SiteThread
+final class KeptPoints {
+    private let home: Holdings
+    private let chains: Chains
+
+    init(_ home: Holdings, _ chains: Chains) {
+        (self.home, self.chains) = (home, chains)
+    }
+
     /// The exports show the points that are kept, and what carries none of them leaves the chains.
     ///
     /// - Parameter endsReaders: of what leaves; otherwise it stays until they have gone.
@@ -36,7 +44,7 @@ extension Site {
         group.leavingCarriers = []
         for (volume, ids, endsReaders) in leaving {
             // Oldest first: it has nobody to hand over to, and those after it then have not either.
-            if endsReaders { for id in ids { await leave(volume, id) } } else { withdraw(volume, ids) }
+            if endsReaders { for id in ids { await chains.leave(volume, id) } } else { withdraw(volume, ids) }
         }
     }
 

@@ -4,12 +4,6 @@
 //   somebody waits for ever: every wait has an end, if only that of the site
 //   something happens that somebody waits for, and nobody is told: whatever a condition looks at says `happened` when it changes
 
-/// Somebody who waits.
-struct Waiting {
-    var condition: () -> Bool
-    var goesOn: CheckedContinuation<Void, Never>
-}
-
 extension Holdings {
     /// Copies have left, records are saved, a role, a phase or how mirroring stands has changed, an operation is aborted, the site stops.
     func happened() {

@@ -17,7 +17,15 @@ import Ring
 import SiteConfiguration
 import Volumes
 
-extension Site {
+@SiteThread
+package final class PointRemoval {
+    private let home: Holdings
+    private let kept: KeptPoints
+
+    init(_ home: Holdings, _ kept: KeptPoints) {
+        (self.home, self.kept) = (home, kept)
+    }
+
     // MARK: Retention
 
     /// Recovery points that `keep` does not cover leave; it may have become smaller since the last commit.
@@ -30,19 +38,22 @@ extension Site {
         } catch {
             return home.note(group.entry.name, "recovery points that 'keep' does not cover cannot be dropped: \(error)")
         }
-        await settlePoints(group)
+        await kept.settlePoints(group)
         let numbers = dropped.map { String($0.number) }.joined(separator: ", ")
         home.note(group.entry.name, "recovery points \(numbers) leave, since 'keep' does not cover them any more")
     }
 
-    /// A session of the peer; what `keep` does not cover makes room before anything is sent.
-    package func acceptSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
-        let answer = try await openSession(name, request)
-        let group = try home.group(name)
-        await group.turnstile.enter()
-        defer { group.turnstile.leave() }
-        await applyRetention(group)
-        return answer
+    // MARK: At a primary
+
+    /// Recovery points from when this site was secondary leave once the peer has as many newer ones.
+    func retirePoints(_ group: GroupState) async {
+        defer { group.isRetiring = false }
+        do {
+            try await group.handle.change(.retired(group.record.points.map(\.number)))
+        } catch {
+            return home.note(group.entry.name, "\(error)")
+        }
+        await kept.settlePoints(group, endsReaders: true)
     }
 
     // MARK: By command
@@ -76,7 +87,7 @@ extension Site {
         let report = PointDropReport(dropped: wanted.map(\.report), kept: kept, freedBytes: bytes, leaving: [])
         guard request.preview != true, !wanted.isEmpty else { return report }
         try await retire(wanted, group)
-        await settlePoints(group, endsReaders: true)
+        await self.kept.settlePoints(group, endsReaders: true)
         return report
     }
 

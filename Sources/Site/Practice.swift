@@ -4,7 +4,15 @@ import API
 import Groups
 import Volumes
 
-extension Site {
+@SiteThread
+package final class Practice {
+    private let home: Holdings
+    private let flashCopies: FlashCopies
+
+    init(_ home: Holdings, _ flashCopies: FlashCopies) {
+        (self.home, self.flashCopies) = (home, flashCopies)
+    }
+
     static let practiceName = "practice"
 
     /// A writable FlashCopy `practice` of a point over all volumes of the group. Mirroring, lag and points are not touched.
@@ -33,7 +41,7 @@ extension Site {
         var request = FlashCopyRequest(name: Self.practiceName, volumes: group.entry.volumes)
         request.of = point
         request.writable = true
-        let reports = try await cloneFlashCopy(request)
+        let reports = try await flashCopies.cloneFlashCopy(request)
         home.note(name, "practice with point \(point) begins")
         return reports
     }
@@ -42,7 +50,7 @@ extension Site {
         let group = try home.group(name)
         let volumes = home.members(group).filter { $0.copyRecord(Self.practiceName) != nil }.map(\.name)
         guard !volumes.isEmpty else { throw Refusal("group '\(name)' is not being practised with", .unknown) }
-        try await withdrawFlashCopy(FlashCopyRequest(name: Self.practiceName, volumes: volumes))
+        try await flashCopies.withdrawFlashCopy(FlashCopyRequest(name: Self.practiceName, volumes: volumes))
         home.note(name, "practice ends")
     }
 }

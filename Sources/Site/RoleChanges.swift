@@ -7,14 +7,13 @@
 
 import API
 import Base
-import FoundationEssentials
 import Groups
 import Link
 import NBDServer
 import Ring
 import Volumes
 
-extension Site {
+extension Roles {
     // MARK: Resync
 
     /// Takes up mirroring again after hosts wrote at both sites, or after a failover.
@@ -24,11 +23,11 @@ extension Site {
         let group = try home.group(name)
         if loser == home.configuration.site {
             _ = try await requirePrimary(group)
-            return try await callPeer(group, Endpoints.resync, [.discard: loser], seconds: 600)
+            return try await peers.callPeer(group, Endpoints.resync, [.discard: loser], seconds: 600)
         }
         let report = try await previewResync(name, discard: loser)
-        try await operate(group, .resync) {
-            try await self.persist(group.operation!) { try await self.joinAlone(group) }
+        try await operations.operate(group, .resync) {
+            try await operations.persist(group.operation!) { try await self.joinAlone(group) }
         }
         return report
     }
@@ -37,7 +36,7 @@ extension Site {
     package func previewResync(_ name: String, discard loser: String) async throws -> ResyncReport {
         let group = try home.group(name)
         if loser == home.configuration.site {
-            return try await callPeer(group, Endpoints.previewResync, [.discard: loser])
+            return try await peers.callPeer(group, Endpoints.previewResync, [.discard: loser])
         }
         guard loser == group.entry.peer else {
             throw Refusal(
@@ -45,7 +44,7 @@ extension Site {
                 .misuse)
         }
         let mine = try await requirePrimary(group)
-        let theirs = try await peerStanding(group)
+        let theirs = try await peers.peerStanding(group)
         if group.isMirroring, group.record.conflict == nil, theirs.role == .secondary {
             throw Refusal(
                 "group '\(name)': '\(loser)' is the secondary of '\(home.configuration.site)' already; there is nothing to discard"
@@ -59,7 +58,7 @@ extension Site {
     }
 
     private func requirePrimary(_ group: GroupState) async throws -> Standing {
-        let mine = await standing(group)
+        let mine = await peers.standing(group)
         guard mine.role == .primary else {
             throw Refusal(
                 "group '\(group.entry.name)' is secondary at '\(home.configuration.site)'; only a failover makes it primary"
@@ -72,7 +71,7 @@ extension Site {
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         if group.isMirroring, group.record.conflict == nil, group.replicator != nil,
-            try await peerStanding(group).role == .secondary
+            try await peers.peerStanding(group).role == .secondary
         {
             return  // done by an earlier try, or by the peer's promotion meanwhile
         }
@@ -85,7 +84,9 @@ extension Site {
     package func switchover(_ name: String) async throws -> StatusReport.PointReport {
         let group = try home.group(name)
         var point: PointRecord?
-        try await operate(group, .switchover) { point = try await self.exchangeRoles(group, group.operation!) }
+        try await operations.operate(group, .switchover) {
+            point = try await self.exchangeRoles(group, group.operation!)
+        }
         return point!.report
     }
 
@@ -101,7 +102,7 @@ extension Site {
         }
         group.turnstile.leave()
         operation.step = "'\(group.entry.peer)' has taken over; mirroring from there begins"
-        try await waitUntil(operation, seconds: 60) { group.record.role == .secondary }
+        try await operations.waitUntil(operation, seconds: 60) { group.record.role == .secondary }
         home.note(name, "switched over to '\(group.entry.peer)' at point \(point.number)")
         return point
     }
@@ -114,11 +115,11 @@ extension Site {
         guard let replicator = group.replicator, group.isMirroring else { throw Refusal(home.notMirroring(group)) }
         if let reason = replicator.status.reason { throw Refusal("group '\(name)' is suspended: \(reason)") }
         try home.refuseWhileRestoring(group)
-        guard peerClient(group) != nil else {
+        guard peers.peerClient(group) != nil else {
             throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site and cannot take over")
         }
         do {
-            return try await run(HandOver(seconds: Double(Limits.handOverSeconds)), group)
+            return try await steps.run(HandOver(seconds: Double(Limits.handOverSeconds)), group)
         } catch let failure as HandOverFailure {
             throw refusal(failure, group)
         }
@@ -139,62 +140,15 @@ extension Site {
         }
     }
 
-    /// A point formed from now on and committed by the peer.
-    func pointOf(_ group: GroupState, seconds: Double) async throws -> PointRecord {
-        guard let replicator = group.replicator, let operation = group.operation else {
-            throw Refusal(home.notMirroring(group))
-        }
-        operation.step =
-            group.servesHosts
-            ? "sends what has changed while hosts go on" : "hosts are shut out; sends the last point"
-        let outcome = Outcome()
-        Task { [site = self] in
-            do {
-                let point = try await replicator.cycle()
-                site.settle(outcome, .success(point))
-            } catch {
-                site.settle(outcome, .failure(Refusal("\(error)")))
-            }
-        }
-        try await waitUntil(operation, seconds: seconds) { outcome.result != nil }
-        return try outcome.result!.get()
-    }
-
-    /// Confined to the site's actor.
-    private final class Outcome: @unchecked Sendable {
-        // Safe because: only the site's actor touches it.
-        var result: Result<PointRecord, Refusal>?
-    }
-
-    private func settle(_ outcome: Outcome, _ result: Result<PointRecord, Refusal>) {
-        outcome.result = result
-        home.happened()
-    }
-
-    private func waitUntil(
-        _ operation: Operation, seconds: Double, _ condition: @escaping () -> Bool
-    ) async throws {
-        await home.wait(seconds: seconds) { condition() || operation.isAborted }
-        guard !condition() else { return }
-        guard !operation.isAborted else { throw Refusal("aborted by the operator") }
-        throw Refusal("it took longer than \(Int(seconds)) s")
-    }
-
-    /// Asks the peer to become primary at the point, in a session that ends every earlier request of this kind.
-    func promotePeer(_ group: GroupState, _ point: UInt64) async throws {
-        let (peer, session) = try await openPeersSession(group)
-        // Whether the point is the newest there, the peer looks itself: nothing is committed in this session.
-        try await peer.promote(session: session, point: point)
-    }
-
     /// After an interruption: asks again until the peer has taken over, or the switchover is aborted.
     func finishHandover(_ group: GroupState) async {
         while let point = group.record.handingOver, group.record.role == .primary {
             await group.turnstile.enter()
-            if group.record.handingOver == point, let theirs = try? await peerStanding(group), theirs.role == .secondary
+            if group.record.handingOver == point, let theirs = try? await peers.peerStanding(group),
+                theirs.role == .secondary
             {
                 do {
-                    try await run(Promotion(at: point), group)
+                    try await steps.run(Promotion(at: point), group)
                 } catch HandOverFailure.refused(let refusal, _) {
                     home.note(group.entry.name, "'\(group.entry.peer)' does not take over: \(refusal)")
                 } catch {
@@ -204,14 +158,6 @@ extension Site {
             group.turnstile.leave()
             try? await Task.sleep(for: .seconds(1))
         }
-    }
-
-    /// Every earlier request of this site's has come to its end at the peer.
-    func openPeersSession(_ group: GroupState) async throws -> (peer: HTTPPeer, session: UInt64) {
-        guard let peer = home.peer(group) else { throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site") }
-        let opened = try await peer.openSession(
-            volumes: home.members(group).map { ($0.name, $0.geometry.size) }, record: group.record)
-        return (peer, opened.state.session)
     }
 
     /// The primary hands over: this site takes its place, and mirrors to it as soon as it has given up its role.
@@ -227,7 +173,7 @@ extension Site {
         else {
             throw Refusal("point \(request.point) is not the newest at '\(home.configuration.site)'", .refused)
         }
-        try await takeOver(group, newest, joins: true)
+        try await intake.takeOver(group, newest, joins: true)
         home.note(name, "'\(group.entry.peer)' has handed over at point \(newest.number)")
         Task { await joinAfterPromotion(group) }
     }
@@ -255,7 +201,7 @@ extension Site {
         let group = try home.group(name)
         try await checkFailback(group)
         var point: PointRecord?
-        try await operate(group, .failback) {
+        try await operations.operate(group, .failback) {
             try await group.handle.change(.failingBack(true))
             do {
                 point = try await self.runFailback(group, group.operation!)
@@ -274,7 +220,7 @@ extension Site {
         if !group.isMirroring || group.record.conflict != nil {
             return try await previewResync(name, discard: group.entry.peer)
         }
-        let bytes = await standing(group).changedBytes
+        let bytes = await peers.standing(group).changedBytes
         return ResyncReport(
             from: home.configuration.site, to: group.entry.peer, sentBytes: bytes, discardedBytes: 0, discardedGrains: 0
         )
@@ -291,12 +237,12 @@ extension Site {
     }
 
     private func runFailback(_ group: GroupState, _ operation: Operation) async throws -> PointRecord {
-        try await persist(operation) {
+        try await operations.persist(operation) {
             if !group.isMirroring || group.record.conflict != nil { try await self.joinAlone(group) }
         }
         while true {
             operation.step = "sends what differs"
-            try await waitUntil(operation, seconds: 365 * 86400) {
+            try await operations.waitUntil(operation, seconds: 365 * 86400) {
                 // What else differs is sent by the switchover, while hosts go on.
                 guard let point = group.record.lastCommitted, point.isBase != true else { return false }
                 return group.replicator.map { $0.status.reason == nil } == true
@@ -323,31 +269,6 @@ extension Site {
 
     // MARK: Operations
 
-    /// Runs an operation; a group has one at a time.
-    func operate(_ group: GroupState, _ kind: Operation.Kind, _ body: () async throws -> Void) async throws {
-        if let running = group.operation {
-            throw Refusal(
-                "group '\(group.entry.name)' is in a \(running.kind.rawValue): \(running.step); `farcopy abort "
-                    + "\(running.kind.rawValue):\(group.entry.name)` ends it")
-        }
-        group.operation = Operation(kind)
-        defer { group.operation = nil }
-        try await body()
-    }
-
-    /// Tries again while the reason is one that passes.
-    private func persist(_ operation: Operation, _ body: () async throws -> Void) async throws {
-        while true {
-            do {
-                return try await body()
-            } catch let error as Refusal where error.kind == .passing {
-                operation.step = error.description
-            }
-            guard !operation.isAborted else { throw Refusal("aborted by the operator") }
-            try await Task.sleep(for: .milliseconds(200))
-        }
-    }
-
     /// Ends an operation: `KIND:GROUP`.
     package func abort(_ text: String) async throws -> String {
         let parts = text.split(separator: ":", maxSplits: 1).map(String.init)
@@ -370,7 +291,7 @@ extension Site {
             defer { group.turnstile.leave() }
             guard group.record.handingOver != nil else { throw Refusal("the switchover is over") }
             do {
-                try await run(TakeBack(), group)
+                try await steps.run(TakeBack(), group)
             } catch {
                 throw Refusal("the switchover cannot be taken back: \(error)")
             }
@@ -412,7 +333,7 @@ extension Site {
                 let engine = reactor.hosted(number).volume
                 return UInt64(engine.changedGrains + engine.outOfSyncGrains)
             }
-            try await eachPeerChange(group, volume) { words, first, geometry in
+            try await peers.eachPeerChange(group, volume) { words, first, geometry in
                 let theirs = words.reduce(0) { $0 + UInt64($1.nonzeroBitCount) }
                 grains += theirs
                 guard geometry == volume.geometry else {

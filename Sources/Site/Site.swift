@@ -9,7 +9,6 @@
 import API
 import Base
 import FlashCopies
-import FoundationEssentials
 import Glibc
 import Groups
 import Link
@@ -24,20 +23,26 @@ import Volumes
 @SiteThread
 package final class Site {
     nonisolated let home: Holdings
+    private let chains: Chains
+    private let kept: KeptPoints
+    private let executor: CopyExecutor
+    private let space: Space
+    private let watch: Watch
+    package nonisolated let flashCopies: FlashCopies
+    package nonisolated let practice: Practice
+    package nonisolated let checksums: Checksums
+    package nonisolated let replication: Replication
+    package nonisolated let removal: PointRemoval
+    package nonisolated let intake: Intake
+    package nonisolated let distrust: Distrust
+    package nonisolated let standings: Standings
+    package nonisolated let roles: Roles
+    package nonisolated let verifications: Verifications
     /// Devices that are in use elsewhere are served all the same.
     private let force: Bool
     private let reactorSettings: ReactorSettings
     private var reactors: [ReactorHandle] = []
     private var greeter: ReactorHandle?
-    let checksumTurnstile = Turnstile(places: Limits.checksumsAtOnce)
-    /// How full the file systems are.
-    var space = SpaceWatch()
-    var nextSpaceLook: UInt64 = 0
-    var reserveProblem: String?
-    /// Refreshes that wait until a copy is out of use.
-    var readyWaiters: [ChainedCopy: CheckedContinuation<Void, Never>] = [:]
-    /// When the progress of a background copy was looked at first, and how many grains it had.
-    var fillStarts: [ChainedCopy: (at: UInt64, grains: Int)] = [:]
     private var listening: [Address] = []
 
     /// Reads, checks and opens everything; hosts and resumes every volume. Listens on nothing yet.
@@ -55,8 +60,44 @@ package final class Site {
             limits: limits,
             credentials: configuration.nbd.tls == .off ? nil : try TLSCredentials(configuration.nbd.files),
             onRefusal: { logger.warning("\($0)") })
+
+        // Each stands on those before it.
+        let peers = Peers(home)
+        let operations = Operations(home)
+        chains = Chains(home)
+        let restores = Restores(home)
+        let storage = CopyStorage(home, chains)
+        kept = KeptPoints(home, chains)
+        replication = Replication(home)
+        executor = CopyExecutor(home, chains, storage, restores, VolumeStarts(home, chains, restores), kept)
+        flashCopies = FlashCopies(home, chains, restores, executor, Hooks(home))
+        practice = Practice(home, flashCopies)
+        checksums = Checksums(home, flashCopies)
+        removal = PointRemoval(home, kept)
+        distrust = Distrust(home, peers, executor)
+        let comparisons = Comparisons(home, chains, executor, checksums)
+        let steps = StepExecutor(
+            home, peers, operations, chains, restores, kept, executor, flashCopies, comparisons, replication)
+        intake = Intake(home, peers, steps, removal)
+        standings = Standings(home, peers, distrust, replication)
+        roles = Roles(home, peers, operations, steps, intake)
+        verifications = Verifications(home, operations, steps, flashCopies)
+        space = Space(home)
+        watch = Watch(home, distrust, space, kept, removal, replication, verifications)
+
+        chains.whenGone = { [executor] in await executor.copyWithdrawn($0, $1) }
+        chains.whenEntered = { [executor] in await executor.reviewCompletion($0, $1) }
+        replication.whenRefused = { [standings] in await standings.reviewAfterRefusal($0) }
     }
 
+    package nonisolated static var version: String { StatusBoard.version }
+
+    /// Answered from the board: nobody's work is waited for.
+    package nonisolated func status(group: String? = nil) async throws -> StatusReport {
+        try await home.board.report(group: group)
+    }
+    package nonisolated func points(_ name: String) throws -> [StatusReport.PointReport] { try home.board.points(name) }
+    package nonisolated var isStarted: Bool { home.isStarted }
     package nonisolated var configuration: Configuration { home.configuration }
     package nonisolated var descriptors: DescriptorBudget { home.descriptors }
     package nonisolated var events: EventLog { home.events }
@@ -91,8 +132,8 @@ package final class Site {
         }
         for group in home.groups.values {
             try await takeUpMembership(group)
-            try await distrust(group)
-            try await giveUpUncertainPoint(group)
+            try await distrust.distrust(group)
+            try await distrust.giveUpUncertainPoint(group)
         }
         home.reserve = SpaceReserve(
             directory: home.state.path,
@@ -100,11 +141,11 @@ package final class Site {
                 $0 + UInt64($1.restoreHeader.fileBytes)
             }
         )
-        keepReserve()
+        space.keepReserve()
         try await completeCopies()
-        for group in home.groups.values { try await decideService(group) }
-        for entry in home.configuration.volumes { try await host(home.volumes[entry.name]!) }
-        for group in home.groups.values { await settlePoints(group) }
+        for group in home.groups.values { try await standings.decideService(group) }
+        for entry in home.configuration.volumes { try await executor.host(home.volumes[entry.name]!) }
+        for group in home.groups.values { await kept.settlePoints(group) }
         for socket in try SocketActivation.take() { greeter.perform { $0.listen(on: socket) } }
         for address in home.configuration.nbd.listen {
             for socket in try ListeningSocket.open(address) {
@@ -114,18 +155,18 @@ package final class Site {
         }
         for group in home.groups.values { try await goOn(group) }
         home.board.isStarted.store(true, ordering: .releasing)
-        await dropVerifyCopies(Array(home.volumes.values))
-        Task { await watch() }
+        await verifications.dropVerifyCopies(Array(home.volumes.values))
+        Task { await watch.watch() }
     }
 
     /// What was under way in a group when the last process ended.
     private func goOn(_ group: GroupState) async throws {
-        await applyRetention(group)
-        if group.isolation != nil { Task { await awaitPeer(group) } }
-        if group.isMirroring, group.isolation == nil { try await startReplication(group) }
-        if group.record.handingOver != nil { Task { await finishHandover(group) } }
-        if group.record.failedOver?.joins == true { Task { await joinAfterPromotion(group) } }
-        if group.record.isFailingBack { Task { await resumeFailback(group) } }
+        await removal.applyRetention(group)
+        if group.isolation != nil { Task { await standings.awaitPeer(group) } }
+        if group.isMirroring, group.isolation == nil { try await replication.startReplication(group) }
+        if group.record.handingOver != nil { Task { await roles.finishHandover(group) } }
+        if group.record.failedOver?.joins == true { Task { await roles.joinAfterPromotion(group) } }
+        if group.record.isFailingBack { Task { await roles.resumeFailback(group) } }
     }
 
     private func startReactor(_ number: Int) throws -> ReactorHandle {
@@ -178,80 +219,12 @@ package final class Site {
         }
     }
 
-    /// A point that was held is given up when one volume does not say any more what of it is still to be sent.
-    func giveUpUncertainPoint(_ group: GroupState) async throws {
-        guard group.record.mustGiveUpPoint(heldBy: home.members(group).map(\.heldPoint)) else { return }
-        try await group.handle.change(.pointGivenUp)
-    }
-
     /// Copies that were taken together, and volumes that were restored together, are what one of them says.
     private func completeCopies() async throws {
         let volumes = Array(home.volumes.values)
         for (index, change) in CopyTable.completions(volumes.map(\.record.table), at: realSeconds()) {
             try await volumes[index].amend(change)
         }
-    }
-
-    // MARK: Exports
-
-    // MARK: Replication
-
-    func startReplication(_ group: GroupState) async throws {
-        guard let peer = home.configuration.peers[group.entry.peer] else { return }
-        try await alignPoint(group)
-        let members = home.members(group)
-        let holds = try members.map { try $0.openPointHold() }
-        for (volume, hold) in zip(members, holds) where volume.pointTargetFile < 0 {
-            let number = volume.number
-            volume.pointTargetFile = await volume.reactor.run { $0.hosted(number).addFile(hold.target) }
-        }
-        let name = group.entry.name
-        let slotBytes = max(Limits.linkSlotBytes, members.map(\.geometry.grain).max() ?? 0)
-        let link = group.entry.link
-        await group.begin(
-            Replicator.Configuration(
-                settings: Cycle.Settings(
-                    mode: group.entry.mode, interval: group.entry.interval, volumes: members.count,
-                    window: Limits.linkWindowBytes / slotBytes),
-                volumes: zip(members, holds).map { volume, hold in
-                    ReplicatedVolume(
-                        name: volume.name, reactor: volume.reactor, number: volume.number,
-                        geometry: volume.geometry, targetFile: volume.pointTargetFile,
-                        target: hold.target, preserved: hold.bitmap.mapping,
-                        recording: volume.recording.mapping)
-                },
-                address: peer.nbd,
-                tls: LinkTLS(
-                    policy: peer.tls, files: home.configuration.nbd.files, user: peer.tlsUser),
-                peer: replicationPeer(group, peer),
-                connectionsPerVolume: link.connections ?? max(1, 4 / members.count), compare: link.compare,
-                stallTimeout: link.stallTimeout, rate: group.entry.rate(group.record, at: realSeconds()),
-                log: { [home] text in
-                    home.logger.info("group \(name): \(text)")
-                    home.events.add(group: name, text)
-                    Task { await home.happened() }
-                },
-                refused: { [weak self] in Task { [weak self] in await self?.reviewAfterRefusal(name) } }))
-    }
-
-    /// The engines hold the point that the record says is held, or none does.
-    private func alignPoint(_ group: GroupState) async throws {
-        let held = group.record.held?.number
-        var apart = false
-        for volume in home.members(group) {
-            let number = volume.number
-            if await volume.reactor.run({ $0.hosted(number).volume.heldPoint }) != held { apart = true }
-        }
-        guard apart else { return }
-        await home.onEngines(group) { $0.giveUpPoint() }
-        if held != nil { try await group.handle.change(.pointGivenUp) }
-    }
-
-    private func replicationPeer(_ group: GroupState, _ peer: Configuration.PeerEntry) -> any PeerClient {
-        home.peer(group)
-            ?? PlainPeer(
-                name: peer.name, address: "\(peer.nbd)", group: group.entry.name, volumes: group.entry.volumes,
-                command: peer.commitCommand, timeout: group.entry.hooks.timeout)
     }
 
     // MARK: Events
@@ -263,42 +236,29 @@ package final class Site {
         case .pointGivenUp(let number, let errno):
             let reason = "volume \(name) could not hold point \(number): \(String(cString: strerror(errno)))"
             group?.replicator?.pointLost(reason)
-        case .copyFailed(let id, let errno): await copyFailed(volume, id, errno)
-        case .copyWithdrawn(let id): await copyWithdrawn(volume, id)
-        case .copyCompleted(let id): await copyCompleted(volume, id)
-        case .copyReady(let id): copyReady(volume, id)
-        case .failureUnwritten(let id, let errno): await failureUnwritten(volume, id, errno)
-        case .activityLogFailed(let errno): await activityLogFailed(volume, errno)
+        case .copyFailed(let id, let errno): await executor.copyFailed(volume, id, errno)
+        case .copyWithdrawn(let id): await executor.copyWithdrawn(volume, id)
+        case .copyCompleted(let id): await executor.copyCompleted(volume, id)
+        case .copyReady(let id): chains.copyReady(volume, id)
+        case .failureUnwritten(let id, let errno): await distrust.failureUnwritten(volume, id, errno)
+        case .activityLogFailed(let errno): await distrust.activityLogFailed(volume, errno)
         case .sourceLost(let errno):
             home.note(
                 group?.entry.name,
                 "volume \(name): \(volume.source.path) could not be flushed (\(String(cString: strerror(errno)))): what was written "
                     + "before may be lost, and every flush of its clients fails until the site is restarted")
         case .writeRefused(let copy, let errno):
-            if let group { writeRefused(volume, group, copy, errno) }
+            if let group { intake.writeRefused(volume, group, copy, errno) }
         case .restoreFinished:
             if let group, group.record.failedOver?.restoring.contains(name) == true {
                 try? await group.handle.change(.restored(volume: name))
             }
-            await restoreFinished(volume)
+            await flashCopies.restoreFinished(volume)
         case .restoreFailed(let grain, let errno):
             home.note(
                 group?.entry.name,
                 "volume \(name): grain \(grain) could not be restored: \(String(cString: strerror(errno)))")
         }
-    }
-
-    /// Writes records again whose last save has failed, until their files say what memory does.
-    func settleRecords() async {
-        if home.volumes.values.contains(where: \.isUnsaved) || home.groups.values.contains(where: \.isUnsaved) {
-            home.reserve.releaseIfShort()
-        }
-        for volume in home.volumes.values where volume.isUnsettled { try? await volume.settle() }
-        for group in home.groups.values {
-            if group.isUnsaved { try? await group.handle.settle() }
-            await withdrawCarriers(group)
-        }
-        home.happened()
     }
 
     // MARK: Stopping
@@ -308,9 +268,9 @@ package final class Site {
         home.isStopping = true
         home.happened()
         for group in home.groups.values {
-            await stopReplication(group)
+            await replication.stopReplication(group)
         }
-        await settleRecords()
+        await watch.settleRecords()
         for group in home.groups.values { await group.handle.stop() }
         for reactor in reactors + (greeter.map { [$0] } ?? []) {
             await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in

@@ -8,20 +8,30 @@ import Glibc
 import Ring
 import SiteConfiguration
 
-extension Site {
+@SiteThread
+final class Space {
+    private let home: Holdings
+    private var watch = SpaceWatch()
+    private var nextLook: UInt64 = 0
+    private var reserveProblem: String?
+
+    init(_ home: Holdings) {
+        self.home = home
+    }
+
     private static let secondsBetweenLooks: UInt64 = 5
 
     /// Looks at the file systems, every few seconds, and takes the reserve again when there is room.
     func watchSpace() async {
         let now = monotonicNanoseconds()
-        guard now >= nextSpaceLook else { return }
-        nextSpaceLook = now + Self.secondsBetweenLooks * 1_000_000_000
+        guard now >= nextLook else { return }
+        nextLook = now + Self.secondsBetweenLooks * 1_000_000_000
         let (state, candidates) = (home.state.path, candidates())
         guard let found = try? await home.disks.run({ Self.fileSystems(of: [state] + candidates.filter(isSparse)) })
         else {
             return
         }
-        let (began, over) = space.take(found)
+        let (began, over) = watch.take(found)
         for report in over { home.note(nil, "alert over: space: \(report.words)") }
         for report in began {
             home.note(nil, "alert: space: \(report.words)")
@@ -50,7 +60,7 @@ extension Site {
             reserveProblem = words
         }
         let (fileSystems, alerts) = (
-            space.fileSystems, space.alerts + (reserveProblem.map { ["reserve: \($0)"] } ?? [])
+            watch.fileSystems, watch.alerts + (reserveProblem.map { ["reserve: \($0)"] } ?? [])
         )
         home.board.space.withLock { $0 = (fileSystems, alerts) }
     }

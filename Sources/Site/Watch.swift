@@ -1,25 +1,40 @@
-// Alerts.swift: what an operator must hear of: a lag that is too long, a drain that takes too long, a suspension, a
-// split-brain, what a secondary refused. Each is told once when it begins, runs its command, and is told again when it is over.
+// Watch.swift: looks after every group until the site stops: lag, drain, suspension, retention, schedules, records that could not be saved.
 
 import API
-import FoundationEssentials
-import Glibc
 import Groups
 import Ring
 import SiteConfiguration
 import Volumes
 
-extension Site {
+@SiteThread
+final class Watch {
+    private let home: Holdings
+    private let distrust: Distrust
+    private let space: Space
+    private let kept: KeptPoints
+    private let removal: PointRemoval
+    private let replication: Replication
+    private let verifications: Verifications
+
+    init(
+        _ home: Holdings, _ distrust: Distrust, _ space: Space, _ kept: KeptPoints, _ removal: PointRemoval,
+        _ replication: Replication, _ verifications: Verifications
+    ) {
+        (self.home, self.distrust, self.space, self.kept, self.removal, self.replication, self.verifications) = (
+            home, distrust, space, kept, removal, replication, verifications
+        )
+    }
+
     /// Looks after every group until the site stops.
     func watch() async {
         while !home.isStopping {
             await settleRecords()
-            retryDistrust()
+            distrust.retryDistrust()
             for group in home.groups.values {
                 review(group)
                 keepTime(group)
             }
-            await watchSpace()
+            await space.watchSpace()
             try? await Task.sleep(for: .milliseconds(200))
         }
     }
@@ -52,69 +67,20 @@ extension Site {
             done.isBase != true, done.number >= newest.number + UInt64(group.entry.keep.most), !group.isRetiring
         {
             group.isRetiring = true
-            Task { await retirePoints(group) }
+            Task { await removal.retirePoints(group) }
         }
-    }
-
-    // MARK: At the secondary
-
-    /// Commits a point; a refusal is told here as well, where the reason lies, not only by the primary.
-    package func takeCommit(_ name: String, _ request: CommitRequest) async throws -> CommitAnswer {
-        do {
-            let answer = try await commit(name, request)
-            if let group = home.groups[name] { home.endAlert(group, .refused) }
-            return answer
-        } catch {
-            // What an ended session asks for is nobody's concern.
-            if let group = home.groups[name], group.session == request.session {
-                home.alert(group, .refused, "point \(request.number) could not be committed: \(error)")
-            }
-            throw error
-        }
-    }
-
-    /// A write or flush of the primary failed.
-    ///
-    /// - Parameter copy: the recovery point or FlashCopy that did not take old content; nil = the volume's own file.
-    func writeRefused(_ volume: VolumeState, _ group: GroupState, _ copy: CopyID?, _ errno: Int32) {
-        let path =
-            copy.map { id in
-                let record = volume.record.copies.first { $0.id == id }
-                return record?.target ?? volume.targetPath(record?.targetOwner ?? id)
-            } ?? volume.source.path
-        home.alert(
-            group, .refused,
-            "volume \(volume.name): what '\(group.entry.peer)' sends cannot be written: \(path): \(String(cString: strerror(errno)))"
-        )
-    }
-
-    /// Recovery points from when this site was secondary leave once the peer has as many newer ones.
-    private func retirePoints(_ group: GroupState) async {
-        defer { group.isRetiring = false }
-        do {
-            try await group.handle.change(.retired(group.record.points.map(\.number)))
-        } catch {
-            return home.note(group.entry.name, "\(error)")
-        }
-        await settlePoints(group, endsReaders: true)
     }
 
     /// The rate for this time of day, and what is due by the schedules.
     private func keepTime(_ group: GroupState) {
         let now = realSeconds()
-        if let replicator = group.replicator {
-            let rate = group.entry.rate(group.record, at: now)
-            if rate != group.appliedRate {
-                group.appliedRate = rate
-                replicator.setRate(rate)
-            }
-        }
+        replication.applyRate(group, at: now)
         if isDue(group.entry.schedule, &group.nextCycle, now) { group.replicator?.request() }
         if isDue(group.entry.scrub, &group.nextScrub, now), group.replicator != nil {
             let name = group.entry.name
             Task {
                 do {
-                    _ = try await verify(name, repair: false, rate: Self.scrubRate)
+                    _ = try await verifications.verify(name, repair: false, rate: Self.scrubRate)
                 } catch {
                     home.note(name, "scrub: \(error)")
                 }
@@ -136,10 +102,16 @@ extension Site {
         return true
     }
 
-    /// Bounds the link from now on, through restarts; nil = as configured.
-    package func setRate(_ name: String, _ rate: UInt64?) async throws {
-        let group = try home.group(name)
-        try await group.handle.change(.rate(rate))
-        keepTime(group)
+    /// Writes records again whose last save has failed, until their files say what memory does.
+    func settleRecords() async {
+        if home.volumes.values.contains(where: \.isUnsaved) || home.groups.values.contains(where: \.isUnsaved) {
+            home.reserve.releaseIfShort()
+        }
+        for volume in home.volumes.values where volume.isUnsettled { try? await volume.settle() }
+        for group in home.groups.values {
+            if group.isUnsaved { try? await group.handle.settle() }
+            await kept.withdrawCarriers(group)
+        }
+        home.happened()
     }
 }

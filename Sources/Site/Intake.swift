@@ -1,4 +1,4 @@
-// Secondary.swift: the remote half of a group: the intake's sessions, commit, recovery points, failover.
+// Intake.swift: the remote half of a group: the intake's sessions, commit, recovery points, failover.
 //
 // Must be prevented:
 //   a write of an earlier session reaches a secondary after a commit (every session ends the one before, and waits)
@@ -8,14 +8,63 @@
 
 import API
 import Base
-import FoundationEssentials
 import Glibc
 import Groups
 import NBDServer
 import Ring
 import Volumes
 
-extension Site {
+@SiteThread
+package final class Intake {
+    private let home: Holdings
+    private let peers: Peers
+    private let steps: StepExecutor
+    private let removal: PointRemoval
+
+    init(_ home: Holdings, _ peers: Peers, _ steps: StepExecutor, _ removal: PointRemoval) {
+        (self.home, self.peers, self.steps, self.removal) = (home, peers, steps, removal)
+    }
+
+    /// A session of the peer; what `keep` does not cover makes room before anything is sent.
+    package func acceptSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
+        let answer = try await openSession(name, request)
+        let group = try home.group(name)
+        await group.turnstile.enter()
+        defer { group.turnstile.leave() }
+        await removal.applyRetention(group)
+        return answer
+    }
+
+    /// Commits a point; a refusal is told here as well, where the reason lies, not only by the primary.
+    package func takeCommit(_ name: String, _ request: CommitRequest) async throws -> CommitAnswer {
+        do {
+            let answer = try await commit(name, request)
+            if let group = home.groups[name] { home.endAlert(group, .refused) }
+            return answer
+        } catch {
+            // What an ended session asks for is nobody's concern.
+            if let group = home.groups[name], group.session == request.session {
+                home.alert(group, .refused, "point \(request.number) could not be committed: \(error)")
+            }
+            throw error
+        }
+    }
+
+    /// A write or flush of the primary failed.
+    ///
+    /// - Parameter copy: the recovery point or FlashCopy that did not take old content; nil = the volume's own file.
+    func writeRefused(_ volume: VolumeState, _ group: GroupState, _ copy: CopyID?, _ errno: Int32) {
+        let path =
+            copy.map { id in
+                let record = volume.record.copies.first { $0.id == id }
+                return record?.target ?? volume.targetPath(record?.targetOwner ?? id)
+            } ?? volume.source.path
+        home.alert(
+            group, .refused,
+            "volume \(volume.name): what '\(group.entry.peer)' sends cannot be written: \(path): \(String(cString: strerror(errno)))"
+        )
+    }
+
     // MARK: Sessions
 
     func openSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
@@ -24,7 +73,7 @@ extension Site {
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         try checkPeer(group, request)
-        let session = try await run(
+        let session = try await steps.run(
             IntakeSession(
                 site: request.siteID, generations: request.generations, session: UInt64.random(in: 1...UInt64.max)),
             group)
@@ -96,7 +145,7 @@ extension Site {
             throw Refusal("point \(request.number) of \(request.formedAt) cannot be", .refused)
         }
         do {
-            let point = try await run(
+            let point = try await steps.run(
                 RemoteCommit(
                     number: request.number, after: request.previous, formedAt: request.formedAt,
                     keep: group.entry.keep, session: request.session), group)
@@ -128,7 +177,7 @@ extension Site {
             throw Refusal("group '\(name)' at '\(home.configuration.site)': \(error)")
         }
         // The old primary may still say what it has not sent. It is not waited for.
-        let unsent = try? await peerStanding(group, seconds: 1)
+        let unsent = try? await peers.peerStanding(group, seconds: 1)
         let discarded = try await takeOver(group, point, joins: false)
         home.note(name, "failed over to point \(point.number)")
         return FailoverReport(point, discarded: discarded, unsent: unsent?.changedBytes, now: realSeconds())
@@ -149,7 +198,7 @@ extension Site {
         }
         guard !held.isEmpty else { throw Refusal("point \(point.number) has no part of any volume of the group") }
         await home.runCommand(group, .beforeFailover, ["FARCOPY_POINT=\(point.number)"])
-        let discarded = try await run(
+        let discarded = try await steps.run(
             Failover(
                 Takeover(
                     point: point.number, volumes: held, leftOut: left, generation: randomIdentity(), at: realSeconds(),

@@ -1,14 +1,19 @@
-// SwitchoverPhase.swift: the roles are exchanged while both sites are there, and hosts go on at the other: nothing that was acknowledged is
-// lost.
+// RoleChangePhases.swift: what comes after the first direction: the sites exchange their roles, under hosts or after a failover.
 //
-// What is done is `HandOver` at the primary, `Failover` at its peer, which then joins; each tried until it is done, through crashes, power
-// loss, saves that fail and answers that are lost. Must hold: hosts never write at both sites; what they find after the exchange is what was
-// acknowledged to them.
+// Switchover: `HandOver` at the primary, `Failover` at its peer, which then joins. Must hold: hosts never write at both sites; what they find
+// after the exchange is what was acknowledged to them.
+//
+// Failback: the old primary comes back with what it never sent; `Join` at the one and `Yield` at the other. Must hold: in the end the sites
+// are alike, although only grains that one of them has changed were sent.
+//
+// Each is tried until it is done, through crashes, power loss, saves that fail and answers that are lost.
 
 import Groups
 import Volumes
 
 extension World {
+    // MARK: Switchover
+
     /// Exchanges the roles under hosts, goes on for a while, and compares the sites.
     func switchOver(steps count: Int) throws(SimulationFailure) {
         endTrouble()
@@ -51,5 +56,36 @@ extension World {
         exchangeSites()
         remembered = [:]
         hosts.lostServer(primary.files.map(\.cached), powerLoss: false)
+    }
+
+    // MARK: Failback
+
+    /// Exchanges the sites' roles, goes on for a while, and compares them.
+    func failBack(steps count: Int) throws(SimulationFailure) {
+        guard primary.record.failedOver != nil else { return }
+        endTrouble()
+        note("\(secondary.name) comes back and becomes the secondary of \(primary.name)")
+        secondary.start()
+        try join()
+        admitHosts()
+        for _ in 0..<(random.chance(50) ? random.below(200) : count) { try step(faults: true) }
+        try settle()
+    }
+
+    /// The operator tries until it is done.
+    private func join() throws(SimulationFailure) {
+        var tries = 0
+        while !primary.record.isMirroring {
+            tries += 1
+            guard tries < 500 else { throw SimulationFailure("the old primary never becomes secondary") }
+            let process = primary.life
+            var outcome: Result<Void, any Error>?
+            primary.join { outcome = $0 }
+            let deadline = steps + 100_000
+            while outcome == nil, process == primary.life {
+                try step(faults: tries < 20)
+                guard steps < deadline else { throw SimulationFailure("a change of roles waits for ever") }
+            }
+        }
     }
 }

@@ -1,4 +1,4 @@
-// StepsAtSite.swift: the actions of `Steps`, as a site carries them out.
+// StepExecutor.swift: the actions of `Steps`, as a site carries them out.
 
 import API
 import Base
@@ -9,7 +9,30 @@ import NBDServer
 import Ring
 import Volumes
 
-extension Site {
+@SiteThread
+final class StepExecutor {
+    private let home: Holdings
+    private let peers: Peers
+    private let operations: Operations
+    private let chains: Chains
+    private let restores: Restores
+    private let kept: KeptPoints
+    private let executor: CopyExecutor
+    private let flashCopies: FlashCopies
+    private let comparisons: Comparisons
+    private let replication: Replication
+
+    init(
+        _ home: Holdings, _ peers: Peers, _ operations: Operations, _ chains: Chains, _ restores: Restores,
+        _ kept: KeptPoints, _ executor: CopyExecutor, _ flashCopies: FlashCopies, _ comparisons: Comparisons,
+        _ replication: Replication
+    ) {
+        (
+            self.home, self.peers, self.operations, self.chains, self.restores, self.kept, self.executor,
+            self.flashCopies, self.comparisons, self.replication
+        ) = (home, peers, operations, chains, restores, kept, executor, flashCopies, comparisons, replication)
+    }
+
     /// Carries an operation out.
     func run<Operation: Steps>(_ steps: Operation, _ group: GroupState) async throws -> Operation.Outcome {
         var (steps, answer) = (steps, Answer.begin)
@@ -40,13 +63,13 @@ extension Site {
         case .markDifferences(let point, let names): return .bytes(try await markDifferences(group, names, point))
         case .dropDifferences(let names): for name in names { home.volumes[name]?.restoreBitmap = nil }
         case .open(let point, let names): try await open(group, names, point)
-        case .stopMirroring: await stopReplication(group)
-        case .startMirroring: try await startMirroring(group)
-        case .formPoint(let seconds): return .point(try await pointOf(group, seconds: seconds))
+        case .stopMirroring: await replication.stopReplication(group)
+        case .startMirroring: try await replication.startMirroring(group)
+        case .formPoint(let seconds): return .point(try await operations.pointOf(group, seconds: seconds))
         case .holdCopies: try await holdCopies(group)
-        case .countChanges: return .bytes(await standing(group).changedBytes)
-        case .askToPromote(let point): try await promotePeer(group, point)
-        case .endPeersSessions: _ = try await openPeersSession(group)
+        case .countChanges: return .bytes(await peers.standing(group).changedBytes)
+        case .askToPromote(let point): try await peers.promotePeer(group, point)
+        case .endPeersSessions: _ = try await peers.openPeersSession(group)
         case .shutHostsOut: await home.shutOutHosts(group)
         case .admitHosts: await admitWhenSettled(group)
         case .settleChanges: try await settleChanges(group)
@@ -55,11 +78,11 @@ extension Site {
         case .serveAsSecondary: await serveAsSecondary(group)
         case .askToYield: return .yielded(try await askToYield(group))
         case .takeChanges: try await takeChanges(group)
-        case .copyAtPoint: return .point(try await copyAtPoint(group))
-        case .pinPoint(let point): try await pinPoint(group, point)
-        case .comparePoint(let point): try await comparePoint(group, point)
-        case .dropCopies: await dropCopies(group)
-        case .unpinPoint(let point): try await unpinPoint(group, point)
+        case .copyAtPoint: return .point(try await comparisons.copyAtPoint(group))
+        case .pinPoint(let point): try await comparisons.pinPoint(group, point)
+        case .comparePoint(let point): try await comparisons.comparePoint(group, point)
+        case .dropCopies: await comparisons.dropCopies(group)
+        case .unpinPoint(let point): try await comparisons.unpinPoint(group, point)
         }
         return .done
     }
@@ -130,11 +153,11 @@ extension Site {
         group.madeFiles = nil
         invariant(made?.id == CopyID(plan.point.number), "the files of a point are made before it is taken")
         for (volume, files) in made!.files {
-            await enterChain(volume, CopyRecord(plan.point), files) { $0.addCopy($1) }
+            await chains.enterChain(volume, CopyRecord(plan.point), files) { $0.addCopy($1) }
             let number = volume.number
             volume.reactor.perform { $0.hosted(number).restFiles() }
         }
-        await settlePoints(group)
+        await kept.settlePoints(group)
     }
 
     /// Points that readers keep open past their retention must not fill the chain.
@@ -181,8 +204,8 @@ extension Site {
 
     private func open(_ volume: VolumeState, _ id: CopyID, _ group: GroupState) async throws -> UInt64 {
         let number = volume.number
-        await beginRestore(volume, from: id, fresh: false)
-        try await startActivityLog(volume)
+        await restores.beginRestore(volume, from: id, fresh: false)
+        try await chains.startActivityLog(volume)
         let written = await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
             hosted.volume.policy = .hostFirst
@@ -200,7 +223,7 @@ extension Site {
     /// - Returns: their bytes.
     private func prepareRestore(_ volume: VolumeState, from id: CopyID) async throws -> UInt64 {
         _ = try volume.openActivityLog()  // a start finds it, should this be decided
-        let file = try await makeRestoreBitmap(volume)
+        let file = try await restores.makeRestoreBitmap(volume)
         let number = volume.number
         let grains = await volume.reactor.run { reactor in
             let engine = reactor.hosted(number).volume
@@ -234,11 +257,6 @@ extension Site {
         }
     }
 
-    /// Unless it does already.
-    func startMirroring(_ group: GroupState) async throws {
-        if group.isMirroring, !group.isReplicating { try await startReplication(group) }
-    }
-
     /// Ends the point that is held, so that CR alone says what the peer lacks, on stable storage.
     private func settleChanges(_ group: GroupState) async throws {
         let deadline = monotonicNanoseconds() + UInt64(Limits.handOverSeconds) * 1_000_000_000
@@ -258,7 +276,7 @@ extension Site {
 
     private func keepUnsent(_ group: GroupState) async throws {
         group.unsent = nil
-        guard await standing(group).changedBytes > 0 else { return }
+        guard await peers.standing(group).changedBytes > 0 else { return }
         let members = home.members(group)
         // The point of the new direction needs its files as well.
         try home.descriptors.require(4 * members.count)
@@ -270,7 +288,7 @@ extension Site {
         }
         var request = FlashCopyRequest(name: name, volumes: members.map(\.name))
         request.durable = true
-        try await take(request, members)
+        try await flashCopies.take(request, members)
         group.unsent = name
         home.note(
             group.entry.name,
@@ -282,7 +300,7 @@ extension Site {
         guard let name = group.unsent else { return }
         group.unsent = nil
         let found = home.members(group).compactMap { volume in volume.copyRecord(name).map { (volume, $0.id) } }
-        do { try await run(WithdrawCopies(found.map(\.1)), on: found.map(\.0)) } catch {
+        do { try await executor.run(WithdrawCopies(found.map(\.1)), on: found.map(\.0)) } catch {
             home.note(group.entry.name, "FlashCopy '\(name)' stays, although the role was not given up: \(error)")
         }
     }
@@ -296,11 +314,11 @@ extension Site {
     }
 
     private func askToYield(_ group: GroupState) async throws -> Joining {
-        let answer = try await callPeer(
+        let answer = try await peers.callPeer(
             group, Endpoints.yield,
             body: YieldRequest(
                 site: home.configuration.site, siteID: home.siteRecord.id, generations: group.record.generations,
-                highestPoint: group.record.highestPoint, volumes: sessionVolumes(group)))
+                highestPoint: group.record.highestPoint, volumes: peers.sessionVolumes(group)))
         return Joining(
             peer: answer.siteID, lineage: answer.lineage, volumeLineages: answer.volumeLineages, point: answer.point)
     }
@@ -308,7 +326,7 @@ extension Site {
     private func takeChanges(_ group: GroupState) async throws {
         for volume in home.members(group) {
             let number = volume.number
-            try await eachPeerChange(group, volume) { words, first, geometry in
+            try await peers.eachPeerChange(group, volume) { words, first, geometry in
                 let ranges = byteRanges(words, firstWord: first, geometry)
                 await volume.reactor.run { $0.hosted(number).volume.markChanged(ranges) }
             }

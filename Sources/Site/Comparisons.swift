@@ -1,4 +1,4 @@
-// Verify.swift: `farcopy verify`: compares a point at both sites by checksum while mirroring goes on.
+// Comparisons.swift: a point is compared at both sites by checksum while mirroring goes on.
 //
 // A FlashCopy of every volume is taken at the primary in the very instant in which a point is formed; the peer keeps that
 // point as a clone. The two must be alike, whatever hosts do meanwhile.
@@ -6,8 +6,6 @@
 import API
 import Base
 import FlashCopies
-import FoundationEssentials
-import Glibc
 import Groups
 import Link
 import NBDServer
@@ -15,62 +13,16 @@ import Ring
 import TLS
 import Volumes
 
-extension VerifyReport {
-    fileprivate mutating func add(_ runs: [Range<UInt64>], _ volume: String) {
-        for run in runs {
-            let length = run.upperBound - run.lowerBound
-            differingBytes += length
-            differenceCount += 1
-            guard differences.count < 1000 else { continue }
-            differences.append(Difference(volume: volume, offset: run.lowerBound, length: length))
-        }
+@SiteThread
+final class Comparisons {
+    private let home: Holdings
+    private let chains: Chains
+    private let executor: CopyExecutor
+    private let checksums: Checksums
+
+    init(_ home: Holdings, _ chains: Chains, _ executor: CopyExecutor, _ checksums: Checksums) {
+        (self.home, self.chains, self.executor, self.checksums) = (home, chains, executor, checksums)
     }
-}
-
-/// A comparison that is under way.
-final class Verification {
-    let peer: HTTPPeer
-    let repairs: Bool
-    /// Bytes a second; 0 = as fast as it goes.
-    let rate: UInt64
-    var copies: [(volume: VolumeState, id: CopyID)] = []
-    var report = VerifyReport(
-        point: 0, startedAt: timestamp(realSeconds()), finishedAt: "", comparedBytes: 0, differingBytes: 0,
-        differenceCount: 0, differences: [], repairing: false)
-
-    init(_ peer: HTTPPeer, repair: Bool, rate: UInt64) { (self.peer, repairs, self.rate) = (peer, repair, rate) }
-}
-
-extension Site {
-    /// - Parameter rate: bytes a second; 0 = as fast as it goes.
-    package func verify(_ name: String, repair: Bool, rate: UInt64) async throws -> VerifyReport {
-        let group = try home.group(name)
-        guard group.isReplicating else { throw Refusal(home.notMirroring(group)) }
-        guard let peer = home.peer(group) else {
-            throw Refusal("the peer of group '\(name)' gives no checksums; it is no Farcopy site")
-        }
-        var report: VerifyReport?
-        try await operate(group, .verify) {
-            let verification = Verification(peer, repair: repair, rate: rate)
-            group.verification = verification
-            defer { group.verification = nil }
-            verification.report.point = try await self.run(Verify(), group).number
-            verification.report.finishedAt = timestamp(realSeconds())
-            report = verification.report
-        }
-        let result = report!
-        group.lastVerify = result
-        group.verifiedBytes += result.comparedBytes
-        group.differencesFound += UInt64(result.differenceCount)
-        home.note(
-            name,
-            "point \(result.point) compared with '\(group.entry.peer)': \(result.comparedBytes) bytes, \(result.differingBytes) differ"
-                + (result.differingBytes > 0 && repair ? "; they are sent again" : ""))
-        return result
-    }
-
-    /// Names with ':' are the site's own and not exported.
-    static let verifyPrefix = "verify:"
 
     private func verification(_ group: GroupState) -> Verification {
         guard let verification = group.verification else {
@@ -88,11 +40,11 @@ extension Site {
         let work = CopyWork(home.members(group))
         work.replicator = replicator
         let drafts = try work.volumes.map { volume in
-            try checkNotRestoring(volume)
-            return CopyDraft(volume: volume.name, name: "\(Self.verifyPrefix)\(volume.record.nextCopy)")
+            try home.checkNotRestoring(volume)
+            return CopyDraft(volume: volume.name, name: "\(FlashCopies.verifyPrefix)\(volume.record.nextCopy)")
         }
         do {
-            let made = try await run(TakeCopies(drafts, at: .nextPoint), on: work)
+            let made = try await executor.run(TakeCopies(drafts, at: .nextPoint), on: work)
             verification(group).copies = zip(work.volumes, made).map { ($0, $1.id) }
             return work.point!
         } catch {
@@ -101,21 +53,21 @@ extension Site {
     }
 
     func pinPoint(_ group: GroupState, _ point: UInt64) async throws {
-        try await verification(group).peer.pin(point: point, as: "\(Self.verifyPrefix)\(point)")
+        try await verification(group).peer.pin(point: point, as: "\(FlashCopies.verifyPrefix)\(point)")
     }
 
     func unpinPoint(_ group: GroupState, _ point: UInt64) async throws {
-        try await verification(group).peer.unpin("\(Self.verifyPrefix)\(point)")
+        try await verification(group).peer.unpin("\(FlashCopies.verifyPrefix)\(point)")
     }
 
     func dropCopies(_ group: GroupState) async {
-        for (volume, id) in verification(group).copies { await leave(volume, id) }
+        for (volume, id) in verification(group).copies { await chains.leave(volume, id) }
     }
 
     func comparePoint(_ group: GroupState, _ point: UInt64) async throws {
         let verification = verification(group)
         let operation = group.operation!
-        let pinned = "\(Self.verifyPrefix)\(point)"
+        let pinned = "\(FlashCopies.verifyPrefix)\(point)"
         let total = verification.copies.reduce(0) { $0 + $1.volume.geometry.size }
         let begin = realSeconds()
         for (volume, id) in verification.copies {
@@ -175,7 +127,7 @@ extension Site {
         }
         var pairs: [([UInt8], [UInt8])] = []
         for ((offset, length), task) in zip(parts, theirs) {
-            let ours = try await digests(volume, .copy(id), offset, length, Comparison.block)
+            let ours = try await checksums.digests(volume, .copy(id), offset, length, Comparison.block)
             pairs.append((ours, try await task.value))
         }
         return pairs
@@ -185,40 +137,5 @@ extension Site {
         let number = volume.number
         await volume.reactor.run { $0.hosted(number).volume.markChanged(runs) }
         try await home.flush([volume.recording])  // the report says that they are sent again
-    }
-
-    // MARK: At the peer
-
-    private func verifiedGroup(_ name: String, _ request: PinRequest) throws -> GroupState {
-        let group = try home.group(name, askedBy: request.siteID)
-        guard request.name.hasPrefix(Self.verifyPrefix) else {
-            throw Refusal("'\(request.name)' is no FlashCopy of a verification", .refused)
-        }
-        return group
-    }
-
-    /// Keeps a recovery point for a verification, whatever the retention.
-    package func pin(_ name: String, _ request: PinRequest) async throws {
-        let group = try verifiedGroup(name, request)
-        for volume in home.members(group) where volume.copyRecord(request.name) != nil { return }
-        // The primary compares one point at a time: it died, or could not be heard, before it let go of this one.
-        await dropVerifyCopies(home.members(group))
-        var copy = FlashCopyRequest(name: request.name, volumes: group.entry.volumes)
-        copy.of = String(request.point)
-        _ = try await cloneFlashCopy(copy, own: true)
-    }
-
-    package func unpin(_ name: String, _ request: PinRequest) async throws {
-        let group = try verifiedGroup(name, request)
-        try await withdrawFlashCopy(FlashCopyRequest(name: request.name, volumes: group.entry.volumes))
-    }
-
-    /// What a verification of an earlier process left behind.
-    func dropVerifyCopies(_ volumes: [VolumeState]) async {
-        for volume in volumes {
-            for copy in volume.record.copies where copy.name.hasPrefix(Self.verifyPrefix) {
-                try? await withdrawFlashCopy(FlashCopyRequest(name: copy.name, volumes: [volume.name]))
-            }
-        }
     }
 }

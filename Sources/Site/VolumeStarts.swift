@@ -1,4 +1,4 @@
-// Resume.swift: how a site carries out the start of a volume (`StartVolume`).
+// VolumeStarts.swift: how a site carries out the start of a volume (`StartVolume`).
 
 import Base
 import FlashCopies
@@ -8,84 +8,17 @@ import NBDServer
 import Ring
 import Volumes
 
-extension Site {
-    func host(_ volume: VolumeState) async throws {
-        let setup = volume.setup
-        let group = home.group(ofVolume: volume.name)
-        volume.number = await volume.reactor.run { reactor in
-            let number = reactor.host(setup)
-            reactor.hosted(number).volume.beginResuming()
-            return number
-        }
-        var start = VolumeStart(isTrusted: volume.isTrusted)
-        if let group {
-            start = try VolumeStart(isTrusted: volume.isTrusted, group.record, volume.name) { point in
-                try exists(volume.bitmapPath(CopyID(point)))
-            }
-        }
-        start.knowsNothing =
-            volume.record.servedAs != group?.servedAs || !volume.recordingIsWhole
-            || (!volume.isTrusted && volume.record.logIsBroken)
-        try await run(StartVolume(start), on: [volume])
-        home.publish(volume, group)
+@SiteThread
+final class VolumeStarts {
+    private let home: Holdings
+    private let chains: Chains
+    private let restores: Restores
+
+    init(_ home: Holdings, _ chains: Chains, _ restores: Restores) {
+        (self.home, self.chains, self.restores) = (home, chains, restores)
     }
 
     // MARK: The chain
-
-    func findTaken(_ volume: VolumeState, _ ids: [CopyID]) throws -> Set<CopyID> {
-        Set(
-            try ids.filter { id in
-                guard try exists(volume.bitmapPath(id)) else { return false }
-                let file = try OpenFile(path: volume.bitmapPath(id), flags: O_RDONLY)
-                return try file.read(at: BitmapHeader.takenOffset, count: 1).first == 1
-            })
-    }
-
-    /// - Returns: the files of each link; nil where they cannot be relied on.
-    func openFiles(_ volume: VolumeState, _ links: [ChainLink]) throws -> [CopyFiles?] {
-        let group = home.group(ofVolume: volume.name)
-        let newest = max(links.last?.copy.order ?? 0, group?.record.points.last?.order ?? 0)
-        volume.nextOrder = CopyRecord.order(after: newest)
-        home.state.removeOrphans(
-            volume.name, bitmaps: Set(links.map(\.id)), targets: Set(links.map(\.copy.targetOwner)))
-        return try links.map { link in
-            do {
-                return try openLink(volume, link)
-            } catch let damage as DamagedMetadata {
-                home.note(group?.entry.name, "volume \(volume.name): \(damage)")
-                return nil
-            }
-        }
-    }
-
-    private func openLink(_ volume: VolumeState, _ link: ChainLink) throws -> CopyFiles {
-        let record = link.copy
-        // Files come before the record that names them, except those of a copy of which nobody was told yet.
-        let missing = try !exists(volume.bitmapPath(link.id))
-        if missing, record.state != .creating {
-            throw DamagedMetadata(description: "\(volume.bitmapPath(link.id)) is missing")
-        }
-        let bitmap = try BitmapFile(
-            path: volume.bitmapPath(link.id), header: volume.header(ofCopy: link.id, recordsChanges: record.isFilled),
-            create: missing)
-        try volume.verify(bitmap, "copies/\(link.id).bitmap")
-        // A bit that only the last process's mapping had must be durable before a write relies on it: `VolumeState.confirm` flushes it
-        // before anything is written.
-        let target =
-            if let path = record.target {
-                try Self.operatorTarget(path, of: volume.name, volume.geometry.size, recorded: true).0
-            } else if missing, record.targetOwner == record.id {
-                try makeTarget(volume.targetPath(link.id), size: volume.geometry.size)
-            } else {
-                try volume.openTarget(record.targetOwner)
-            }
-        // If a flush of it has failed in the last run, only what is on storage counts.
-        if record.isDurable {
-            try target.synchronize()
-            target.dropCache()
-        }
-        return CopyFiles(target: ReopenableFile(target), bitmap: bitmap)
-    }
 
     /// A recovery point had failed when the last process ended, perhaps before it could write that down.
     ///
@@ -120,7 +53,7 @@ extension Site {
     func resumeLink(_ volume: VolumeState, _ link: ChainLink, _ files: CopyFiles) async throws {
         let record = link.copy
         let fails = link.resumption == .servesOlder
-        await enterChain(volume, record, files) { volume, copy in volume.resumeCopy(copy, failed: fails) }
+        await chains.enterChain(volume, record, files) { volume, copy in volume.resumeCopy(copy, failed: fails) }
         let (number, id) = (volume.number, link.id)
         if record.isFilled, !volume.isTrusted {
             let regions = volume.activeRegions
@@ -129,7 +62,7 @@ extension Site {
                 reactor.hosted(number).volume.recoverChanges(of: id, regions: forgets ? regions.all : regions.bitmap)
             }
         }
-        if record.isFilled { try await startActivityLog(volume) }
+        if record.isFilled { try await chains.startActivityLog(volume) }
         if link.resumption == .leaves { volume.reactor.perform { $0.hosted(number).volume.withdrawCopy(id) } }
     }
 
@@ -145,7 +78,7 @@ extension Site {
         let isPrimary = role.role == .primary
         let hold = isPrimary ? try volume.openPointHold() : nil
         let regions = role.marksRegions ? volume.activeRegions : nil
-        if isPrimary { try await startActivityLog(volume) }
+        if isPrimary { try await chains.startActivityLog(volume) }
         volume.pointTargetFile = await volume.reactor.run { reactor in
             let hosted = reactor.hosted(number)
             let targetFile = hold.map { hosted.addFile($0.target) } ?? -1
@@ -166,18 +99,6 @@ extension Site {
             group?.entry.name,
             "volume \(volume.name): the machine went down; \(regions.bitmap.population()) active regions of "
                 + "\(regions.bitmap.count) are compared anew")
-    }
-
-    /// Writes to the volume are logged before they are issued, from now on.
-    func startActivityLog(_ volume: VolumeState) async throws {
-        guard !volume.activityLogIsOn else { return }
-        let (number, log) = (volume.number, try volume.openActivityLog())
-        volume.activityLogIsOn = true
-        await volume.reactor.run { reactor in
-            let hosted = reactor.hosted(number)
-            let file = hosted.addFile(log.mapping.file, mapping: log.mapping)
-            hosted.volume.startActivityLog(file: file, contents: log.contents, recordingFile: hosted.recordingFile)
-        }
     }
 
     // MARK: Restores
@@ -204,7 +125,7 @@ extension Site {
 
     func resumeRestore(_ volume: VolumeState, from id: CopyID) async throws {
         try openRestoreBitmap(volume)
-        await beginRestore(volume, from: id, fresh: false)
+        await restores.beginRestore(volume, from: id, fresh: false)
     }
 
     func letGo(_ volume: VolumeState) async {
@@ -227,27 +148,4 @@ extension Site {
                     + "give the restore up with `farcopy adopt \(volume.name) --config FILE`")
         }
     }
-}
-
-/// The regions of a volume that its activity log says may have changed since the bitmaps were flushed.
-final class Regions: @unchecked Sendable {
-    // Safe because: filled by init and read afterwards.
-    private let memory: UnsafeMutableRawPointer
-    let bitmap: Bitmap
-    let all: Bitmap
-    let damagedSectors: Int
-
-    /// - Parameter log: the bytes of a log behind its header.
-    init(size: UInt64, log: UnsafeRawBufferPointer) {
-        let count = ActivityLog.layout(size: size).count
-        let bytes = Bitmap.byteCount(bits: count)
-        memory = .allocate(byteCount: 2 * bytes, alignment: 8)
-        memory.initializeMemory(as: UInt8.self, repeating: 0, count: 2 * bytes)
-        bitmap = Bitmap(memory: memory, count: count)
-        all = Bitmap(memory: memory + bytes, count: count)
-        all.setAll()
-        damagedSectors = ActivityLog.decode(log, into: bitmap)
-    }
-
-    deinit { memory.deallocate() }
 }

@@ -1,0 +1,135 @@
+// Replication.swift: a primary's sending: its replicator begins and ends, and what an operator asks of it.
+
+import API
+import Base
+import Groups
+import Link
+import NBDServer
+import Ring
+import SiteConfiguration
+import Volumes
+
+@SiteThread
+package final class Replication {
+    private let home: Holdings
+    /// The peer refuses this site; perhaps it has taken over.
+    var whenRefused: @Sendable (String) async -> Void = { _ in }
+
+    init(_ home: Holdings) {
+        self.home = home
+    }
+
+    func startReplication(_ group: GroupState) async throws {
+        guard let peer = home.configuration.peers[group.entry.peer] else { return }
+        try await alignPoint(group)
+        let members = home.members(group)
+        let holds = try members.map { try $0.openPointHold() }
+        for (volume, hold) in zip(members, holds) where volume.pointTargetFile < 0 {
+            let number = volume.number
+            volume.pointTargetFile = await volume.reactor.run { $0.hosted(number).addFile(hold.target) }
+        }
+        let name = group.entry.name
+        let slotBytes = max(Limits.linkSlotBytes, members.map(\.geometry.grain).max() ?? 0)
+        let link = group.entry.link
+        await group.begin(
+            Replicator.Configuration(
+                settings: Cycle.Settings(
+                    mode: group.entry.mode, interval: group.entry.interval, volumes: members.count,
+                    window: Limits.linkWindowBytes / slotBytes),
+                volumes: zip(members, holds).map { volume, hold in
+                    ReplicatedVolume(
+                        name: volume.name, reactor: volume.reactor, number: volume.number,
+                        geometry: volume.geometry, targetFile: volume.pointTargetFile,
+                        target: hold.target, preserved: hold.bitmap.mapping,
+                        recording: volume.recording.mapping)
+                },
+                address: peer.nbd,
+                tls: LinkTLS(
+                    policy: peer.tls, files: home.configuration.nbd.files, user: peer.tlsUser),
+                peer: replicationPeer(group, peer),
+                connectionsPerVolume: link.connections ?? max(1, 4 / members.count), compare: link.compare,
+                stallTimeout: link.stallTimeout, rate: group.entry.rate(group.record, at: realSeconds()),
+                log: { [home] text in
+                    home.logger.info("group \(name): \(text)")
+                    home.events.add(group: name, text)
+                    Task { await home.happened() }
+                },
+                refused: { [whenRefused] in Task { await whenRefused(name) } }))
+    }
+
+    /// The engines hold the point that the record says is held, or none does.
+    private func alignPoint(_ group: GroupState) async throws {
+        let held = group.record.held?.number
+        var apart = false
+        for volume in home.members(group) {
+            let number = volume.number
+            if await volume.reactor.run({ $0.hosted(number).volume.heldPoint }) != held { apart = true }
+        }
+        guard apart else { return }
+        await home.onEngines(group) { $0.giveUpPoint() }
+        if held != nil { try await group.handle.change(.pointGivenUp) }
+    }
+
+    private func replicationPeer(_ group: GroupState, _ peer: Configuration.PeerEntry) -> any PeerClient {
+        home.peer(group)
+            ?? PlainPeer(
+                name: peer.name, address: "\(peer.nbd)", group: group.entry.name, volumes: group.entry.volumes,
+                command: peer.commitCommand, timeout: group.entry.hooks.timeout)
+    }
+
+    func stopReplication(_ group: GroupState) async {
+        if group.isReplicating { await group.endReplication() }
+    }
+
+    /// Unless it does already.
+    func startMirroring(_ group: GroupState) async throws {
+        if group.isMirroring, !group.isReplicating { try await startReplication(group) }
+    }
+
+    // MARK: By command
+
+    private func replicator(_ name: String) throws -> GroupHandle {
+        let group = try home.group(name)
+        guard let replicator = group.replicator else {
+            throw Refusal(home.notMirroring(group))
+        }
+        return replicator
+    }
+
+    package func suspend(_ name: String) throws { try replicator(name).suspend() }
+
+    /// - Parameter fromImage: the secondary was seeded; until the first commit only what differs by checksum is sent.
+    package func resume(_ name: String, fromImage: Bool = false) async throws {
+        let replicator = try replicator(name)
+        if fromImage { try await home.group(name).handle.change(.seeded) }
+        replicator.resume()
+    }
+
+    package func cycle(_ name: String) async throws -> StatusReport.PointReport {
+        let replicator = try replicator(name)
+        do {
+            return try await replicator.cycle().report
+        } catch {
+            throw Refusal("group '\(name)': \(error)")
+        }
+    }
+
+    package func request(_ name: String) throws { try replicator(name).request() }
+
+    /// Bounds the link from now on, through restarts; nil = as configured.
+    package func setRate(_ name: String, _ rate: UInt64?) async throws {
+        let group = try home.group(name)
+        try await group.handle.change(.rate(rate))
+        applyRate(group, at: realSeconds())
+    }
+
+    /// The rate for this time of day.
+    func applyRate(_ group: GroupState, at now: Double) {
+        guard let replicator = group.replicator else { return }
+        let rate = group.entry.rate(group.record, at: now)
+        if rate != group.appliedRate {
+            group.appliedRate = rate
+            replicator.setRate(rate)
+        }
+    }
+}
