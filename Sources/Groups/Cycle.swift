@@ -5,6 +5,7 @@
 //
 // Must be prevented:
 //   a point is formed while the one before is still held (staggering)
+//   a point that was formed for one copy is sent to another, which lacks what this point does not have
 //   the bitmaps are trusted against a secondary that they do not describe
 //   an answer is waited for that belongs to a link which was closed since: closing one voids whatever is under way
 //   something is done that relies on a record which could not be saved: it stands in `Turn.after`, which is dropped when the save fails,
@@ -277,14 +278,12 @@ package struct Cycle {
         record.primary?.alone = false  // the peer is a secondary: nobody has taken over
         lostAt = nil
         lastFailure = nil
-        if record.lineage != peer.lineage {
-            state = .marking(peer)
-            return Turn([.markAllChanged(nil)])
-        }
         let renewed = (peer.volumeLineages ?? [:]).filter { record.volumeLineages?[$0.key] != $0.value }.keys.sorted()
-        if !renewed.isEmpty {
+        if record.lineage != peer.lineage || !renewed.isEmpty {
+            // A point that is held lacks what this copy lacks: the record never names the two together.
+            if hasPoint { return closeLink() + giveUp(.connect, &record, now) }
             state = .marking(peer)
-            return Turn([.markAllChanged(renewed)])
+            return Turn([.markAllChanged(record.lineage != peer.lineage ? nil : renewed)])
         }
         let found = learn(peer.committed, &record, now)
         guard peer.committed?.number == record.lastCommitted?.number else {
@@ -300,12 +299,12 @@ package struct Cycle {
 
     /// The lineage is recorded only when the bitmaps say that everything may differ.
     private mutating func marked(_ peer: PeerState, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        invariant(!hasPoint, "a point of another copy is given up before a new one is written down")
         if record.lineage != peer.lineage { record.primary?.lastCommitted = nil }
         record.lineage = peer.lineage
         record.volumeLineages = peer.volumeLineages
         record.peerSite = peer.site
         record.lastNumber = max(record.lastNumber, peer.committed?.number ?? 0)
-        if hasPoint { return .saved() + giveUp(.carryOn, &record, now) }
         // As if the session had just opened: the peer may have committed what was not known of here.
         return .saved()
             + (record.lastCommitted == nil ? becomeIdle(&record, now, due: now) : opened(peer, &record, now))
@@ -351,7 +350,7 @@ package struct Cycle {
     private mutating func suspend(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         record.primary?.suspendedByOperator = true
         resyncing = true
-        return closeLink() + giveUp(.stop("suspended by the operator"), &record, now)
+        return closeLink() + giveUp(.stop("suspended by the operator"), &record, now) + .saved()
     }
 
     private mutating func resume(_ record: inout GroupRecord) -> Turn<Action> {

@@ -221,7 +221,10 @@ extension Cycle {
             (resyncing, attempt) = (false, 0)
             return Turn()
         case .givesUp:
-            if case .atPoint = state { state = .givingUp(.carryOn) }
+            if case .atPoint = state {
+                requested = true  // whoever asked for it still waits
+                state = .givingUp(.carryOn)
+            }
             return Turn()
         case .stopped, .contradiction:
             invariantFailed("a coordinator of one process is followed by none, and not contradicted", #fileID, #line)

@@ -42,7 +42,7 @@ package enum GroupChange: Sendable, Equatable {
     /// Files that hold points of a volume have lost old content.
     case pointFailed(UInt64, volume: String)
     case started(Membership)
-    /// Points up to this one are lost; when it is the newest, the peer must send everything to a copy of this identity.
+    /// Points up to this one are lost; when it is a secondary's newest, the peer must send everything to a copy of this identity.
     case pointsVoided(through: UInt64, lineage: String)
 
     /// What each phase makes of it.
@@ -232,7 +232,8 @@ extension GroupRecord {
     }
 
     private mutating func voidPoints(through number: UInt64, _ identity: String) {
-        if points.last?.number ?? 0 <= number { lineage = identity }
+        // At a primary they are from when it was secondary; `lineage` is the peer's copy.
+        if role == .secondary, points.last?.number ?? 0 <= number { lineage = identity }
         retire(points.map(\.number).filter { $0 <= number })
     }
 

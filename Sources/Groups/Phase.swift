@@ -141,6 +141,14 @@ extension GroupRecord {
             throw IllegalPhase(
                 description: "point \(point.number) is held, and \(lastNumber) is the highest that was counted")
         }
+        if let point = held, previous.held?.number == point.number {
+            let renewed = (volumeLineages ?? [:]).contains { name, copy in
+                previous.volumeLineages?[name].map { $0 != copy } == true
+            }
+            guard lineage == previous.lineage, !renewed else {
+                throw IllegalPhase(description: "point \(point.number) is held, and was formed for another copy")
+            }
+        }
     }
 
     package var role: Role { phase.kind == .secondary ? .secondary : .primary }

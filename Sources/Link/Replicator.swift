@@ -206,6 +206,10 @@ package final class Replicator {
     }
 
     private func connect(_ state: PeerState, _ exports: [String]) {
+        guard exports.count == configuration.volumes.count else {
+            let words = "the peer names \(exports.count) exports for \(configuration.volumes.count) volumes"
+            return group.handle(.sessionFailed(words, retry: false))
+        }
         do {
             link = try NBDLink(
                 address: configuration.address, tls: configuration.tls, exports: exports,

@@ -122,9 +122,6 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
         }
     }
 
-    /// Where to begin looking for a seed that shows it; not at 1 where several rare things must come together.
-    package var firstSeed: UInt64 { self == .leaveUnsaid ? 7001 : 1 }
-
     /// It leaves out a rule of the engine, which other builds cannot.
     package var needsOwnBuild: Bool { !engine.isEmpty }
     package static var areBuiltIn: Bool { EngineFaults.areBuiltIn }

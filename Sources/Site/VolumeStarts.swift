@@ -46,7 +46,8 @@ final class VolumeStarts {
         home.note(
             group.entry.name,
             "volume \(volume.name): the recovery points up to \(last) are void, since a bitmap is "
-                + "damaged\(last == group.record.points.last?.number ? "; everything is copied anew" : "")")
+                + "damaged\(group.record.role == .secondary && last == group.record.points.last?.number ? "; everything is copied anew" : "")"
+        )
         try await group.handle.change(.pointsVoided(through: last, lineage: randomIdentity()))
     }
 

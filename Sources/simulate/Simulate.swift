@@ -142,7 +142,7 @@ struct Simulate {
 
     /// Prints each seed before it runs; ends with 1 at the first that breaks a rule.
     private static func probe(_ fault: DeliberateFault, steps: Int) -> Never {
-        for seed in fault.firstSeed..<fault.firstSeed + UInt64(seedsToCatch) {
+        for seed in 1...seedsToCatch {
             print(seed)
             fflush(nil)
             do throws(SimulationFailure) {

@@ -286,3 +286,22 @@ func remotePlaces() {
         #expect(machine.takesData == (kind == .open || kind == .checking))
     }
 }
+
+/// Forgotten, an older process would be obeyed again: it would have a prepared point dropped that the newer one has decided to commit.
+@Test("that a newer coordinator was heard is saved before it is answered")
+func epochs() {
+    var remote = TwoPhaseCommit(settings, index: 0, record: TwoPhaseRecord(epoch: 1, committed: 1, stand: .prepared(2)))
+    let prepared = remote.handle(.request(Stamped(epoch: 2, .prepare(2, after: 1))), now: 1)
+    #expect(prepared.saves && prepared.before.isEmpty && prepared.after == [.answer(Stamped(epoch: 2, .prepared(2)))])
+    #expect(remote.record.epoch == 2 && !remote.takesData)
+    remote.wasSaved()
+    let again = remote.handle(.request(Stamped(epoch: 2, .prepare(2, after: 1))), now: 1)
+    #expect(again == Turn([.answer(Stamped(epoch: 2, .prepared(2)))]))
+    let older = remote.handle(.request(Stamped(epoch: 1, .drop(2))), now: 1)
+    #expect(older == Turn([.answer(Stamped(epoch: 1, .superseded(by: 2)))]))
+
+    var host = Participant(settings, record: ParticipantRecord(epoch: 1, number: 2, point: .held))
+    _ = host.start(isHeld: true)
+    let ran = host.handle(.request(Stamped(epoch: 2, .run(2))), now: 1)
+    #expect(ran.saves && ran.before.isEmpty && ran.after == [.answer(Stamped(epoch: 2, .ran(2)))])
+}

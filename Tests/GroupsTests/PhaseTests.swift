@@ -72,3 +72,18 @@ func contradictions() throws {
         #expect(refused?.description.contains("'\(word)'") == true)
     }
 }
+
+@Test("a point that is held stays with the copy that it was formed for")
+func copies() throws {
+    let held = try GroupRecord("counted=7 held=7 committed=6 lineage=L lineages=a:A,b:B")
+    for (next, isLegal) in [
+        ("counted=7 held=7 committed=6 lineage=L lineages=a:A", true),
+        ("counted=7 held=7 committed=6 lineage=L lineages=a:A,b:B,c:C", true),
+        ("counted=7 lineage=M lineages=a:C,b:D", true),
+        ("counted=8 forming=8 lineage=M", true),
+        ("counted=7 held=7 lineage=M lineages=a:A,b:B", false),
+        ("counted=7 held=7 committed=6 lineage=L lineages=a:A,b:D", false),
+    ] {
+        #expect(((try? GroupRecord(next).check(after: held)) != nil) == isLegal, "\(next)")
+    }
+}

@@ -1,8 +1,12 @@
 """What a secondary takes from a peer, and what it refuses: the test plays the primary by hand, with requests that come late, from sessions that
 have ended, or from a site that is stale."""
 
+import http.server
+import json
 import os
 import secrets
+import socketserver
+import threading
 import time
 
 import nbd
@@ -45,6 +49,30 @@ class Peer:
 
     def promote(self, session, point):
         return self.ask("promote", siteID=self.identity, session=session, point=point)
+
+
+class ShortAnswers(http.server.BaseHTTPRequestHandler):
+    """Passes a control API on, and names one export less than it does."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        status, answer = call(self.server.site, "POST", self.path, json.loads(body or b"{}"))
+        if isinstance(answer, dict) and "exports" in answer:
+            answer["exports"] = answer["exports"][:-1]
+        data = json.dumps(answer if status < 300 else {"error": answer}).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+    def address_string(self):
+        return "a socket"
 
 
 class ByHand:
@@ -192,6 +220,28 @@ class PeerSessions(ByHand, SiteTest):
         self.assertEqual(peer.commit(session, 4, 4)[0], 200, "asked again")
         self.assertEqual(self.points(west), [4])
         self.assert_goes_on(west, peer, session, handle, 4)
+
+
+class OddAnswers(SiteTest):
+    """What a peer says, a primary looks at before it relies on it."""
+
+    def test_fewer_exports_than_volumes(self):
+        east, west = self.pair({"orders": "1MiB", "wal": "1MiB"}, interval="0s", start=False)
+        west.start()
+        path = os.path.join(self.directory, "between.sock")
+        between = socketserver.ThreadingUnixStreamServer(path, ShortAnswers)
+        between.site = west
+        threading.Thread(target=between.serve_forever, daemon=True).start()
+        self.addCleanup(between.server_close)
+        self.addCleanup(between.shutdown)
+        east.edit(f'control = "{west.control}"', f'control = "unix:{path}"')
+        east.start()
+        host = east.connect("orders")
+        host.pwrite(b"a" * PAGE, 0)
+        words = "the peer names 1 exports for 2 volumes"
+        wait_for(lambda: words in east.group().get("reason", ""), what="the answer to be refused")
+        self.assertEqual(host.pread(PAGE, 0), b"a" * PAGE)
+        self.assertEqual(west.points(), [])
 
 
 class PeersThatDoNotFlush(ByHand, LaboratoryTest):

@@ -155,7 +155,7 @@ package struct Participant: Sendable {
                 let answer = Stamped(epoch: request.epoch, HostAnswer.superseded(by: record.epoch))
                 return release + Turn([.answer(answer)])
             }
-            record.epoch = request.epoch
+            if request.epoch > record.epoch { (record.epoch, isUnsaved) = (request.epoch, true) }
             return release + carryOut(request.body, now)
         case .madeReady(let number), .notReady(let number, _), .formed(let number), .drained(let number),
             .lost(let number, _), .gaveUp(let number):

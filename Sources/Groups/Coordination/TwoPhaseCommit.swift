@@ -128,7 +128,8 @@ package struct TwoPhaseCommit: Sendable {
             guard request.epoch >= record.epoch else {
                 return Turn([.answer(Stamped(epoch: request.epoch, .superseded(by: record.epoch)))])
             }
-            record.epoch = request.epoch
+            // Before it answers: once forgotten, the one that was followed would be obeyed again.
+            if request.epoch > record.epoch { (record.epoch, isUnsaved) = (request.epoch, true) }
             return carryOut(request.body)
         case .question(let remote, let number): return testify(remote, number)
         case .testimony(let remote, let number, let testimony): return hear(testimony, of: remote, number)
