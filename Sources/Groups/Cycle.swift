@@ -149,6 +149,8 @@ package struct Cycle {
     private var lostAt: UInt64?
     /// Continuous cycles form at most one point in this time, and while nothing changes one in the longer time.
     package static let shortestCycle: UInt64 = 50_000_000
+    /// A thread wakes a little late every time; the next point does not wait for that as well.
+    private static let longestCatchUp: UInt64 = 5_000_000
     package static let longestIdle: UInt64 = 1_000_000_000
     var preparedAt: UInt64 = 0
 
@@ -381,7 +383,7 @@ package struct Cycle {
             return Turn([.openSession])
         case .idle where now >= notBefore && (requested || (!waitsForCommand(record) && now >= dueAt)):
             switch settings.interval {
-            case .continuous: dueAt = now + Self.shortestCycle
+            case .continuous: dueAt = max(dueAt, now - min(now, Self.longestCatchUp)) + Self.shortestCycle
             case .every(let nanoseconds): dueAt = now + nanoseconds
             case .manual: dueAt = 0
             }
