@@ -39,6 +39,8 @@ package final class Coordination: Scenario {
     private var nextSession = 1
     /// Pairs that cannot reach each other, until then.
     private var cuts: [Set<CoordinationProcess>: UInt64] = [:]
+    /// Remotes that die at a step: what they have promised is hardly used yet.
+    private var doomed: [(step: Int, remote: Int)] = []
     /// No faults any more.
     private var isQuiet = false
 
@@ -141,6 +143,11 @@ package final class Coordination: Scenario {
     private func step(_ index: Int) throws(SimulationFailure) {
         steps = index + 1
         figures.steps += 1
+        if let index = doomed.firstIndex(where: { steps >= $0.step }) {
+            let process = CoordinationProcess.remote(doomed.remove(at: index).remote)
+            crash(process, "dies with its promise")
+            restart(process)
+        }
         happen(random.one(of: Happening.allCases, weights: weights))
         passTime(by: UInt64(random.below(1000) < pausing ? random.below(60_000_000) : random.below(200_000)))
         check()
@@ -648,6 +655,7 @@ package final class Coordination: Scenario {
         case .ask(let other, let number): ask(other, number, remote)
         case .testify(let other, let number, let testimony):
             happened["\(testimony)", default: 0] += 1
+            if !isQuiet, random.chance(20) { doomed.append((steps + random.below(100), remote)) }
             post(.remote(remote), .remote(other), .testimony(of: remote, number, testimony))
         case .open(let point): opened(at: point, remote)
         case .failoverRefused(let reason): note("remote \(remote) does not fail over: \(reason)")

@@ -324,6 +324,19 @@ final class SimulatedSite {
         return start() || powerLoss
     }
 
+    /// A secondary comes back with other files: nothing is known of them, and no point is left.
+    func exchangeVolumes() {
+        world.note("\(name)'s volumes are exchanged")
+        lose(powerLoss: false)
+        let lost = GroupChange.pointsVoided(through: saved.points.last?.number ?? 0, lineage: "\(world.random.next())")
+        do { try saved.apply(lost) } catch { world.fail("\(error)") }
+        for index in files.indices {
+            files[index].fill(&world.random)
+            copies[index] = [:]
+        }
+        start()
+    }
+
     func lose(powerLoss: Bool) {
         world.note("\(name) \(powerLoss ? "loses power" : "is killed")")
         world.figures.crashes += 1

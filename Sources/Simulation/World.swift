@@ -135,7 +135,14 @@ package final class World: Scenario {
     // MARK: Crashes and roles
 
     private func crash(_ site: SimulatedSite, powerLoss: Bool) {
-        site.restart(powerLoss: powerLoss)
+        if site === secondary, hostsAreServed, site.record.role == .secondary, site.record.yielded == nil,
+            random.chance(4)
+        {
+            site.exchangeVolumes()
+            remembered = [:]
+        } else {
+            site.restart(powerLoss: powerLoss)
+        }
         if random.chance(40) { relapses.append((steps + random.below([20, 300, 1500][random.below(3)]), site, true)) }
     }
 
