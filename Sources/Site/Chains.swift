@@ -34,6 +34,7 @@ struct EnteredCopy: Sendable {
     var isIn: Bool
 }
 
+/// Copies enter the chains of volumes, and leave them.
 @SiteThread
 final class Chains {
     private let home: Holdings

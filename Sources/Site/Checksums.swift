@@ -9,6 +9,7 @@ import Ring
 import TLS
 import Volumes
 
+/// Checksums of what a site holds.
 @SiteThread
 package final class Checksums {
     private let home: Holdings

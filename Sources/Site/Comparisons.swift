@@ -13,6 +13,7 @@ import Ring
 import TLS
 import Volumes
 
+/// The parts of a comparison of a point at both sites.
 @SiteThread
 final class Comparisons {
     private let home: Holdings

@@ -13,6 +13,7 @@ import NBDServer
 import Ring
 import Volumes
 
+/// Carries out operations on FlashCopies, and what copies do by themselves.
 @SiteThread
 final class CopyExecutor {
     let home: Holdings
@@ -167,10 +168,4 @@ final class CopyExecutor {
     private func carryOut(_ aftermath: Aftermath, _ work: CopyWork) async {
         try? await run(aftermath, on: work)  // it ends, whatever fails
     }
-
-    // MARK: Files
-
-    // MARK: The chain
-
-    // MARK: Restores
 }

@@ -12,6 +12,7 @@ import NBDServer
 import Ring
 import Volumes
 
+/// The files of FlashCopies.
 @SiteThread
 final class CopyStorage {
     private let home: Holdings

@@ -18,6 +18,7 @@ import Groups
 import Ring
 import Volumes
 
+/// What the next start must not rely on is written down.
 @SiteThread
 package final class Distrust {
     private let home: Holdings

@@ -13,6 +13,7 @@ import NBDServer
 import Ring
 import Volumes
 
+/// What an operator asks of FlashCopies.
 @SiteThread
 package final class FlashCopies {
     let home: Holdings
@@ -227,6 +228,4 @@ package final class FlashCopies {
         try await executor.run(WithdrawCopies(found.map(\.1.id)), on: found.map(\.0))
         home.note(nil, "FlashCopy '\(request.name)' of \(request.volumes.joined(separator: ", ")) withdrawn")
     }
-
-    // MARK: Events
 }

@@ -17,6 +17,7 @@ struct Waiting {
     var goesOn: CheckedContinuation<Void, Never>
 }
 
+/// What a site holds, and what whoever works on it shares.
 @SiteThread
 final class Holdings {
     nonisolated let configuration: Configuration

@@ -5,6 +5,7 @@ import Groups
 import Ring
 import SiteConfiguration
 
+/// The operator's commands around a FlashCopy.
 @SiteThread
 final class Hooks {
     private let home: Holdings

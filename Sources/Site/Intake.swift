@@ -14,6 +14,7 @@ import NBDServer
 import Ring
 import Volumes
 
+/// The remote half of a group.
 @SiteThread
 package final class Intake {
     private let home: Holdings

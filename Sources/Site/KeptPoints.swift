@@ -10,6 +10,7 @@ import Groups
 import NBDServer
 import Volumes
 
+/// Exports and chains follow the points that a group keeps.
 @SiteThread
 final class KeptPoints {
     private let home: Holdings

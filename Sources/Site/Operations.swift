@@ -5,6 +5,7 @@ import Groups
 import Link
 import Volumes
 
+/// Long commands of groups.
 @SiteThread
 final class Operations {
     private let home: Holdings

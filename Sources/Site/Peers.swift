@@ -7,6 +7,7 @@ import Link
 import NBDServer
 import Volumes
 
+/// How a group stands here, and what its peer is asked.
 @SiteThread
 final class Peers {
     private let home: Holdings

@@ -17,6 +17,7 @@ import Ring
 import SiteConfiguration
 import Volumes
 
+/// Recovery points leave.
 @SiteThread
 package final class PointRemoval {
     private let home: Holdings

@@ -4,6 +4,7 @@ import API
 import Groups
 import Volumes
 
+/// A writable copy of a point.
 @SiteThread
 package final class Practice {
     private let home: Holdings

@@ -9,6 +9,7 @@ import Ring
 import SiteConfiguration
 import Volumes
 
+/// A primary's sending begins and ends.
 @SiteThread
 package final class Replication {
     private let home: Holdings

@@ -6,6 +6,7 @@ import NBDServer
 import Ring
 import Volumes
 
+/// A volume is shut off from its hosts, and becomes what a copy holds.
 @SiteThread
 final class Restores {
     private let home: Holdings

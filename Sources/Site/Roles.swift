@@ -14,6 +14,7 @@ import NBDServer
 import Ring
 import Volumes
 
+/// How the roles of a group change.
 @SiteThread
 package final class Roles {
     let home: Holdings
@@ -25,12 +26,6 @@ package final class Roles {
     init(_ home: Holdings, _ peers: Peers, _ operations: Operations, _ steps: StepExecutor, _ intake: Intake) {
         (self.home, self.peers, self.operations, self.steps, self.intake) = (home, peers, operations, steps, intake)
     }
-
-    // MARK: Standing
-
-    // MARK: Starting
-
-    // MARK: Hosts
 
     // MARK: Giving up the role
 

@@ -8,6 +8,7 @@ import Glibc
 import Ring
 import SiteConfiguration
 
+/// How full the file systems are that the site writes to.
 @SiteThread
 final class Space {
     private let home: Holdings

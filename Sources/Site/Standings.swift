@@ -8,6 +8,7 @@ import Groups
 import Ring
 import Volumes
 
+/// Which of two sites is primary.
 @SiteThread
 package final class Standings {
     private let home: Holdings

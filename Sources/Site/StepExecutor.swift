@@ -9,6 +9,7 @@ import NBDServer
 import Ring
 import Volumes
 
+/// Carries out operations on groups.
 @SiteThread
 final class StepExecutor {
     private let home: Holdings

@@ -6,6 +6,7 @@ import Groups
 import Ring
 import Volumes
 
+/// Comparisons that an operator, a schedule or the peer asks for.
 @SiteThread
 package final class Verifications {
     private let home: Holdings

@@ -8,6 +8,7 @@ import NBDServer
 import Ring
 import Volumes
 
+/// The parts of a volume's start.
 @SiteThread
 final class VolumeStarts {
     private let home: Holdings

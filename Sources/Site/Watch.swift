@@ -6,6 +6,7 @@ import Ring
 import SiteConfiguration
 import Volumes
 
+/// Looks after every group until the site stops.
 @SiteThread
 final class Watch {
     private let home: Holdings
