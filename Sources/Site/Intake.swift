@@ -195,7 +195,7 @@ package final class Intake {
             home.note(
                 group.entry.name,
                 "point \(point.number) has no part of \(left.joined(separator: ", ")), which joined the group later and is left out; "
-                    + "take it out of the group's home.configuration at both sites")
+                    + "take it out of the group's configuration at both sites")
         }
         guard !held.isEmpty else { throw Refusal("point \(point.number) has no part of any volume of the group") }
         await home.runCommand(group, .beforeFailover, ["FARCOPY_POINT=\(point.number)"])

@@ -231,7 +231,7 @@ extension Roles {
         _ = try await requirePrimary(group)
         guard group.entry.role == .secondary else {
             throw Refusal(
-                "group '\(name)' is primary at '\(home.configuration.site)', as the home.configuration says; there is nothing to fail back"
+                "group '\(name)' is primary at '\(home.configuration.site)', as the configuration says; there is nothing to fail back"
             )
         }
     }

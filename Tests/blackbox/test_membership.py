@@ -113,4 +113,5 @@ class Membership(SiteTest):
             self.assertIn("log", west.status()["volumes"])
             self.assertEqual(west.status()["volumes"]["log"]["exports"], [], "nothing is shown of what is nothing's copy")
             self.restart(west)
-        self.assertIn("left out", west.farcopy("events", check=False).stdout + open(west.log).read())
+        words = "is left out; take it out of the group's configuration at both sites"
+        self.assertIn(words, west.farcopy("events", check=False).stdout + open(west.log).read())

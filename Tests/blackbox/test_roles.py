@@ -73,7 +73,8 @@ class Roles(SiteTest):
         with self.assertRaises(nbd.Error):
             handle.pwrite(b"x" * 512, 0)
         self.assert_holds(east, unsent)
-        self.assertIn("nothing to fail back", self.refused(east, "failback", "shop"))
+        words = "is primary at 'east', as the configuration says; there is nothing to fail back"
+        self.assertIn(words, self.refused(east, "failback", "shop"))
         preview = json.loads(west.farcopy("failback", "shop", "--preview", "--json").stdout)
         self.assertEqual((preview["from"], preview["to"]), ("west", "east"))
         self.assertEqual(preview["discarded_bytes"], 4096 * len(unsent))
