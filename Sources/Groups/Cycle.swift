@@ -125,14 +125,13 @@ package struct Cycle {
         }
     }
 
+    private static let suspended = Next.stop("suspended by the operator")
     package let settings: Settings
     package internal(set) var state = State.connecting
     var coordinator: Coordinator
     var participant: Participant
     /// When the point that is at hand was formed, in seconds since 1970, and the volumes that have something to send of it.
     var formed: (at: Double, changed: [Int]) = (0, [])
-    /// When the peer said that it was committed.
-    var committedAt: Double = 0
     /// There was a suspension after the last commit.
     var resyncing = false
     private var lastFailure: String?
@@ -165,9 +164,8 @@ package struct Cycle {
     mutating func start(_ record: inout GroupRecord, now: UInt64) -> Turn<Action> {
         let taken = takeUp(&record, now)
         if record.suspendedByOperator {
-            let next = Next.stop("suspended by the operator")
-            guard participant.state == .idle else { return taken + giveUp(next, &record, now) }
-            state = .stopped(next.reason)
+            guard participant.state == .idle else { return taken + giveUp(Self.suspended, &record, now) }
+            state = .stopped(Self.suspended.reason)
             return taken
         }
         guard !isGivingUp else {
@@ -221,8 +219,6 @@ package struct Cycle {
             // Nothing is under way, or it is being given up.
             case (.linkLost, .stopped), (.linkLost, .offline), (.linkLost, .givingUp): false
             case (.linkLost, _): true
-            // It is being given up, or will be.
-            case (.pointLost, .givingUp), (.pointLost, .marking): false
             case (.pointLost, _): hasPoint
             case (.sessionOpened, _), (.sessionFailed, _), (.allMarked, _), (.prepared, _), (.notReady, _),
                 (.formed, _), (.move, _), (.committed, _), (.commitRefused, _):
@@ -352,7 +348,7 @@ package struct Cycle {
     private mutating func suspend(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         record.primary?.suspendedByOperator = true
         resyncing = true
-        return closeLink() + giveUp(.stop("suspended by the operator"), &record, now) + .saved()
+        return closeLink() + giveUp(Self.suspended, &record, now) + .saved()
     }
 
     private mutating func resume(_ record: inout GroupRecord) -> Turn<Action> {

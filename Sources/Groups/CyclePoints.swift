@@ -117,17 +117,21 @@ extension Cycle {
             state = .atPoint(.moves(mover))
             return actions
         }
-        if var point = record.held {
-            point.bytes = mover.bytesSent
-            record.primary?.point = .held(point)
-        }
+        let bytes = mover.bytesSent
+        change(&record) { $0.bytes = bytes }
         return actions + tell(.drained(participant.record.number), &record, now)
     }
 
+    /// What is known of the point that is held.
+    private func change(_ record: inout GroupRecord, _ body: (inout PointRecord) -> Void) {
+        guard var point = record.held else { return }
+        body(&point)
+        record.primary?.point = .held(point)
+    }
+
     mutating func committed(at time: Double, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
-        committedAt = time
-        let number = coordinator.record.lastNumber
-        return hear(.committed(number), &record, now) + .saved() + becomeIdle(&record, now)
+        change(&record) { $0.committedAt = time }
+        return hear(.committed(coordinator.record.lastNumber), &record, now) + .saved() + becomeIdle(&record, now)
     }
 
     mutating func refused(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
@@ -213,10 +217,7 @@ extension Cycle {
         case .askHost(_, let request): return tell(.request(request), &record, now)
         case .askRemote(_, let request): return ask(request.body, &record, now)
         case .committed(let number):
-            if record.lastCommitted?.number != number, var point = record.held {
-                point.committedAt = committedAt
-                record.primary?.lastCommitted = point
-            }
+            if record.lastCommitted?.number != number, let point = record.held { record.primary?.lastCommitted = point }
             record.primary?.fromImage = false
             (resyncing, attempt) = (false, 0)
             return Turn()

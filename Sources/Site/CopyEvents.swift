@@ -1,4 +1,4 @@
-// CopyEvents.swift: what FlashCopies do by themselves: they fail, are complete, leave.
+// CopyEvents.swift: what FlashCopies do by themselves: they fail, are complete, leave; and what is restored from them is done.
 
 import FlashCopies
 import Glibc
@@ -66,5 +66,14 @@ extension CopyExecutor {
         }
         chains.copyReady(volume, id)  // who waits for it finds that it has left
         home.happened()
+    }
+
+    /// A volume holds all of the copy, or point, that it was restored from.
+    func restoreFinished(_ volume: VolumeState) async {
+        if volume.record.restoring != nil { await chains.acknowledge(.restoring(nil), volume) }
+        restores.dropRestoreBitmap(volume)
+        let group = home.group(ofVolume: volume.name)
+        home.note(group?.entry.name, "volume \(volume.name) holds all of its point in time again")
+        home.publish(volume, group)
     }
 }

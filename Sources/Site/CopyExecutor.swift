@@ -19,7 +19,7 @@ final class CopyExecutor {
     let home: Holdings
     let chains: Chains
     private let storage: CopyStorage
-    private let restores: Restores
+    let restores: Restores
     private let starts: VolumeStarts
     let kept: KeptPoints
 

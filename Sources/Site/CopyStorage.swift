@@ -58,7 +58,7 @@ final class CopyStorage {
     /// - Parameters:
     ///   - name, size: of the volume.
     ///   - recorded: it holds data of a copy, and so must be as large as that left it.
-    nonisolated static func operatorTarget(
+    private nonisolated static func operatorTarget(
         _ path: String, of name: String, _ size: UInt64, recorded: Bool = false
     ) throws -> (OpenFile, isZero: Bool) {
         let target: OpenFile

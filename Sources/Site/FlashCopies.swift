@@ -18,12 +18,11 @@ import Volumes
 package final class FlashCopies {
     let home: Holdings
     let chains: Chains
-    let restores: Restores
     let executor: CopyExecutor
     let hooks: Hooks
 
-    init(_ home: Holdings, _ chains: Chains, _ restores: Restores, _ executor: CopyExecutor, _ hooks: Hooks) {
-        (self.home, self.chains, self.restores, self.executor, self.hooks) = (home, chains, restores, executor, hooks)
+    init(_ home: Holdings, _ chains: Chains, _ executor: CopyExecutor, _ hooks: Hooks) {
+        (self.home, self.chains, self.executor, self.hooks) = (home, chains, executor, hooks)
     }
 
     /// Bytes a second of a background copy when nothing is said.

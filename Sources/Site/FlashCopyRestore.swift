@@ -122,14 +122,6 @@ extension FlashCopies {
             .unconfirmed)
     }
 
-    func restoreFinished(_ volume: VolumeState) async {
-        if volume.record.restoring != nil { await chains.acknowledge(.restoring(nil), volume) }
-        restores.dropRestoreBitmap(volume)
-        home.note(
-            home.group(ofVolume: volume.name)?.entry.name, "volume \(volume.name) holds all of its point in time again")
-        home.publish(volume, home.group(ofVolume: volume.name))
-    }
-
     /// "before-restore-3": the first number that none of the volumes has a FlashCopy of.
     private func unusedName(_ prefix: String, _ members: [VolumeState]) -> String {
         var number = 1

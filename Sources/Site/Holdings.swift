@@ -121,7 +121,7 @@ final class Holdings {
         }
     }
 
-    func note(_ group: String?, _ text: String) {
+    nonisolated func note(_ group: String?, _ text: String) {
         logger.info("\(group.map { "group \($0): " } ?? "")\(text)")
         events.add(group: group, text)
     }
@@ -176,7 +176,7 @@ final class Holdings {
         if group?.record.leftOut?.contains(name) == true { return exports.set(name, nil) }
         var own = ExportEntry(
             size: volume.geometry.size, kind: .volume,
-            readOnly: volume.entry.readOnly || group?.servesHosts == false || volume.shutsHostsOut,
+            readOnly: volume.entry.readOnly || !hostsMayWrite(to: volume, group),
             reactor: volume.reactor, volume: volume.number)
         own.text =
             "volume \(name) of site \(configuration.site)"
@@ -208,26 +208,35 @@ final class Holdings {
 
     private func intakeSuffix(_ session: UInt64) -> String { "secondary:\(String(session, radix: 16))" }
 
-    /// Lets hosts write.
-    func admitHosts(_ group: GroupState) async {
-        group.servesHosts = true
-        for volume in members(group) {
-            let (number, writable) = (volume.number, !volume.shutsHostsOut)
-            await volume.reactor.run { $0.hosted(number).writable = writable }
-            publish(volume, group)
-        }
+    /// As far as roles and restores go.
+    func hostsMayWrite(to volume: VolumeState, _ group: GroupState?) -> Bool {
+        !volume.shutsHostsOut && group?.servesHosts != false && group?.record.leftOut?.contains(volume.name) != true
     }
 
-    /// Ends the hosts' connections; what they asked for is carried out first. New ones can only read.
+    func admitHosts(_ group: GroupState) async {
+        group.servesHosts = true
+        for volume in members(group) { await admitHosts(to: volume, group) }
+    }
+
     func shutOutHosts(_ group: GroupState) async {
         group.servesHosts = false
-        for volume in members(group) {
-            let (number, reactor) = (volume.number, volume.reactor)
-            await reactor.run { $0.hosted(number).writable = false }
-            publish(volume, group)
-            await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-                reactor.perform { $0.disconnect(number, .hosts) { continuation.resume() } }
-            }
+        for volume in members(group) { await shutOutHosts(of: volume, group) }
+    }
+
+    /// Lets hosts write, unless something else shuts them out.
+    func admitHosts(to volume: VolumeState, _ group: GroupState?) async {
+        let (number, writable) = (volume.number, hostsMayWrite(to: volume, group))
+        await volume.reactor.run { $0.hosted(number).writable = writable }
+        publish(volume, group)
+    }
+
+    /// Ends the hosts' connections, readers' as well; what they asked for is carried out first. New ones can only read.
+    func shutOutHosts(of volume: VolumeState, _ group: GroupState?) async {
+        let (number, reactor) = (volume.number, volume.reactor)
+        await reactor.run { $0.hosted(number).writable = false }
+        publish(volume, group)
+        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
+            reactor.perform { $0.disconnect(number, .hosts) { continuation.resume() } }
         }
     }
 }

@@ -68,7 +68,7 @@ package final class Intake {
 
     // MARK: Sessions
 
-    func openSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
+    private func openSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
         let group = try home.group(name)
         try checkPeer(group, request)  // not only after a wait, perhaps for the very site that asks
         await group.turnstile.enter()
@@ -134,7 +134,7 @@ package final class Intake {
 
     // MARK: Commit
 
-    func commit(_ name: String, _ request: CommitRequest) async throws -> CommitAnswer {
+    private func commit(_ name: String, _ request: CommitRequest) async throws -> CommitAnswer {
         let group = try home.group(name)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }

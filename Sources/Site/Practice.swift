@@ -14,7 +14,7 @@ package final class Practice {
         (self.home, self.flashCopies) = (home, flashCopies)
     }
 
-    static let practiceName = "practice"
+    private static let practiceName = "practice"
 
     /// A writable FlashCopy `practice` of a point over all volumes of the group. Mirroring, lag and points are not touched.
     ///

@@ -51,8 +51,7 @@ package final class Replication {
                 connectionsPerVolume: link.connections ?? max(1, 4 / members.count), compare: link.compare,
                 stallTimeout: link.stallTimeout, rate: group.entry.rate(group.record, at: realSeconds()),
                 log: { [home] text in
-                    home.logger.info("group \(name): \(text)")
-                    home.events.add(group: name, text)
+                    home.note(name, text)
                     Task { await home.happened() }
                 },
                 refused: { [whenRefused] in Task { await whenRefused(name) } }))

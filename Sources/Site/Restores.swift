@@ -15,26 +15,15 @@ final class Restores {
         self.home = home
     }
 
-    /// Ends the hosts' connections, readers' as well, since what they have cached is void; what they asked for is carried out
-    /// first. New ones can only read until `letHostsIn`.
+    /// Until `letHostsIn`: what hosts have cached is void.
     func shutOut(_ volume: VolumeState) async {
         volume.shutsHostsOut = true
-        let (number, reactor) = (volume.number, volume.reactor)
-        await reactor.run { $0.hosted(number).writable = false }
-        home.publish(volume, home.group(ofVolume: volume.name))
-        await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-            reactor.perform { $0.disconnect(number, .hosts) { continuation.resume() } }
-        }
+        await home.shutOutHosts(of: volume, home.group(ofVolume: volume.name))
     }
 
     func letHostsIn(_ volume: VolumeState) async {
         volume.shutsHostsOut = false
-        let number = volume.number
-        let group = home.group(ofVolume: volume.name)
-        let writable =
-            group == nil || group?.servesHosts == true && group?.record.leftOut?.contains(volume.name) != true
-        await volume.reactor.run { $0.hosted(number).writable = writable }
-        home.publish(volume, group)
+        await home.admitHosts(to: volume, home.group(ofVolume: volume.name))
     }
 
     /// Gives the bitmap of grains to restore to the reactor. `fresh`: it is filled there, and the restore begins paused.

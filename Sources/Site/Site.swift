@@ -70,7 +70,7 @@ package final class Site {
         kept = KeptPoints(home, chains)
         replication = Replication(home)
         executor = CopyExecutor(home, chains, storage, restores, VolumeStarts(home, chains, restores), kept)
-        flashCopies = FlashCopies(home, chains, restores, executor, Hooks(home))
+        flashCopies = FlashCopies(home, chains, executor, Hooks(home))
         practice = Practice(home, flashCopies)
         checksums = Checksums(home, flashCopies)
         removal = PointRemoval(home, kept)
@@ -122,12 +122,11 @@ package final class Site {
             let record = group?.record
             let volume = try VolumeState(
                 entry, state: home.state, disks: home.disks, reactor: reactors[index % count], bootID: home.bootID,
-                role: record?.role,
-                servedAs: group?.servedAs, hasPoints: record?.points.isEmpty == false, force: force)
+                role: record?.role, servedAs: group?.servedAs, hasPoints: record?.points.isEmpty == false, force: force)
             home.volumes[entry.name] = volume
             home.board.volumes.withLock { $0.append(volume.board) }
             for finding in volume.findings {
-                home.note(home.group(ofVolume: entry.name)?.entry.name, "volume \(entry.name): \(finding)")
+                home.note(group?.entry.name, "volume \(entry.name): \(finding)")
             }
         }
         for group in home.groups.values {
@@ -253,7 +252,7 @@ package final class Site {
             if let group, group.record.failedOver?.restoring.contains(name) == true {
                 try? await group.handle.change(.restored(volume: name))
             }
-            await flashCopies.restoreFinished(volume)
+            await executor.restoreFinished(volume)
         case .restoreFailed(let grain, let errno):
             home.note(
                 group?.entry.name,

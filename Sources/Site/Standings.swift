@@ -36,7 +36,7 @@ package final class Standings {
     ///
     /// - Parameter seconds: how long a peer that does not answer is asked again.
     /// - Returns: nil when the peer could not be reached.
-    func learnStanding(_ group: GroupState, seconds: Double) async throws -> Verdict? {
+    private func learnStanding(_ group: GroupState, seconds: Double) async throws -> Verdict? {
         let deadline = monotonicNanoseconds() + UInt64(seconds * 1e9)
         while true {
             do {

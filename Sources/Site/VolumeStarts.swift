@@ -74,9 +74,7 @@ final class VolumeStarts {
         let number = volume.number
         let group = home.group(ofVolume: volume.name)
         volume.carriers = group?.record.carriers(of: [volume.name])[volume.name] ?? []
-        let serves =
-            role.role != .secondary && group?.servesHosts != false
-            && group?.record.leftOut?.contains(volume.name) != true
+        let serves = role.role != .secondary && home.hostsMayWrite(to: volume, group)
         let isPrimary = role.role == .primary
         let hold = isPrimary ? try volume.openPointHold() : nil
         let regions = role.marksRegions ? volume.activeRegions : nil

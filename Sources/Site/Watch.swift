@@ -90,7 +90,7 @@ final class Watch {
     }
 
     /// Bytes a second of a scheduled comparison.
-    static let scrubRate: UInt64 = 64 << 20
+    private static let scrubRate: UInt64 = 64 << 20
 
     private func isDue(_ schedule: CronSchedule?, _ next: inout Double?, _ now: Double) -> Bool {
         guard let schedule else { return false }

@@ -93,8 +93,8 @@ package struct RemoteCommit: StepTable {
                 return .failed(
                     TakeoverRefusal("point \(number) is out of order: the newest here is \(remote.record.committed)"))
             }
-            guard plan != nil, record.untracked != nil else { return .done(point) }
-            return go(.isSentAnew(plan!), .change(.sentAnew(session: session)))
+            guard let plan, record.untracked != nil else { return .done(point) }
+            return go(.isSentAnew(plan), .change(.sentAnew(session: session)))
         case .refuses(_, let reason): return .failed(TakeoverRefusal(reason))
         case .failedOver: return .failed(TakeoverRefusal("the group has failed over"))
         case .checking, .prepared, .dropped, .superseded: return .failed(UnexpectedAnswer(answer, state))
