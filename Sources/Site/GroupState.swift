@@ -93,6 +93,8 @@ final class GroupState {
 
     /// Hosts may write here.
     var servesHosts = false
+    /// They may as soon as the record's file says nothing else.
+    var isAdmitting = false
     /// Bytes that clients had written when the group failed over to this site; nil after a restart.
     var writtenAtFailover: UInt64?
     var isRetiring = false

@@ -214,12 +214,12 @@ final class Holdings {
     }
 
     func admitHosts(_ group: GroupState) async {
-        group.servesHosts = true
+        (group.servesHosts, group.isAdmitting) = (true, false)
         for volume in members(group) { await admitHosts(to: volume, group) }
     }
 
     func shutOutHosts(_ group: GroupState) async {
-        group.servesHosts = false
+        (group.servesHosts, group.isAdmitting) = (false, false)
         for volume in members(group) { await shutOutHosts(of: volume, group) }
     }
 

@@ -6,6 +6,7 @@
 //   the peer's changed grains are counted as taken over before they are on stable storage here
 //   both sites give up the role because each was asked to (opposite resyncs), or one does long after it was asked
 //   data flows back into a volume while its role is given up
+//   hosts that were to be let in after an earlier try are, while this one gives the role up
 
 import API
 import Base
@@ -52,7 +53,7 @@ package final class Roles {
         }
         try checkYield(group, request)
         try await checkStillAsked(group, request)
-        let served = group.servesHosts
+        let served = group.servesHosts || group.isAdmitting
         let point = try await steps.run(
             Yield(
                 to: request.siteID, generations: request.generations, highestPoint: request.highestPoint,

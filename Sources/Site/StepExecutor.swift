@@ -252,9 +252,11 @@ final class StepExecutor {
     private func admitWhenSettled(_ group: GroupState) async {
         if (try? await group.handle.settle()) != nil { return await home.admitHosts(group) }
         home.note(group.entry.name, "hosts stay shut out until the group's record can be written")
+        group.isAdmitting = true
         Task {
-            await home.wait(seconds: nil) { !group.isUnsaved }
-            if !home.isStopping, group.isMirroring, !group.servesHosts { await home.admitHosts(group) }
+            await home.wait(seconds: nil) { !group.isUnsaved || !group.isAdmitting }
+            // An operation that has shut hosts out since then says itself what becomes of them.
+            if !home.isStopping, group.isAdmitting { await home.admitHosts(group) }
         }
     }
 
@@ -275,7 +277,9 @@ final class StepExecutor {
         }
     }
 
+    /// What an earlier try has kept, whose record may say that the role was given up, goes once the same is kept anew.
     private func keepUnsent(_ group: GroupState) async throws {
+        let earlier = group.unsent
         group.unsent = nil
         guard await peers.standing(group).changedBytes > 0 else { return }
         let members = home.members(group)
@@ -290,6 +294,7 @@ final class StepExecutor {
         var request = FlashCopyRequest(name: name, volumes: members.map(\.name))
         request.durable = true
         try await flashCopies.take(request, members)
+        await drop(unsent: earlier, group)
         group.unsent = name
         home.note(
             group.entry.name,
@@ -298,8 +303,12 @@ final class StepExecutor {
     }
 
     private func dropUnsent(_ group: GroupState) async {
-        guard let name = group.unsent else { return }
+        await drop(unsent: group.unsent, group)
         group.unsent = nil
+    }
+
+    private func drop(unsent name: String?, _ group: GroupState) async {
+        guard let name else { return }
         let found = home.members(group).compactMap { volume in volume.copyRecord(name).map { (volume, $0.id) } }
         do { try await executor.run(WithdrawCopies(found.map(\.1)), on: found.map(\.0)) } catch {
             home.note(group.entry.name, "FlashCopy '\(name)' stays, although the role was not given up: \(error)")

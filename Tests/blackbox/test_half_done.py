@@ -142,6 +142,43 @@ class Limits(SiteTest):
         wait_for(lambda: sum(name.startswith("unsent") for name in names(east, "disk")) == 1, what="what was unsent is kept")
 
 
+class RoleNotGivenUp(OrderTest):
+    """The old primary has not heard of the failover, and serves hosts; asked to give up its role, it cannot save its record at first."""
+
+    def test_hosts_are_not_let_in_while_the_next_try_gives_the_role_up(self):
+        # Often the record is mended between the two tries: then hosts are let in, and shut out again.
+        for _ in range(4):
+            east, west = self.pair({"disk": "64KiB"}, interval="manual")
+            wait_for(west.points)
+            east.farcopy("suspend", "shop")
+            handle = east.connect("disk")
+            handle.pwrite(b"unsent" * 100, 0)
+            handle.flush()
+            handle.shutdown()
+            west.farcopy("failover", "shop")
+            wait_for(lambda: not any(v["restoring_bytes"] for v in west.status()["volumes"].values()))
+            east.recorder.fail("fdatasync", "~groups/shop/group.record", error=errno.EIO, count=1000)
+            resync = ("resync", "shop", "--discard", "east", "--yes")
+            self.assertNotEqual(west.farcopy(*resync, check=False).returncode, 0)
+            # The next try saves the record, and then takes long to make its files.
+            east.recorder.fail("fsync", "/copies", error=-2)
+            gives_up = self.spawn(FARCOPY, *resync, "--control", west.control)
+            wait_for(lambda: east.recorder.failed() == 0)
+            time.sleep(1)
+            self.assertIsNone(gives_up.poll())
+            self.check_shut_out(east)
+            self.assertEqual(gives_up.wait(60), 0)
+            wait_for(lambda: west.group()["state"] == "mirroring")
+            self.check_shut_out(east)
+            self.assertEqual([name for name in names(east, "disk") if name.startswith("unsent")], ["unsent-after-1-2"])
+            self.put_away(east, west)
+
+    def check_shut_out(self, site):
+        handle = site.connect("disk")
+        self.assertTrue(handle.is_read_only(), site.farcopy("events").stdout)
+        handle.shutdown()
+
+
 class Interrupted(SiteTest):
     def test_a_clone_beside_a_point_past_its_retention(self):
         """A reader keeps that point in the chain: the clone is newer, and stays so after a kill."""
