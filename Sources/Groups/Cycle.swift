@@ -298,7 +298,12 @@ package struct Cycle {
     /// The lineage is recorded only when the bitmaps say that everything may differ.
     private mutating func marked(_ peer: PeerState, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         invariant(!hasPoint, "a point of another copy is given up before a new one is written down")
-        if record.lineage != peer.lineage { record.primary?.lastCommitted = nil }
+        if record.lineage != peer.lineage {
+            // The next point is all of the volumes, and comes after what the peer has: of no use here, but its newest. For example what it was
+            // when it gave up its role, if the answer was lost.
+            record.primary?.lastCommitted = peer.committed
+            record.primary?.lastCommitted?.isBase = true
+        }
         record.lineage = peer.lineage
         record.volumeLineages = peer.volumeLineages
         record.peerSite = peer.site
