@@ -44,8 +44,25 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     /// A failover is decided before it is on stable storage which grains must come back from the point.
     case failOverUnmarked
 
+    /// A point is formed while the volumes still have something of the one before.
+    case formOverLast
+    /// What a link that was closed has still brought counts.
+    case hearClosedLinks
+    /// What relies on a record begins although that could not be saved; or hosts write although it may say that the role is handed over.
+    case goOnUnsaved, admitUnsettled
+    /// Hosts that wait since an operation has failed are let in while the next one gives the role up.
+    case admitLate
+    /// A point counts as committed once that was asked for.
+    case countUnheard
+    /// A commit of an earlier session is carried out.
+    case takeLateCommits
+    /// A FlashCopy that a point is compared with is taken a little after it.
+    case compareLater
+
     /// A volume has no files of a point although it has changed since the one before.
     case takeForUnchanged
+    /// Files that are missing are made anew.
+    case trustMissing
     /// Files leave with their point, although newer points have none of the volume.
     case dropCarriers
     /// Files of points that have failed leave although the record's file may still name these.

@@ -26,7 +26,8 @@ extension World {
         for copies in site.copies { for (file, _) in copies.values { file.spaceLeft = nil } }
         // A commit that was under way is decided by the record.
         if site.isBusy || !site.chainsAreWhole { site.restart(powerLoss: false) }
-        guard let point = site.readablePoints.randomElement(using: &random) else { return }
+        guard let point = try pointToGoTo(site) else { return }
+        site.hostsWrote = false
         note("\(site.name) fails over to point \(point)")
         exchangeSites()
         let kept = site.readablePoints
@@ -41,6 +42,7 @@ extension World {
             let index = random.below(Self.volumes)
             for _ in 0..<random.below(30) { site.volumes[random.below(Self.volumes)].step(&random) }
             site.collectEvents()
+            arrive()
             if operations <= wanted { try act(index, &models[index]) }
             if operations < wanted, random.chance(6) { try crashAfterFailover(&models) }
             guard operations < 100_000 else { throw SimulationFailure("a restore never ends") }
@@ -59,6 +61,25 @@ extension World {
         for volume in site.volumes { while !volume.pending.isEmpty { volume.step(&random) } }
     }
 
+    /// The operator wants one of them, or the newest.
+    private func pointToGoTo(_ site: SimulatedSite) throws(SimulationFailure) -> UInt64? {
+        let wanted = random.chance(80) ? site.points.randomElement(using: &random) : nil
+        let point = try? (try? site.record.failoverPoint(wanted)) ?? site.record.failoverPoint(nil)
+        guard let point else {
+            guard site.readablePoints.isEmpty else { throw SimulationFailure("no failover although there are points") }
+            return nil
+        }
+        guard point.isFailed != true else {
+            throw SimulationFailure("a failover goes to point \(point.number), which has failed")
+        }
+        return point.number
+    }
+
+    /// Something that was on its way when the primary was lost.
+    private func arrive() {
+        if !tasks.isEmpty, random.chance(50) { tasks.remove(at: random.below(tasks.count))() }
+    }
+
     /// The operator tries until it is done; the process may end, power and saves may fail between any two steps.
     private func carryOutFailover(to point: UInt64) throws(SimulationFailure) {
         let site = primary!
@@ -74,6 +95,7 @@ extension World {
                 if attempt < 4, random.chance(10) { break }
                 if site.steps.isEmpty { throw SimulationFailure("the failover waits for ever") }
                 site.steps.removeFirst()()
+                arrive()
                 site.volumes[random.below(Self.volumes)].step(&random)
             }
             if outcome == nil { site.restart(powerLoss: random.chance(50)) }
@@ -103,6 +125,7 @@ extension World {
         }
         let byte = UInt8(truncatingIfNeeded: random.next())
         let fua = random.chance(20)
+        primary.hostsWrote = true
         _ = try complete(index, .write, start, length, Array(repeating: byte, count: length), fua: fua)
         for sector in start / 512..<(start + length) / 512 {
             let old = model.sector(sector)

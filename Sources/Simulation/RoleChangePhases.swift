@@ -64,8 +64,12 @@ extension World {
     func failBack(steps count: Int) throws(SimulationFailure) {
         guard primary.record.failedOver != nil else { return }
         endTrouble()
-        note("\(secondary.name) comes back and becomes the secondary of \(primary.name)")
         secondary.start()
+        let verdict = try judgeSites()
+        // The operator says whose data stays, perhaps before the one that comes back has asked.
+        if random.chance(70) { secondary.learnStanding(verdict) }
+        if random.chance(30) { exchangeSites() }
+        note("\(secondary.name) becomes the secondary of \(primary.name)")
         try join()
         admitHosts()
         for _ in 0..<(random.chance(50) ? random.below(200) : count) { try step(faults: true) }
@@ -75,7 +79,7 @@ extension World {
     /// The operator tries until it is done.
     private func join() throws(SimulationFailure) {
         var tries = 0
-        while !primary.record.isMirroring {
+        while !primary.record.isMirroring || secondary.record.role == .primary {
             tries += 1
             guard tries < 500 else { throw SimulationFailure("the old primary never becomes secondary") }
             let process = primary.life

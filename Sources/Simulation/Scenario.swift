@@ -17,6 +17,8 @@ package struct SimulationFigures: Sendable {
     package var commits = 0
     /// Volumes that had no files of a point at its commit, since they had not changed.
     package var unchanged = 0
+    /// Points that a comparison found alike at both sites.
+    package var comparisons = 0
     package init() {}
 
     package static func += (sum: inout SimulationFigures, more: SimulationFigures) {
@@ -26,6 +28,7 @@ package struct SimulationFigures: Sendable {
         sum.crashes += more.crashes
         sum.commits += more.commits
         sum.unchanged += more.unchanged
+        sum.comparisons += more.comparisons
     }
 }
 

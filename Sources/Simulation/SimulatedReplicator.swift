@@ -27,7 +27,7 @@ extension SimulatedSite {
     }
 
     func event(_ event: Cycle.Event, _ sender: UInt64) {
-        if sender == epoch { handle(event) }
+        if sender == epoch || fault == .hearClosedLinks { handle(event) }
     }
 
     func handle(_ event: Cycle.Event) {
@@ -84,7 +84,7 @@ extension SimulatedSite {
         }
     }
 
-    private func everyVolume(_ body: @escaping (Int, SimulatedVolume) -> Void, then done: @escaping () -> Void) {
+    func everyVolume(_ body: @escaping (Int, SimulatedVolume) -> Void, then done: @escaping () -> Void) {
         var left = World.volumes
         for index in 0..<World.volumes {
             post(index) { volume in
@@ -113,7 +113,9 @@ extension SimulatedSite {
         let sender = epoch
         let clear: () -> Void = { [unowned self] in
             guard sender == epoch else { return }
-            guard volumes.allSatisfy({ $0.volume.mayFormPoint }) else { return handle(.notReady) }
+            guard fault == .formOverLast || volumes.allSatisfy({ $0.volume.mayFormPoint }) else {
+                return handle(.notReady)
+            }
             for index in volumes.indices where volumes[index].volume.pointBitmapIsDirty {
                 preserved[index].bitmap(World.grains).clearAll()
             }
@@ -127,19 +129,22 @@ extension SimulatedSite {
         let sender = epoch
         world.note("point \(number) forms")
         let early = fault == .releaseEarly
+        noteForComparison(number)
         everyVolume(
             { [unowned self] index, simulated in
                 simulated.volume.formPoint(
                     number: number, targetFile: targetFiles[index],
                     preserved: preserved[index].bitmap(World.grains))
+                if fault != .compareLater { copyForComparison(index, simulated, at: number) }
                 if early { simulated.volume.releaseHold() }
             },
             then: { [unowned self] in
                 var changed: [Int] = []
                 everyVolume(
-                    { index, simulated in
+                    { [unowned self] index, simulated in
                         if simulated.volume.outOfSyncGrains > 0 { changed.append(index) }
                         simulated.volume.releaseHold()
+                        if fault == .compareLater { copyForComparison(index, simulated, at: number) }
                     },
                     then: { [unowned self] in
                         world.tasks.append { [unowned self] in
@@ -245,7 +250,8 @@ extension SimulatedSite {
             guard sender == epoch else { return }
             let peer = peer
             guard !world.isPartitioned else { return loseSession(sender) }
-            guard peer.record.role == .secondary else {
+            // The peer looks, or its record does.
+            guard peer.record.role == .secondary || world.random.chance(50) else {
                 return event(.sessionFailed("the peer is primary", retry: false), sender)
             }
             // Sessions, commits and failovers come one after the other.
@@ -259,7 +265,10 @@ extension SimulatedSite {
                     session: opened, site: peer.name, lineage: peer.record.lineage ?? "",
                     volumeLineages: peer.record.volumeLineages, committed: peer.record.points.last)
                 world.tasks.append { [unowned self] in
-                    if sender == epoch { linkSession = opened }
+                    if sender == epoch {
+                        linkSession = opened
+                        world.sitesHaveMet()
+                    }
                     event(.sessionOpened(state), sender)
                 }
             }
@@ -273,7 +282,9 @@ extension SimulatedSite {
     private func commit(_ number: UInt64, _ previous: UInt64?) {
         let (sender, opened, peer) = (epoch, linkSession, peer)
         world.tasks.append { [unowned self] in
-            guard peer.session == opened, !world.isPartitioned, !peer.isBusy else { return loseLink() }
+            let isIn = peer.session == opened || fault == .takeLateCommits
+            guard isIn, !world.isPartitioned, !peer.isBusy else { return loseLink() }
+            if fault == .countUnheard { event(.committed(at: Double(world.now)), sender) }
             let asked = RemoteCommit(
                 number: number, after: previous, formedAt: 0, keep: Retention(last: 4), session: opened)
             peer.onCrash.append { [unowned self] in loseLink() }

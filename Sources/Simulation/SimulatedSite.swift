@@ -40,12 +40,18 @@ final class SimulatedSite {
     /// What must come back from the point that was failed over to.
     var restores: [SimulatedBitmap] = []
     private(set) var saved: GroupRecord
+    /// What the process knows to be in the file.
+    private var known: GroupRecord
+    /// By volume.
+    private var lostFiles: [Set<CopyID>] = Array(repeating: [], count: World.volumes)
     /// Volumes whose bitmaps and logs say what is not this run's: no start has come to their end since power was lost.
     private var unconfirmed: Set<Int> = []
     /// The disk under all of these but the volumes takes nothing any more.
     private(set) var stateFails = false
     /// No record can be saved before this step.
     private var fullUntil = 0
+    /// Since it was failed over to.
+    var hostsWrote = false
     /// Volumes whose own file says that their bitmaps and log are not to be relied on.
     private var distrusted: Set<Int> = []
 
@@ -59,6 +65,8 @@ final class SimulatedSite {
     var isUp: Bool { volumes.count == World.volumes }
     /// An operation is under way.
     var isBusy = false
+    /// Hosts wait for a record that is to be saved.
+    var isAdmitting = false
     /// Its next step, and what waits beside it.
     var steps: [() -> Void] = []
     /// Who waits for an answer of this process, which has ended.
@@ -68,6 +76,11 @@ final class SimulatedSite {
     var order = CopyRecord.orderStep
     private var copyBuffers: CopyBuffers
     private let copyMemory: UnsafeMutableRawPointer
+
+    /// Of a point with its peer's, and how many there were; and what it keeps for its peer's.
+    var comparison: SimulatedComparison?
+    var comparisons = 0
+    var pinned: PinnedPoint?
 
     // While it mirrors: what `Replicator` has.
     var mailboxes: [[() -> Void]] = []
@@ -82,6 +95,8 @@ final class SimulatedSite {
     var linkSession: UInt64 = 0
 
     var record: GroupRecord { group.record }
+    /// As the record says.
+    var mayServeHosts: Bool { record.role == .primary && record.handingOver == nil && record.conflict == nil }
     var points: [UInt64] { record.points.map(\.number) }
     var readablePoints: [UInt64] { record.points.filter { $0.isFailed != true }.map(\.number) }
     private var fault: DeliberateFault? { world.fault }
@@ -90,6 +105,7 @@ final class SimulatedSite {
     init(_ world: World, _ name: String, _ role: Role) {
         (self.world, self.name) = (world, name)
         saved = .first(role, identity: name)
+        known = saved
         group = Group(record: saved)
         copyMemory = .allocate(byteCount: 8 << 20, alignment: 4096)
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
@@ -116,16 +132,18 @@ final class SimulatedSite {
         guard let turn else { return false }
         for action in turn.before { perform(action) }
         if turn.saves {
+            do { try group.record.check(after: known) } catch { world.fail("\(name)'s record: \(error)") }
             let isFull = world.steps < fullUntil && !world.isQuiet
             let fails = stateFails || isFull || world.saveFails()
             if !fails || (!stateFails && !isFull && world.random.chance(50)) { saved = group.record }
-            guard !fails else {
+            guard !fails || (ofCycle && fault == .goOnUnsaved) else {
                 if !isFull { fullUntil = world.steps + world.recordWasNotSaved(self) }
                 world.note("\(name) cannot save its record")
                 save(group.saveFailed("no space", ofCycle: ofCycle, now: world.now), ofCycle: ofCycle)
                 wakeAt = group.wakeAt ?? .max
                 return false
             }
+            known = group.record
             let wasUnsaved = group.isUnsaved
             group.wasSaved()
             if wasUnsaved { settleChains() }
@@ -149,7 +167,7 @@ final class SimulatedSite {
             lose(powerLoss: powerLoss)
             lostPower = lostPower || powerLoss
         }
-        servesHosts = record.role == .primary && record.handingOver == nil
+        servesHosts = mayServeHosts
         if record.isMirroring { beginMirroring() }
         return lostPower
     }
@@ -162,6 +180,7 @@ final class SimulatedSite {
             return step != last
         }
         let isTrusted = recording.indices.map { !unconfirmed.contains($0) && !distrusted.contains($0) }
+        known = saved
         group = Group(record: saved)
         if fault == .confirmPrimaryEarly { unconfirmed = [] }
         guard goesOn() else { return false }
@@ -174,6 +193,7 @@ final class SimulatedSite {
             volumes.append(makeVolume(index))
             guard goesOn(), startVolume(index, isTrusted[index], goesOn) else { return false }
         }
+        settleChains()
         return true
     }
 
@@ -189,9 +209,9 @@ final class SimulatedSite {
     private func perform(_ action: CopyAction, _ index: Int, _ isTrusted: Bool) -> CopyAnswer {
         let simulated = volumes[index]
         switch action {
-        case .openFiles(let links):
-            open(links, index)
-            return .opened(links.map { _ in .whole })
+        case .openFiles(let links): return .opened(open(links, index))
+        case .change(_, .lost): break  // there are no FlashCopies
+        case .loseFiles(let ids): return CopyAnswer(isDone: loseFiles(ids, index))
         case .resume(let link):
             addPoint(UInt64(link.id), to: simulated, index, resume: true, failed: link.resumption == .servesOlder)
             if link.resumption == .leaves { simulated.volume.withdrawCopy(link.id) }
@@ -211,11 +231,21 @@ final class SimulatedSite {
     }
 
     /// What was made for a point that no record names goes.
-    private func open(_ links: [ChainLink], _ index: Int) {
+    private func open(_ links: [ChainLink], _ index: Int) -> [LinkFiles] {
         for id in copies[index].keys where !links.contains(where: { $0.id == id }) { copies[index][id] = nil }
-        for link in links where copies[index][link.id] == nil {
+        return links.map { link in
+            if copies[index][link.id] != nil || fault == .trustMissing { return .whole }
+            if lostFiles[index].contains(link.id) { return .damaged }
             world.fail("the files of point \(link.id) are missing at a start")
+            return .damaged
         }
+    }
+
+    private func loseFiles(_ ids: Set<CopyID>, _ index: Int) -> Bool {
+        let voided = ids.compactMap { record.points(carriedBy: UInt64($0), "\(index)").last?.number }.max()
+        if let voided, !take(.pointsVoided(through: voided, lineage: "\(world.random.next())")) { return false }
+        for id in ids { copies[index][id] = nil }
+        return true
     }
 
     private func take(_ role: RoleStart, _ index: Int) {
@@ -273,7 +303,7 @@ final class SimulatedSite {
         guard !group.isUnsaved || fault == .leaveUnsaid else { return }
         for index in volumes.indices {
             let carriers = fault == .dropCarriers ? points : carriers(index)
-            for id in copies[index].keys.sorted() where !carriers.contains(UInt64(id)) {
+            for id in copies[index].keys.sorted() where id < CopyTable.firstID && !carriers.contains(UInt64(id)) {
                 volumes[index].volume.withdrawCopy(id)
             }
             volumes[index].pump()
@@ -337,11 +367,24 @@ final class SimulatedSite {
         start()
     }
 
+    /// Somebody, or a check of the file system, has removed files of a point.
+    func loseFilesOfPoint() {
+        let index = world.random.below(World.volumes)
+        lose(powerLoss: false)
+        if let id = copies[index].keys.sorted().randomElement(using: &world.random) {
+            world.note("\(name) has lost files of point \(id) of volume \(index)")
+            copies[index][id] = nil
+            lostFiles[index].insert(id)
+        }
+        start()
+    }
+
     func lose(powerLoss: Bool) {
         world.note("\(name) \(powerLoss ? "loses power" : "is killed")")
         world.figures.crashes += 1
         for volume in volumes { volume.crash(&world.random) }
-        (volumes, steps, isBusy, session, servesHosts) = ([], [], false, 0, false)
+        (volumes, steps, isBusy, session) = ([], [], false, 0)
+        (servesHosts, isAdmitting, comparison, pinned) = (false, false, nil, nil)
         life += 1
         epoch += 1
         fullUntil = 0  // a start would wait for the operator
@@ -428,6 +471,7 @@ final class SimulatedSite {
         case .activityLogFailed: distrust(index)
         case .copyWithdrawn(let id): copies[index][id] = nil
         case .copyFailed(let id, _), .failureUnwritten(let id, _):
+            guard id < CopyTable.firstID else { return volumes[index].volume.failureIsWritten() }
             // The disk that is full has the record as well.
             if !world.isQuiet, world.random.chance(30) { fullUntil = world.steps + world.random.below(600) }
             _ = take(.pointFailed(UInt64(id), volume: "\(index)"))

@@ -18,9 +18,7 @@ extension SimulatedSite {
     }
 
     func join(done: @escaping (Result<Void, any Error>) -> Void) {
-        let theirs = Standing(
-            site: peer.name, siteID: peer.name, record: peer.record, wrote: true, changedBytes: 0)
-        run(Join(record, theirs, identity: "\(world.random.next())"), done: done)
+        run(Join(record, peer.standing, identity: "\(world.random.next())"), done: done)
     }
 
     private func goOn<Operation: Steps>(
@@ -99,13 +97,12 @@ extension SimulatedSite {
         case .holdCopies:
             let isRestoring = record.failedOver?.restoring.isEmpty == false
             done(isRestoring ? .failed(Refusal("a volume is being restored", .passing)) : .done)
-        case .countChanges:
-            let grains = volumes.reduce(0) { $0 + $1.volume.changedGrains + $1.volume.outOfSyncGrains }
-            done(.bytes(UInt64(grains * World.grain)))
+        case .countChanges: done(.bytes(changedBytes))
         case .askToPromote(let point): askToPromote(point, done)
         case .endPeersSessions: endPeersSessions(done)
         case .shutHostsOut:
             servesHosts = false
+            if fault != .admitLate { isAdmitting = false }
             // What they had asked for is carried out.
             wait { [unowned self] in
                 volumes.allSatisfy { $0.volume.modifyingInFlight == 0 }
@@ -113,6 +110,7 @@ extension SimulatedSite {
                 done(.done)
             }
         case .admitHosts:
+            isAdmitting = true
             admitWhenSettled(life)
             done(.done)
         case .settleChanges: settleChanges(done)
@@ -124,7 +122,11 @@ extension SimulatedSite {
             }
         case .askToYield: askToYield(done)
         case .takeChanges: done(answer(takeChanges()))
-        case .copyAtPoint, .pinPoint, .comparePoint, .dropCopies, .unpinPoint: world.fail("nobody compares points here")
+        case .copyAtPoint: copyAtPoint(done)
+        case .pinPoint(let point): pinPoint(point, done)
+        case .comparePoint: comparePoint(done)
+        case .dropCopies: dropCopies { done(.done) }
+        case .unpinPoint: unpinPoint(done)
         }
     }
 
@@ -139,7 +141,7 @@ extension SimulatedSite {
     }
 
     /// Looks now and then until something is so.
-    private func wait(_ condition: @escaping () -> Bool, then done: @escaping () -> Void) {
+    func wait(_ condition: @escaping () -> Bool, then done: @escaping () -> Void) {
         if condition() { return done() }
         let process = life
         steps.append { [unowned self] in if process == life { wait(condition, then: done) } }
@@ -197,9 +199,12 @@ extension SimulatedSite {
 
     /// As `StepExecutor.admitWhenSettled`, which does not wait either.
     private func admitWhenSettled(_ process: Int) {
-        guard process == life, record.role == .primary, record.handingOver == nil else { return }
-        if save(group.settle()) { return servesHosts = true }
-        world.tasks.append { [unowned self] in admitWhenSettled(process) }
+        guard process == life, isAdmitting else { return }
+        if !mayServeHosts { world.fail("\(name) is to serve hosts as \(record.phase.kind)") }
+        guard save(group.settle()) || fault == .admitUnsettled else {
+            return world.tasks.append { [unowned self] in admitWhenSettled(process) }
+        }
+        (servesHosts, isAdmitting) = (true, false)
     }
 
     private func settleChanges(_ done: @escaping (Answer) -> Void) {
@@ -233,7 +238,7 @@ extension SimulatedSite {
     /// Asks the peer something.
     ///
     /// - Parameter done: is given its answer, or that it did not come, once.
-    private func ask(
+    func ask(
         _ done: @escaping (Answer) -> Void, _ body: @escaping (SimulatedSite, @escaping (Answer) -> Void) -> Void
     ) {
         let (process, peer) = (life, peer)
@@ -297,7 +302,7 @@ extension SimulatedSite {
             let asked = Yield(
                 to: name, generations: record.generations, highestPoint: record.highestPoint,
                 lineage: "after \(world.random.next())", volumes: (0..<World.volumes).map { "\($0)" },
-                keep: Retention(last: 4), servesHosts: peer.servesHosts)
+                keep: Retention(last: 4), servesHosts: peer.servesHosts || peer.isAdmitting)
             peer.run(asked) { outcome in
                 guard case .success(let point) = outcome else { return answered(lost) }
                 answered(.yielded(peer.joining(at: point)))

@@ -13,7 +13,7 @@ import Volumes
 private enum Happening: CaseIterable {
     case host, primaryIO, secondaryIO, message, task, killPrimary, primaryPower, killSecondary, secondaryPower,
         linkLoss,
-        partition, trouble, read, sweep, writeBack
+        partition, trouble, read, verify, sweep, writeBack
 
     /// Out of about ten thousand.
     var usualWeight: Int {
@@ -29,6 +29,7 @@ private enum Happening: CaseIterable {
         case .linkLoss: 8
         case .partition: 2
         case .trouble: 4
+        case .verify: 5
         case .sweep, .writeBack: 20
         case .read: 70
         }
@@ -81,6 +82,8 @@ package final class World: Scenario {
     /// At the primary, but for the time of a change of roles.
     var hosts: Hosts
     private(set) var hostsAreServed = true
+    /// Hosts may have written since the primary was last in a session.
+    private(set) var wroteAlone = false
     /// The end of each volume, which hosts leave as the first primary had it.
     private var still: [ArraySlice<UInt8>] = []
     var remembered: [UInt64: [[UInt8]]] = [:]
@@ -135,11 +138,13 @@ package final class World: Scenario {
     // MARK: Crashes and roles
 
     private func crash(_ site: SimulatedSite, powerLoss: Bool) {
-        if site === secondary, hostsAreServed, site.record.role == .secondary, site.record.yielded == nil,
-            random.chance(4)
-        {
+        let isReceiving =
+            site === secondary && hostsAreServed && site.record.role == .secondary && site.record.yielded == nil
+        if isReceiving, random.chance(4) {
             site.exchangeVolumes()
             remembered = [:]
+        } else if isReceiving, random.chance(4) {
+            site.loseFilesOfPoint()
         } else {
             site.restart(powerLoss: powerLoss)
         }
@@ -157,6 +162,9 @@ package final class World: Scenario {
 
     /// The primary is gone for good, or comes back later: what its hosts had under way is nobody's.
     func shutHostsOut() { (hosts.stopped, hostsAreServed) = (true, false) }
+
+    /// What hosts write from now on is no secret to the other site.
+    func sitesHaveMet() { wroteAlone = false }
 
     /// The site that was failed over to is the primary, and the other its secondary, or about to be.
     func exchangeSites() { swap(&primary, &secondary) }
@@ -203,7 +211,9 @@ package final class World: Scenario {
         switch random.one(of: Happening.allCases, weights: faults ? weights : quietWeights) {
         case .host:
             figures.operations += 1
-            if hostsAreServed, primary.servesHosts { hosts.act(self) }
+            guard hostsAreServed, primary.servesHosts else { break }
+            if case .offline = primary.group.cycle?.state, !primary.group.isUnsaved { wroteAlone = true }
+            hosts.act(self)
         case .primaryIO: primary.volumes[random.below(Self.volumes)].step(&random)
         case .secondaryIO: secondary.volumes[random.below(Self.volumes)].step(&random)
         case .message: takeMessage()
@@ -218,6 +228,7 @@ package final class World: Scenario {
             primary.loseLink()
         case .trouble: makeTrouble()
         case .read: readPoint()
+        case .verify: primary.verify()
         case .sweep:
             for volume in primary.volumes {
                 volume.volume.sweepActivity()
@@ -229,16 +240,28 @@ package final class World: Scenario {
         }
         primary.collectEvents()
         secondary.collectEvents()
+        checkServices()
         if let failure { throw failure }
     }
 
-    private func takeMessage() {
+    /// Whatever has failed, what the record says goes on.
+    private func checkServices() {
+        for site in [primary!, secondary!] where site.isUp && !site.isBusy && !site.isAdmitting {
+            if site.servesHosts != site.mayServeHosts {
+                fail(
+                    "\(site.name) is \(site.record.phase.kind), and \(site.servesHosts ? "serves" : "shuts out") hosts")
+            }
+            if site.record.isMirroring, site.group.cycle == nil { fail("\(site.name) does not mirror any more") }
+        }
+    }
+
+    func takeMessage() {
         let site = random.chance(90) ? primary! : secondary!
         let index = random.below(Self.volumes)
         if !site.mailboxes[index].isEmpty { site.mailboxes[index].removeFirst()() }
     }
 
-    private func takeTask() {
+    func takeTask() {
         let site = random.chance(50) ? primary! : secondary!
         if !site.steps.isEmpty, random.chance(50) { return site.steps.removeFirst()() }
         guard !tasks.isEmpty else { return }

@@ -95,7 +95,7 @@ struct Simulate {
         }
         print(
             "\(scenario): \(seeds.count) seeds from \(seeds.lowerBound), \(sum.steps) steps, \(sum.operations) requests, "
-                + "\(sum.commits) points committed (\(sum.unchanged) volumes unchanged), \(sum.checks) reads compared, \(sum.crashes) crashes: no rule broken"
+                + "\(sum.commits) points committed (\(sum.unchanged) volumes unchanged), \(sum.checks) reads and \(sum.comparisons) points of both sites compared, \(sum.crashes) crashes: no rule broken"
         )
     }
 
