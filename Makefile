@@ -57,9 +57,9 @@ test-blackbox: ## The built program through other people's clients
 	$(RELEASE) --product farcopy
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 $(PYTHON) run.py
 
-mutants: ## Change one line of a rule at a time; some test must notice: make mutants [MUTANT=name] [FOLDER=Volumes] [CHECK=1]
+mutants: ## Change one line of a rule at a time; some test must notice: make mutants [MUTANT=name] [FOLDER=Volumes] [RULES=1] [CHECK=1]
 	@scripts/bootstrap build test
-	@SWIFT="$(SWIFT)" MUTANT="$(MUTANT)" FOLDER="$(FOLDER)" CHECK="$(CHECK)" PYTHONDONTWRITEBYTECODE=1 $(PYTHON) Tests/mutants/mutants.py
+	@SWIFT="$(SWIFT)" MUTANT="$(MUTANT)" FOLDER="$(FOLDER)" RULES="$(RULES)" CHECK="$(CHECK)" PYTHONDONTWRITEBYTECODE=1 $(PYTHON) Tests/mutants/mutants.py
 
 test-fuzz: ## Both fuzz targets over their corpus and 20,000 inputs more, with the address sanitizer
 	@scripts/bootstrap build

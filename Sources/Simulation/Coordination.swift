@@ -137,6 +137,7 @@ package final class Coordination: Scenario {
             try step(index)
         }
         random = SeededGenerator(seed: ~seed)
+        if random.chance(30) { try outlastSilence() }
         try settle()
     }
 
@@ -595,10 +596,7 @@ package final class Coordination: Scenario {
             if hosts[host].image.count != CoordinationHost.grainCount { return fail("a half-formed point is drained") }
             hosts[host].sending = CoordinationHost.Sending(number: number, session: nil, unsent: [])
         case .giveUp(let number):
-            hosts[host].recording.formUnion(hosts[host].outOfSync)
-            hosts[host].outOfSync = []
-            (hosts[host].forming, hosts[host].sending, hosts[host].image) = (nil, nil, [])
-            hosts[host].heldPoint = nil
+            (hosts[host].forming, hosts[host].sending) = (nil, nil)
             if hosts[host].isAtOnce { letGo(host) }
             hosts[host].tasks.removeAll()  // what was begun before has ended
             hosts[host].tasks.append(.gaveUp(number))
@@ -678,6 +676,7 @@ package final class Coordination: Scenario {
         if let remote, random.chance(50) { return drive(remote: remote, remotes[remote].tasks.removeFirst()) }
         guard let host = random.one(of: hosts.indices.filter { !hosts[$0].tasks.isEmpty }) else { return }
         let event = hosts[host].tasks.removeFirst()
+        if case .gaveUp = event { hosts[host].giveUpPoint() }
         drive(host) { [now] in $0.handle(event, now: now) }
     }
 
@@ -840,6 +839,40 @@ package final class Coordination: Scenario {
         }
     }
 
+    /// Somebody is silent for minutes, while all others are well: an undecided point is not held for that.
+    private func outlastSilence() throws(SimulationFailure) {
+        isQuiet = true
+        defer { isQuiet = false }
+        (cuts, stale) = ([:], nil)
+        for process in processes { restart(process) }
+        guard remotes.allSatisfy({ $0.failedOver == nil }) else { return }
+        tell(.coordinator, .request)
+        for _ in 0..<random.below(400) { try goOn(by: 1_000) }
+        let silent = random.one(of: processes.filter { $0 != .coordinator })!
+        crash(silent, "is silent")
+        let end = now + 120_000_000_000
+        while now < end { try goOn(by: 20_000_000) }
+        let isWaitedFor =
+            switch (silent, coordinator?.state) {
+            case (.host(let host), .makingReady(_, let round)), (.host(let host), .holding(_, let round, _)),
+                (.host(let host), .running(_, let round, _)), (.host(let host), .draining(_, let round)),
+                (.remote(let host), .preparing(_, let round)):
+                round.waiting.contains(host)
+            default: false
+            }
+        if isWaitedFor { fail("an undecided point is held for \(silent), which does not answer") }
+        if let failure { throw failure }
+    }
+
+    /// One of the things that happen without faults.
+    private func goOn(by amount: UInt64) throws(SimulationFailure) {
+        let useful: [Happening] = [.apply, .acknowledge, .form, .task, .deliver, .data, .tick, .deliver]
+        happen(useful[random.below(useful.count)])
+        passTime(by: amount)
+        check()
+        if let failure { throw failure }
+    }
+
     /// No faults any more: a point is committed, or all remotes fail over.
     private func settle() throws(SimulationFailure) {
         isQuiet = true
@@ -861,11 +894,7 @@ package final class Coordination: Scenario {
                 // Whoever waits to ask again.
                 passTime(by: 500_000_000)
             }
-            let useful: [Happening] = [.apply, .acknowledge, .form, .task, .deliver, .data, .tick, .deliver]
-            happen(useful[random.below(useful.count)])
-            passTime(by: 1_000)
-            check()
-            if let failure { throw failure }
+            try goOn(by: 1_000)
         }
         fail("without faults \(isFailover ? "not every remote fails over" : "no point is committed")")
         throw failure!

@@ -69,6 +69,12 @@ struct CoordinationHost {
 
     init(remote: Int) { self.remote = remote }
 
+    /// Its bits are merged back.
+    mutating func giveUpPoint() {
+        recording.formUnion(outOfSync)
+        (outOfSync, image, heldPoint) = ([], [], nil)
+    }
+
     mutating func die(powerLoss: Bool) {
         (machine, tasks, heldSince, held) = (nil, [], nil, [])
         (forming, isAtOnce, sending) = (nil, false, nil)

@@ -26,6 +26,7 @@ extension World {
         for copies in site.copies { for (file, _) in copies.values { file.spaceLeft = nil } }
         // A commit that was under way is decided by the record.
         if site.isBusy || !site.chainsAreWhole { site.restart(powerLoss: false) }
+        if random.chance(15) { site.loseFilesOfPoint() }
         guard let point = try pointToGoTo(site) else { return }
         site.hostsWrote = false
         note("\(site.name) fails over to point \(point)")

@@ -68,6 +68,7 @@ extension World {
         let verdict = try judgeSites()
         // The operator says whose data stays, perhaps before the one that comes back has asked.
         if random.chance(70) { secondary.learnStanding(verdict) }
+        try leaveAlone(primary)
         if random.chance(30) { exchangeSites() }
         note("\(secondary.name) becomes the secondary of \(primary.name)")
         try join()
@@ -76,12 +77,24 @@ extension World {
         try settle()
     }
 
+    /// Nobody writes to the new primary, least of all the old one.
+    private func leaveAlone(_ site: SimulatedSite) throws(SimulationFailure) {
+        let before = site.files.map(\.cached)
+        for _ in 0..<random.below(1000) { try step(faults: false) }
+        guard zip(before, site.files).allSatisfy({ isSame($0, $1.cached) }) else {
+            throw SimulationFailure(
+                "something was written to \(site.name) although it has failed over, and nobody wrote")
+        }
+    }
+
     /// The operator tries until it is done.
     private func join() throws(SimulationFailure) {
         var tries = 0
         while !primary.record.isMirroring || secondary.record.role == .primary {
             tries += 1
             guard tries < 500 else { throw SimulationFailure("the old primary never becomes secondary") }
+            // One operation after the other.
+            while primary.isBusy { try step(faults: tries < 20) }
             let process = primary.life
             var outcome: Result<Void, any Error>?
             primary.join { outcome = $0 }

@@ -286,7 +286,7 @@ extension SimulatedSite {
             guard isIn, !world.isPartitioned, !peer.isBusy else { return loseLink() }
             if fault == .countUnheard { event(.committed(at: Double(world.now)), sender) }
             let asked = RemoteCommit(
-                number: number, after: previous, formedAt: 0, keep: Retention(last: 4), session: opened)
+                number: number, after: previous, formedAt: 0, keep: world.keep, session: opened)
             peer.onCrash.append { [unowned self] in loseLink() }
             peer.run(asked) { [unowned self] answer in
                 switch answer {

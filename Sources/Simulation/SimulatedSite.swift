@@ -42,8 +42,9 @@ final class SimulatedSite {
     private(set) var saved: GroupRecord
     /// What the process knows to be in the file.
     private var known: GroupRecord
-    /// By volume.
+    /// By volume; and those that say that old content could not be preserved.
     private var lostFiles: [Set<CopyID>] = Array(repeating: [], count: World.volumes)
+    private var failedFiles: [Set<CopyID>] = Array(repeating: [], count: World.volumes)
     /// Volumes whose bitmaps and logs say what is not this run's: no start has come to their end since power was lost.
     private var unconfirmed: Set<Int> = []
     /// The disk under all of these but the volumes takes nothing any more.
@@ -77,6 +78,9 @@ final class SimulatedSite {
     private var copyBuffers: CopyBuffers
     private let copyMemory: UnsafeMutableRawPointer
 
+    /// What the peer lacks is kept, of a try to give the role up; and its record may say that the role was.
+    var keepsUnsent = false
+    var mayHaveYielded = false
     /// Of a point with its peer's, and how many there were; and what it keeps for its peer's.
     var comparison: SimulatedComparison?
     var comparisons = 0
@@ -211,6 +215,7 @@ final class SimulatedSite {
         switch action {
         case .openFiles(let links): return .opened(open(links, index))
         case .change(_, .lost): break  // there are no FlashCopies
+        case .failPoint(let id): return failPoint(id, index)
         case .loseFiles(let ids): return CopyAnswer(isDone: loseFiles(ids, index))
         case .resume(let link):
             addPoint(UInt64(link.id), to: simulated, index, resume: true, failed: link.resumption == .servesOlder)
@@ -234,11 +239,19 @@ final class SimulatedSite {
     private func open(_ links: [ChainLink], _ index: Int) -> [LinkFiles] {
         for id in copies[index].keys where !links.contains(where: { $0.id == id }) { copies[index][id] = nil }
         return links.map { link in
-            if copies[index][link.id] != nil || fault == .trustMissing { return .whole }
+            if copies[index][link.id] != nil { return failedFiles[index].contains(link.id) ? .failed : .whole }
+            if fault == .trustMissing { return .whole }
             if lostFiles[index].contains(link.id) { return .damaged }
             world.fail("the files of point \(link.id) are missing at a start")
             return .damaged
         }
+    }
+
+    private func failPoint(_ id: CopyID, _ index: Int) -> CopyAnswer {
+        guard take(.pointFailed(UInt64(id), volume: "\(index)")), save(group.settle()) else {
+            return .failed(SimulationFailure("it cannot be written down"))
+        }
+        return .pointFailed(isKept: !record.points(carriedBy: UInt64(id), "\(index)").isEmpty)
     }
 
     private func loseFiles(_ ids: Set<CopyID>, _ index: Int) -> Bool {
@@ -367,14 +380,19 @@ final class SimulatedSite {
         start()
     }
 
-    /// Somebody, or a check of the file system, has removed files of a point.
+    /// Somebody, or a check of the file system, has removed files of a point; or the last process could not preserve old content for it.
     func loseFilesOfPoint() {
         let index = world.random.below(World.volumes)
         lose(powerLoss: false)
         if let id = copies[index].keys.sorted().randomElement(using: &world.random) {
-            world.note("\(name) has lost files of point \(id) of volume \(index)")
-            copies[index][id] = nil
-            lostFiles[index].insert(id)
+            let isGone = world.random.chance(50)
+            world.note("files of point \(id) of \(name)'s volume \(index) \(isGone ? "are gone" : "have failed")")
+            if isGone {
+                copies[index][id] = nil
+                lostFiles[index].insert(id)
+            } else {
+                failedFiles[index].insert(id)
+            }
         }
         start()
     }

@@ -36,6 +36,9 @@ extension World {
         guard behind == .splitBrain || !wroteAlone || !new.wrote else {
             throw SimulationFailure("hosts wrote at both sites, and that is no split-brain")
         }
+        guard behind == .stale || new.wrote else {
+            throw SimulationFailure("a split-brain although hosts wrote at one site")
+        }
         return behind
     }
 }

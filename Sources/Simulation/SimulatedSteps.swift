@@ -48,7 +48,9 @@ extension SimulatedSite {
     private func perform(_ action: SiteAction, _ done: @escaping (Answer) -> Void) {
         switch action {
         case .settle: done(answer(fault == .openUnsaved || save(group.settle())))
-        case .change(let change): done(answer(decide(change)))
+        case .change(let change):
+            if case .yielded = change { mayHaveYielded = true }
+            done(answer(decide(change)))
         case .fence(let next):
             session = next
             wait { [unowned self] in
@@ -114,7 +116,13 @@ extension SimulatedSite {
             admitWhenSettled(life)
             done(.done)
         case .settleChanges: settleChanges(done)
-        case .keepUnsent, .dropUnsent: done(.done)  // FlashCopies are CopyWorld's
+        // FlashCopies are CopyWorld's.
+        case .keepUnsent:
+            (keepsUnsent, mayHaveYielded) = (true, false)
+            done(world.random.chance(10) && !world.isQuiet ? .failed(Refusal("no space", .passing)) : .done)
+        case .dropUnsent:
+            keepsUnsent = false
+            done(.done)
         case .serveAsSecondary:
             onEngines(done) { engine in
                 engine.policy = .copiesFirst
@@ -302,9 +310,14 @@ extension SimulatedSite {
             let asked = Yield(
                 to: name, generations: record.generations, highestPoint: record.highestPoint,
                 lineage: "after \(world.random.next())", volumes: (0..<World.volumes).map { "\($0)" },
-                keep: Retention(last: 4), servesHosts: peer.servesHosts || peer.isAdmitting)
-            peer.run(asked) { outcome in
-                guard case .success(let point) = outcome else { return answered(lost) }
+                keep: world.keep, servesHosts: peer.servesHosts || peer.isAdmitting)
+            peer.run(asked) { [unowned self] outcome in
+                guard case .success(let point) = outcome else {
+                    if peer.keepsUnsent, !peer.mayHaveYielded {
+                        world.fail("a try to give the role up leaves a FlashCopy")
+                    }
+                    return answered(lost)
+                }
                 answered(.yielded(peer.joining(at: point)))
             }
         }

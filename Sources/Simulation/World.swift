@@ -58,6 +58,8 @@ package final class World: Scenario {
     private let quietWeights: [Int]
     /// One of so many saves of a record fails; 0 = none.
     private let failingSaves: Int
+    /// In some seeds of nothing: the newest point is kept all the same.
+    let keep: Retention
     /// In some seeds a record that could not be saved is not tried again in time.
     let retriesSaves: Bool
     /// Faults are over.
@@ -98,6 +100,7 @@ package final class World: Scenario {
         quietWeights = Happening.allCases.map { $0.isFault ? 0 : $0.usualWeight }
         failingSaves = [0, 40, 12, 5][generator.below(4)]
         retriesSaves = generator.chance(50)
+        keep = Retention(last: [0, 1, 2, 4, 4, 4][generator.below(6)])
         random = generator
         self.fault = fault
         hosts = Hosts(chains: Self.chains)

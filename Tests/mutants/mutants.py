@@ -1,4 +1,4 @@
-"""Changes one line of a rule at a time and sees whether some test notices: `make mutants [MUTANT=name] [FOLDER=name] [CHECK=1]`.
+"""Changes one line of a rule at a time and sees whether some test notices: `make mutants [MUTANT=name] [FOLDER=name] [RULES=1] [CHECK=1]`.
 
 The mutants are data, in the files beside this one:
 
@@ -14,8 +14,9 @@ The mutants are data, in the files beside this one:
 
 Snippets of several lines have a `-` or `+` before each; white space counts. A copy of the package in `.build-mutants/tree` is built once
 with all of them, each behind a switch, which `FARCOPY_MUTANT=name` in the environment turns on. First everything that is named must pass
-without; then each mutant meets its layers, cheap ones first, until one fails or hangs. Ends with 1 when fewer than 90 % are caught, or
-one that survives is not explained. `CHECK=1` only looks whether every snippet is where the list says.
+without; then each mutant meets its layers, cheap ones first, until one fails or hangs. Those that stand for a rule of `Sources/Groups`
+(`Groups.rules`) must be caught by each of their layers, the simulator among them; `RULES=1` tries these alone. Ends with 1 when fewer than 90 % are caught, or one that survives is not explained.
+`CHECK=1` only looks whether every snippet is where the list says, and every rule has its fault or mutant.
 """
 
 import glob
@@ -26,8 +27,11 @@ import subprocess
 import sys
 import time
 
+import rules
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LIST = os.path.dirname(os.path.abspath(__file__))
+RULES = os.path.join(LIST, "Groups.rules")
 TREE = os.path.join(ROOT, ".build-mutants", "tree")
 SWIFT = os.environ.get("SWIFT", "swift")
 # In this order; and after how many seconds a run counts as hanging.
@@ -227,13 +231,19 @@ def baseline(mutants):
     return bad
 
 
-def try_mutant(mutant):
-    """What caught it, or None."""
+def try_mutant(mutant, by_all):
+    """What caught it, or None.
+
+    by_all: each of its runs must, and not only one.
+    """
+    catches = []
     for layer, words in mutant.runs():
         passed, seconds, _ = run(layer, words, mutant)
         if not passed:
-            return f"{layer} {words} ({seconds:.0f} s)"
-    return None
+            catches.append(f"{layer} {words} ({seconds:.0f} s)")
+        if passed == by_all:
+            break
+    return " and ".join(catches) if catches and not (by_all and passed) else None
 
 
 def report(mutants, caught):
@@ -254,11 +264,17 @@ def report(mutants, caught):
 def main():
     everything = read_list()
     files = tree(everything)
+    for_rules = rules.broken_by_mutants(RULES)
     name, folder = os.environ.get("MUTANT"), os.environ.get("FOLDER")
     mutants = [
-        mutant for mutant in everything if (not name or mutant.name == name) and (not folder or mutant.folder == folder)]
+        mutant for mutant in everything
+        if (not name or mutant.name == name) and (not folder or mutant.folder == folder)
+        and (not os.environ.get("RULES") or mutant.name in for_rules)]
     if not mutants:
         fail(f"no mutant is called '{name}'" if name else f"no mutant lies in '{folder}'")
+    missing = list(rules.problems(ROOT, RULES, everything))
+    if missing:
+        fail("\n".join(missing))
     if os.environ.get("CHECK"):
         print(f"{len(mutants)} mutants; every snippet is where the list says")
         return 0
@@ -269,7 +285,7 @@ def main():
     caught = {}
     width = max(len(mutant.name) for mutant in mutants)
     for mutant in mutants:
-        caught[mutant.name] = try_mutant(mutant)
+        caught[mutant.name] = try_mutant(mutant, mutant.name in for_rules)
         text = f"caught by {caught[mutant.name]}" if caught[mutant.name] else f"SURVIVES: {mutant.survives or 'not explained'}"
         stale = ", although the list says that it survives" if caught[mutant.name] and mutant.survives else ""
         print(f"{mutant.folder + ' ' + mutant.name:<{width + 14}}{text}{stale}", flush=True)
