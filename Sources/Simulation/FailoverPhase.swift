@@ -25,7 +25,7 @@ extension World {
         settle(site)
         for copies in site.copies { for (file, _) in copies.values { file.spaceLeft = nil } }
         // A commit that was under way is decided by the record.
-        if site.isBusy || !site.chainsAreWhole { site.restart(powerLoss: false) }
+        if site.executor.isBusy || !site.chainsAreWhole { site.restart(powerLoss: false) }
         if random.chance(15) { site.loseFilesOfPoint() }
         guard let point = try pointToGoTo(site) else { return }
         site.hostsWrote = false
@@ -87,15 +87,15 @@ extension World {
         for attempt in 0..<1000 {
             if attempt >= 10 { site.endTrouble() }
             var outcome: Result<UInt64, any Error>?
-            site.run(
+            site.executor.run(
                 Failover(
                     Takeover(
                         point: point, volumes: ["0", "1"], generation: "\(random.next())", at: 0, joins: false))
             ) { outcome = $0 }
             while outcome == nil {
                 if attempt < 4, random.chance(10) { break }
-                if site.steps.isEmpty { throw SimulationFailure("the failover waits for ever") }
-                site.steps.removeFirst()()
+                if site.executor.steps.isEmpty { throw SimulationFailure("the failover waits for ever") }
+                site.executor.steps.removeFirst()()
                 arrive()
                 site.volumes[random.below(Self.volumes)].step(&random)
             }

@@ -6,6 +6,22 @@
 
 import Volumes
 
+/// The site that hosts write to.
+protocol ServesHosts: AnyObject {
+    var random: SeededGenerator { get set }
+    var hosts: Hosts { get set }
+    var servedVolumes: [SimulatedVolume] { get }
+}
+
+/// Two volumes at each of two sites.
+enum SitesLayout {
+    static let grain = 4096
+    static let grains = 24
+    static let size = grains * grain
+    static let volumes = 2
+    static let chains = 4
+}
+
 struct Hosts {
     static let slots = 6
     /// Grains that chains write to, and those at the end that nobody writes to; the rest is for noise.
@@ -36,12 +52,12 @@ struct Hosts {
 
     static func offset(_ chain: Int, _ step: Int) -> Int {
         let slot = (step / 2) % slots
-        let sectorsPerGrain = World.grain / SimulatedFile.sector
-        let index = slot * World.chains + chain
+        let sectorsPerGrain = SitesLayout.grain / SimulatedFile.sector
+        let index = slot * SitesLayout.chains + chain
         // Spread over the grains so that chains share them.
         let grain = index % chainGrains
         let sector = (index / chainGrains) % sectorsPerGrain
-        return grain * World.grain + sector * SimulatedFile.sector
+        return grain * SitesLayout.grain + sector * SimulatedFile.sector
     }
 
     private func mark(_ chain: Int) -> UInt64 { UInt64(era * 64 + chain + 1) }
@@ -55,7 +71,7 @@ struct Hosts {
         return bytes
     }
 
-    mutating func act(_ world: World) {
+    mutating func act(_ world: any ServesHosts) {
         guard !stopped else { return }
         if world.random.chance(15) { return noise(world) }
         let chain = world.random.below(chains.count)
@@ -63,7 +79,7 @@ struct Hosts {
         let step = chains[chain].issued + 1
         let life = life
         let fua = world.random.chance(5)
-        let accepted = world.primary.volumes[step % 2].submit(
+        let accepted = world.servedVolumes[step % 2].submit(
             .write, offset: Self.offset(chain, step), length: SimulatedFile.sector,
             data: sector(chain, step), fua: fua
         ) { [unowned world] request in
@@ -73,10 +89,10 @@ struct Hosts {
         if accepted { chains[chain].issued = step }
     }
 
-    private mutating func noise(_ world: World) {
+    private mutating func noise(_ world: any ServesHosts) {
         guard noiseUnderWay == 0 else { return }
-        let volume = world.random.below(World.volumes)
-        let area = (World.grains - Self.chainGrains - Self.stillGrains) * World.grain
+        let volume = world.random.below(SitesLayout.volumes)
+        let area = (SitesLayout.grains - Self.chainGrains - Self.stillGrains) * SitesLayout.grain
         let start = world.random.below(area / 512) * 512
         let length = (1 + world.random.below((area - start) / 512)) * 512
         noiseCounter += 1
@@ -84,8 +100,8 @@ struct Hosts {
         let kinds: [Request.Operation] = [.write, .write, .writeZeroes, .trim]
         let kind = kinds[world.random.below(kinds.count)]
         let life = life
-        let accepted = world.primary.volumes[volume].submit(
-            kind, offset: Self.chainGrains * World.grain + start, length: length,
+        let accepted = world.servedVolumes[volume].submit(
+            kind, offset: Self.chainGrains * SitesLayout.grain + start, length: length,
             data: kind == .write ? Array(repeating: byte, count: length) : nil
         ) { [unowned world] _ in
             if world.hosts.life == life { world.hosts.noiseUnderWay = 0 }
@@ -93,7 +109,7 @@ struct Hosts {
         if accepted { noiseUnderWay = 1 }
     }
 
-    func isIdle(_ world: World) -> Bool {
+    func isIdle(_ world: any ServesHosts) -> Bool {
         noiseUnderWay == 0 && chains.allSatisfy { $0.issued == $0.acknowledged }
     }
 
@@ -120,7 +136,7 @@ struct Hosts {
 
     private func steps(_ images: [[UInt8]], _ chain: Int) -> [Int] {
         var found: [Int] = []
-        for volume in 0..<World.volumes {
+        for volume in 0..<SitesLayout.volumes {
             for slot in 0..<Self.slots {
                 let step = storedStep(images[volume], chain, slot)
                 if step > 0 { found.append(step) }

@@ -1,4 +1,4 @@
-// RoleChangePhases.swift: what comes after the first direction: the sites exchange their roles, under hosts or after a failover.
+// RoleChangePhases.swift: a run, and what comes after its first direction: the sites exchange their roles, under hosts or after a failover.
 //
 // Switchover: `HandOver` at the primary, `Failover` at its peer, which then joins. Must hold: hosts never write at both sites; what they find
 // after the exchange is what was acknowledged to them.
@@ -12,6 +12,23 @@ import Groups
 import Volumes
 
 extension World {
+    /// Runs `count` steps with faults. Then either everything settles and the sites are compared, or the secondary
+    /// takes over from wherever it is; the seed decides.
+    package func run(steps count: Int, skipping skipped: Set<Int>) throws(SimulationFailure) {
+        let seed = random.next()
+        for index in 0..<count where !skipped.contains(index) {
+            try step(index, of: seed)
+        }
+        random = SeededGenerator(seed: ~seed)
+        if random.chance(33) { return try switchOver(steps: count / 4) }
+        let settles = random.chance(50)
+        if settles { try settle() }
+        if fault == nil || !settles {
+            try failOver()
+            try failBack(steps: count / 4)
+        }
+    }
+
     // MARK: Switchover
 
     /// Exchanges the roles under hosts, goes on for a while, and compares the sites.
@@ -31,19 +48,19 @@ extension World {
                     "a switchover waits for ever: \(old.record.phase.kind), \(new.record.phase.kind)")
             }
             // As `switchover`, `finishHandover` and `joinAfterPromotion`: whoever has something left to do does it.
-            if old.isUp, !old.isBusy, old.record.role == .primary {
+            if old.isUp, !old.executor.isBusy, old.record.role == .primary {
                 if let point = old.record.handingOver {
-                    if random.chance(1) { old.run(Promotion(at: point)) { _ in } }
+                    if random.chance(1) { old.executor.run(Promotion(at: point)) { _ in } }
                 } else if new.record.role == .secondary, old.group.cycle?.suspension == nil, !asked || random.chance(2)
                 {
                     asked = true
-                    old.run(HandOver(seconds: 1)) { _ in }
+                    old.executor.run(HandOver(seconds: 1)) { _ in }
                 }
             }
-            if new.isUp, !new.isBusy, new.record.failedOver?.joins == true,
+            if new.isUp, !new.executor.isBusy, new.record.failedOver?.joins == true,
                 new.record.failedOver?.restoring.isEmpty == true
             {
-                new.join { _ in }
+                new.executor.join { _ in }
             }
         }
         if primary === old { try moveHosts() }
@@ -77,6 +94,24 @@ extension World {
         try settle()
     }
 
+    /// An old primary comes back and asks. Whoever the operator keeps, both know that there are two, and which of them is behind; and if
+    /// hosts wrote at both while these could not hear each other, nothing is overwritten unless a command says so.
+    func judgeSites() throws(SimulationFailure) -> Verdict {
+        let (new, old) = (primary!.standing, secondary!.standing)
+        let (behind, ahead) = (judge(old, new), judge(new, old))
+        note("\(secondary.name) is \(behind), \(primary.name) is \(ahead)")
+        guard behind == .stale || behind == .splitBrain, ahead == .inOrder || ahead == .splitBrain else {
+            throw SimulationFailure("a primary whose peer has taken over is \(behind), and that is \(ahead)")
+        }
+        guard behind == .splitBrain || !wroteAlone || !new.wrote else {
+            throw SimulationFailure("hosts wrote at both sites, and that is no split-brain")
+        }
+        guard behind == .stale || new.wrote else {
+            throw SimulationFailure("a split-brain although hosts wrote at one site")
+        }
+        return behind
+    }
+
     /// Nobody writes to the new primary, least of all the old one.
     private func leaveAlone(_ site: SimulatedSite) throws(SimulationFailure) {
         let before = site.files.map(\.cached)
@@ -94,10 +129,10 @@ extension World {
             tries += 1
             guard tries < 500 else { throw SimulationFailure("the old primary never becomes secondary") }
             // One operation after the other.
-            while primary.isBusy { try step(faults: tries < 20) }
+            while primary.executor.isBusy { try step(faults: tries < 20) }
             let process = primary.life
             var outcome: Result<Void, any Error>?
-            primary.join { outcome = $0 }
+            primary.executor.join { outcome = $0 }
             let deadline = steps + 100_000
             while outcome == nil, process == primary.life {
                 try step(faults: tries < 20)

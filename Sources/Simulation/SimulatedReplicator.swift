@@ -4,24 +4,57 @@
 import Groups
 import Volumes
 
-extension SimulatedSite {
+final class SimulatedReplicator {
+    private unowned let site: SimulatedSite
+    /// Of the volumes' reactors.
+    private(set) var mailboxes: [[() -> Void]] = []
+    /// Changes with every link, every drain and every process.
+    private var epoch: UInt64 = 0
+    private var events: [Cycle.Event] = []
+    private var performing = false
+    /// When the group must be told the time.
+    private var wakeAt = UInt64.max
+    /// The session that its connections belong to.
+    private var linkSession: UInt64 = 0
+
+    private var world: World { site.world }
     private var fault: DeliberateFault? { world.fault }
+    private var record: GroupRecord { site.record }
+    private var volumes: [SimulatedVolume] { site.volumes }
+    private var recording: [RecordingFile] { site.recording }
+    private var preserved: [SimulatedBitmap] { site.preserved }
+    private var targetFiles: [StoreFile] { site.targetFiles }
+    private var peer: SimulatedSite { site.peer }
+
+    init(_ site: SimulatedSite) { self.site = site }
+
+    /// A process begins.
+    func start() { mailboxes = Array(repeating: [], count: World.volumes) }
+
+    /// It has ended.
+    func die() { epoch += 1 }
+
+    /// A reactor takes its next message.
+    func takeMessage(_ index: Int) { if !mailboxes[index].isEmpty { mailboxes[index].removeFirst()() } }
+
+    /// The group may have to be told the time earlier.
+    func lookAtTheTime() { wakeAt = site.group.wakeAt ?? .max }
 
     func beginMirroring() {
         events = []
-        let turn = group.begin(
+        let turn = site.group.begin(
             Cycle.Settings(interval: .continuous, volumes: World.volumes, window: 4, checkpointBytes: 4),
             now: world.now)
-        group.adapt(MovePace(limit: 1 + world.random.below(4), checkpointBytes: 4))
+        site.group.adapt(MovePace(limit: 1 + world.random.below(4), checkpointBytes: 4))
         performing = true
-        save(turn, ofCycle: true)
+        site.save(turn, ofCycle: true)
         performing = false
-        wakeAt = group.wakeAt ?? .max
+        wakeAt = site.group.wakeAt ?? .max
     }
 
     func endMirroring() {
         epoch += 1
-        group.end()
+        site.group.end()
         // What follows is asked of the reactors as well, and comes behind what they have been asked.
         for index in mailboxes.indices { while !mailboxes[index].isEmpty { mailboxes[index].removeFirst()() } }
     }
@@ -34,13 +67,13 @@ extension SimulatedSite {
         events.append(event)
         guard !performing else { return }
         performing = true
-        while !events.isEmpty { save(group.handle(events.removeFirst(), now: world.now), ofCycle: true) }
+        while !events.isEmpty { site.save(site.group.handle(events.removeFirst(), now: world.now), ofCycle: true) }
         performing = false
-        wakeAt = group.wakeAt ?? .max
+        wakeAt = site.group.wakeAt ?? .max
     }
 
     func tick() {
-        if wakeAt <= world.now, group.cycle != nil || world.retriesSaves || world.isQuiet { handle(.tick) }
+        if wakeAt <= world.now, site.group.cycle != nil || world.retriesSaves || world.isQuiet { handle(.tick) }
     }
 
     func loseLink() {
@@ -129,13 +162,13 @@ extension SimulatedSite {
         let sender = epoch
         world.note("point \(number) forms")
         let early = fault == .releaseEarly
-        noteForComparison(number)
+        site.comparisons.note(number)
         everyVolume(
             { [unowned self] index, simulated in
                 simulated.volume.formPoint(
                     number: number, targetFile: targetFiles[index],
                     preserved: preserved[index].bitmap(World.grains))
-                if fault != .compareLater { copyForComparison(index, simulated, at: number) }
+                if fault != .compareLater { site.comparisons.copy(index, simulated, at: number) }
                 if early { simulated.volume.releaseHold() }
             },
             then: { [unowned self] in
@@ -144,7 +177,7 @@ extension SimulatedSite {
                     { [unowned self] index, simulated in
                         if simulated.volume.outOfSyncGrains > 0 { changed.append(index) }
                         simulated.volume.releaseHold()
-                        if fault == .compareLater { copyForComparison(index, simulated, at: number) }
+                        if fault == .compareLater { site.comparisons.copy(index, simulated, at: number) }
                     },
                     then: { [unowned self] in
                         world.tasks.append { [unowned self] in
@@ -255,11 +288,11 @@ extension SimulatedSite {
                 return event(.sessionFailed("the peer is primary", retry: false), sender)
             }
             // Sessions, commits and failovers come one after the other.
-            guard !peer.isBusy else { return openSession(sender) }
+            guard !peer.executor.isBusy else { return openSession(sender) }
             let asked = IntakeSession(
-                site: name, generations: record.generations, session: world.random.next() | 1)
-            peer.onCrash.append { [unowned self] in loseSession(sender) }
-            peer.run(asked) { [unowned self] answer in
+                site: site.name, generations: record.generations, session: world.random.next() | 1)
+            peer.executor.onCrash.append { [unowned self] in loseSession(sender) }
+            peer.executor.run(asked) { [unowned self] answer in
                 guard case .success(let opened) = answer else { return loseSession(sender) }
                 let state = PeerState(
                     session: opened, site: peer.name, lineage: peer.record.lineage ?? "",
@@ -283,12 +316,12 @@ extension SimulatedSite {
         let (sender, opened, peer) = (epoch, linkSession, peer)
         world.tasks.append { [unowned self] in
             let isIn = peer.session == opened || fault == .takeLateCommits
-            guard isIn, !world.isPartitioned, !peer.isBusy else { return loseLink() }
+            guard isIn, !world.isPartitioned, !peer.executor.isBusy else { return loseLink() }
             if fault == .countUnheard { event(.committed(at: Double(world.now)), sender) }
             let asked = RemoteCommit(
                 number: number, after: previous, formedAt: 0, keep: world.keep, session: opened)
-            peer.onCrash.append { [unowned self] in loseLink() }
-            peer.run(asked) { [unowned self] answer in
+            peer.executor.onCrash.append { [unowned self] in loseLink() }
+            peer.executor.run(asked) { [unowned self] answer in
                 switch answer {
                 // The answer may be lost.
                 case .success where world.random.chance(5): loseLink()

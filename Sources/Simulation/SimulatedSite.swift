@@ -64,39 +64,19 @@ final class SimulatedSite {
     var servesHosts = false
     /// There is a process.
     var isUp: Bool { volumes.count == World.volumes }
-    /// An operation is under way.
-    var isBusy = false
     /// Hosts wait for a record that is to be saved.
     var isAdmitting = false
-    /// Its next step, and what waits beside it.
-    var steps: [() -> Void] = []
-    /// Who waits for an answer of this process, which has ended.
-    var onCrash: [() -> Void] = []
     /// The one that the intake lets in; 0 = none.
     var session: UInt64 = 0
     var order = CopyRecord.orderStep
     private var copyBuffers: CopyBuffers
     private let copyMemory: UnsafeMutableRawPointer
 
-    /// What the peer lacks is kept, of a try to give the role up; and its record may say that the role was.
-    var keepsUnsent = false
-    var mayHaveYielded = false
-    /// Of a point with its peer's, and how many there were; and what it keeps for its peer's.
-    var comparison: SimulatedComparison?
-    var comparisons = 0
-    var pinned: PinnedPoint?
-
-    // While it mirrors: what `Replicator` has.
-    var mailboxes: [[() -> Void]] = []
-    var targetFiles: [StoreFile] = []
-    /// Changes with every link, every drain and every process.
-    var epoch: UInt64 = 0
-    var events: [Cycle.Event] = []
-    var performing = false
-    /// When the group must be told the time.
-    var wakeAt = UInt64.max
-    /// The session that its connections belong to.
-    var linkSession: UInt64 = 0
+    /// What its active points and the one that is held have of its files.
+    private(set) var targetFiles: [StoreFile] = []
+    private(set) lazy var executor = SimulatedStepExecutor(self)
+    private(set) lazy var replicator = SimulatedReplicator(self)
+    private(set) lazy var comparisons = SimulatedComparisons(self)
 
     var record: GroupRecord { group.record }
     /// As the record says.
@@ -134,7 +114,7 @@ final class SimulatedSite {
     @discardableResult
     func save(_ turn: Turn<Cycle.Action>?, ofCycle: Bool = false) -> Bool {
         guard let turn else { return false }
-        for action in turn.before { perform(action) }
+        for action in turn.before { replicator.perform(action) }
         if turn.saves {
             do { try group.record.check(after: known) } catch { world.fail("\(name)'s record: \(error)") }
             let isFull = world.steps < fullUntil && !world.isQuiet
@@ -144,7 +124,7 @@ final class SimulatedSite {
                 if !isFull { fullUntil = world.steps + world.recordWasNotSaved(self) }
                 world.note("\(name) cannot save its record")
                 save(group.saveFailed("no space", ofCycle: ofCycle, now: world.now), ofCycle: ofCycle)
-                wakeAt = group.wakeAt ?? .max
+                replicator.lookAtTheTime()
                 return false
             }
             known = group.record
@@ -152,7 +132,7 @@ final class SimulatedSite {
             group.wasSaved()
             if wasUnsaved { settleChains() }
         }
-        for action in turn.after { perform(action) }
+        for action in turn.after { replicator.perform(action) }
         return true
     }
 
@@ -172,7 +152,7 @@ final class SimulatedSite {
             lostPower = lostPower || powerLoss
         }
         servesHosts = mayServeHosts
-        if record.isMirroring { beginMirroring() }
+        if record.isMirroring { replicator.beginMirroring() }
         return lostPower
     }
 
@@ -191,7 +171,7 @@ final class SimulatedSite {
         let held = zip(recording, isTrusted).map { $1 ? $0.roles.pointee.heldPoint : nil }
         if record.mustGiveUpPoint(heldBy: held), !take(.pointGivenUp) { return false }
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
-        mailboxes = Array(repeating: [], count: World.volumes)
+        replicator.start()
         (targetFiles, volumes) = ([], [])
         for index in 0..<World.volumes {
             volumes.append(makeVolume(index))
@@ -358,6 +338,26 @@ final class SimulatedSite {
         simulated.pump()
     }
 
+    // MARK: How it stands
+
+    /// In how much the peer may differ.
+    var changedBytes: UInt64 {
+        UInt64(volumes.reduce(0) { $0 + $1.volume.changedGrains + $1.volume.outOfSyncGrains } * World.grain)
+    }
+
+    var standing: Standing {
+        let wrote = record.failedOver == nil || hostsWrote
+        return Standing(site: name, siteID: name, record: record, wrote: wrote, changedBytes: changedBytes)
+    }
+
+    /// As a primary that starts does: one whose peer has taken over shuts hosts out, durably.
+    func learnStanding(_ verdict: Verdict) {
+        let kind: Phase.Conflict.Kind = verdict == .splitBrain ? .splitBrain : .stale
+        while !take(.conflict(Phase.Conflict(kind: kind, at: 0))) { endTrouble() }
+        replicator.endMirroring()
+        servesHosts = false
+    }
+
     // MARK: Ending
 
     /// - Returns: whether power was lost.
@@ -401,14 +401,12 @@ final class SimulatedSite {
         world.note("\(name) \(powerLoss ? "loses power" : "is killed")")
         world.figures.crashes += 1
         for volume in volumes { volume.crash(&world.random) }
-        (volumes, steps, isBusy, session) = ([], [], false, 0)
-        (servesHosts, isAdmitting, comparison, pinned) = (false, false, nil, nil)
+        (volumes, session, servesHosts, isAdmitting) = ([], 0, false, false)
         life += 1
-        epoch += 1
+        replicator.die()
+        comparisons.die()
         fullUntil = 0  // a start would wait for the operator
-        let waiting = onCrash
-        onCrash = []
-        for tell in waiting { tell() }
+        executor.die()
         if powerLoss {
             for file in files { file.losePower(&world.random) }
             loseState()
@@ -484,7 +482,7 @@ final class SimulatedSite {
         switch event {
         case .pointGivenUp:
             world.tasks.append { [unowned self] in
-                if process == life { handle(.pointLost("a volume could not hold it")) }
+                if process == life { replicator.handle(.pointLost("a volume could not hold it")) }
             }
         case .activityLogFailed: distrust(index)
         case .copyWithdrawn(let id): copies[index][id] = nil
@@ -506,7 +504,7 @@ final class SimulatedSite {
         world.tasks.append { [unowned self] in
             guard process == life else { return }
             if fault != .goOnUnlogged { distrusted.insert(index) }
-            post(index) { $0.volume.distrustActivityLog() }
+            replicator.post(index) { $0.volume.distrustActivityLog() }
         }
     }
 }

@@ -43,14 +43,13 @@ private enum Happening: CaseIterable {
     }
 }
 
-package final class World: Scenario {
-    static let grain = 4096
-    static let grains = 24
-    static let size = grains * grain
-    static let volumes = 2
+package final class World: Scenario, ServesHosts {
+    static let grain = SitesLayout.grain
+    static let grains = SitesLayout.grains
+    static let size = SitesLayout.size
+    static let volumes = SitesLayout.volumes
     static let names = (0..<volumes).map { "\($0)" }
     static let regionBytes: UInt64 = 8192
-    static let chains = 4
 
     var random: SeededGenerator
     /// Each seed has its own mix: some disks are slow, some links bad, some hosts busy.
@@ -83,6 +82,7 @@ package final class World: Scenario {
 
     /// At the primary, but for the time of a change of roles.
     var hosts: Hosts
+    var servedVolumes: [SimulatedVolume] { primary.volumes }
     private(set) var hostsAreServed = true
     /// Hosts may have written since the primary was last in a session.
     private(set) var wroteAlone = false
@@ -103,7 +103,7 @@ package final class World: Scenario {
         keep = Retention(last: [0, 1, 2, 4, 4, 4][generator.below(6)])
         random = generator
         self.fault = fault
-        hosts = Hosts(chains: Self.chains)
+        hosts = Hosts(chains: SitesLayout.chains)
         primary = SimulatedSite(self, "east", .primary)
         secondary = SimulatedSite(self, "west", .secondary)
         still = primary.files.map { $0.cached.suffix(Hosts.stillGrains * Self.grain) }
@@ -159,7 +159,7 @@ package final class World: Scenario {
         if site === primary {
             if hostsAreServed { hosts.lostServer(site.files.map(\.cached), powerLoss: powerLoss) }
         } else {
-            primary.loseLink()
+            primary.replicator.loseLink()
         }
     }
 
@@ -175,29 +175,17 @@ package final class World: Scenario {
     /// Hosts begin anew at the primary.
     func admitHosts() {
         remembered = [:]
-        hosts = Hosts(chains: Self.chains, era: hosts.era + 1)
+        hosts = Hosts(chains: SitesLayout.chains, era: hosts.era + 1)
         hostsAreServed = true
     }
 
     // MARK: Running
 
-    /// Runs `count` steps with faults. Then either everything settles and the sites are compared, or the secondary
-    /// takes over from wherever it is; the seed decides.
-    package func run(steps count: Int, skipping skipped: Set<Int>) throws(SimulationFailure) {
-        let seed = random.next()
-        for index in 0..<count where !skipped.contains(index) {
-            steps = index
-            random = SeededGenerator(seed: seed &+ UInt64(index) &* 0x9E37_79B9)
-            try step(faults: true)
-        }
-        random = SeededGenerator(seed: ~seed)
-        if random.chance(33) { return try switchOver(steps: count / 4) }
-        let settles = random.chance(50)
-        if settles { try settle() }
-        if fault == nil || !settles {
-            try failOver()
-            try failBack(steps: count / 4)
-        }
+    /// A step whose course follows from its number, and what is there, alone.
+    func step(_ index: Int, of seed: UInt64) throws(SimulationFailure) {
+        steps = index
+        random = SeededGenerator(seed: seed &+ UInt64(index) &* 0x9E37_79B9)
+        try step(faults: true)
     }
 
     func step(faults: Bool) throws(SimulationFailure) {
@@ -205,8 +193,8 @@ package final class World: Scenario {
         figures.steps += 1
         isQuiet = !faults
         now += UInt64(random.below(20_000_000))
-        primary.tick()
-        secondary.tick()
+        primary.replicator.tick()
+        secondary.replicator.tick()
         if faults, let index = relapses.firstIndex(where: { steps >= $0.step }) {
             let next = relapses.remove(at: index)
             next.site.restart(powerLoss: next.powerLoss)
@@ -225,13 +213,13 @@ package final class World: Scenario {
         case .primaryPower: crash(primary, powerLoss: true)
         case .killSecondary: crash(secondary, powerLoss: false)
         case .secondaryPower: crash(secondary, powerLoss: true)
-        case .linkLoss: primary.loseLink()
+        case .linkLoss: primary.replicator.loseLink()
         case .partition:
             partitionedUntil = steps + random.below(800)
-            primary.loseLink()
+            primary.replicator.loseLink()
         case .trouble: makeTrouble()
         case .read: readPoint()
-        case .verify: primary.verify()
+        case .verify: primary.comparisons.verify()
         case .sweep:
             for volume in primary.volumes {
                 volume.volume.sweepActivity()
@@ -249,7 +237,7 @@ package final class World: Scenario {
 
     /// Whatever has failed, what the record says goes on.
     private func checkServices() {
-        for site in [primary!, secondary!] where site.isUp && !site.isBusy && !site.isAdmitting {
+        for site in [primary!, secondary!] where site.isUp && !site.executor.isBusy && !site.isAdmitting {
             if site.servesHosts != site.mayServeHosts {
                 fail(
                     "\(site.name) is \(site.record.phase.kind), and \(site.servesHosts ? "serves" : "shuts out") hosts")
@@ -261,12 +249,12 @@ package final class World: Scenario {
     func takeMessage() {
         let site = random.chance(90) ? primary! : secondary!
         let index = random.below(Self.volumes)
-        if !site.mailboxes[index].isEmpty { site.mailboxes[index].removeFirst()() }
+        site.replicator.takeMessage(index)
     }
 
     func takeTask() {
         let site = random.chance(50) ? primary! : secondary!
-        if !site.steps.isEmpty, random.chance(50) { return site.steps.removeFirst()() }
+        if !site.executor.steps.isEmpty, random.chance(50) { return site.executor.steps.removeFirst()() }
         guard !tasks.isEmpty else { return }
         tasks.remove(at: random.below(tasks.count))()
     }

@@ -1,4 +1,4 @@
-// SimulatedSteps.swift: the actions of `Steps`, as a simulated site carries them out.
+// SimulatedStepExecutor.swift: the actions of `Steps`, as a simulated site carries them out.
 //
 // Between any two of them, and while one waits, the process may be killed, power may be lost, and a save may fail.
 
@@ -6,8 +6,39 @@ import FlashCopies
 import Groups
 import Volumes
 
-extension SimulatedSite {
+/// What carries a site's operations out, one at a time.
+final class SimulatedStepExecutor {
+    private unowned let site: SimulatedSite
+    /// An operation is under way.
+    private(set) var isBusy = false
+    /// Its next step, and what waits beside it.
+    var steps: [() -> Void] = []
+    /// Who waits for an answer of this process, which has ended.
+    var onCrash: [() -> Void] = []
+    /// What the peer lacks is kept, of a try to give the role up; and its record may say that the role was.
+    private var keepsUnsent = false
+    private var mayHaveYielded = false
+
+    private var world: World { site.world }
     private var fault: DeliberateFault? { world.fault }
+    private var name: String { site.name }
+    private var life: Int { site.life }
+    private var record: GroupRecord { site.record }
+    private var points: [UInt64] { site.points }
+    private var volumes: [SimulatedVolume] { site.volumes }
+    private var files: [SimulatedFile] { site.files }
+    private var recording: [RecordingFile] { site.recording }
+    private var peer: SimulatedSite { site.peer }
+
+    init(_ site: SimulatedSite) { self.site = site }
+
+    /// The process has ended.
+    func die() {
+        (steps, isBusy) = ([], false)
+        let waiting = onCrash
+        onCrash = []
+        for tell in waiting { tell() }
+    }
 
     /// One action after the other; a kill ends it.
     func run<Operation: Steps>(
@@ -47,12 +78,12 @@ extension SimulatedSite {
 
     private func perform(_ action: SiteAction, _ done: @escaping (Answer) -> Void) {
         switch action {
-        case .settle: done(answer(fault == .openUnsaved || save(group.settle())))
+        case .settle: done(answer(fault == .openUnsaved || site.save(site.group.settle())))
         case .change(let change):
             if case .yielded = change { mayHaveYielded = true }
             done(answer(decide(change)))
         case .fence(let next):
-            session = next
+            site.session = next
             wait { [unowned self] in
                 fault == .skipFencing || volumes.allSatisfy { $0.volume.modifyingInFlight == 0 }
             } then: {
@@ -63,48 +94,48 @@ extension SimulatedSite {
             if fault != .skipFlushes { for name in names { files[Int(name)!].flush() } }
             done(.done)
         case .makePointFiles(let plan):
-            order += CopyRecord.orderStep
+            site.order += CopyRecord.orderStep
             for index in 0..<World.volumes where plan.point.hasFiles(of: "\(index)") {
-                copies[index][CopyID(plan.point.number)] = (
+                site.copies[index][CopyID(plan.point.number)] = (
                     SimulatedFile(byteCount: World.size), SimulatedBitmap(bits: World.grains)
                 )
             }
             done(.done)
         case .takePoint(let plan):
             for index in 0..<World.volumes where plan.point.hasFiles(of: "\(index)") {
-                addPoint(plan.point.number, to: volumes[index], index, resume: false)
+                site.addPoint(plan.point.number, to: volumes[index], index, resume: false)
             }
-            settleChains()
+            site.settleChains()
             done(.done)
         case .forgetChanges: onEngines(done) { $0.forgetChanges() }
         case .markDifferences(let point, _): done(.bytes(markDifferences(from: point)))
         case .dropDifferences: done(.done)
         case .open(let point, _):
             for index in 0..<World.volumes {
-                startRestore(index, volumes[index], from: carrier(of: point, index))
-                startLog(index, volumes[index])
+                site.startRestore(index, volumes[index], from: site.carrier(of: point, index))
+                site.startLog(index, volumes[index])
             }
-            servesHosts = true
+            site.servesHosts = true
             onEngines(done) { engine in
                 engine.policy = .hostFirst
                 engine.recording = true
             }
         case .stopMirroring:
-            endMirroring()
+            site.replicator.endMirroring()
             done(.done)
         case .startMirroring:
-            if record.isMirroring, group.cycle == nil { beginMirroring() }
+            if record.isMirroring, site.group.cycle == nil { site.replicator.beginMirroring() }
             done(.done)
         case .formPoint: formPoint(done)
         case .holdCopies:
             let isRestoring = record.failedOver?.restoring.isEmpty == false
             done(isRestoring ? .failed(Refusal("a volume is being restored", .passing)) : .done)
-        case .countChanges: done(.bytes(changedBytes))
+        case .countChanges: done(.bytes(site.changedBytes))
         case .askToPromote(let point): askToPromote(point, done)
         case .endPeersSessions: endPeersSessions(done)
         case .shutHostsOut:
-            servesHosts = false
-            if fault != .admitLate { isAdmitting = false }
+            site.servesHosts = false
+            if fault != .admitLate { site.isAdmitting = false }
             // What they had asked for is carried out.
             wait { [unowned self] in
                 volumes.allSatisfy { $0.volume.modifyingInFlight == 0 }
@@ -112,7 +143,7 @@ extension SimulatedSite {
                 done(.done)
             }
         case .admitHosts:
-            isAdmitting = true
+            site.isAdmitting = true
             admitWhenSettled(life)
             done(.done)
         case .settleChanges: settleChanges(done)
@@ -130,11 +161,11 @@ extension SimulatedSite {
             }
         case .askToYield: askToYield(done)
         case .takeChanges: done(answer(takeChanges()))
-        case .copyAtPoint: copyAtPoint(done)
-        case .pinPoint(let point): pinPoint(point, done)
-        case .comparePoint: comparePoint(done)
-        case .dropCopies: dropCopies { done(.done) }
-        case .unpinPoint: unpinPoint(done)
+        case .copyAtPoint: site.comparisons.copyAtPoint(done)
+        case .pinPoint(let point): site.comparisons.pinPoint(point, done)
+        case .comparePoint: site.comparisons.comparePoint(done)
+        case .dropCopies: site.comparisons.dropCopies { done(.done) }
+        case .unpinPoint: site.comparisons.unpinPoint(done)
         }
     }
 
@@ -156,7 +187,7 @@ extension SimulatedSite {
     }
 
     private func decide(_ change: GroupChange) -> Bool {
-        guard take(change) else {
+        guard site.take(change) else {
             world.note("\(name) cannot record \(change.name)")
             return false
         }
@@ -174,10 +205,10 @@ extension SimulatedSite {
     private var survey: IntakeSurvey {
         let writes = volumes.reduce(0) { $0 + $1.volume.modifyingInFlight }
         let retired = (record.retired ?? []).map { point in
-            (point.number, World.names.filter { copies[Int($0)!][CopyID(point.number)] != nil })
+            (point.number, World.names.filter { site.copies[Int($0)!][CopyID(point.number)] != nil })
         }
         return IntakeSurvey(
-            writesUnderWay: fault == .commitEarly ? 0 : writes, order: order,
+            writesUnderWay: fault == .commitEarly ? 0 : writes, order: site.order,
             changed: World.names.filter { hasChanged(Int($0)!) },
             retired: Dictionary(uniqueKeysWithValues: retired), at: 0)
     }
@@ -192,11 +223,11 @@ extension SimulatedSite {
         var bytes = 0
         for index in 0..<World.volumes {
             // A file of its own, made anew.
-            restores[index] = SimulatedBitmap(bits: World.grains)
-            let differences = restores[index].bitmap(World.grains)
-            volumes[index].volume.markDifferences(from: CopyID(carrier(of: point, index)), in: differences)
+            site.restores[index] = SimulatedBitmap(bits: World.grains)
+            let differences = site.restores[index].bitmap(World.grains)
+            volumes[index].volume.markDifferences(from: CopyID(site.carrier(of: point, index)), in: differences)
             volumes[index].volume.markChanged(differences)
-            if fault != .failOverUnmarked { restores[index].flush() }
+            if fault != .failOverUnmarked { site.restores[index].flush() }
             recording[index].flush()
             bytes += differences.population() * World.grain
         }
@@ -207,12 +238,12 @@ extension SimulatedSite {
 
     /// As `StepExecutor.admitWhenSettled`, which does not wait either.
     private func admitWhenSettled(_ process: Int) {
-        guard process == life, isAdmitting else { return }
-        if !mayServeHosts { world.fail("\(name) is to serve hosts as \(record.phase.kind)") }
-        guard save(group.settle()) || fault == .admitUnsettled else {
+        guard process == life, site.isAdmitting else { return }
+        if !site.mayServeHosts { world.fail("\(name) is to serve hosts as \(record.phase.kind)") }
+        guard site.save(site.group.settle()) || fault == .admitUnsettled else {
             return world.tasks.append { [unowned self] in admitWhenSettled(process) }
         }
-        (servesHosts, isAdmitting) = (true, false)
+        (site.servesHosts, site.isAdmitting) = (true, false)
     }
 
     private func settleChanges(_ done: @escaping (Answer) -> Void) {
@@ -230,11 +261,11 @@ extension SimulatedSite {
 
     /// As `GroupHandle.cycle`, which fails at once when mirroring does not go on.
     private func formPoint(_ done: @escaping (Answer) -> Void) {
-        let number = group.nextNumber
-        guard group.cycle != nil else { return done(.failed(Refusal("it does not mirror"))) }
-        handle(.request)
+        let number = site.group.nextNumber
+        guard site.group.cycle != nil else { return done(.failed(Refusal("it does not mirror"))) }
+        site.replicator.handle(.request)
         wait { [unowned self] in
-            group.cycle?.suspension != nil || record.lastCommitted?.number ?? 0 >= number
+            site.group.cycle?.suspension != nil || record.lastCommitted?.number ?? 0 >= number
         } then: { [unowned self] in
             guard let point = record.lastCommitted, point.number >= number else {
                 return done(.failed(Refusal("it is suspended", .passing)))
@@ -259,8 +290,8 @@ extension SimulatedSite {
         let lost = Answer.failed(
             fault == .takeBackUnheard ? PeerRefusal("no answer") : SimulationFailure("no answer"))
         world.tasks.append { [unowned self] in
-            guard !world.isPartitioned, !peer.isBusy, peer.isUp else { return answered(lost) }
-            peer.onCrash.append { answered(lost) }
+            guard !world.isPartitioned, !peer.executor.isBusy, peer.isUp else { return answered(lost) }
+            peer.executor.onCrash.append { answered(lost) }
             body(peer) { [unowned self] answer in answered(world.random.chance(10) ? lost : answer) }
         }
     }
@@ -271,14 +302,14 @@ extension SimulatedSite {
             guard peer.record.role == .secondary else {
                 return answered(peer.record.failedOver?.point == point ? .done : .failed(PeerRefusal("it is primary")))
             }
-            peer.run(IntakeSession(site: name, generations: record.generations, session: world.random.next() | 1)) {
+            peer.executor.run(IntakeSession(site: name, generations: record.generations, session: world.random.next() | 1)) {
                 [unowned self] session in
                 guard case .success = session else { return answered(.failed(Refusal("no session", .passing))) }
                 guard peer.points.last == point else { return answered(.failed(PeerRefusal("it is not the newest"))) }
                 let takeover = Takeover(
                     point: point, volumes: (0..<World.volumes).map { "\($0)" }, generation: "\(world.random.next())",
                     at: 0, joins: true)
-                peer.run(Failover(takeover)) { outcome in
+                peer.executor.run(Failover(takeover)) { outcome in
                     if case .success = outcome { return answered(.done) }
                     answered(.failed(Refusal("it could not", .passing)))
                 }
@@ -290,7 +321,7 @@ extension SimulatedSite {
         if fault == .takeBackUnheard { return done(.done) }
         ask(done) { [unowned self] peer, answered in
             guard peer.record.role == .secondary else { return answered(.failed(PeerRefusal("it is primary"))) }
-            peer.run(IntakeSession(site: name, generations: record.generations, session: world.random.next() | 1)) {
+            peer.executor.run(IntakeSession(site: name, generations: record.generations, session: world.random.next() | 1)) {
                 if case .success = $0 { answered(.done) } else { answered(.failed(Refusal("no session", .passing))) }
             }
         }
@@ -305,20 +336,20 @@ extension SimulatedSite {
                     return answered(lost)
                 }
                 guard peer.take(.paired(site: name, generations: record.generations)) else { return answered(lost) }
-                return answered(.yielded(peer.joining(at: point)))
+                return answered(.yielded(peer.executor.joining(at: point)))
             }
             let asked = Yield(
                 to: name, generations: record.generations, highestPoint: record.highestPoint,
                 lineage: "after \(world.random.next())", volumes: (0..<World.volumes).map { "\($0)" },
                 keep: world.keep, servesHosts: peer.servesHosts || peer.isAdmitting)
-            peer.run(asked) { [unowned self] outcome in
+            peer.executor.run(asked) { [unowned self] outcome in
                 guard case .success(let point) = outcome else {
-                    if peer.keepsUnsent, !peer.mayHaveYielded {
+                    if peer.executor.keepsUnsent, !peer.executor.mayHaveYielded {
                         world.fail("a try to give the role up leaves a FlashCopy")
                     }
                     return answered(lost)
                 }
-                answered(.yielded(peer.joining(at: point)))
+                answered(.yielded(peer.executor.joining(at: point)))
             }
         }
     }

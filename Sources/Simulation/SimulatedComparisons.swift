@@ -1,4 +1,4 @@
-// SimulatedComparison.swift: the parts of `Verify`, as a simulated site carries them out: FlashCopies of the primary's volumes in the instant
+// SimulatedComparisons.swift: the parts of `Verify`, as a simulated site carries them out: FlashCopies of the primary's volumes in the instant
 // of a point, and that point, which its peer keeps meanwhile. The two must be alike.
 
 import FlashCopies
@@ -24,51 +24,67 @@ struct PinnedPoint {
     var carriers: [CopyID] = []
 }
 
-extension SimulatedSite {
+final class SimulatedComparisons {
+    private unowned let site: SimulatedSite
+    /// The one that is under way, and how many there were.
+    private var comparison: SimulatedComparison?
+    private var count = 0
+    private var pinned: PinnedPoint?
+
+    private var world: World { site.world }
+    private var life: Int { site.life }
+    private var volumes: [SimulatedVolume] { site.volumes }
+    private var peer: SimulatedSite { site.peer }
+
+    init(_ site: SimulatedSite) { self.site = site }
+
+    /// The process has ended.
+    func die() { (comparison, pinned) = (nil, nil) }
+
     /// The operator has a point compared while mirroring goes on.
     func verify() {
-        guard isUp, !isBusy, group.cycle != nil, record.isMirroring else { return }
-        comparisons += 1
+        guard site.isUp, !site.executor.isBusy, site.group.cycle != nil, site.record.isMirroring else { return }
+        count += 1
         let id = comparisonCopy
-        run(Verify()) { [unowned self] outcome in
+        site.executor.run(Verify()) { [unowned self] outcome in
             if case .success = outcome { world.figures.comparisons += 1 }
             if volumes.contains(where: { $0.volume.copy(id)?.state == .active }) {
                 world.fail("a FlashCopy stays behind after a comparison")
             }
-            if peer.pinned?.id == id, comparison?.hasUnpinned != true {
+            if peer.comparisons.pinned?.id == id, comparison?.hasUnpinned != true {
                 world.fail("the peer keeps a point after a comparison")
             }
             comparison = nil
         }
     }
 
-    private var comparisonCopy: CopyID { CopyTable.firstID + CopyID(comparisons) }
+    private var comparisonCopy: CopyID { CopyTable.firstID + CopyID(count) }
 
     func copyAtPoint(_ done: @escaping (Answer) -> Void) {
-        guard group.cycle != nil else { return done(.failed(Refusal("it does not mirror"))) }
+        guard site.group.cycle != nil else { return done(.failed(Refusal("it does not mirror"))) }
         comparison = SimulatedComparison(id: comparisonCopy)
-        handle(.request)
-        wait { [unowned self] in
-            guard let point = comparison?.point, group.cycle?.suspension == nil else {
-                return group.cycle?.suspension != nil
+        site.replicator.handle(.request)
+        site.executor.wait { [unowned self] in
+            guard let point = comparison?.point, site.group.cycle?.suspension == nil else {
+                return site.group.cycle?.suspension != nil
             }
-            return max(record.lastCommitted?.number ?? 0, record.lastNumber - 1) >= point
+            return max(site.record.lastCommitted?.number ?? 0, site.record.lastNumber - 1) >= point
         } then: { [unowned self] in
-            if let point = record.lastCommitted, point.number == comparison?.point { return done(.point(point)) }
+            if let point = site.record.lastCommitted, point.number == comparison?.point { return done(.point(point)) }
             dropCopies { done(.failed(Refusal("the point was not committed", .passing))) }
         }
     }
 
     /// The one that forms is compared, if one is waited for.
-    func noteForComparison(_ point: UInt64) {
+    func note(_ point: UInt64) {
         if let comparison, comparison.point == nil, !comparison.isOver { self.comparison?.point = point }
     }
 
     /// In the instant in which the volume forms the point.
-    func copyForComparison(_ index: Int, _ simulated: SimulatedVolume, at point: UInt64) {
+    func copy(_ index: Int, _ simulated: SimulatedVolume, at point: UInt64) {
         guard let id = comparison?.id, comparison?.point == point else { return }
         let files = (SimulatedFile(byteCount: World.size), SimulatedBitmap(bits: World.grains))
-        copies[index][id] = files
+        site.copies[index][id] = files
         simulated.volume.addCopy(
             FlashCopy(
                 id: id, targetFile: simulated.addStore(.file(files.0)),
@@ -80,24 +96,24 @@ extension SimulatedSite {
     func dropCopies(_ done: @escaping () -> Void) {
         let id = comparisonCopy
         comparison?.isOver = true
-        everyVolume({ $1.volume.withdrawCopy(id) }, then: done)
+        site.replicator.everyVolume({ $1.volume.withdrawCopy(id) }, then: done)
     }
 
     func pinPoint(_ point: UInt64, _ done: @escaping (Answer) -> Void) {
         let id = comparisonCopy
-        ask(done) { peer, answered in answered(peer.pin(point, id)) }
+        site.executor.ask(done) { peer, answered in answered(peer.comparisons.pin(point, id)) }
     }
 
     func unpinPoint(_ done: @escaping (Answer) -> Void) {
         comparison?.hasUnpinned = true
-        ask(done) { peer, answered in
-            peer.unpin()
+        site.executor.ask(done) { peer, answered in
+            peer.comparisons.unpin()
             answered(.done)
         }
     }
 
     func comparePoint(_ done: @escaping (Answer) -> Void) {
-        ask(done) { [unowned self] peer, answered in
+        site.executor.ask(done) { [unowned self] peer, answered in
             compare(0, peer, (life, peer.life), answered)
         }
     }
@@ -107,11 +123,11 @@ extension SimulatedSite {
         _ index: Int, _ peer: SimulatedSite, _ lives: (Int, Int), _ answered: @escaping (Answer) -> Void
     ) {
         guard index < World.volumes else { return answered(.done) }
-        guard lives == (life, peer.life), let id = comparison?.id, let pinned = peer.pinned, pinned.id == id else {
+        guard lives == (life, peer.life), let id = comparison?.id, let pinned = peer.comparisons.pinned, pinned.id == id else {
             return answered(.failed(Refusal("the point is not kept", .passing)))
         }
         read(id, of: index) { [unowned self] ours in
-            peer.read(pinned.carriers[index], of: index) { [unowned self] theirs in
+            peer.comparisons.read(pinned.carriers[index], of: index) { [unowned self] theirs in
                 guard let ours, let theirs else { return answered(.failed(Refusal("it cannot be read", .passing))) }
                 if !isSame(ours, theirs) {
                     world.fail("volume \(index) of point \(comparison?.point ?? 0) is not alike at both sites")
@@ -124,7 +140,7 @@ extension SimulatedSite {
     /// - Parameter done: is given nil when it cannot be read, and not called if the process ends before.
     private func read(_ id: CopyID, of index: Int, _ done: @escaping ([UInt8]?) -> Void) {
         let process = life
-        guard isUp else { return }
+        guard site.isUp else { return }
         let accepted = volumes[index].submit(.read, view: .copy(id), offset: 0, length: World.size) { request in
             done(request.error == 0 ? Array(UnsafeRawBufferPointer(start: request.buffer, count: World.size)) : nil)
         }
@@ -136,10 +152,10 @@ extension SimulatedSite {
     /// What an earlier comparison has left is let go of.
     private func pin(_ point: UInt64, _ id: CopyID) -> Answer {
         unpin()
-        guard points.contains(point) else { return .failed(Refusal("there is no point \(point)")) }
+        guard site.points.contains(point) else { return .failed(Refusal("there is no point \(point)")) }
         pinned = PinnedPoint(id: id)
         for index in volumes.indices {
-            let carrier = CopyID(carrier(of: point, index))
+            let carrier = CopyID(site.carrier(of: point, index))
             guard volumes[index].volume.retainCopy(carrier) else {
                 unpin()
                 return .failed(Refusal("point \(point) is not in volume \(index)'s chain", .passing))
