@@ -12,11 +12,6 @@
 import Groups
 
 package final class Coordination: Scenario {
-    static let layouts: [(remotes: Int, ofHosts: [Int])] = [
-        (3, [0, 1, 2]), (3, [0, 1, 2]), (3, [0, 1, 2]), (2, [0, 0, 1]), (2, [0, 1]), (1, [0, 0, 0]), (1, [0]),
-    ]
-    static let clients = 4
-
     var random: SeededGenerator
     let fault: DeliberateFault?
     package internal(set) var trace: [String] = []
@@ -34,65 +29,26 @@ package final class Coordination: Scenario {
     /// How often the file was written, and what of that each process knows: whoever keeps it refuses a save that is not based on it.
     private var writes = 0
     private var knownWrites: [CoordinationProcess: Int] = [:]
-    private var messages: [CoordinationMessage] = []
-    private var data: [CoordinationData] = []
-    private var nextSession = 1
-    /// Pairs that cannot reach each other, until then.
-    private var cuts: [Set<CoordinationProcess>: UInt64] = [:]
+    private var network: CoordinationNetwork
     /// Remotes that die at a step: what they have promised is hardly used yet.
     private var doomed: [(step: Int, remote: Int)] = []
     /// No faults any more.
-    private var isQuiet = false
+    private var isQuiet = false { didSet { network.isQuiet = isQuiet } }
 
-    // By seed.
-    private let weights: [Int]
-    private let losing: Int
-    private let repeating: Int
-    private let slow: Int
-    private let failingSaves: Int
-    /// One action in so many is a process's last; 0 = none.
-    private let dying: Int
-    private let failovers: Int
-    /// Of a thousand steps so many take long.
-    private let pausing: Int
+    private let mix: CoordinationMix
 
     // What must be there.
-    /// The write that each client waits for.
-    private var waiting: [(host: Int, grain: Int)?] = Array(repeating: nil, count: clients)
-    private var moment = 0
-    /// What each host's volumes were when they formed the point.
-    private var formed: [UInt64: [Int: [Int]]] = [:]
-    private var closed: Set<UInt64> = []
+    private var clients = CoordinationClients()
+    private var points = CoordinationPoints()
     /// The newest point that the coordinator says to be committed.
     private var announced: UInt64 = 0
 
     /// How often something happened that a rule is about, so that a test sees that none is left out.
     package private(set) var happened: [String: Int] = [:]
 
-    private enum Happening: CaseIterable {
-        case write, apply, acknowledge, form, task, deliver, data, tick, request, tell, crash, restart, cut, failOver
-        var weight: Int {
-            switch self {
-            case .write: 120
-            case .apply, .acknowledge: 150
-            case .form, .task: 600
-            case .deliver: 1800
-            case .data: 600
-            case .tick: 200
-            case .request: 120
-            case .tell: 6
-            case .crash: 3
-            case .restart: 60
-            case .cut: 6
-            case .failOver: 30
-            }
-        }
-        var varies: [Int] { [.tell, .crash, .cut, .failOver].contains(self) ? [0, 1, 4] : [1, 2] }
-    }
-
     package init(seed: UInt64, fault: DeliberateFault? = nil) {
         var generator = SeededGenerator(seed: seed ^ 0xC00D)
-        let layout = Self.layouts[generator.below(Self.layouts.count)]
+        let layout = CoordinationMix.layouts[generator.below(CoordinationMix.layouts.count)]
         settings = try! Coordinator.Settings(
             hosts: layout.ofHosts.count, remotes: layout.remotes,
             maxCoordination: [5_000_000, Coordinator.Settings.coordination, 200_000_000][generator.below(3)])
@@ -100,14 +56,8 @@ package final class Coordination: Scenario {
         remotes = (0..<layout.remotes).map { remote in
             CoordinationRemote(hosts: layout.ofHosts.indices.filter { layout.ofHosts[$0] == remote })
         }
-        weights = Happening.allCases.map { $0.weight * $0.varies[generator.below($0.varies.count)] }
-        losing = [0, 3, 15][generator.below(3)]
-        repeating = [0, 10, 40][generator.below(3)]
-        slow = [0, 5, 30][generator.below(3)]
-        failingSaves = [0, 30, 6][generator.below(3)]
-        dying = [0, 1500, 200][generator.below(3)]
-        failovers = [0, 0, 1, 3][generator.below(4)]
-        pausing = [1, 10, 30][generator.below(3)]
+        mix = CoordinationMix(&generator)
+        network = CoordinationNetwork(mix, fault)
         random = generator
         self.fault = fault
         for process in processes { restart(process) }
@@ -149,23 +99,26 @@ package final class Coordination: Scenario {
             crash(process, "dies with its promise")
             restart(process)
         }
-        happen(random.one(of: Happening.allCases, weights: weights))
-        passTime(by: UInt64(random.below(1000) < pausing ? random.below(60_000_000) : random.below(200_000)))
+        happen(random.one(of: CoordinationHappening.allCases, weights: mix.weights))
+        passTime(by: UInt64(random.below(1000) < mix.pausing ? random.below(60_000_000) : random.below(200_000)))
+        figures.operations = clients.count
         check()
         if let failure { throw failure }
     }
 
-    private func happen(_ happening: Happening) {
+    private func happen(_ happening: CoordinationHappening) {
         switch happening {
-        case .write: write()
-        case .apply: apply()
-        case .acknowledge: acknowledge()
+        case .write: clients.write(&hosts, &random)
+        case .apply: clients.apply(&hosts, &random)
+        case .acknowledge: clients.acknowledge(&hosts, &random)
         case .form: if let host = random.one(of: hosts.indices.filter { hosts[$0].forming != nil }) { formNext(host) }
         case .task: runTask()
         case .deliver: deliver()
         case .data:
-            if !data.isEmpty, random.chance(50) { return arrive() }
-            if let host = random.one(of: hosts.indices.filter { hosts[$0].sending != nil }) { send(host) }
+            if network.hasData, random.chance(50) { return network.arrive(&hosts, &remotes, now, &random) }
+            if let host = random.one(of: hosts.indices.filter { hosts[$0].sending != nil }) {
+                network.send(host, &hosts, &remotes, now, &random)
+            }
         case .tick: tick()
         case .request: if coordinator != nil { tell(.coordinator, .request) }
         case .tell: tellUnasked()
@@ -175,7 +128,7 @@ package final class Coordination: Scenario {
             if stale != nil, random.chance(10) { stale = nil }
         case .cut:
             let pair = Set([processes[random.below(processes.count)], processes[random.below(processes.count)]])
-            if pair.count == 2 { cuts[pair] = now + UInt64(random.below(2_000_000_000)) }
+            if pair.count == 2 { network.cut(pair, until: now + UInt64(random.below(2_000_000_000))) }
         case .failOver: askToFailOver()
         }
     }
@@ -223,53 +176,6 @@ package final class Coordination: Scenario {
 
     // MARK: Hosts' writes
 
-    private func write() {
-        guard let client = waiting.firstIndex(where: { $0 == nil }) else { return }
-        let (host, grain) = (random.below(hosts.count), random.below(CoordinationHost.grainCount))
-        guard hosts[host].machine != nil, hosts[host].grains[grain].underWay == nil else { return }
-        moment += 1
-        figures.operations += 1
-        waiting[client] = (host, grain)
-        hosts[host].grains[grain].issuedAt.append(moment)
-        hosts[host].grains[grain].acknowledgedAt.append(nil)
-        hosts[host].grains[grain].underWay = (hosts[host].grains[grain].issuedAt.count - 1, false)
-    }
-
-    /// Writes that have reached their volume, or have not, and whose acknowledgement is not held.
-    private func someWrite(applied: Bool) -> (host: Int, grain: Int)? {
-        var found: [(host: Int, grain: Int)] = []
-        for host in hosts.indices {
-            for (grain, written) in hosts[host].grains.enumerated() where written.underWay?.isApplied == applied {
-                if !hosts[host].held.contains(grain) { found.append((host, grain)) }
-            }
-        }
-        return random.one(of: found)
-    }
-
-    private func apply() {
-        guard let (host, grain) = someWrite(applied: false) else { return }
-        let write = hosts[host].grains[grain].underWay!.write
-        hosts[host].grains[grain].content = write
-        hosts[host].grains[grain].underWay = (write, true)
-        hosts[host].recording.insert(grain)
-    }
-
-    private func acknowledge() {
-        guard let (host, grain) = someWrite(applied: true) else { return }
-        if hosts[host].heldSince == nil { return acknowledged(host, grain) }
-        hosts[host].held.append(grain)
-    }
-
-    private func acknowledged(_ host: Int, _ grain: Int) {
-        guard let (write, _) = hosts[host].grains[grain].underWay else { return }
-        moment += 1
-        hosts[host].grains[grain].acknowledgedAt[write] = moment
-        hosts[host].grains[grain].underWay = nil
-        for client in waiting.indices where waiting[client].map({ $0 == (host, grain) }) == true {
-            waiting[client] = nil
-        }
-    }
-
     /// What has not formed by the deadline does not.
     private func letGoAtOnce(_ host: Int) {
         if let number = hosts[host].forming { hosts[host].tasks.append(.lost(number, "it let go by itself")) }
@@ -279,7 +185,7 @@ package final class Coordination: Scenario {
 
     private func letGo(_ host: Int) {
         (hosts[host].heldSince, hosts[host].isAtOnce) = (nil, false)
-        for grain in hosts[host].held { acknowledged(host, grain) }
+        for grain in hosts[host].held { clients.acknowledged(host, grain, &hosts) }
         hosts[host].held = []
     }
 
@@ -291,15 +197,9 @@ package final class Coordination: Scenario {
         if !hosts[host].outOfSync.isDisjoint(with: grains) {
             fail("a point is formed over what is left of the last one")
         }
-        // The bitmaps change roles.
-        let changed = hosts[host].recording.intersection(grains)
-        hosts[host].outOfSync.subtract(grains)
-        hosts[host].outOfSync.formUnion(changed)
-        hosts[host].recording.subtract(grains)
-        hosts[host].image += grains.map { hosts[host].grains[$0].content }
+        hosts[host].form(grains)
         guard hosts[host].image.count == CoordinationHost.grainCount else { return }
-        if formed[number]?[host] != nil { fail("a host forms a point anew") }
-        formed[number, default: [:]][host] = hosts[host].image
+        if !points.form(number, host, hosts[host].image) { fail("a host forms a point anew") }
         (hosts[host].forming, hosts[host].heldPoint) = (nil, number)
         if hosts[host].isAtOnce { letGo(host) }
         hosts[host].tasks.append(.formed(number))
@@ -307,92 +207,20 @@ package final class Coordination: Scenario {
 
     // MARK: Data
 
-    private func send(_ host: Int) {
-        guard var sending = hosts[host].sending else { return }
-        let remote = hosts[host].remote
-        if sending.session == nil, hosts[host].outOfSync.isEmpty {
-            // All of it is there already, and a remote that has prepared the point lets nobody in.
-            hosts[host].sending = nil
-            return hosts[host].tasks.append(.drained(sending.number))
-        }
-        guard reaches(.host(host), .remote(remote)), remotes[remote].machine?.takesData == true else { return }
-        guard let session = sending.session, remotes[remote].sessions[host] == session else {
-            // A new session: what was sent in the one before does not count.
-            remotes[remote].sessions[host] = nextSession
-            (sending.session, sending.unsent, sending.unanswered) = (nextSession, hosts[host].outOfSync, [])
-            nextSession += 1
-            hosts[host].sending = sending
-            return
-        }
-        if let grain = sending.unsent.min() {
-            sending.unsent.remove(grain)
-            sending.unanswered.insert(grain)
-            data.append(
-                CoordinationData(
-                    host: host, session: session, grain: grain, content: hosts[host].image[grain],
-                    isSlow: !isQuiet && random.chance(slow)))
-            hosts[host].sending = sending
-        } else if sending.unanswered.isEmpty || fault == .drainEarly {
-            hosts[host].sending = nil
-            if fault != .drainUnflushed { remotes[remote].flushed[host] = remotes[remote].secondary[host] }
-            hosts[host].outOfSync = []
-            hosts[host].tasks.append(.drained(sending.number))
-        }
-    }
-
-    private func arrive() {
-        let index = random.below(data.count)
-        if data[index].isSlow, !isQuiet, !random.chance(3) { return }
-        let write = data.remove(at: index)
-        let remote = hosts[write.host].remote
-        let isCurrent = hosts[write.host].sending?.session == write.session
-        let isLetIn =
-            remotes[remote].machine?.takesData == true && remotes[remote].sessions[write.host] == write.session
-        guard isLetIn || (fault == .takeLateData && remotes[remote].machine != nil) else {
-            if isCurrent { hosts[write.host].sending?.session = nil }
-            return
-        }
-        remotes[remote].secondary[write.host]![write.grain] = write.content
-        guard isCurrent else { return }
-        if reaches(.host(write.host), .remote(remote)) {
-            hosts[write.host].sending?.unanswered.remove(write.grain)
-        } else {
-            hosts[write.host].sending?.session = nil  // its answer is lost
-        }
-    }
-
     /// An operator's wish, or what a new session with the only remote brings to light.
     private func tellUnasked() {
         guard coordinator != nil else { return }
         if random.chance(50) { return tell(.coordinator, .giveUp("mirroring stops")) }
-        guard remotes.count == 1, let remote = remotes[0].machine, reaches(.coordinator, .remote(0)) else { return }
+        guard remotes.count == 1, let remote = remotes[0].machine, network.reaches(.coordinator, .remote(0), now) else {
+            return
+        }
         tell(.coordinator, .found(committed: remote.record.committed))
     }
 
     // MARK: Messages
 
-    private func reaches(_ one: CoordinationProcess, _ other: CoordinationProcess) -> Bool {
-        cuts[[one, other]].map { $0 <= now } ?? true
-    }
-
-    private func post(
-        _ from: CoordinationProcess, _ to: CoordinationProcess, _ body: CoordinationMessage.Body
-    ) {
-        let sender = from == .stale ? .coordinator : from
-        guard isQuiet || (reaches(sender, to) && !random.chance(losing)) else { return }
-        let message = CoordinationMessage(
-            from: sender, to: to, body: body, isSlow: !isQuiet && random.chance(slow))
-        messages.append(message)
-        if !isQuiet, random.chance(repeating) { messages.append(message) }
-        // Those that are under way for very long are lost.
-        if messages.count > 200 { messages.removeFirst() }
-    }
-
     private func deliver() {
-        guard !messages.isEmpty else { return }
-        let index = random.below(messages.count)
-        if messages[index].isSlow, !isQuiet, !random.chance(3) { return }
-        let message = messages.remove(at: index)
+        guard let message = network.next(&random) else { return }
         switch (message.to, message.body) {
         case (.coordinator, .ofHost(let host, let answer)):
             for process in [CoordinationProcess.coordinator, .stale] { tell(process, .host(host, answer)) }
@@ -465,7 +293,7 @@ package final class Coordination: Scenario {
     }
 
     private func dies(_ process: CoordinationProcess) -> Bool {
-        guard !isQuiet, dying > 0, random.below(dying) == 0 else { return false }
+        guard !isQuiet, mix.dying > 0, random.below(mix.dying) == 0 else { return false }
         crash(process, "dies in the middle")
         return true
     }
@@ -485,7 +313,7 @@ package final class Coordination: Scenario {
             fail("a record is saved that cannot come next: \(error)")
             return false
         }
-        guard !isQuiet, failingSaves > 0, random.below(failingSaves) == 0 else {
+        guard !isQuiet, mix.failingSaves > 0, random.below(mix.failingSaves) == 0 else {
             file.content = next
             return true
         }
@@ -542,10 +370,10 @@ package final class Coordination: Scenario {
 
     private func perform(_ action: Coordinator.Action, of process: CoordinationProcess) {
         switch action {
-        case .askHost(let host, let request): post(process, .host(host), .toHost(request))
+        case .askHost(let host, let request): network.post(process, .host(host), .toHost(request), now, &random)
         case .askRemote(let remote, let request):
             if case .commit(_, others: true) = request.body { happened["a promise made void", default: 0] += 1 }
-            post(process, .remote(remote), .toRemote(request))
+            network.post(process, .remote(remote), .toRemote(request), now, &random)
         case .committed(let number):
             note("point \(number) is committed everywhere")
             announced = max(announced, number)
@@ -583,7 +411,7 @@ package final class Coordination: Scenario {
 
     private func perform(_ action: Participant.Action, host: Int) {
         switch action {
-        case .answer(let answer): post(.host(host), .coordinator, .ofHost(host, answer))
+        case .answer(let answer): network.post(.host(host), .coordinator, .ofHost(host, answer), now, &random)
         case .makeReady(let number):
             let isReady = isQuiet || !random.chance(4)
             hosts[host].tasks.append(isReady ? .madeReady(number) : .notReady(number, "a volume is being restored"))
@@ -640,7 +468,7 @@ package final class Coordination: Scenario {
 
     private func perform(_ action: TwoPhaseCommit.Action, remote: Int) {
         switch action {
-        case .answer(let answer): post(.remote(remote), .coordinator, .ofRemote(remote, answer))
+        case .answer(let answer): network.post(.remote(remote), .coordinator, .ofRemote(remote, answer), now, &random)
         case .check(let number):
             guard isQuiet || !random.chance(3) else {
                 return remotes[remote].tasks.append(.checkFailed(number, "writes are under way"))
@@ -654,7 +482,7 @@ package final class Coordination: Scenario {
         case .testify(let other, let number, let testimony):
             happened["\(testimony)", default: 0] += 1
             if !isQuiet, random.chance(20) { doomed.append((steps + random.below(100), remote)) }
-            post(.remote(remote), .remote(other), .testimony(of: remote, number, testimony))
+            network.post(.remote(remote), .remote(other), .testimony(of: remote, number, testimony), now, &random)
         case .open(let point): opened(at: point, remote)
         case .failoverRefused(let reason): note("remote \(remote) does not fail over: \(reason)")
         case .contradiction(let text): fail("a remote meets the impossible: \(text)")
@@ -665,9 +493,10 @@ package final class Coordination: Scenario {
         switch fault {
         case .failOverUnasked:
             remotes[remote].tasks.append(.testimony(from: other, number, .committed))
-        case .countSilenceAsPromise where remotes[other].machine == nil || !reaches(.remote(remote), .remote(other)):
+        case .countSilenceAsPromise
+        where remotes[other].machine == nil || !network.reaches(.remote(remote), .remote(other), now):
             remotes[remote].tasks.append(.testimony(from: other, number, .refuses(prepared: true)))
-        default: post(.remote(remote), .remote(other), .question(of: remote, number))
+        default: network.post(.remote(remote), .remote(other), .question(of: remote, number), now, &random)
         }
     }
 
@@ -697,17 +526,7 @@ package final class Coordination: Scenario {
             coordinator = nil
         case .host(let host):
             hosts[host].die(powerLoss: powerLoss)
-            for grain in hosts[host].grains.indices {
-                guard let (write, isApplied) = hosts[host].grains[grain].underWay else { continue }
-                if !isApplied, random.chance(50) {
-                    hosts[host].grains[grain].content = write
-                    hosts[host].recording.insert(grain)
-                }
-                hosts[host].grains[grain].underWay = nil
-                for client in waiting.indices where waiting[client].map({ $0 == (host, grain) }) == true {
-                    waiting[client] = nil
-                }
-            }
+            for grain in hosts[host].loseWrites(&random) { clients.forget(host, grain) }
             // After power loss more counts as changed than has.
             if powerLoss { hosts[host].recording.insert(random.below(CoordinationHost.grainCount)) }
         case .remote(let remote): remotes[remote].die(powerLoss: powerLoss, &random)
@@ -757,7 +576,7 @@ package final class Coordination: Scenario {
         }
     }
 
-    // MARK: Points and failovers
+    // MARK: Points and mix.failovers
 
     private func take(_ number: UInt64, _ remote: Int) {
         guard remotes[remote].point?.number ?? 0 < number else { return }
@@ -765,35 +584,15 @@ package final class Coordination: Scenario {
         remotes[remote].point = (number, contents)
         note("remote \(remote) takes point \(number)")
         figures.checks += 1
-        for (host, content) in contents.sorted(by: { $0.key < $1.key }) where formed[number]?[host] != content {
+        for (host, content) in contents.sorted(by: { $0.key < $1.key }) where points.formed[number]?[host] != content {
             fail("remote \(remote) commits a half point")
         }
         if remotes[remote].secondary != remotes[remote].flushed { fail("a point is committed that is not flushed") }
-        checkClosed(number)
-    }
-
-    /// If a write is in the point, so is every write that was acknowledged before that one was issued.
-    private func checkClosed(_ number: UInt64) {
-        guard !closed.contains(number) else { return }
-        closed.insert(number)
-        guard let point = formed[number], point.count == hosts.count else {
-            return fail("a point is committed that not every host has formed")
-        }
-        let newest =
-            hosts.indices.flatMap { host in
-                hosts[host].grains.indices.map { hosts[host].grains[$0].issuedAt[point[host]![$0]] }
-            }.max() ?? 0
-        for host in hosts.indices {
-            for (grain, written) in hosts[host].grains.enumerated() {
-                for missing in written.acknowledgedAt[(point[host]![grain] + 1)...] where missing ?? .max < newest {
-                    return fail("a committed point lacks a write that was acknowledged before another in it was issued")
-                }
-            }
-        }
+        if let problem = points.brokenCut(number, hosts) { fail(problem) }
     }
 
     private func askToFailOver() {
-        guard failovers > 0, random.below(4) < failovers else { return }
+        guard mix.failovers > 0, random.below(4) < mix.failovers else { return }
         // Where it matters most, more often.
         let undecided = random.one(of: remotes.indices.filter { remotes[$0].machine?.state.number != nil })
         if undecided == nil, !random.chance(6) { return }
@@ -843,7 +642,8 @@ package final class Coordination: Scenario {
     private func outlastSilence() throws(SimulationFailure) {
         isQuiet = true
         defer { isQuiet = false }
-        (cuts, stale) = ([:], nil)
+        network.mend()
+        stale = nil
         for process in processes { restart(process) }
         guard remotes.allSatisfy({ $0.failedOver == nil }) else { return }
         tell(.coordinator, .request)
@@ -852,21 +652,15 @@ package final class Coordination: Scenario {
         crash(silent, "is silent")
         let end = now + 120_000_000_000
         while now < end { try goOn(by: 20_000_000) }
-        let isWaitedFor =
-            switch (silent, coordinator?.state) {
-            case (.host(let host), .makingReady(_, let round)), (.host(let host), .holding(_, let round, _)),
-                (.host(let host), .running(_, let round, _)), (.host(let host), .draining(_, let round)),
-                (.remote(let host), .preparing(_, let round)):
-                round.waiting.contains(host)
-            default: false
-            }
-        if isWaitedFor { fail("an undecided point is held for \(silent), which does not answer") }
+        if coordinator?.state.holdsUndecided(for: silent) == true {
+            fail("an undecided point is held for \(silent), which does not answer")
+        }
         if let failure { throw failure }
     }
 
     /// One of the things that happen without faults.
     private func goOn(by amount: UInt64) throws(SimulationFailure) {
-        let useful: [Happening] = [.apply, .acknowledge, .form, .task, .deliver, .data, .tick, .deliver]
+        let useful: [CoordinationHappening] = [.apply, .acknowledge, .form, .task, .deliver, .data, .tick, .deliver]
         happen(useful[random.below(useful.count)])
         passTime(by: amount)
         check()
@@ -876,7 +670,8 @@ package final class Coordination: Scenario {
     /// No faults any more: a point is committed, or all remotes fail over.
     private func settle() throws(SimulationFailure) {
         isQuiet = true
-        (cuts, stale) = ([:], nil)
+        network.mend()
+        stale = nil
         for process in processes { restart(process) }
         let before = announced
         var isFailover = false
@@ -911,11 +706,5 @@ package final class Coordination: Scenario {
     private func settled() throws(SimulationFailure) {
         check()
         if let failure { throw failure }
-    }
-}
-
-extension CoordinatorRecord {
-    fileprivate func changed(lastNumber: UInt64? = nil, point: Point) -> CoordinatorRecord {
-        CoordinatorRecord(epoch: epoch, lastNumber: lastNumber ?? self.lastNumber, point: point, committed: committed)
     }
 }

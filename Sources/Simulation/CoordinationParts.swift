@@ -69,6 +69,31 @@ struct CoordinationHost {
 
     init(remote: Int) { self.remote = remote }
 
+    /// A volume does: its bitmaps change roles.
+    mutating func form(_ volume: Range<Int>) {
+        let changed = recording.intersection(volume)
+        outOfSync.subtract(volume)
+        outOfSync.formUnion(changed)
+        recording.subtract(volume)
+        image += volume.map { grains[$0].content }
+    }
+
+    /// Those that were under way have reached their volume, or not.
+    ///
+    /// - Returns: where to.
+    mutating func loseWrites(_ random: inout SeededGenerator) -> [Int] {
+        let lost = grains.indices.filter { grains[$0].underWay != nil }
+        for grain in lost {
+            let (write, isApplied) = grains[grain].underWay!
+            if !isApplied, random.chance(50) {
+                grains[grain].content = write
+                recording.insert(grain)
+            }
+            grains[grain].underWay = nil
+        }
+        return lost
+    }
+
     /// Its bits are merged back.
     mutating func giveUpPoint() {
         recording.formUnion(outOfSync)
@@ -150,4 +175,22 @@ struct CoordinationData {
     var grain: Int
     var content: Int
     var isSlow: Bool
+}
+
+extension CoordinatorRecord {
+    func changed(lastNumber: UInt64? = nil, point: Point) -> CoordinatorRecord {
+        CoordinatorRecord(epoch: epoch, lastNumber: lastNumber ?? self.lastNumber, point: point, committed: committed)
+    }
+}
+
+extension Coordinator.State {
+    func holdsUndecided(for process: CoordinationProcess) -> Bool {
+        switch (process, self) {
+        case (.host(let index), .makingReady(_, let round)), (.host(let index), .holding(_, let round, _)),
+            (.host(let index), .running(_, let round, _)), (.host(let index), .draining(_, let round)),
+            (.remote(let index), .preparing(_, let round)):
+            round.waiting.contains(index)
+        default: false
+        }
+    }
 }

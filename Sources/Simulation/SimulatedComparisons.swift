@@ -123,7 +123,8 @@ final class SimulatedComparisons {
         _ index: Int, _ peer: SimulatedSite, _ lives: (Int, Int), _ answered: @escaping (Answer) -> Void
     ) {
         guard index < World.volumes else { return answered(.done) }
-        guard lives == (life, peer.life), let id = comparison?.id, let pinned = peer.comparisons.pinned, pinned.id == id else {
+        guard lives == (life, peer.life), let id = comparison?.id, let pinned = peer.comparisons.pinned, pinned.id == id
+        else {
             return answered(.failed(Refusal("the point is not kept", .passing)))
         }
         read(id, of: index) { [unowned self] ours in

@@ -302,7 +302,9 @@ final class SimulatedStepExecutor {
             guard peer.record.role == .secondary else {
                 return answered(peer.record.failedOver?.point == point ? .done : .failed(PeerRefusal("it is primary")))
             }
-            peer.executor.run(IntakeSession(site: name, generations: record.generations, session: world.random.next() | 1)) {
+            peer.executor.run(
+                IntakeSession(site: name, generations: record.generations, session: world.random.next() | 1)
+            ) {
                 [unowned self] session in
                 guard case .success = session else { return answered(.failed(Refusal("no session", .passing))) }
                 guard peer.points.last == point else { return answered(.failed(PeerRefusal("it is not the newest"))) }
@@ -321,7 +323,9 @@ final class SimulatedStepExecutor {
         if fault == .takeBackUnheard { return done(.done) }
         ask(done) { [unowned self] peer, answered in
             guard peer.record.role == .secondary else { return answered(.failed(PeerRefusal("it is primary"))) }
-            peer.executor.run(IntakeSession(site: name, generations: record.generations, session: world.random.next() | 1)) {
+            peer.executor.run(
+                IntakeSession(site: name, generations: record.generations, session: world.random.next() | 1)
+            ) {
                 if case .success = $0 { answered(.done) } else { answered(.failed(Refusal("no session", .passing))) }
             }
         }
