@@ -115,7 +115,7 @@ final class Comparisons {
     }
 
     private func digestPairs(
-        _ volume: VolumeState, _ id: CopyID, _ peer: HTTPPeer, _ pinned: String, _ parts: [(UInt64, Int)]
+        _ volume: VolumeState, _ id: CopyID, _ peer: ControlPeer, _ pinned: String, _ parts: [(UInt64, Int)]
     ) async throws -> [([UInt8], [UInt8])] {
         let name = volume.name
         var theirs: [Task<[UInt8], any Error>] = []

@@ -100,9 +100,9 @@ final class Holdings {
     }
 
     /// The peer, if it is a Farcopy site.
-    func peer(_ group: GroupState) -> HTTPPeer? {
+    func peer(_ group: GroupState) -> ControlPeer? {
         configuration.peers[group.entry.peer]?.control.map {
-            HTTPPeer(address: $0, group: group.entry.name, site: configuration.site, siteID: siteRecord.id)
+            ControlPeer(address: $0, group: group.entry.name, site: configuration.site, siteID: siteRecord.id)
         }
     }
 

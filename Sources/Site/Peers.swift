@@ -97,7 +97,7 @@ final class Peers {
     }
 
     /// Every earlier request of this site's has come to its end at the peer.
-    func openPeersSession(_ group: GroupState) async throws -> (peer: HTTPPeer, session: UInt64) {
+    func openPeersSession(_ group: GroupState) async throws -> (peer: ControlPeer, session: UInt64) {
         guard let peer = home.peer(group) else { throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site") }
         let opened = try await peer.openSession(
             volumes: home.members(group).map { ($0.name, $0.geometry.size) }, record: group.record)

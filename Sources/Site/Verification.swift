@@ -18,7 +18,7 @@ extension VerifyReport {
 
 /// A comparison that is under way.
 final class Verification {
-    let peer: HTTPPeer
+    let peer: ControlPeer
     let repairs: Bool
     /// Bytes a second; 0 = as fast as it goes.
     let rate: UInt64
@@ -27,5 +27,5 @@ final class Verification {
         point: 0, startedAt: timestamp(realSeconds()), finishedAt: "", comparedBytes: 0, differingBytes: 0,
         differenceCount: 0, differences: [], repairing: false)
 
-    init(_ peer: HTTPPeer, repair: Bool, rate: UInt64) { (self.peer, repairs, self.rate) = (peer, repair, rate) }
+    init(_ peer: ControlPeer, repair: Bool, rate: UInt64) { (self.peer, repairs, self.rate) = (peer, repair, rate) }
 }

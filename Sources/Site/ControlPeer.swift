@@ -1,4 +1,4 @@
-// HTTPPeer.swift: the peer as a group's replicator asks it, over its control API.
+// ControlPeer.swift: the peer as a group's replicator asks it, over its control API.
 
 import API
 import Base
@@ -7,7 +7,7 @@ import Groups
 import Link
 import NBDProtocol
 
-struct HTTPPeer: PeerClient {
+struct ControlPeer: PeerClient {
     let client: ControlClient
     let group: String
     let site: String
