@@ -44,6 +44,7 @@ final class SimulatedStepExecutor {
     func run<Operation: Steps>(
         _ steps: Operation, done: @escaping (Result<Operation.Outcome, any Error>) -> Void
     ) {
+        if isBusy { world.fail("\(name) carries two operations out at a time") }
         isBusy = true
         goOn(steps, after: .begin, life, done)
     }
