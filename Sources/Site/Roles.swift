@@ -59,6 +59,7 @@ package final class Roles {
                 to: request.siteID, generations: request.generations, highestPoint: request.highestPoint,
                 lineage: randomIdentity(), volumes: home.members(group).map(\.name), keep: group.entry.keep,
                 servesHosts: served), group)
+        group.isolation = nil
         home.note(name, "'\(request.site)' is the primary; this site has given up that role")
         return yieldAnswer(group, point)
     }
@@ -143,6 +144,7 @@ package final class Roles {
         defer { group.isJoining = false }
         let theirs = try await peers.peerStanding(group)
         try await steps.run(Join(group.record, theirs, identity: randomIdentity()), group)
+        group.isolation = nil
         home.note(name, "mirroring to '\(group.entry.peer)' begins; what either site has changed is sent")
     }
 }

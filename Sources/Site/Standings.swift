@@ -2,6 +2,7 @@
 //
 // Must be prevented:
 //   hosts write at a site that is stale, if it could have asked
+//   hosts that wait for the peer's word are let in although the role was given up to it meanwhile
 
 import API
 import Groups
@@ -107,11 +108,18 @@ package final class Standings {
     func awaitPeer(_ group: GroupState) async {
         while !home.isStopping, group.isolation != nil {
             try? await Task.sleep(for: .seconds(1))
-            guard group.isolation != nil, let verdict = try? await learnStanding(group, seconds: 0) else { continue }
-            group.isolation = nil
-            if verdict == .stale || verdict == .splitBrain { return }
-            do { try await beginService(group) } catch { home.note(group.entry.name, "\(error)") }
+            do { try await askPeer(group) } catch { home.note(group.entry.name, "\(error)") }
         }
+    }
+
+    private func askPeer(_ group: GroupState) async throws {
+        await group.turnstile.enter()
+        defer { group.turnstile.leave() }
+        // The peer may have taken the role meanwhile.
+        guard group.isolation != nil, let verdict = try? await learnStanding(group, seconds: 0) else { return }
+        group.isolation = nil
+        if verdict == .stale || verdict == .splitBrain { return }
+        try await beginService(group)
     }
 
     private func beginService(_ group: GroupState) async throws {
@@ -122,6 +130,8 @@ package final class Standings {
     /// The operator has made sure that the peer has not taken over.
     package func resumeIsolated(_ name: String) async throws {
         let group = try home.group(name)
+        await group.turnstile.enter()
+        defer { group.turnstile.leave() }
         guard group.isolation != nil else {
             throw Refusal("group '\(name)' does not wait for its peer")
         }

@@ -173,6 +173,36 @@ class RoleNotGivenUp(OrderTest):
             self.assertEqual([name for name in names(east, "disk") if name.startswith("unsent")], ["unsent-after-1-2"])
             self.put_away(east, west)
 
+    def test_hosts_are_not_let_in_by_command_while_the_role_is_given_up(self):
+        """The old primary waits for its peer, which is primary, comes back, and is faster than the next question; an operator is as well."""
+        for _ in range(3):
+            east, west = self.pair({"disk": "64KiB"}, interval="manual", options='on_isolated = "refuse"\n')
+            wait_for(west.points)
+            handle = east.connect("disk")
+            handle.pwrite(b"unsent" * 100, 0)
+            handle.flush()
+            handle.shutdown()
+            east.stop()
+            west.farcopy("failover", "shop")
+            wait_for(lambda: not any(v["restoring_bytes"] for v in west.status()["volumes"].values()))
+            west.stop()
+            east.start()
+            self.assertIn("does not answer", east.group()["reason"])
+            west.start()
+            east.recorder.fail("fsync", "/copies", error=-2)
+            gives_up = self.spawn(FARCOPY, "resync", "shop", "--discard", "east", "--yes", "--control", west.control)
+            wait_for(lambda: east.recorder.failed() == 0)
+            resumes = self.spawn(
+                FARCOPY, "resume", "shop", "--isolated", "--control", east.control, stderr=subprocess.PIPE, text=True)
+            time.sleep(0.5)
+            self.assertIsNone(gives_up.poll())
+            self.check_shut_out(east)
+            self.assertEqual(gives_up.wait(60), 0)
+            self.assertEqual(resumes.wait(60), 1)
+            self.assertIn("does not wait for its peer", resumes.stderr.read())
+            self.assertEqual(east.group()["role"], "secondary")
+            self.put_away(east, west)
+
     def check_shut_out(self, site):
         handle = site.connect("disk")
         self.assertTrue(handle.is_read_only(), site.farcopy("events").stdout)
