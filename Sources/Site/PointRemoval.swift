@@ -49,8 +49,11 @@ package final class PointRemoval {
     /// Recovery points from when this site was secondary leave once the peer has as many newer ones.
     func retirePoints(_ group: GroupState) async {
         defer { group.isRetiring = false }
+        // If the role was given up since that was due, the newest is what it was then.
+        let record = group.record
+        guard record.role == .primary else { return }
         do {
-            try await group.handle.change(.retired(group.record.points.map(\.number)))
+            try await group.handle.change(.retired(record.points.map(\.number)))
         } catch {
             return home.note(group.entry.name, "\(error)")
         }
