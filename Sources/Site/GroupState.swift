@@ -46,7 +46,7 @@ final class GroupState {
     let points = RecoveryPoints()
     /// What carries no recovery point any more, and leaves once the record's file says so.
     var leavingCarriers: [(volume: VolumeState, ids: [CopyID], endsReaders: Bool)] = []
-    /// Keeps what the peer lacks, of the last try to give the role up.
+    /// Keeps what the peer lacks, of the last try to give the role up, if that has failed.
     var unsent: String?
     /// A point is being compared.
     var verification: Verification?

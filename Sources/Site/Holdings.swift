@@ -214,6 +214,7 @@ final class Holdings {
     }
 
     func admitHosts(_ group: GroupState) async {
+        guard group.record.role == .primary else { return }  // given up meanwhile
         (group.servesHosts, group.isAdmitting) = (true, false)
         for volume in members(group) { await admitHosts(to: volume, group) }
     }

@@ -34,7 +34,7 @@ final class Operations {
             } catch let error as Refusal where error.kind == .passing {
                 operation.step = error.description
             }
-            guard !operation.isAborted else { throw Refusal("aborted by the operator") }
+            try checkGoesOn(operation)
             try await Task.sleep(for: .milliseconds(200))
         }
     }
@@ -44,8 +44,13 @@ final class Operations {
     ) async throws {
         await home.wait(seconds: seconds) { condition() || operation.isAborted }
         guard !condition() else { return }
-        guard !operation.isAborted else { throw Refusal("aborted by the operator") }
+        try checkGoesOn(operation)
         throw Refusal("it took longer than \(Int(seconds)) s")
+    }
+
+    private func checkGoesOn(_ operation: Operation) throws {
+        guard !operation.isAborted else { throw Refusal("aborted by the operator") }
+        guard !home.isStopping else { throw Refusal("site '\(home.configuration.site)' stops") }
     }
 
     /// A point formed from now on and committed by the peer.

@@ -206,7 +206,8 @@ extension Roles {
             do {
                 point = try await self.runFailback(group, group.operation!)
             } catch {
-                try await group.handle.change(.failingBack(false))
+                // The next start goes on with it.
+                if !home.isStopping { try await group.handle.change(.failingBack(false)) }
                 throw error
             }
         }
@@ -251,7 +252,7 @@ extension Roles {
                 return try await exchangeRoles(group, operation)
             } catch let error as Refusal {
                 // A link that is lost comes back.
-                guard group.isMirroring, !operation.isAborted else { throw error }
+                guard group.isMirroring, !operation.isAborted, !home.isStopping else { throw error }
                 operation.step = error.description
                 try await Task.sleep(for: .seconds(1))
             }

@@ -59,7 +59,7 @@ package final class Roles {
                 to: request.siteID, generations: request.generations, highestPoint: request.highestPoint,
                 lineage: randomIdentity(), volumes: home.members(group).map(\.name), keep: group.entry.keep,
                 servesHosts: served), group)
-        group.isolation = nil
+        (group.isolation, group.unsent) = (nil, nil)
         home.note(name, "'\(request.site)' is the primary; this site has given up that role")
         return yieldAnswer(group, point)
     }

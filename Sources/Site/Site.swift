@@ -262,10 +262,15 @@ package final class Site {
 
     // MARK: Stopping
 
-    /// Ends in order: nothing is lost, and the next start has nothing to repair.
-    package func stop() async {
+    /// Who waits does not any more: a request could otherwise wait for the stop, which waits for the requests.
+    package func endWaits() {
         home.isStopping = true
         home.happened()
+    }
+
+    /// Ends in order: nothing is lost, and the next start has nothing to repair.
+    package func stop() async {
+        endWaits()
         for group in home.groups.values {
             await replication.stopReplication(group)
         }

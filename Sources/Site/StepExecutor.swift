@@ -309,8 +309,10 @@ final class StepExecutor {
 
     private func drop(unsent name: String?, _ group: GroupState) async {
         guard let name else { return }
-        let found = home.members(group).compactMap { volume in volume.copyRecord(name).map { (volume, $0.id) } }
-        do { try await executor.run(WithdrawCopies(found.map(\.1)), on: found.map(\.0)) } catch {
+        let found = home.members(group).compactMap { volume in volume.copyRecord(name).map { (volume, $0) } }
+        // An operator has begun to use it.
+        guard !found.contains(where: { $1.isWritable }) else { return }
+        do { try await executor.run(WithdrawCopies(found.map(\.1.id)), on: found.map(\.0)) } catch {
             home.note(group.entry.name, "FlashCopy '\(name)' stays, although the role was not given up: \(error)")
         }
     }

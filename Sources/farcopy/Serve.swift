@@ -74,6 +74,7 @@ struct Serve: AsyncParsableCommand {
             }
             // The first to end is the signal, or what could not be started or listened on.
             while let ends = try await tasks.next(), !ends {}
+            await site.endWaits()
             tasks.cancelAll()
             while let result = await tasks.nextResult() { _ = result }
         }

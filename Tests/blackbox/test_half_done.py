@@ -203,6 +203,26 @@ class RoleNotGivenUp(OrderTest):
             self.assertEqual(east.group()["role"], "secondary")
             self.put_away(east, west)
 
+    def test_what_an_earlier_role_was_given_up_with_stays(self):
+        east, west = self.pair({"disk": "64KiB"}, interval="manual")
+        wait_for(west.points)
+        for word in (b"one.", b"two."):
+            east.farcopy("suspend", "shop")
+            handle = east.connect("disk")
+            handle.pwrite(word * 128, 0)
+            handle.flush()
+            handle.shutdown()
+            west.farcopy("failover", "shop")
+            wait_for(lambda: not any(v["restoring_bytes"] for v in west.status()["volumes"].values()))
+            west.farcopy("resync", "shop", "--discard", "east", "--yes")
+            wait_for(lambda: west.group()["state"] == "mirroring")
+            west.cycle()
+            west.farcopy("switchover", "shop")
+            wait_for(lambda: east.group()["state"] == "mirroring")
+            east.cycle()
+        kept = sorted(name for name in names(east, "disk") if name.startswith("unsent"))
+        self.assertEqual([east.read(f"disk@{name}")[:4] for name in kept], [b"one.", b"two."])
+
     def check_shut_out(self, site):
         handle = site.connect("disk")
         self.assertTrue(handle.is_read_only(), site.farcopy("events").stdout)
@@ -298,6 +318,33 @@ class Interrupted(SiteTest):
         os.unlink(f"{self.directory}/bad")
         site.farcopy("flashcopy", "refresh", "disk", "good")
         self.assertEqual(names(site, "disk"), {"good": "active"})
+
+    def test_a_stop_ends_a_failback_that_the_next_start_goes_on_with(self):
+        east, west = self.pair({"disk": "16MiB"}, interval="manual")
+        wait_for(west.points)
+        east.stop()
+        west.farcopy("failover", "shop")
+        wait_for(lambda: not any(v["restoring_bytes"] for v in west.status()["volumes"].values()))
+        handle = west.connect("disk")
+        handle.pwrite(os.urandom(16 << 20), 0)
+        handle.flush()
+        handle.shutdown()
+        west.farcopy("rate", "shop", "100KiB")
+        east.start()
+        for _ in range(2):
+            asks = self.spawn(FARCOPY, "failback", "shop", "--yes", "--control", west.control, stderr=subprocess.PIPE, text=True)
+            wait_for(lambda: "failback" in str(west.group().get("operation")) and east.group()["role"] == "secondary")
+            time.sleep(0.5)
+            west.stop()  # at once, although a client waits
+            self.assertNotEqual(asks.wait(30), 0)
+            west.start()
+            wait_for(lambda: "failback" in str(west.group().get("operation")), what="the failback goes on")
+            # Nobody waits for this one.
+            west.stop()
+            west.start()
+            wait_for(lambda: "failback" in str(west.group().get("operation")), what="the failback goes on")
+            west.farcopy("abort", "failback:shop")
+            wait_for(lambda: "failback" not in str(west.group().get("operation")))
 
 
 if __name__ == "__main__":
