@@ -43,7 +43,7 @@ extension World {
             let index = random.below(Self.volumes)
             for _ in 0..<random.below(30) { site.volumes[random.below(Self.volumes)].step(&random) }
             site.collectEvents()
-            arrive()
+            arriveLate()
             if operations <= wanted { try act(index, &models[index]) }
             if operations < wanted, random.chance(6) { try crashAfterFailover(&models) }
             guard operations < 100_000 else { throw SimulationFailure("a restore never ends") }
@@ -76,10 +76,8 @@ extension World {
         return point.number
     }
 
-    /// Something that was on its way when the primary was lost.
-    private func arrive() {
-        if !tasks.isEmpty, random.chance(50) { tasks.remove(at: random.below(tasks.count))() }
-    }
+    /// Of what was on its way when the primary was lost.
+    private func arriveLate() { if !tasks.isEmpty, random.chance(50) { arrive() } }
 
     /// The operator tries until it is done; the process may end, power and saves may fail between any two steps.
     private func carryOutFailover(to point: UInt64) throws(SimulationFailure) {
@@ -96,7 +94,7 @@ extension World {
                 if attempt < 4, random.chance(10) { break }
                 if site.executor.steps.isEmpty { throw SimulationFailure("the failover waits for ever") }
                 site.executor.steps.removeFirst()()
-                arrive()
+                arriveLate()
                 site.volumes[random.below(Self.volumes)].step(&random)
             }
             if outcome == nil { site.restart(powerLoss: random.chance(50)) }

@@ -96,7 +96,7 @@ extension World {
 
     /// An old primary comes back and asks. Whoever the operator keeps, both know that there are two, and which of them is behind; and if
     /// hosts wrote at both while these could not hear each other, nothing is overwritten unless a command says so.
-    func judgeSites() throws(SimulationFailure) -> Verdict {
+    private func judgeSites() throws(SimulationFailure) -> Verdict {
         let (new, old) = (primary!.standing, secondary!.standing)
         let (behind, ahead) = (judge(old, new), judge(new, old))
         note("\(secondary.name) is \(behind), \(primary.name) is \(ahead)")

@@ -24,17 +24,12 @@ struct PinnedPoint {
     var carriers: [CopyID] = []
 }
 
-final class SimulatedComparisons {
-    private unowned let site: SimulatedSite
+final class SimulatedComparisons: PartOfSite {
+    unowned let site: SimulatedSite
     /// The one that is under way, and how many there were.
     private var comparison: SimulatedComparison?
     private var count = 0
     private var pinned: PinnedPoint?
-
-    private var world: World { site.world }
-    private var life: Int { site.life }
-    private var volumes: [SimulatedVolume] { site.volumes }
-    private var peer: SimulatedSite { site.peer }
 
     init(_ site: SimulatedSite) { self.site = site }
 

@@ -4,8 +4,8 @@
 import Groups
 import Volumes
 
-final class SimulatedReplicator {
-    private unowned let site: SimulatedSite
+final class SimulatedReplicator: PartOfSite {
+    unowned let site: SimulatedSite
     /// Of the volumes' reactors.
     private(set) var mailboxes: [[() -> Void]] = []
     /// Changes with every link, every drain and every process.
@@ -17,14 +17,8 @@ final class SimulatedReplicator {
     /// The session that its connections belong to.
     private var linkSession: UInt64 = 0
 
-    private var world: World { site.world }
-    private var fault: DeliberateFault? { world.fault }
-    private var record: GroupRecord { site.record }
-    private var volumes: [SimulatedVolume] { site.volumes }
-    private var recording: [RecordingFile] { site.recording }
     private var preserved: [SimulatedBitmap] { site.preserved }
     private var targetFiles: [StoreFile] { site.targetFiles }
-    private var peer: SimulatedSite { site.peer }
 
     init(_ site: SimulatedSite) { self.site = site }
 

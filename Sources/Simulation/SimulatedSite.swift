@@ -25,6 +25,21 @@ final class RecordingFile {
     func flush() -> Int32 { parts.map { $0.flush() }.max() ?? 0 }
 }
 
+/// What carries out a part of what a site does.
+protocol PartOfSite: AnyObject {
+    var site: SimulatedSite { get }
+}
+
+extension PartOfSite {
+    var world: World { site.world }
+    var fault: DeliberateFault? { world.fault }
+    var life: Int { site.life }
+    var record: GroupRecord { site.record }
+    var volumes: [SimulatedVolume] { site.volumes }
+    var recording: [RecordingFile] { site.recording }
+    var peer: SimulatedSite { site.peer }
+}
+
 final class SimulatedSite {
     unowned let world: World
     let name: String

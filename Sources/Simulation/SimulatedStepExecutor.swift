@@ -7,8 +7,8 @@ import Groups
 import Volumes
 
 /// What carries a site's operations out, one at a time.
-final class SimulatedStepExecutor {
-    private unowned let site: SimulatedSite
+final class SimulatedStepExecutor: PartOfSite {
+    unowned let site: SimulatedSite
     /// An operation is under way.
     private(set) var isBusy = false
     /// Its next step, and what waits beside it.
@@ -19,16 +19,9 @@ final class SimulatedStepExecutor {
     private var keepsUnsent = false
     private var mayHaveYielded = false
 
-    private var world: World { site.world }
-    private var fault: DeliberateFault? { world.fault }
     private var name: String { site.name }
-    private var life: Int { site.life }
-    private var record: GroupRecord { site.record }
     private var points: [UInt64] { site.points }
-    private var volumes: [SimulatedVolume] { site.volumes }
     private var files: [SimulatedFile] { site.files }
-    private var recording: [RecordingFile] { site.recording }
-    private var peer: SimulatedSite { site.peer }
 
     init(_ site: SimulatedSite) { self.site = site }
 

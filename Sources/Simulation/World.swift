@@ -246,18 +246,20 @@ package final class World: Scenario, ServesHosts {
         }
     }
 
-    func takeMessage() {
+    private func takeMessage() {
         let site = random.chance(90) ? primary! : secondary!
         let index = random.below(Self.volumes)
         site.replicator.takeMessage(index)
     }
 
-    func takeTask() {
+    private func takeTask() {
         let site = random.chance(50) ? primary! : secondary!
         if !site.executor.steps.isEmpty, random.chance(50) { return site.executor.steps.removeFirst()() }
-        guard !tasks.isEmpty else { return }
-        tasks.remove(at: random.below(tasks.count))()
+        if !tasks.isEmpty { arrive() }
     }
+
+    /// One of the things that are on their way.
+    func arrive() { tasks.remove(at: random.below(tasks.count))() }
 
     /// A target that is full or fails, a sector that cannot be read: for a while.
     private func makeTrouble() {

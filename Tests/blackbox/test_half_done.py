@@ -151,12 +151,8 @@ class RoleNotGivenUp(OrderTest):
             east, west = self.pair({"disk": "64KiB"}, interval="manual")
             wait_for(west.points)
             east.farcopy("suspend", "shop")
-            handle = east.connect("disk")
-            handle.pwrite(b"unsent" * 100, 0)
-            handle.flush()
-            handle.shutdown()
-            west.farcopy("failover", "shop")
-            wait_for(lambda: not any(v["restoring_bytes"] for v in west.status()["volumes"].values()))
+            self.write(east, b"unsent" * 100)
+            self.fail_over(west)
             east.recorder.fail("fdatasync", "~groups/shop/group.record", error=errno.EIO, count=1000)
             resync = ("resync", "shop", "--discard", "east", "--yes")
             self.assertNotEqual(west.farcopy(*resync, check=False).returncode, 0)
@@ -178,13 +174,9 @@ class RoleNotGivenUp(OrderTest):
         for _ in range(3):
             east, west = self.pair({"disk": "64KiB"}, interval="manual", options='on_isolated = "refuse"\n')
             wait_for(west.points)
-            handle = east.connect("disk")
-            handle.pwrite(b"unsent" * 100, 0)
-            handle.flush()
-            handle.shutdown()
+            self.write(east, b"unsent" * 100)
             east.stop()
-            west.farcopy("failover", "shop")
-            wait_for(lambda: not any(v["restoring_bytes"] for v in west.status()["volumes"].values()))
+            self.fail_over(west)
             west.stop()
             east.start()
             self.assertIn("does not answer", east.group()["reason"])
@@ -208,12 +200,8 @@ class RoleNotGivenUp(OrderTest):
         wait_for(west.points)
         for word in (b"one.", b"two."):
             east.farcopy("suspend", "shop")
-            handle = east.connect("disk")
-            handle.pwrite(word * 128, 0)
-            handle.flush()
-            handle.shutdown()
-            west.farcopy("failover", "shop")
-            wait_for(lambda: not any(v["restoring_bytes"] for v in west.status()["volumes"].values()))
+            self.write(east, word * 128)
+            self.fail_over(west)
             west.farcopy("resync", "shop", "--discard", "east", "--yes")
             wait_for(lambda: west.group()["state"] == "mirroring")
             west.cycle()
@@ -222,6 +210,16 @@ class RoleNotGivenUp(OrderTest):
             east.cycle()
         kept = sorted(name for name in names(east, "disk") if name.startswith("unsent"))
         self.assertEqual([east.read(f"disk@{name}")[:4] for name in kept], [b"one.", b"two."])
+
+    def write(self, site, data):
+        handle = site.connect("disk")
+        handle.pwrite(data, 0)
+        handle.flush()
+        handle.shutdown()
+
+    def fail_over(self, site):
+        site.farcopy("failover", "shop")
+        wait_for(lambda: not any(v["restoring_bytes"] for v in site.status()["volumes"].values()))
 
     def check_shut_out(self, site):
         handle = site.connect("disk")

@@ -15,7 +15,8 @@ The mutants are data, in the files beside this one:
 Snippets of several lines have a `-` or `+` before each; white space counts. A copy of the package in `.build-mutants/tree` is built once
 with all of them, each behind a switch, which `FARCOPY_MUTANT=name` in the environment turns on. First everything that is named must pass
 without; then each mutant meets its layers, cheap ones first, until one fails or hangs. Those that stand for a rule of `Sources/Groups`
-(`Groups.rules`) must be caught by each of their layers, the simulator among them; `RULES=1` tries these alone. Ends with 1 when fewer than 90 % are caught, or one that survives is not explained.
+(`Groups.rules`) must be caught by each of their layers, the simulator among them; `RULES=1` tries these alone. Ends with 1 when fewer than
+90 % are caught, or one that survives is not explained.
 `CHECK=1` only looks whether every snippet is where the list says, and every rule has its fault or mutant.
 """
 
