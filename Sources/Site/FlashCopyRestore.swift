@@ -19,7 +19,8 @@ extension FlashCopies {
         let members = try home.members(request.volumes)
         for (volume, record) in try copies(request.name, members) { try checkRestorable(volume, record) }
         let groups = try groupsToHold(members)
-        await enterTurnstiles(groups)
+        // Who gives a role up holds its group and waits for operations on FlashCopies: a failover would wait with it.
+        await enterTogether(home.copyTurnstile, groups.map(\.turnstile))
         defer {
             home.copyTurnstile.leave()
             for group in groups { group.turnstile.leave() }
@@ -42,21 +43,6 @@ extension FlashCopies {
             reports[index].disconnected = hosts[index].clients.count
         }
         return reports
-    }
-
-    /// Who gives a role up holds its group and waits for operations on FlashCopies; so nobody else waits for one while it has the other: a
-    /// failover would wait with it.
-    private func enterTurnstiles(_ groups: [GroupState]) async {
-        while true {
-            await home.copyTurnstile.enter()
-            if groups.allSatisfy(\.turnstile.isFree) { break }
-            home.copyTurnstile.leave()
-            for group in groups {
-                await group.turnstile.enter()
-                group.turnstile.leave()
-            }
-        }
-        for group in groups { await group.turnstile.enter() }
     }
 
     /// The volumes' groups, none of which is changing roles.

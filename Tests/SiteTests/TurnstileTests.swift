@@ -42,3 +42,34 @@ func turnstileCounts() async {
     await hall.close()
     #expect(await hall.waiting == 0)
 }
+
+private actor TwoDoors {
+    let first = Turnstile()
+    let group = Turnstile()
+    private(set) var through = 0
+
+    func enterBoth() async {
+        await enterTogether(first, [group])
+        through += 1
+        group.leave()
+        first.leave()
+    }
+
+    func closeGroup() async { await group.enter() }
+    func openGroup() { group.leave() }
+    var areFree: Bool { first.isFree && group.isFree }
+}
+
+/// Whoever gets through between two of them hands a turnstile on while it is free for nobody.
+@Test("several who enter two turnstiles together while one is taken all get through", .timeLimit(.minutes(1)))
+func turnstilesTogether() async {
+    let doors = TwoDoors()
+    await doors.closeGroup()
+    await withTaskGroup(of: Void.self) { tasks in
+        for _ in 0..<4 { tasks.addTask { await doors.enterBoth() } }
+        try? await Task.sleep(for: .milliseconds(50))
+        await doors.openGroup()
+    }
+    #expect(await doors.through == 4)
+    #expect(await doors.areFree)
+}
