@@ -26,10 +26,14 @@ package enum Limits {
     package static let requestsPerConnection = 256
     /// Requests of one volume between arrival and the last byte of their reply.
     package static let requestsPerVolume = 1024
+    /// Of these, so many are the drain's alone: what it reads may be what the others wait for.
+    package static let requestsOfDrain = 16
     /// Grain copies (preserve, restore, hand-over) of one volume that may be under way.
     package static let copyJobsPerVolume = 128
     /// The longest run of grains that one copy job moves.
     package static let copyJobBytes = 1 << 20
+    /// What volumes take at a time of their group's memory for old images.
+    package static let imageChunkBytes = 256 << 10
     /// A request that needs grains preserved is carried out in windows of this size.
     package static let writeWindowBytes = 4 << 20
     /// Receive buffer of one connection.
@@ -130,6 +134,7 @@ package enum Limits {
             maximumPayload <= payloadPool - payloadReserve, "the largest payload fits beside the reserve")
         invariant(payloadShown + 64 <= receiveBuffer, "what a payload must show fits the receive buffer")
         invariant(copyJobBytes >= maximumGrain, "a copy job moves at least one grain")
+        invariant(imageChunkBytes <= 64 * minimumGrain, "a word has a bit for each image of a chunk")
         invariant(
             copyPool >= copyJobBytes, "the copy pool holds at least one job")
         invariant(writeWindowBytes >= copyJobBytes, "a window holds at least one job")

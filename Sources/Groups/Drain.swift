@@ -4,19 +4,26 @@
 //   a bit is cleared for data that the remote holds only in memory (the remote loses power, the primary forgets)
 //   a bit is cleared for data that was acknowledged after the flush that is taken as its proof
 //
+// What hosts wait for is read ahead of the rest and sent to stable storage at once, or flushed at once where the remote cannot do that.
 // Each window slot reads a run of a volume, sends it, and is free again. Acknowledged runs collect until a flush that
 // began after their acknowledgement has ended; then their bits are cleared.
 
 package struct Drain: Mover {
     private enum Slot {
         case free
-        case reading(volume: Int)
-        case sending(VolumeRun)
+        /// `urgent`: hosts wait for something that may be this.
+        case reading(volume: Int, urgent: Bool)
+        case sending(VolumeRun, urgent: Bool)
     }
 
     private var slots: [Slot]
     private var freeSlots: [Int]
     package var pace: MovePace
+    /// Slots that only urgent reads take.
+    private let urgentSlots: Int
+    /// Volumes whose next read has what hosts wait for; and whether something that they wait for was acknowledged and not flushed.
+    private var wanted: [Int] = []
+    private var wantsFlush = false
     /// Volumes that may have more to read, and whose turn it is.
     private var unread: [Int]
     private var turn = 0
@@ -30,6 +37,7 @@ package struct Drain: Mover {
         slots = Array(repeating: .free, count: shape.window)
         freeSlots = Array((0..<shape.window).reversed())
         unread = shape.volumes
+        urgentSlots = shape.urgentSlots
         pace = shape.pace
     }
 
@@ -38,29 +46,52 @@ package struct Drain: Mover {
     package mutating func handle(_ event: MoveEvent) -> [MoveAction] {
         switch event {
         case .begin: advance()
-        case .read(let slot, let grains, let offset, let length): didRead(slot, grains, offset, length)
-        case .sent(let slot, let wire): didSend(slot, wire)
+        case .read(let slot, let grains, let offset, let length, let urgent):
+            didRead(slot, grains, offset, length, urgent)
+        case .sent(let slot, let wire, let durable): didSend(slot, wire, durable)
+        case .wanted(let volume): want(volume)
         case .flushed: didFlush()
         }
     }
 
-    private mutating func didRead(_ slot: Int, _ grains: Range<Int>?, _ offset: UInt64, _ length: Int) -> [MoveAction] {
-        guard case .reading(let volume) = slots[slot] else { return [] }
+    private mutating func want(_ volume: Int) -> [MoveAction] {
+        wantMore(volume)
+        // It may be on its way already.
+        for slot in slots.indices {
+            switch slots[slot] {
+            case .reading(volume, _): slots[slot] = .reading(volume: volume, urgent: true)
+            case .sending(let run, _) where run.volume == volume: slots[slot] = .sending(run, urgent: true)
+            default: break
+            }
+        }
+        if acknowledged.contains(where: { $0.volume == volume }) { wantsFlush = true }
+        return advance()
+    }
+
+    private mutating func didRead(
+        _ slot: Int, _ grains: Range<Int>?, _ offset: UInt64, _ length: Int, _ urgent: Bool
+    ) -> [MoveAction] {
+        guard case .reading(let volume, let isAwaited) = slots[slot] else { return [] }
+        // Whatever was wanted since that was read is told anew.
+        if urgent { wantMore(volume) }
         guard let grains else {
             free(slot)
             if let index = unread.firstIndex(of: volume) { unread.remove(at: index) }
             return advance()
         }
-        slots[slot] = .sending(VolumeRun(volume: volume, grains: grains))
-        return [.send(slot: slot, volume: volume, offset: offset, length: length)]
+        slots[slot] = .sending(VolumeRun(volume: volume, grains: grains), urgent: urgent || isAwaited)
+        let send = MoveAction.send(slot: slot, volume: volume, offset: offset, length: length, urgent: urgent)
+        return urgent ? [send] + advance() : [send]
     }
 
-    private mutating func didSend(_ slot: Int, _ wire: Int) -> [MoveAction] {
-        guard case .sending(let run) = slots[slot] else { return [] }
+    private mutating func didSend(_ slot: Int, _ wire: Int, _ durable: Bool) -> [MoveAction] {
+        guard case .sending(let run, let urgent) = slots[slot] else { return [] }
         free(slot)
+        bytesSent += UInt64(wire)
+        guard !durable else { return [.clear([run])] + advance() }
         acknowledged.append(run)
         acknowledgedBytes += wire
-        bytesSent += UInt64(wire)
+        if urgent { wantsFlush = true }
         return advance()
     }
 
@@ -80,15 +111,18 @@ package struct Drain: Mover {
 
     private mutating func advance() -> [MoveAction] {
         var actions: [MoveAction] = []
-        while busy < pace.limit, let slot = freeSlots.last, let volume = volumeToRead() {
+        while let slot = freeSlots.last, let volume = wanted.first ?? volumeToRead() {
             freeSlots.removeLast()
-            slots[slot] = .reading(volume: volume)
+            if !wanted.isEmpty { wanted.removeFirst() }
+            slots[slot] = .reading(volume: volume, urgent: false)
             actions.append(.read(slot: slot, volume: volume))
         }
         let isLast = busy == 0 && unread.isEmpty && !acknowledged.isEmpty
         if flushing == nil,
             acknowledgedBytes >= pace.checkpointBytes || acknowledged.count >= Self.checkpointRuns || isLast
+                || wantsFlush
         {
+            wantsFlush = false
             flushing = acknowledged
             acknowledged = []
             acknowledgedBytes = 0
@@ -97,9 +131,13 @@ package struct Drain: Mover {
         return actions
     }
 
+    private mutating func wantMore(_ volume: Int) {
+        if !wanted.contains(volume) { wanted.append(volume) }
+    }
+
     /// Volumes take turns, so that one large volume does not hold up the small ones.
     private mutating func volumeToRead() -> Int? {
-        guard !unread.isEmpty else { return nil }
+        guard busy < min(pace.limit, slots.count - urgentSlots), !unread.isEmpty else { return nil }
         turn %= unread.count
         defer { turn += 1 }
         return unread[turn]

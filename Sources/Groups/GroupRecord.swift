@@ -104,9 +104,11 @@ package struct GroupRecord: Sendable, Equatable {
 
     /// At a start: whether the point that is held must be given up, since some volume does not hold it any more.
     ///
-    /// - Parameter held: for each volume the point that its bitmaps are of; nil = they cannot be relied on.
-    package func mustGiveUpPoint(heldBy held: [UInt64?]) -> Bool {
+    /// - Parameters:
+    ///   - held: for each volume the point that its bitmaps are of; nil = they cannot be relied on.
+    ///   - mode: the group's from now on.
+    package func mustGiveUpPoint(heldBy held: [UInt64?], _ mode: Mode) -> Bool {
         guard let point = self.held?.number else { return false }
-        return held.contains { $0 != point }
+        return mode.afterCrash == .givesUp || held.contains { $0 != point }
     }
 }

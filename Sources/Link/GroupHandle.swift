@@ -105,6 +105,9 @@ package final class GroupHandle: Sendable {
         mailbox.send(.event(.pointLost(reason), epoch: 0))
     }
 
+    /// Hosts wait for old images of a volume, by its index in the group.
+    package func imagesWanted(_ volume: Int) { mailbox.send(.event(.move(.wanted(volume: volume)), epoch: 0)) }
+
     /// Bounds the link, in bytes a second; 0 = unbounded.
     package func setRate(_ rate: UInt64) { mailbox.send(.setRate(rate)) }
 

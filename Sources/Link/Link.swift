@@ -154,17 +154,20 @@ final class LinkConnection {
             }, user_data: completion, free: nil)
     }
 
+    /// The peer takes writes that are on stable storage when they are answered.
+    var takesFUA: Bool { nbd_can_fua(handle) == 1 }
+
     func write(
-        _ buffer: UnsafeRawPointer, _ length: Int, at offset: UInt64,
+        _ buffer: UnsafeRawPointer, _ length: Int, at offset: UInt64, fua: Bool,
         _ completion: UnsafeMutablePointer<LinkCompletion>
     ) -> Bool {
-        nbd_aio_pwrite(handle, buffer, length, offset, callback(completion), 0) >= 0
+        nbd_aio_pwrite(handle, buffer, length, offset, callback(completion), fua ? UInt32(LIBNBD_CMD_FLAG_FUA) : 0) >= 0
     }
 
     func zero(
-        _ length: Int, at offset: UInt64, _ completion: UnsafeMutablePointer<LinkCompletion>
+        _ length: Int, at offset: UInt64, fua: Bool, _ completion: UnsafeMutablePointer<LinkCompletion>
     ) -> Bool {
-        nbd_aio_zero(handle, UInt64(length), offset, callback(completion), 0) >= 0
+        nbd_aio_zero(handle, UInt64(length), offset, callback(completion), fua ? UInt32(LIBNBD_CMD_FLAG_FUA) : 0) >= 0
     }
 
     func flush(_ completion: UnsafeMutablePointer<LinkCompletion>) -> Bool {

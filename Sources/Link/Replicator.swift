@@ -21,30 +21,36 @@ package struct ReplicatedVolume: Sendable {
     package var number: VolumeNumber
     package var geometry: Geometry
     /// Takes the old content of colliding writes.
-    package var targetFile: StoreFile
-    package var target: OpenFile
-    /// Which grains of the point are in the target; behind the file's header.
-    package var preserved: MappedFile
+    package var hold: HoldPlace
+    /// Nil when that is memory.
+    package var target: HoldTarget?
     /// CR and OOS.
     package var recording: MappedFile
 
     package init(
         name: String, reactor: ReactorHandle, number: VolumeNumber, geometry: Geometry,
-        targetFile: StoreFile, target: OpenFile, preserved: MappedFile, recording: MappedFile
+        hold: HoldPlace, target: HoldTarget?, recording: MappedFile
     ) {
         self.name = name
         self.reactor = reactor
         self.number = number
         self.geometry = geometry
-        self.targetFile = targetFile
+        self.hold = hold
         self.target = target
-        self.preserved = preserved
         self.recording = recording
     }
 
     package var place: ServedVolume { ServedVolume(reactor, number) }
+}
 
-    package var preservedBitmap: Bitmap {
+/// A FlashCopy target, and which grains of the point are there: behind the file's header.
+package struct HoldTarget: Sendable {
+    package var file: OpenFile
+    package var preserved: MappedFile
+
+    package init(file: OpenFile, preserved: MappedFile) { (self.file, self.preserved) = (file, preserved) }
+
+    package func bitmap(_ geometry: Geometry) -> Bitmap {
         Bitmap(memory: preserved.memory + BitmapHeader.byteCount, count: geometry.grainCount)
     }
 }
@@ -66,6 +72,8 @@ package final class Replicator {
         package var address: Address
         package var tls: LinkTLS
         package var peer: any PeerClient
+        /// Hosts may wait for what is sent.
+        var sendsFirst: Bool { volumes.contains { $0.target == nil } }
         package var connectionsPerVolume: Int
         package var compare: ComparePolicy
         /// Seconds after which a peer that acknowledges nothing has stalled.
@@ -177,6 +185,7 @@ package final class Replicator {
     /// Nothing more comes from it.
     func closeLink() {
         epoch += 1
+        if link != nil, configuration.sendsFirst { onEveryVolume { $0.hosted($1.number).volume.cannotSendFirst() } }
         link = nil
         peerState = nil
         session = nil
@@ -311,7 +320,8 @@ package final class Replicator {
             let used = NotedVolumes()
             onEvery(volumes.map(\.place), from: reactor) { reactor, index in
                 let volume = reactor.hosted(volumes[index].number).volume
-                if volume.pointBitmapIsDirty { used.note(index) }
+                volume.prepareHold(volumes[index].hold)
+                if volume.pointBitmapIsDirty, volumes[index].target != nil { used.note(index) }
                 return volume.changedGrains == 0
             } done: { _, unchanged in
                 mailbox.send(.released(changed: !unchanged, used: used.all, epoch: asker))
@@ -320,7 +330,10 @@ package final class Replicator {
     }
 
     private func clearPreserved(_ used: [Int], changed: Bool) {
-        for index in used { configuration.volumes[index].preservedBitmap.clearAll() }
+        for index in used {
+            let volume = configuration.volumes[index]
+            volume.target?.bitmap(volume.geometry).clearAll()
+        }
         group.handle(.prepared(changed: changed))
     }
 
@@ -366,8 +379,7 @@ package final class Replicator {
         let changed = NotedVolumes()
         holdTogether(volumes.map(\.place)) { reactor, index in
             let volume = volumes[index]
-            reactor.formPoint(
-                volume.number, point: number, targetFile: volume.targetFile, preserved: volume.preservedBitmap)
+            reactor.formPoint(volume.number, point: number, in: volume.hold)
             alongside?(reactor, index)
         } release: { reactor, index in
             if reactor.hosted(volumes[index].number).volume.outOfSyncGrains > 0 { changed.note(index) }
@@ -399,8 +411,8 @@ package final class Replicator {
         guard group.record.held == nil, group.record.forming == nil else { return }
         for volume in configuration.volumes {
             // A failure costs space, not data; the next point writes over what is there.
-            try? volume.target.truncate(to: 0)
-            try? volume.target.truncate(to: volume.geometry.size)
+            try? volume.target?.file.truncate(to: 0)
+            try? volume.target?.file.truncate(to: volume.geometry.size)
         }
     }
 
@@ -434,10 +446,11 @@ package final class Replicator {
         case .read(let slot, let volume):
             guard let point = group.record.held?.number else { return }
             if let event = sender.read(slot, volume, point: point, epoch: epoch) { group.handle(event) }
-        case .send(let slot, _, let offset, let length):
+        case .send(let slot, _, let offset, let length, let urgent):
             guard let session else { return group.handle(.linkLost("the link is closed")) }
             sender.send(
-                slot, offset, length, session: session, epoch: epoch, isSeeded: group.record.primary?.fromImage == true)
+                slot, offset, length, urgent: urgent, session: session, epoch: epoch,
+                isSeeded: group.record.primary?.fromImage == true)
         case .flush(let volumes): flush(volumes)
         case .clear(let runs): clear(runs)
         }

@@ -105,6 +105,8 @@ package final class Sender {
         /// Commands of the link that are not answered.
         var parts = 0
         var wire = 0
+        /// It goes to stable storage at once.
+        var fua = false
         /// Bytes given to the link that are not answered.
         var onTheWay = 0
         var sending = Window.Sending()
@@ -193,10 +195,10 @@ package final class Sender {
 
     func drained(_ slot: Int, _ answer: DrainRead.Answer) -> Cycle.Event? {
         switch answer {
-        case .data(let grains, let offset, let length):
+        case .data(let grains, let offset, let length, let urgent):
             slots[slot].isZero = isZero(contents(slot), length)
             runLength = 0.98 * runLength + 0.02 * Double(length)
-            return .move(.read(slot: slot, grains: grains, offset: offset, length: length))
+            return .move(.read(slot: slot, grains: grains, offset: offset, length: length, urgent: urgent))
         case .zeroes(let grains, let offset, let length):
             slots[slot].isZero = true
             return .move(.read(slot: slot, grains: grains, offset: offset, length: length))
@@ -211,12 +213,18 @@ package final class Sender {
     // MARK: Sending
 
     /// Sends what a slot holds, after asking the peer for its checksums if that is likely to spare something.
+    ///
+    /// - Parameter urgent: it goes at once, ahead of what waits, and to stable storage.
     func send(
-        _ slot: Int, _ offset: UInt64, _ length: Int, session: UInt64, epoch: UInt64, isSeeded: Bool
+        _ slot: Int, _ offset: UInt64, _ length: Int, urgent: Bool, session: UInt64, epoch: UInt64, isSeeded: Bool
     ) {
         slots[slot].offset = offset
         slots[slot].length = length
         slots[slot].wire = 0
+        if urgent {
+            (slots[slot].parts, slots[slot].fua) = (1, true)
+            return outgoing.insert(Part(slot: slot, index: 0, range: 0..<length), at: outgoingStart)
+        }
         if !slots[slot].isZero, comparison.wants(linkRate: flow.bytesPerSecond, isSeeded: isSeeded) {
             return compare(slot, session, epoch)
         }
@@ -321,10 +329,12 @@ package final class Sender {
         bytesSent += UInt64(wire)
         onTheWay += wire
         slots[part.slot].onTheWay += wire
-        if slot.isZero { return connection.zero(part.range.count, at: offset, completion) }
+        let fua = slot.fua && connection.takesFUA
+        slots[part.slot].fua = fua
+        if slot.isZero { return connection.zero(part.range.count, at: offset, fua: fua, completion) }
         slots[part.slot].wire += part.range.count
         return connection.write(
-            contents(part.slot) + part.range.lowerBound, part.range.count, at: offset, completion)
+            contents(part.slot) + part.range.lowerBound, part.range.count, at: offset, fua: fua, completion)
     }
 
     /// Nanoseconds until more may go, or nil when nothing waits for that.
@@ -341,7 +351,7 @@ package final class Sender {
         onTheWay -= slots[slot].onTheWay
         slots[slot].onTheWay = 0
         if !slots[slot].isZero { flow.acknowledged(slots[slot].sending, bytes: slots[slot].wire, now: lastProgress) }
-        return .move(.sent(slot: slot, wire: slots[slot].wire))
+        return .move(.sent(slot: slot, wire: slots[slot].wire, durable: slots[slot].fua))
     }
 
     func noteProgress() { lastProgress = monotonicNanoseconds() }

@@ -332,7 +332,7 @@ package final class Reactor {
     }
 
     /// Some volume's background work goes on by the time.
-    private var anyClock: Bool { awake.contains { volumes[$0]?.volume.fillsWithRate == true } }
+    private var anyClock: Bool { awake.contains { volumes[$0]?.volume.followsClock == true } }
 
     /// Drives the volumes that may have something to do until none has anything to do at once.
     func pumpVolumes() {
@@ -352,7 +352,7 @@ package final class Reactor {
     }
 
     private func pump(_ number: VolumeNumber, _ hosted: HostedVolume) {
-        if hosted.volume.fillsWithRate { hosted.volume.advanceClock(to: monotonicNanoseconds()) }
+        if hosted.volume.followsClock { hosted.volume.advanceClock(to: monotonicNanoseconds()) }
         if hosted.volume.backgroundDue || hosted.volume.isStarved { hosted.volume.runBackground() }
         var busy = true
         while busy {
@@ -481,16 +481,14 @@ package final class Reactor {
     // MARK: Points
 
     /// Forms the volume's part of a point, while its acknowledgements are held (see `Volume.formPoint`).
-    package func formPoint(
-        _ number: VolumeNumber, point: UInt64, targetFile: StoreFile, preserved: Bitmap
-    ) {
+    package func formPoint(_ number: VolumeNumber, point: UInt64, in place: HoldPlace) {
         let hosted = hosted(number)
         guard hosted.volume.mayFormPoint else {
             // A restore began meanwhile: hosts see the restored data before it is there, and a drain would send what was.
             hosted.holdExpired = true
             return
         }
-        hosted.volume.formPoint(number: point, targetFile: targetFile, preserved: preserved)
+        hosted.volume.formPoint(number: point, in: place)
     }
 
     /// Holds acknowledgements while something is done on several volumes (`holdTogether`).

@@ -98,9 +98,12 @@ package struct DrainRead: Sendable {
     /// Filled with the data; the caller's until the answer.
     package nonisolated(unsafe) var buffer: UnsafeMutableRawPointer
     package var answer: @Sendable (Answer) -> Void
+    /// Writes wait for what it reads.
+    var isUrgent = false
 
     package enum Answer: Sendable {
-        case data(grains: Range<Int>, offset: UInt64, length: Int)
+        /// `urgent`: writes wait until the remote has it.
+        case data(grains: Range<Int>, offset: UInt64, length: Int, urgent: Bool)
         /// The run is zeroes; the buffer is not filled, and the length may be more than it holds.
         case zeroes(grains: Range<Int>, offset: UInt64, length: Int)
         /// Every run of the point was given out since the drain was rewound.

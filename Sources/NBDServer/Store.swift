@@ -283,11 +283,14 @@ extension Reactor {
             drain.answer(.gone)
             return true
         }
-        guard let slot = volume.takeRequest() else { return false }
+        guard let slot = volume.takeRequest(ofClient: false) else { return false }
         let limit = max(1, drain.capacity / volume.geometry.grain)
+        var drain = drain
+        let urgent = volume.nextUrgent(limit: limit)
+        drain.isUrgent = urgent != nil
         guard
-            var grains = volume.nextOutOfSync(
-                limit: max(limit, Self.holeBytes / volume.geometry.grain))
+            var grains = urgent
+                ?? volume.nextOutOfSync(limit: max(limit, Self.holeBytes / volume.geometry.grain))
         else {
             volume.releaseRequest(slot)
             drain.answer(.nothing)
@@ -398,7 +401,7 @@ extension Reactor {
                 .data(
                     grains: hosted.volume.geometry.grains(
                         offset: request.offset, length: request.length),
-                    offset: request.offset, length: Int(request.length)))
+                    offset: request.offset, length: Int(request.length), urgent: drain.isUrgent))
         }
     }
 }

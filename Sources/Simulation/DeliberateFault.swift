@@ -59,6 +59,10 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     /// A FlashCopy that a point is compared with is taken a little after it.
     case compareLater
 
+    /// Mode `global-mirror`: an old image is discarded before it is sent, or overwritten; what was sent ahead is sent again when nothing holds it
+    /// any more; data counts as on stable storage that was sent without FUA; a start takes up a point that was held in memory.
+    case discardUnsent, overwriteUnsent, giveOutTwice, countUnflushed, takeUpImages
+
     /// A volume has no files of a point although it has changed since the one before.
     case takeForUnchanged
     /// Files that are missing are made anew.
@@ -135,6 +139,9 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
         case .skipActivityLog: .skipActivityLog
         case .forgetHeir: .forgetHeir
         case .forgetChanges: .forgetChanges
+        case .discardUnsent: .discardUnsent
+        case .overwriteUnsent: .overwriteUnsent
+        case .giveOutTwice: .giveOutTwice
         default: []
         }
     }

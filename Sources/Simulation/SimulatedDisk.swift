@@ -226,7 +226,10 @@ final class SimulatedVolume {
     /// Faults put in on purpose.
     var skipFlushes = false
 
-    init(volume: Volume) { self.volume = volume }
+    /// The time, for what goes on by it.
+    private let now: (() -> UInt64)?
+
+    init(volume: Volume, now: (() -> UInt64)? = nil) { (self.volume, self.now) = (volume, now) }
 
     func addStore(_ store: SimulatedStore) -> StoreFile {
         if let free = stores.firstIndex(where: { $0 == nil }) {
@@ -244,6 +247,7 @@ final class SimulatedVolume {
 
     /// Moves everything that the engine wants to say.
     func pump() {
+        if volume.followsClock, let now { volume.advanceClock(to: now()) }
         if volume.backgroundDue || volume.isStarved { volume.runBackground() }
         var busy = true
         while busy {
@@ -266,9 +270,10 @@ final class SimulatedVolume {
     /// Starts a request; false when every slot is taken.
     func submit(
         _ operation: Request.Operation, view: View = .volume, offset: Int, length: Int,
-        data: [UInt8]? = nil, fua: Bool = false, before: () -> Void = {}, done: @escaping (Request) -> Void
+        data: [UInt8]? = nil, fua: Bool = false, ofClient: Bool = true, before: () -> Void = {},
+        done: @escaping (Request) -> Void
     ) -> Bool {
-        guard let slot = volume.takeRequest() else { return false }
+        guard let slot = volume.takeRequest(ofClient: ofClient) else { return false }
         before()
         let request = volume.request(slot)
         request.pointee.operation = operation

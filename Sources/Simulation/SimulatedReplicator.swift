@@ -14,16 +14,40 @@ final class SimulatedReplicator: PartOfSite {
     private var performing = false
     /// When the group must be told the time.
     private var wakeAt = UInt64.max
+    /// Which slots' data is to be on stable storage when it is acknowledged.
+    private var isFUA: [Int: Bool] = [:]
     /// The session that its connections belong to.
     private var linkSession: UInt64 = 0
+
+    /// For old images, of the group's volumes; gone with the process.
+    private var images: ImageMemory!
+    private var imageMarks: [UnsafeMutableRawPointer] = []
+    private var imageRegion: UnsafeMutableRawPointer? {
+        willSet { imageRegion?.deallocate() }
+    }
 
     private var preserved: [SimulatedBitmap] { site.preserved }
     private var targetFiles: [StoreFile] { site.targetFiles }
 
     init(_ site: SimulatedSite) { self.site = site }
+    deinit {
+        imageRegion?.deallocate()
+        freeMarks()
+    }
+
+    private func freeMarks() { for marks in imageMarks { marks.deallocate() } }
+    private static let markBytes = HoldPlace.markBytes(Geometry(size: UInt64(World.size), grain: World.grain)!)
 
     /// A process begins.
-    func start() { mailboxes = Array(repeating: [], count: World.volumes) }
+    func start() {
+        mailboxes = Array(repeating: [], count: World.volumes)
+        imageRegion = UnsafeMutableRawPointer.allocate(byteCount: world.imageCount * World.grain, alignment: 4096)
+        freeMarks()
+        imageMarks = (0..<World.volumes).map { _ in .allocate(byteCount: Self.markBytes, alignment: 8) }
+        for marks in imageMarks { marks.initializeMemory(as: UInt8.self, repeating: 0, count: Self.markBytes) }
+        images = ImageMemory(
+            base: imageRegion!, byteCount: world.imageCount * World.grain, chunkBytes: 2 * World.grain)
+    }
 
     /// It has ended.
     func die() { epoch += 1 }
@@ -37,7 +61,8 @@ final class SimulatedReplicator: PartOfSite {
     func beginMirroring() {
         events = []
         let turn = site.group.begin(
-            Cycle.Settings(interval: .continuous, volumes: World.volumes, window: 4, checkpointBytes: 4),
+            Cycle.Settings(
+                mode: world.mode, interval: .continuous, volumes: World.volumes, window: 4, checkpointBytes: 4),
             now: world.now)
         site.group.adapt(MovePace(limit: 1 + world.random.below(4), checkpointBytes: 4))
         performing = true
@@ -80,7 +105,9 @@ final class SimulatedReplicator: PartOfSite {
         case .openSession:
             epoch += 1
             openSession(epoch)
-        case .closeLink: epoch += 1
+        case .closeLink:
+            epoch += 1
+            for index in 0..<World.volumes { post(index) { $0.volume.cannotSendFirst() } }
         case .prepare: prepare()
         case .form(let number): form(number)
         case .rewind:
@@ -159,9 +186,7 @@ final class SimulatedReplicator: PartOfSite {
         site.comparisons.note(number)
         everyVolume(
             { [unowned self] index, simulated in
-                simulated.volume.formPoint(
-                    number: number, targetFile: targetFiles[index],
-                    preserved: preserved[index].bitmap(World.grains))
+                simulated.volume.formPoint(number: number, in: place(index))
                 if fault != .compareLater { site.comparisons.copy(index, simulated, at: number) }
                 if early { simulated.volume.releaseHold() }
             },
@@ -181,6 +206,13 @@ final class SimulatedReplicator: PartOfSite {
             })
     }
 
+    private func place(_ index: Int) -> HoldPlace {
+        switch world.mode.hold {
+        case .target: .target(targetFiles[index], preserved: preserved[index].bitmap(World.grains))
+        case .memory: .memory(images, world.collisions, marks: imageMarks[index])
+        }
+    }
+
     // MARK: Draining
 
     private func perform(_ action: MoveAction) {
@@ -189,7 +221,8 @@ final class SimulatedReplicator: PartOfSite {
         case .read(let slot, let index):
             guard let point = record.held?.number else { return }
             post(index) { [unowned self] volume in drainRead(slot, index, volume, point, sender) }
-        case .send: break  // follows the read at once; see drainRead
+        // The data follows at once; see drainRead.
+        case .send(let slot, _, _, _, let urgent): isFUA[slot] = urgent && world.random.chance(70)
         case .flush(let volumes): flush(volumes, sender)
         case .clear(let runs):
             guard let point = record.held?.number else { return }
@@ -201,7 +234,9 @@ final class SimulatedReplicator: PartOfSite {
         _ slot: Int, _ index: Int, _ volume: SimulatedVolume, _ point: UInt64, _ sender: UInt64
     ) {
         guard volume.volume.heldPoint == point, sender == epoch else { return }
-        guard let grains = volume.volume.nextOutOfSync(limit: 1 + world.random.below(4)) else {
+        let limit = 1 + world.random.below(4)
+        let urgent = volume.volume.nextUrgent(limit: limit)
+        guard let grains = urgent ?? volume.volume.nextOutOfSync(limit: limit) else {
             world.tasks.append { [unowned self] in
                 event(.move(.read(slot: slot, grains: nil, offset: 0, length: 0)), sender)
             }
@@ -209,36 +244,41 @@ final class SimulatedReplicator: PartOfSite {
         }
         let range = volume.volume.geometry.byteRange(grains)
         let (offset, length) = (Int(range.lowerBound), Int(range.upperBound - range.lowerBound))
-        let submitted = volume.submit(.read, view: .point, offset: offset, length: length) { [unowned self] request in
+        let submitted = volume.submit(.read, view: .point, offset: offset, length: length, ofClient: false) {
+            [unowned self] request in
             guard request.error == 0 else {
                 return world.tasks.append { [unowned self] in event(.pointLost("it cannot be read"), sender) }
             }
             let data = Array(UnsafeRawBufferPointer(start: request.buffer, count: length))
             world.tasks.append { [unowned self] in
                 guard sender == epoch else { return }
-                handle(.move(.read(slot: slot, grains: grains, offset: UInt64(offset), length: length)))
+                isFUA[slot] = false
+                handle(
+                    .move(
+                        .read(slot: slot, grains: grains, offset: UInt64(offset), length: length, urgent: urgent != nil)
+                    ))
                 if fault == .clearEarly { post(index) { $0.volume.clearOutOfSync(grains, point: point) } }
                 send(slot, index, offset, data, sender)
             }
         }
-        if !submitted {
-            volume.volume.returnOutOfSync(from: grains.lowerBound)
-            post(index) { [unowned self] volume in drainRead(slot, index, volume, point, sender) }
-        }
+        if !submitted { world.fail("hosts have the slots of the drain") }
     }
 
     private func send(_ slot: Int, _ index: Int, _ offset: Int, _ data: [UInt8], _ sender: UInt64) {
-        let (opened, peer) = (linkSession, peer)
+        let (opened, peer, fua) = (linkSession, peer, isFUA[slot] == true)
         world.tasks.append { [unowned self] in
             // The session's end closes its connections: what has not arrived never does.
             guard peer.session == opened else { return event(.linkLost("the connection is closed"), sender) }
             let zero = !data.contains { $0 != 0 }
             let accepted = peer.volumes[index].submit(
-                zero ? .writeZeroes : .write, offset: offset, length: data.count, data: zero ? nil : data
+                zero ? .writeZeroes : .write, offset: offset, length: data.count, data: zero ? nil : data, fua: fua
             ) { [unowned self] request in
                 let failed = request.error != 0
                 world.tasks.append { [unowned self] in
-                    event(failed ? .linkLost("the peer failed") : .move(.sent(slot: slot, wire: 1)), sender)
+                    event(
+                        failed
+                            ? .linkLost("the peer failed")
+                            : .move(.sent(slot: slot, wire: 1, durable: fua || fault == .countUnflushed)), sender)
                 }
             }
             if !accepted { send(slot, index, offset, data, sender) }

@@ -184,7 +184,9 @@ final class SimulatedSite {
         if fault == .confirmPrimaryEarly { unconfirmed = [] }
         guard goesOn() else { return false }
         let held = zip(recording, isTrusted).map { $1 ? $0.roles.pointee.heldPoint : nil }
-        if record.mustGiveUpPoint(heldBy: held), !take(.pointGivenUp) { return false }
+        if record.mustGiveUpPoint(heldBy: held, world.mode), fault != .takeUpImages, !take(.pointGivenUp) {
+            return false
+        }
         copyBuffers = CopyBuffers(pool: BufferPool(base: copyMemory, size: 8 << 20))
         replicator.start()
         (targetFiles, volumes) = ([], [])
@@ -282,7 +284,7 @@ final class SimulatedSite {
                 geometry: Geometry(size: UInt64(World.size), grain: World.grain)!,
                 bitmaps: (recording.first.bitmap(World.grains), recording.second.bitmap(World.grains)),
                 roles: recording.roles, copyBuffers: copyBuffers, requestCapacity: 48,
-                smallestRegion: World.regionBytes, faults: fault?.engine ?? []))
+                smallestRegion: World.regionBytes, faults: fault?.engine ?? []), now: { [unowned world] in world.now })
         _ = simulated.addStore(.file(files[index]))
         return simulated
     }
@@ -498,6 +500,10 @@ final class SimulatedSite {
         case .pointGivenUp:
             world.tasks.append { [unowned self] in
                 if process == life { replicator.handle(.pointLost("a volume could not hold it")) }
+            }
+        case .imagesWanted:
+            world.tasks.append { [unowned self] in
+                if process == life { replicator.handle(.move(.wanted(volume: index))) }
             }
         case .activityLogFailed: distrust(index)
         case .copyWithdrawn(let id): copies[index][id] = nil

@@ -61,6 +61,10 @@ package final class World: Scenario, ServesHosts {
     let keep: Retention
     /// In some seeds a record that could not be saved is not tried again in time.
     let retriesSaves: Bool
+    let mode: Mode
+    /// Mode `global-mirror`: writes to what must still be sent, and how many grains' old images there is memory for.
+    let collisions: CollisionRules
+    let imageCount: Int
     /// Faults are over.
     private(set) var isQuiet = false
     let fault: DeliberateFault?
@@ -101,6 +105,11 @@ package final class World: Scenario, ServesHosts {
         failingSaves = [0, 40, 12, 5][generator.below(4)]
         retriesSaves = generator.chance(50)
         keep = Retention(last: [0, 1, 2, 4, 4, 4][generator.below(6)])
+        mode = Mode.allCases[generator.below(Mode.allCases.count)]
+        collisions = CollisionRules(
+            sendsFirst: generator.chance(50),
+            longestWait: [10_000_000_000, 50_000_000_000, 200_000_000_000][generator.below(3)])
+        imageCount = [2, 8, 32][generator.below(3)]
         random = generator
         self.fault = fault
         hosts = Hosts(chains: SitesLayout.chains)

@@ -157,7 +157,8 @@ package final class Distrust {
 
     /// A point that was held is given up when one volume does not say any more what of it is still to be sent.
     func giveUpUncertainPoint(_ group: GroupState) async throws {
-        guard group.record.mustGiveUpPoint(heldBy: home.members(group).map(\.heldPoint)) else { return }
+        guard group.record.mustGiveUpPoint(heldBy: home.members(group).map(\.heldPoint), group.entry.mode)
+        else { return }
         try await group.handle.change(.pointGivenUp)
     }
 }

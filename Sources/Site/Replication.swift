@@ -24,11 +24,8 @@ package final class Replication {
         guard let peer = home.configuration.peers[group.entry.peer] else { return }
         try await alignPoint(group)
         let members = home.members(group)
-        let holds = try members.map { try $0.openPointHold() }
-        for (volume, hold) in zip(members, holds) where volume.pointTargetFile < 0 {
-            let number = volume.number
-            volume.pointTargetFile = await volume.reactor.run { $0.hosted(number).addFile(hold.target) }
-        }
+        var volumes: [ReplicatedVolume] = []
+        for volume in members { volumes.append(try await replicated(volume, group)) }
         let name = group.entry.name
         let slotBytes = max(Limits.linkSlotBytes, members.map(\.geometry.grain).max() ?? 0)
         let link = group.entry.link
@@ -37,13 +34,7 @@ package final class Replication {
                 settings: Cycle.Settings(
                     mode: group.entry.mode, interval: group.entry.interval, volumes: members.count,
                     window: Limits.linkWindowBytes / slotBytes),
-                volumes: zip(members, holds).map { volume, hold in
-                    ReplicatedVolume(
-                        name: volume.name, reactor: volume.reactor, number: volume.number,
-                        geometry: volume.geometry, targetFile: volume.pointTargetFile,
-                        target: hold.target, preserved: hold.bitmap.mapping,
-                        recording: volume.recording.mapping)
-                },
+                volumes: volumes,
                 address: peer.nbd,
                 tls: LinkTLS(
                     policy: peer.tls, files: home.configuration.nbd.files, user: peer.tlsUser),
@@ -55,6 +46,42 @@ package final class Replication {
                     Task { await home.happened() }
                 },
                 refused: { [whenRefused] in Task { await whenRefused(name) } }))
+    }
+
+    private func replicated(_ volume: VolumeState, _ group: GroupState) async throws -> ReplicatedVolume {
+        let (place, target) =
+            switch group.entry.mode.hold {
+            case .target: try await holdInTarget(volume)
+            case .memory:
+                (
+                    HoldPlace.memory(
+                        try imageMemory(group), group.entry.collisions.rules, marks: try volume.imageMarks().memory),
+                    nil
+                )
+            }
+        return ReplicatedVolume(
+            name: volume.name, reactor: volume.reactor, number: volume.number, geometry: volume.geometry, hold: place,
+            target: target, recording: volume.recording.mapping)
+    }
+
+    private func holdInTarget(_ volume: VolumeState) async throws -> (HoldPlace, HoldTarget?) {
+        let hold = try volume.openPointHold()
+        let number = volume.number
+        if volume.pointTargetFile < 0 {
+            volume.pointTargetFile = await volume.reactor.run { $0.hosted(number).addFile(hold.target) }
+        }
+        let target = HoldTarget(file: hold.target, preserved: hold.bitmap.mapping)
+        return (.target(volume.pointTargetFile, preserved: target.bitmap(volume.geometry)), target)
+    }
+
+    /// The memory for old images of the group.
+    private func imageMemory(_ group: GroupState) throws -> ImageMemory {
+        let bytes = group.entry.collisions.memory
+        if let memory = group.imageMemory, memory.byteCount == bytes { return memory }
+        let region = try PoolMemory(byteCount: bytes)
+        let memory = ImageMemory(base: region.memory, byteCount: bytes, owner: region)
+        group.imageMemory = memory
+        return memory
     }
 
     /// The engines hold the point that the record says is held, or none does.

@@ -122,7 +122,8 @@ package final class Site {
             let record = group?.record
             let volume = try VolumeState(
                 entry, state: home.state, disks: home.disks, reactor: reactors[index % count], bootID: home.bootID,
-                role: record?.role, servedAs: group?.servedAs, hasPoints: record?.points.isEmpty == false, force: force)
+                role: record?.role, servedAs: group?.servedAs, hasPoints: record?.points.isEmpty == false,
+                holdsInTarget: group?.entry.mode.hold == .target, force: force)
             home.volumes[entry.name] = volume
             home.board.volumes.withLock { $0.append(volume.board) }
             for finding in volume.findings {
@@ -233,8 +234,12 @@ package final class Site {
         let group = home.group(ofVolume: name)
         switch event {
         case .pointGivenUp(let number, let errno):
-            let reason = "volume \(name) could not hold point \(number): \(String(cString: strerror(errno)))"
+            let reason = "volume \(name) could not hold point \(number): \(holdProblem(errno, group))"
             group?.replicator?.pointLost(reason)
+        case .imagesWanted:
+            if let group, let index = home.members(group).firstIndex(where: { $0 === volume }) {
+                group.replicator?.imagesWanted(index)
+            }
         case .copyFailed(let id, let errno): await executor.copyFailed(volume, id, errno)
         case .copyWithdrawn(let id): await executor.copyWithdrawn(volume, id)
         case .copyCompleted(let id): await executor.copyCompleted(volume, id)
@@ -258,6 +263,15 @@ package final class Site {
                 group?.entry.name,
                 "volume \(name): grain \(grain) could not be restored: \(String(cString: strerror(errno)))")
         }
+    }
+
+    private func holdProblem(_ errno: Int32, _ group: GroupState?) -> String {
+        guard errno == ENOBUFS, let collisions = group?.entry.collisions else {
+            return String(cString: strerror(errno))
+        }
+        return
+            "the \(collisions.memory) bytes of 'collision_memory' are full, and what hosts overwrote could not be sent within "
+            + "'max_collision_wait'"
     }
 
     // MARK: Stopping

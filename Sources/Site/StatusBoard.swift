@@ -78,6 +78,7 @@ final class GroupBoard: Sendable {
     /// Its thread has the record.
     let handle: GroupHandle
     let facts = Mutex(GroupFacts())
+    let imageMemory = Mutex<ImageMemory?>(nil)
 
     init(_ entry: Configuration.GroupEntry, _ handle: GroupHandle) { (self.entry, self.handle) = (entry, handle) }
 }

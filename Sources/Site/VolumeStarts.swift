@@ -76,7 +76,7 @@ final class VolumeStarts {
         volume.carriers = group?.record.carriers(of: [volume.name])[volume.name] ?? []
         let serves = role.role != .secondary && home.hostsMayWrite(to: volume, group)
         let isPrimary = role.role == .primary
-        let hold = isPrimary ? try volume.openPointHold() : nil
+        let hold = isPrimary && group?.entry.mode.hold == .target ? try volume.openPointHold() : nil
         let regions = role.marksRegions ? volume.activeRegions : nil
         if isPrimary { try await chains.startActivityLog(volume) }
         volume.pointTargetFile = await volume.reactor.run { reactor in

@@ -7,6 +7,7 @@ import NBDProtocol
 import NBDServer
 import TLS
 import TOMLKit
+import Volumes
 
 package struct ConfigurationError: Error, CustomStringConvertible {
     package var description: String
@@ -43,6 +44,7 @@ package struct Configuration: Sendable {
         package var role: Role
         package var peer: String
         package var mode: Mode
+        package var collisions: CollisionEntry
         package var interval: Interval
         package var keep: Retention
         package var access: AccessList
@@ -60,6 +62,13 @@ package struct Configuration: Sendable {
         /// When the sites are compared.
         package var scrub: CronSchedule?
         var line: Int
+    }
+
+    /// Mode `global-mirror`: what becomes of hosts' writes to grains that must still be sent.
+    package struct CollisionEntry: Sendable, Equatable {
+        package var rules = CollisionRules()
+        /// Bytes for old images, of the whole group; a power of two.
+        package var memory = 256 << 20
     }
 
     package enum IsolationPolicy: Sendable, Equatable {

@@ -228,7 +228,8 @@ struct ConfigurationReader {
         try check(
             entry, section,
             known: [
-                "volumes", "role", "peer", "mode", "interval", "keep", "allow_clients", "allow_addresses",
+                "volumes", "role", "peer", "mode", "collision", "collision_memory", "max_collision_wait", "interval",
+                "keep", "allow_clients", "allow_addresses",
                 "on_isolated",
                 "isolation_timeout", "lag_limit", "drain_limit", "connections", "stall_timeout", "rate", "rates",
                 "compare",
@@ -253,7 +254,10 @@ struct ConfigurationReader {
         }
         let modeText = entry["mode"] == nil ? "flashcopy" : try string(entry, section, "mode")
         guard let mode = Mode(rawValue: modeText) else {
-            throw fail(section, "mode", "is '\(modeText)'; this version has the mode 'flashcopy'")
+            throw fail(
+                section, "mode",
+                "is '\(modeText)'; it must be one of "
+                    + Mode.allCases.map { "'\($0.rawValue)'" }.joined(separator: ", "))
         }
         var commands: [GroupEvent: String] = [:]
         for event in GroupEvent.allCases where entry[event.rawValue] != nil {
@@ -261,7 +265,8 @@ struct ConfigurationReader {
         }
         return Configuration.GroupEntry(
             name: name, volumes: volumes, role: role, peer: try string(entry, section, "peer"),
-            mode: mode, interval: try interval(entry, section), keep: try retention(entry, section),
+            mode: mode, collisions: try collisions(entry, section, mode), interval: try interval(entry, section),
+            keep: try retention(entry, section),
             access: try access(entry, section), hooks: try hooks(entry, section),
             onIsolated: try isolation(entry, section),
             isolationTimeout: try time(entry, section, "isolation_timeout", 0...600) ?? 3,
@@ -269,6 +274,34 @@ struct ConfigurationReader {
             drainLimit: try time(entry, section, "drain_limit", 0.1...31 * 86400), commands: commands,
             link: try link(entry, section), schedule: try schedule(entry, section, "schedule"),
             scrub: try schedule(entry, section, "scrub"), line: line(section, nil))
+    }
+
+    private func collisions(
+        _ entry: TOMLTable, _ section: String, _ mode: Mode
+    ) throws -> Configuration.CollisionEntry {
+        var collisions = Configuration.CollisionEntry()
+        for key in ["collision", "collision_memory", "max_collision_wait"]
+        where entry[key] != nil && mode.hold != .memory {
+            throw fail(section, key, "is for groups with mode = \"global-mirror\"")
+        }
+        if entry["collision"] != nil {
+            let text = try string(entry, section, "collision")
+            guard ["hold-image", "send-first"].contains(text) else {
+                throw fail(section, "collision", "is '\(text)'; it must be 'hold-image' or 'send-first'")
+            }
+            collisions.rules.sendsFirst = text == "send-first"
+        }
+        if entry["collision_memory"] != nil {
+            let bytes = try size(entry, section, "collision_memory")
+            guard bytes.nonzeroBitCount == 1, (UInt64(Limits.maximumGrain)...64 << 30).contains(bytes) else {
+                throw fail(section, "collision_memory", "must be a power of two from 1MiB to 64GiB")
+            }
+            collisions.memory = Int(bytes)
+        }
+        if let seconds = try time(entry, section, "max_collision_wait", 0.001...10) {
+            collisions.rules.longestWait = UInt64(seconds * 1e9)
+        }
+        return collisions
     }
 
     /// `keep = 8`, or `keep = { last = 24, hourly = 48, daily = 14 }`.

@@ -120,6 +120,7 @@ extension Volume {
         var lastJob: Int32 = -1
         var grain = grains.lowerBound
         var blockedByUnsettled = false
+        var unsent: Range<Int>?
         while let first = firstNeeded(in: grain..<grains.upperBound) {
             if let restore, restore.paused, need(first) == Need(point: false, copy: false) { break }
             if let job = activeJob(overlapping: first..<first + 1) {
@@ -133,8 +134,20 @@ extension Volume {
                 blockedByUnsettled = true
                 break
             }
-            let run = jobRun(first..<min(grains.upperBound, unsettled?.lowerBound ?? Int.max))
-            guard let job = takeJob(run) else { break }
+            var run = jobRun(first..<min(grains.upperBound, unsettled?.lowerBound ?? Int.max))
+            let needsImages = hold?.isInMemory == true && need(first).point
+            if needsImages {
+                let held = reserveImages(run, for: waiter)
+                if held.isEmpty {
+                    unsent = run
+                    break
+                }
+                run = held
+            }
+            guard let job = takeJob(run) else {
+                if needsImages { releaseImages(run) }
+                break
+            }
             startJob(job)
             lastJob = job
             grain = run.upperBound
@@ -146,6 +159,8 @@ extension Volume {
             jobs[Int(lastJob)].waiters.append(waiter, in: requests)
         } else if blockedByUnsettled {
             settleWaiters.append(waiter, in: requests)
+        } else if let unsent {
+            sendFirst(unsent, for: waiter)
         } else {
             starvedWaiters.append(waiter, in: requests)
         }
@@ -361,10 +376,10 @@ extension Volume {
         }
         // The point may have ended while its old content was read; nobody needs it then.
         if job.pointee.targetPoint != heldPoint ?? 0 { job.pointee.targetPoint = 0 }
-        job.pointee.writesLeft =
-            (job.pointee.targetPoint != 0 ? 1 : 0) + (job.pointee.targetCopy >= 0 ? 1 : 0)
-        guard job.pointee.writesLeft > 0 else { return endJob(slot) }
-        if job.pointee.targetPoint != 0 { issueJob(slot, .write, job.pointee.pointFile) }
+        let writesPoint = job.pointee.targetPoint != 0 && job.pointee.pointFile != Self.memory
+        job.pointee.writesLeft = (writesPoint ? 1 : 0) + (job.pointee.targetCopy >= 0 ? 1 : 0)
+        guard job.pointee.writesLeft > 0 else { return job.pointee.targetPoint != 0 ? moved(slot) : endJob(slot) }
+        if writesPoint { issueJob(slot, .write, job.pointee.pointFile) }
         if job.pointee.targetCopy >= 0 { issueJob(slot, .write, job.pointee.copyFile) }
     }
 
@@ -376,8 +391,7 @@ extension Volume {
             return
         }
         if job.targetPoint != 0, job.pointError == 0, let hold, hold.number == job.targetPoint {
-            hold.took(job.grains)
-            pointBitmapIsDirty = true
+            if hold.isInMemory { storeImages(job) } else { take(job, in: hold) }
         }
         if job.targetCopy >= 0, job.copyError == 0, let index = chainIndex(job.targetCopy) {
             chain[index].preservedCount += chain[index].preserved.set(job.grains)
@@ -387,6 +401,20 @@ extension Volume {
                 reviewChain()
             }
         }
+    }
+
+    private func take(_ job: CopyJob, in hold: Hold) {
+        hold.took(job.grains)
+        pointBitmapIsDirty = true
+        collisionFigures.heldGrains += UInt64(job.grainCount)
+    }
+
+    /// What was sent while it was read is not needed any more.
+    private func storeImages(_ job: CopyJob) {
+        for grain in job.grains where !outOfSync.contains(grain) { images!.release(grain) }
+        let range = geometry.byteRange(job.grains)
+        images!.store(job.grains, Int(range.upperBound - range.lowerBound), from: job.buffer!)
+        collisionFigures.heldGrains += UInt64(job.grainCount)
     }
 
     /// A flush of a file has failed, for whomever: what jobs wrote there and have not flushed yet may be gone, and the next flush would

@@ -24,6 +24,12 @@ package struct EngineFaults: OptionSet, Sendable {
     package static let forgetHeir = EngineFaults(rawValue: 1 << 7)
     /// A write under a copy with background copy is not noted in its changes.
     package static let forgetChanges = EngineFaults(rawValue: 1 << 8)
+    /// An old image leaves memory once it was read, not once it was sent.
+    package static let discardUnsent = EngineFaults(rawValue: 1 << 9)
+    /// A write does not wait for the old image that is to be sent first.
+    package static let overwriteUnsent = EngineFaults(rawValue: 1 << 10)
+    /// What was given out ahead of its turn is given out again in its turn.
+    package static let giveOutTwice = EngineFaults(rawValue: 1 << 11)
 }
 
 extension EngineFaults {

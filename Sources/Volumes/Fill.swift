@@ -21,6 +21,7 @@ extension Volume {
         isStarved = false
         // Memory for copy jobs is shared: another volume may have given some back.
         if activeJobCount == 0, !starvedWaiters.isEmpty { wakeStarved() }
+        resumeCollided()
         guard backgroundWork, !isResuming, !isBarred else { return }
         backgroundAllowance = Self.backgroundStarts
         advanceRestore()
@@ -42,8 +43,12 @@ extension Volume {
         backgroundAllowance > 0 && activeJobCount < Limits.copyJobsPerVolume / 4
     }
 
-    /// Tells the time, in nanoseconds from any origin; background copies with a rate go on by it.
+    /// It must be told the time (`advanceClock`).
+    package var followsClock: Bool { fillsWithRate || collisions.isWaiting }
+
+    /// Tells the time, in nanoseconds from any origin; background copies with a rate, and what writes wait for, go on by it.
     package func advanceClock(to now: UInt64) {
+        if collisions.isWaiting { endCollisionWaits(now) }
         guard fillsWithRate else { return }
         let elapsed = clock == 0 ? 0 : min(now &- clock, 1_000_000_000)
         clock = now

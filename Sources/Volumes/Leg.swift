@@ -19,6 +19,9 @@ package struct Leg {
     private(set) var outOfSyncCount: Int
     /// The drain has been given every run before this grain.
     private var cursor = 0
+    /// Grains behind the cursor's place that were given out ahead of it; nil while that is not done.
+    private var ahead: Bitmap?
+    private var aheadCount = 0
 
     enum Merge: UInt8, BitwiseCopyable {
         case none
@@ -70,25 +73,74 @@ package struct Leg {
     // MARK: Points
 
     /// What has changed up to now is point `number`'s to send; one aligned store changes the roles of both bitmaps at once.
-    mutating func exchange(point number: UInt64) {
+    ///
+    /// - Parameter outlivesProcess: what holds it does; else a start gives it up, since no bitmap is of it.
+    mutating func exchange(point number: UInt64, outlivesProcess: Bool) {
         invariant(outOfSyncCount == 0 && merge == .none, "a point waits for the one before")
         roles.pointee.changeRecordingIndex ^= 1
-        roles.pointee.heldPoint = number
+        roles.pointee.heldPoint = outlivesProcess ? number : 0
         (outOfSyncCount, changeCount) = (changeCount, 0)
+        invariant(aheadCount == 0, "what was given out ahead was sent, or given up")
         cursor = 0
     }
 
     /// Begins the drain from the first grain again.
-    mutating func rewind() { cursor = 0 }
+    mutating func rewind() {
+        cursor = 0
+        forgetAhead()
+    }
 
     /// The next run of grains that must be sent and was not given out since the last rewind; at most `limit` grains.
     mutating func next(limit: Int) -> Range<Int>? {
         let count = outOfSync.count
-        guard cursor < count, outOfSyncCount > 0, let first = outOfSync.firstSet(in: cursor..<count) else { return nil }
-        let bound = first..<min(count, first + limit)
-        let run = first..<(outOfSync.firstClear(in: bound) ?? bound.upperBound)
-        cursor = run.upperBound
-        return run
+        guard outOfSyncCount > 0 else { return nil }
+        while cursor < count, let first = outOfSync.firstSet(in: cursor..<count) {
+            let bound = first..<min(count, first + limit)
+            var run = first..<(outOfSync.firstClear(in: bound) ?? bound.upperBound)
+            if aheadCount > 0, let ahead {
+                if ahead.contains(first) {
+                    cursor = ahead.firstClear(in: first..<count) ?? count
+                    continue
+                }
+                run = first..<(ahead.firstSet(in: run) ?? run.upperBound)
+            }
+            cursor = run.upperBound
+            return run
+        }
+        return nil
+    }
+
+    // MARK: Out of turn
+
+    /// - Parameter memory: all clear, and there until it is replaced.
+    mutating func giveAhead(in memory: Bitmap) {
+        invariant(aheadCount == 0, "what was given out ahead was sent, or given up")
+        ahead = memory
+    }
+
+    /// The first run among these grains that must be sent and was not given out, ahead of its turn.
+    ///
+    /// - Parameter notes: it is not given out again.
+    mutating func nextAhead(in grains: Range<Int>, limit: Int, notes: Bool = true) -> Range<Int>? {
+        guard let ahead else { return nil }
+        var from = max(grains.lowerBound, cursor)
+        while from < grains.upperBound, let first = outOfSync.firstSet(in: from..<grains.upperBound) {
+            guard !ahead.contains(first) else {
+                from = first + 1
+                continue
+            }
+            let bound = first..<min(grains.upperBound, first + limit)
+            let end = outOfSync.firstClear(in: bound) ?? bound.upperBound
+            let run = first..<(ahead.firstSet(in: first..<end) ?? end)
+            if notes { aheadCount += ahead.set(run) }
+            return run
+        }
+        return nil
+    }
+
+    private mutating func forgetAhead() {
+        if aheadCount > 0 { ahead?.clearAll() }
+        aheadCount = 0
     }
 
     /// Takes back the end of the run that `next` gave last.
@@ -98,7 +150,10 @@ package struct Leg {
     }
 
     /// The remote has these on stable storage.
-    mutating func sent(_ grains: Range<Int>) { outOfSyncCount -= outOfSync.clear(grains) }
+    mutating func sent(_ grains: Range<Int>) {
+        outOfSyncCount -= outOfSync.clear(grains)
+        if aheadCount > 0, let ahead { aheadCount -= ahead.clear(grains) }
+    }
 
     // MARK: Giving a point up
 
@@ -106,6 +161,7 @@ package struct Leg {
     mutating func addOutOfSync() {
         changeCount += changeRecording.add(outOfSync)
         outOfSyncCount = 0
+        forgetAhead()
     }
 
     mutating func finishMerge() {
@@ -119,8 +175,8 @@ package struct Leg {
 package struct RecordingRoles: BitwiseCopyable {
     /// 0 or 1; one aligned store changes the roles of both bitmaps at once.
     package var changeRecordingIndex: UInt64 = 0
-    /// The point that the other bitmap and the point's target belong to; 0 once it was given up here. The group's record
-    /// learns that later, and a crash may come between.
+    /// The point that the other bitmap and the point's target belong to; 0 once it was given up here, or if it is held in memory. The group's
+    /// record learns that later, and a crash may come between.
     package var heldPoint: UInt64 = 0
     /// 1 = a flush of the volume's own file has failed since it was opened: what was written before may be gone, as after power loss.
     package var sourceLost: UInt64 = 0

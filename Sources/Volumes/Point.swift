@@ -8,17 +8,32 @@
 import Base
 
 extension Volume {
+    /// What `formPoint` will need, so that it need not be made while acknowledgements are held.
+    package func prepareHold(_ place: HoldPlace) {
+        guard case .memory(let memory, let rules, let marks) = place else { return }
+        collisions.rules = rules
+        guard hold?.isInMemory != true, images?.memory !== memory else { return }
+        invariant(images?.count ?? 0 == 0, "images go with their point")
+        images = HeldImages(geometry, memory, marks: marks)
+        leg.giveAhead(in: images!.ahead)
+    }
+
     /// Takes the volume's part of point `number` and holds acknowledgements until `releaseHold`.
-    ///
-    /// - Parameter preserved: all clear; over memory that outlives a process crash.
-    package func formPoint(number: UInt64, targetFile: StoreFile, preserved: Bitmap) {
+    package func formPoint(number: UInt64, in place: HoldPlace) {
         invariant(leg.isRecording, "only a recording volume forms points")
         invariant(hold == nil && mayFormPoint, "a point waits for the one before")
         holding = true
         epoch &+= 1
-        pointBitmapIsDirty = false
-        hold = .target(targetFile, preserved: preserved, point: number)
-        leg.exchange(point: number)
+        collisions.maySend = true
+        switch place {
+        case .target(let file, let preserved):
+            pointBitmapIsDirty = false
+            hold = Hold(point: number, file: file, preserved: preserved)
+        case .memory:
+            prepareHold(place)
+            hold = Hold(point: number, file: Self.memory, preserved: images!.preserved)
+        }
+        leg.exchange(point: number, outlivesProcess: hold?.isInMemory == false)
         unsettleWritesInFlight(to: Self.source)
     }
 
@@ -28,17 +43,20 @@ extension Volume {
         releaseHeld()
     }
 
-    /// Takes up a point that was being drained when the process ended.
+    /// Takes up a point that was being drained when the process ended, from its target.
     package func resumePoint(number: UInt64, targetFile: StoreFile, preserved: Bitmap) {
         invariant(hold == nil, "a volume has one point")
-        hold = .target(targetFile, preserved: preserved, point: number)
+        hold = Hold(point: number, file: targetFile, preserved: preserved)
     }
 
     /// The point that is held and drained.
     package var heldPoint: UInt64? { hold?.number }
 
     /// Begins the drain from the first grain again: after a lost link, what was not acknowledged is sent anew.
-    package func rewindDrain() { leg.rewind() }
+    package func rewindDrain() {
+        leg.rewind()
+        askAgain()
+    }
 
     /// The next run of grains that must be sent and was not given out since the last rewind; at most `limit` grains.
     package func nextOutOfSync(limit: Int) -> Range<Int>? { leg.next(limit: limit) }
@@ -55,25 +73,36 @@ extension Volume {
 
     /// The remote has the point's data of these grains on stable storage.
     package func clearOutOfSync(_ grains: Range<Int>, point number: UInt64) {
-        if heldPoint == number { leg.sent(grains) }
+        guard let hold, hold.number == number else { return }
+        leg.sent(grains)
+        guard hold.isInMemory else { return }
+        images?.discard(grains)
+        if collisions.isWaiting { (collisions.isDue, backgroundDue) = (true, true) }
+        if backgroundWork { backgroundDue = true }
     }
 
     /// The remote has committed the point: nothing of it is needed any more.
     package func endPoint(number: UInt64) {
         guard heldPoint == number else { return }
         invariant(leg.outOfSyncCount == 0, "a point ends when all of it was sent")
+        endHold()
+    }
+
+    private func endHold() {
+        if hold?.isInMemory == true { images?.discardAll() }
         hold = nil
         wakeStarved()
+        resumeAll(collisions.waiters.takeAll())
     }
 
     /// The point cannot be held or sent: what it had still to send is changed again.
     package func giveUpPoint(errno: Int32 = 0) {
         leg.roles.pointee.heldPoint = 0
         guard let number = heldPoint else { return mergeOutOfSync() }
-        hold = nil
+        // Before writes go on, so that none of them needs anything of it.
         mergeOutOfSync()
         if errno != 0 { emit(.pointGivenUp(number: number, errno: errno)) }
-        wakeStarved()
+        endHold()
     }
 
     /// Rule 2: no bit is lost when a point is. Bits move from one bitmap to the other, and power loss may keep the old state

@@ -10,6 +10,7 @@ extension Volume {
     /// Brings a read as far as it can go just now: one run of grains that lies in one file at a time.
     func advanceRead(_ slot: Int32) {
         let request = requests + Int(slot)
+        if request.pointee.view == .point, hold?.isInMemory == true { copyImages(request) }
         guard request.pointee.cursor < request.pointee.end else {
             finish(slot)
             return
@@ -35,6 +36,23 @@ extension Volume {
             end = min(end, geometry.offset(ofGrain: unsettled.lowerBound))
         }
         issueRead(slot, file: file, until: end)
+    }
+
+    /// Copies what is in memory, up to the first grain that is not.
+    private func copyImages(_ request: UnsafeMutablePointer<Request>) {
+        while request.pointee.cursor < request.pointee.end {
+            let cursor = request.pointee.cursor
+            let grain = Int(cursor / UInt64(geometry.grain))
+            guard images!.preserved.contains(grain) else { return }
+            let (start, end) = (
+                geometry.offset(ofGrain: grain), min(request.pointee.end, geometry.offset(ofGrain: grain + 1))
+            )
+            let image = UnsafeRawPointer(images!.image(of: grain)) + Int(cursor - start)
+            request.pointee.buffer.map { $0 + Int(cursor - request.pointee.offset) }?
+                .copyMemory(from: image, byteCount: Int(end - cursor))
+            if omits(.discardUnsent) { images!.discard(grain..<grain + 1) }
+            request.pointee.cursor = end
+        }
     }
 
     private func issueRead(_ slot: Int32, file: StoreFile, until segmentEnd: UInt64) {

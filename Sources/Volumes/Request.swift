@@ -51,6 +51,12 @@ package struct Request: BitwiseCopyable {
     var unsettled = false
     /// Its client is gone and may have sent it again elsewhere; later writes to its range wait for its end.
     var orphaned = false
+    /// The old images that it waits for, or waited for last, to be sent; none = it has not.
+    var awaitedGrain = 0
+    var awaitedCount = 0
+    /// Since when, in the driver's nanoseconds; 0 = that is not known yet. `waitIsOver`: for too long.
+    var waitsSince: UInt64 = 0
+    var waitIsOver = false
     /// A flush has two parts while a restore is under way.
     var flushesLeft: Int8 = 0
 

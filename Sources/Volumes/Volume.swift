@@ -30,6 +30,8 @@ package enum PreservePolicy: Sendable {
 package final class Volume {
     package let geometry: Geometry
     package static let source: StoreFile = 0
+    /// Not a file: old content that lies in memory.
+    static let memory: StoreFile = -1
 
     // Requests.
     let requests: UnsafeMutablePointer<Request>
@@ -64,6 +66,10 @@ package final class Volume {
     package internal(set) var hold: Hold?
     /// The bitmap of the next point must be cleared first: the last one has set bits there, or nobody knows.
     package internal(set) var pointBitmapIsDirty = true
+    /// Of a point that is held in memory.
+    var images: HeldImages?
+    var collisions = Collisions()
+    package internal(set) var collisionFigures = CollisionFigures()
     var epoch: UInt32 = 0
     package internal(set) var holding = false
     var unsettledCount = 0
@@ -166,7 +172,10 @@ package final class Volume {
     // MARK: Requests
 
     /// A free slot for the caller to fill, or nil when the volume has as many requests as it may.
-    package func takeRequest() -> Int32? {
+    ///
+    /// - Parameter ofClient: leaves some for the drain, which clients' writes may wait for.
+    package func takeRequest(ofClient: Bool = true) -> Int32? {
+        if ofClient, requestsInUse >= requestCapacity - Limits.requestsOfDrain { return nil }
         guard let slot = freeRequests.popFirst(in: requests) ?? unusedRequest() else { return nil }
         let generation = requests[Int(slot)].generation &+ 1
         requests[Int(slot)] = Request()
@@ -251,7 +260,7 @@ package final class Volume {
 
     /// It has something to do without being asked or answered.
     package var mayGoOn: Bool {
-        !outbox.isEmpty || !finished.isEmpty || backgroundDue || isStarved || fillsWithRate
+        !outbox.isEmpty || !finished.isEmpty || backgroundDue || isStarved || followsClock
     }
 
     package func popIO() -> StoreIO? { outbox.popFirst() }
@@ -390,6 +399,7 @@ package final class Volume {
         for (name, list) in [
             ("writes in flight", settleWaiters), ("memory for copies", starvedWaiters), ("orphans", orphanWaiters),
             ("a barrier", barrierWaiters), ("the hold", heldAcknowledgements),
+            ("old images to be sent", collisions.waiters),
         ] where !list.isEmpty { lists.append(name) }
         if activity.isWaitedFor { lists.append("the activity log") }
         return

@@ -56,6 +56,7 @@ extension Volume {
             recordChanges(geometry.grains(offset: cursor, length: segmentEnd - cursor))
         }
         request.pointee.epoch = epoch
+        if request.pointee.awaitedCount > 0, segmentEnd == request.pointee.end { noteCollisionWait(slot) }
         issueWrite(slot, to: Self.source, until: segmentEnd)
     }
 

@@ -44,3 +44,49 @@ func volumesWithoutChanges() {
     var empty = Drain(MoveShape(volumes: [], window: 3, pace: MovePace(limit: 3, checkpointBytes: 1 << 20)))
     #expect(empty.handle(.begin) == [] && empty.isDone)
 }
+
+/// A drain with a slot for what hosts wait for, whose others all read.
+private func busyDrain() -> Drain {
+    var shape = MoveShape(volumes: [0, 1], window: 3, pace: MovePace(limit: 3, checkpointBytes: 1 << 20))
+    shape.urgentSlots = 1
+    var drain = Drain(shape)
+    #expect(drain.handle(.begin) == [.read(slot: 0, volume: 0), .read(slot: 1, volume: 1)])
+    return drain
+}
+
+@Test(
+    "what hosts wait for is read though every other slot is busy, sent at once, and cleared once it is durable, without a flush"
+)
+func urgentReads() {
+    var drain = busyDrain()
+    #expect(drain.handle(.wanted(volume: 1)) == [.read(slot: 2, volume: 1)])
+    #expect(
+        drain.handle(.read(slot: 2, grains: 7..<8, offset: 700, length: 100, urgent: true))
+            == [.send(slot: 2, volume: 1, offset: 700, length: 100, urgent: true)])
+    let sent = drain.handle(.sent(slot: 2, wire: 100, durable: true))
+    #expect(sent == [.clear([VolumeRun(volume: 1, grains: 7..<8)]), .read(slot: 2, volume: 1)], "there may be more")
+    // There is not: what it read was its turn's.
+    #expect(
+        drain.handle(.read(slot: 2, grains: 0..<1, offset: 0, length: 100))
+            == [.send(slot: 2, volume: 1, offset: 0, length: 100)])
+    #expect(drain.handle(.sent(slot: 2, wire: 100)) == [])
+}
+
+@Test("where the remote knows no FUA, what hosts wait for is flushed at once; so is what was on its way already")
+func urgentFlushes() {
+    var drain = busyDrain()
+    _ = drain.handle(.read(slot: 0, grains: 0..<1, offset: 0, length: 100))
+    _ = drain.handle(.read(slot: 1, grains: 0..<1, offset: 0, length: 100))
+    _ = drain.handle(.wanted(volume: 1))
+    #expect(!drain.handle(.sent(slot: 0, wire: 100)).contains(.flush(volumes: [0])), "nobody waits for that")
+    #expect(drain.handle(.sent(slot: 1, wire: 100)).contains(.flush(volumes: [0, 1])))
+    _ = drain.handle(.read(slot: 2, grains: 5..<6, offset: 500, length: 100, urgent: true))
+    _ = drain.handle(.sent(slot: 2, wire: 100))
+    let flushed = drain.handle(.flushed)
+    #expect(flushed.contains(.flush(volumes: [1])), "one flush at a time")
+    // And what was acknowledged before anybody waited.
+    var other = busyDrain()
+    _ = other.handle(.read(slot: 0, grains: 0..<1, offset: 0, length: 100))
+    _ = other.handle(.sent(slot: 0, wire: 100))
+    #expect(other.handle(.wanted(volume: 0)).contains(.flush(volumes: [0])))
+}

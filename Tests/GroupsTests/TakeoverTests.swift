@@ -52,7 +52,8 @@ func carriersOfWhoJoined() throws {
 @Test("a point is given up at a start when one volume does not hold it any more")
 func uncertainPoint() throws {
     let record = try GroupRecord("counted=4 held=4")
-    #expect(!record.mustGiveUpPoint(heldBy: [4, 4]))
-    for held: [UInt64?] in [[4, 0], [3, 4], [nil, 4]] { #expect(record.mustGiveUpPoint(heldBy: held)) }
-    #expect(try !GroupRecord("counted=4").mustGiveUpPoint(heldBy: [4, nil]))
+    #expect(!record.mustGiveUpPoint(heldBy: [4, 4], .flashcopy))
+    for held: [UInt64?] in [[4, 0], [3, 4], [nil, 4]] { #expect(record.mustGiveUpPoint(heldBy: held, .flashcopy)) }
+    #expect(try !GroupRecord("counted=4").mustGiveUpPoint(heldBy: [4, nil], .flashcopy))
+    #expect(record.mustGiveUpPoint(heldBy: [4, 4], .globalMirror), "what memory held is gone, whatever a target has")
 }

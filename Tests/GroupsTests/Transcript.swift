@@ -150,7 +150,8 @@ extension Cycle.Action {
         case .form(let number): "form point \(number)"
         case .rewind: "begin the drain anew"
         case .move(.read(let slot, let volume)): "read volume \(volume) into slot \(slot)"
-        case .move(.send(let slot, _, let offset, let length)): "send \(length) bytes at \(offset) from slot \(slot)"
+        case .move(.send(let slot, _, let offset, let length, let urgent)):
+            "send \(length) bytes at \(offset) from slot \(slot)\(urgent ? " at once" : "")"
         case .move(.flush(let volumes)): "flush volume \(volumes.map(String.init).joined(separator: ", ")) at the peer"
         case .move(.clear(let runs)):
             "clear \(runs.map { "\($0.grains) of volume \($0.volume)" }.joined(separator: ", "))"

@@ -10,6 +10,7 @@ final class Bench {
     /// What requests write, or read into.
     var data: UnsafeMutableRawPointer { memory + (512 << 10) }
     private var copies = 0
+    var roles: RecordingRoles { (memory + 8192).load(as: RecordingRoles.self) }
 
     init(grains: Int = 512) {
         memory = .allocate(byteCount: 1 << 20, alignment: 4096)

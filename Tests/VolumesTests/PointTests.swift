@@ -15,7 +15,7 @@ extension Bench {
         let preserved = Bitmap(memory: bits, count: count)  // as long as the test
         preserved.clearAll()
         volume.recording = true
-        volume.formPoint(number: number, targetFile: 9, preserved: preserved)
+        volume.formPoint(number: number, in: .target(9, preserved: preserved))
         return preserved
     }
 }

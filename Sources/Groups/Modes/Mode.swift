@@ -5,11 +5,13 @@
 
 package enum Mode: String, Codable, Sendable, CaseIterable {
     case flashcopy
+    case globalMirror = "global-mirror"
 
     /// Where the old content of a point goes when hosts overwrite it.
     package var hold: HoldKind {
         switch self {
         case .flashcopy: FlashCopyMode.hold
+        case .globalMirror: GlobalMirrorMode.hold
         }
     }
 
@@ -17,6 +19,7 @@ package enum Mode: String, Codable, Sendable, CaseIterable {
     package var leg: LegKind {
         switch self {
         case .flashcopy: FlashCopyMode.leg
+        case .globalMirror: GlobalMirrorMode.leg
         }
     }
 
@@ -24,6 +27,7 @@ package enum Mode: String, Codable, Sendable, CaseIterable {
     package var afterCrash: Recovery {
         switch self {
         case .flashcopy: FlashCopyMode.afterCrash
+        case .globalMirror: GlobalMirrorMode.afterCrash
         }
     }
 
@@ -31,10 +35,11 @@ package enum Mode: String, Codable, Sendable, CaseIterable {
     package func mover(_ shape: MoveShape) -> any Mover {
         switch self {
         case .flashcopy: FlashCopyMode.mover(shape)
+        case .globalMirror: GlobalMirrorMode.mover(shape)
         }
     }
 }
 
-package enum HoldKind: Sendable { case target }
+package enum HoldKind: Sendable { case target, memory }
 package enum LegKind: Sendable { case drained }
-package enum Recovery: Sendable { case movesOn }
+package enum Recovery: Sendable { case movesOn, givesUp }

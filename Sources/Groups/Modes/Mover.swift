@@ -9,6 +9,8 @@ package struct MoveShape: Sendable {
     package var volumes: [Int]
     /// Reads and sends under way at a time, at most.
     package var window: Int
+    /// Of the window, so many are for what hosts wait for; less than all.
+    package var urgentSlots = 0
     package var pace: MovePace
 
     package init(volumes: [Int], window: Int, pace: MovePace) {
@@ -40,10 +42,13 @@ package struct VolumeRun: Sendable, Equatable {
 
 package enum MoveEvent: Sendable, Equatable {
     case begin
-    /// A read ended: with data, or, without grains, with nothing left in that volume.
-    case read(slot: Int, grains: Range<Int>?, offset: UInt64, length: Int)
-    /// The remote acknowledged the slot's data, or has it already. `wire`: bytes that crossed the link for it.
-    case sent(slot: Int, wire: Int)
+    /// A read ended: with data, or, without grains, with nothing left in that volume. `urgent`: hosts wait until the remote has it.
+    case read(slot: Int, grains: Range<Int>?, offset: UInt64, length: Int, urgent: Bool = false)
+    /// The remote acknowledged the slot's data, or has it already. `wire`: bytes that crossed the link for it; `durable`: it is on stable
+    /// storage there.
+    case sent(slot: Int, wire: Int, durable: Bool = false)
+    /// Hosts wait for old images of a volume; its next reads have them.
+    case wanted(volume: Int)
     /// The flush ended, of every volume that it was asked of.
     case flushed
 }
@@ -51,8 +56,8 @@ package enum MoveEvent: Sendable, Equatable {
 package enum MoveAction: Sendable, Equatable {
     /// Read the volume's next run into the slot's buffer.
     case read(slot: Int, volume: Int)
-    /// Send the slot's buffer.
-    case send(slot: Int, volume: Int, offset: UInt64, length: Int)
+    /// Send the slot's buffer; what is urgent ahead of what waits, and to stable storage at once.
+    case send(slot: Int, volume: Int, offset: UInt64, length: Int, urgent: Bool = false)
     /// Everything that these volumes have acknowledged.
     case flush(volumes: [Int])
     /// The remote has these on stable storage.

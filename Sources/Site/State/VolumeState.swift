@@ -72,6 +72,8 @@ final class VolumeState {
     /// Takes the old content of a point, and says which grains it has; nil until the volume is a primary's.
     private(set) var pointHold: (target: OpenFile, bitmap: BitmapFile)?
     var pointTargetFile: StoreFile = -1
+    /// For a point that is held in memory (`HoldPlace.memory`).
+    private var madeImageMarks: PoolMemory?
     /// Nil until changes must be recorded: at a primary, and for FlashCopies with a background copy.
     private(set) var activityLog: BitmapFile?
     var activityLogIsOn = false
@@ -137,9 +139,10 @@ final class VolumeState {
     ///   - role: in its group; nil = it is in none.
     ///   - servedAs: what the record says of a volume of that group.
     ///   - hasPoints: the group has recovery points of it.
+    ///   - holdsInTarget: a point's old content goes to a target.
     init(
         _ entry: Configuration.VolumeEntry, state: StateDirectory, disks: DiskThreads, reactor: ReactorHandle,
-        bootID: String, role: Role?, servedAs: String?, hasPoints: Bool, force: Bool
+        bootID: String, role: Role?, servedAs: String?, hasPoints: Bool, holdsInTarget: Bool, force: Bool
     ) throws {
         self.entry = entry
         self.reactor = reactor
@@ -231,9 +234,9 @@ final class VolumeState {
         (recording, recordingIsWhole) = try open("recording.bitmap", header(.recording, 2))
         held = recording
         if role == .secondary || role == .primary && !isNew, found?.servedAs != servedAs {
-            try Self.makeGroupFiles(directory, size, header)
+            try Self.makeGroupFiles(directory, holdsInTarget ? size : nil, header)
         }
-        if role == .primary {
+        if role == .primary, holdsInTarget {
             let (bitmap, isWhole) = try open("point.bitmap", header(.point))
             pointIsWhole = isWhole
             pointHold = (try Self.openPointTarget(directory, size), bitmap)
@@ -261,14 +264,18 @@ final class VolumeState {
     // MARK: What only some need
 
     /// What the volume of a group needs as a primary's has its space from the beginning: a failover may come when the disk is full.
+    ///
+    /// - Parameter targetSize: of the target of points; nil = they have none.
     private static func makeGroupFiles(
-        _ directory: String, _ size: UInt64, _ header: (BitmapHeader.Kind, Int) -> BitmapHeader
+        _ directory: String, _ targetSize: UInt64?, _ header: (BitmapHeader.Kind, Int) -> BitmapHeader
     ) throws {
-        for (name, kind) in [("point.bitmap", BitmapHeader.Kind.point), ("activity.log", .activityLog)] {
+        var kinds = [("activity.log", BitmapHeader.Kind.activityLog)]
+        if targetSize != nil { kinds.append(("point.bitmap", .point)) }
+        for (name, kind) in kinds {
             guard try !exists("\(directory)/\(name)") else { continue }
             _ = try BitmapFile(path: "\(directory)/\(name)", header: header(kind, 1), create: true)
         }
-        _ = try openPointTarget(directory, size)
+        if let targetSize { _ = try openPointTarget(directory, targetSize) }
     }
 
     private static func openPointTarget(_ directory: String, _ size: UInt64) throws -> OpenFile {
@@ -284,6 +291,14 @@ final class VolumeState {
         hold.1.mapping.file.rest()
         pointHold = hold
         return hold
+    }
+
+    /// Made when the volume first needs them, and kept.
+    func imageMarks() throws -> PoolMemory {
+        if let madeImageMarks { return madeImageMarks }
+        let marks = try PoolMemory(byteCount: HoldPlace.markBytes(geometry))
+        madeImageMarks = marks
+        return marks
     }
 
     func openActivityLog() throws -> BitmapFile {
