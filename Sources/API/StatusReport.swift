@@ -115,13 +115,15 @@ package struct StatusReport: Codable, Sendable {
         /// Bytes that the remote had already and that were not sent.
         package var sparedBytes: UInt64?
         package var rateLimit: UInt64?
+        /// Of a primary in mode `global-mirror`.
+        package var collisions: CollisionReport?
         package var lastVerify: VerifyReport?
         package var verifiedBytes: UInt64 = 0
         package var differencesFound: UInt64 = 0
         /// Of the first copy: what the peer has, from 0 to 1.
         package var progress: Double?
         enum CodingKeys: String, CodingKey {
-            case role, state, reason, mode, peer, volumes, point, alerts, operation, notice, progress
+            case role, state, reason, mode, peer, volumes, point, alerts, operation, notice, progress, collisions
             case windowBytes = "window_bytes"
             case sparedBytes = "spared_bytes"
             case rateLimit = "rate_limit"

@@ -40,7 +40,36 @@ enum Metrics {
             "# HELP farcopy_hold_seconds Time that acknowledgements were held to form a point.",
             "# TYPE farcopy_hold_seconds histogram",
         ]
-        for (name, group) in groups { lines += group.holdHistogram.map { Self.lines($0, name) } ?? [] }
+        for (name, group) in groups {
+            guard let holds = group.holdHistogram else { continue }
+            lines += Self.buckets("hold_seconds", name, HoldHistogram.bounds, holds.counts, sum: holds.sum)
+        }
+        lines += [
+            "# HELP farcopy_collision_wait_seconds Time that hosts' writes waited until an old image was sent.",
+            "# TYPE farcopy_collision_wait_seconds histogram",
+        ]
+        for (name, group) in groups {
+            guard let found = group.collisions else { continue }
+            lines += Self.buckets(
+                "collision_wait_seconds", name, found.waitBounds, found.waitCounts, sum: found.waitSeconds)
+        }
+        func collisions(_ value: @escaping (CollisionReport) -> Double) -> [(String, Double?)] {
+            each { $0.collisions.map(value) }
+        }
+        family(
+            "collision_held_bytes_total", "Bytes of old images that went to memory since the start.",
+            collisions { Double($0.heldBytes) })
+        family(
+            "collision_memory_bytes", "Bytes of memory that old images take.", collisions { Double($0.memoryInUse) })
+        family(
+            "collision_memory_peak_bytes", "The most that old images have taken since the start.",
+            collisions { Double($0.memoryPeak) })
+        family(
+            "collision_memory_limit_bytes", "Bytes of memory that old images may take.",
+            collisions { Double($0.memoryLimit) })
+        family(
+            "collision_points_given_up_total", "Points that could not be held since the start.",
+            collisions { Double($0.pointsGivenUp) })
         family(
             "group_alert", "1 for each alert that is on.",
             groups.flatMap { name, group -> [(String, Double?)] in
@@ -65,15 +94,17 @@ enum Metrics {
         return lines.joined(separator: "\n") + "\n"
     }
 
-    /// The buckets of a group's holds.
-    private static func lines(_ histogram: HoldHistogram, _ group: String) -> [String] {
+    /// - Parameter counts: for each bound, and for what is above the last.
+    private static func buckets(
+        _ name: String, _ group: String, _ bounds: [Double], _ counts: [UInt64], sum: Double
+    ) -> [String] {
         var (lines, total): ([String], UInt64) = ([], 0)
-        for (bound, count) in zip(HoldHistogram.bounds.map { "\($0)" } + ["+Inf"], histogram.counts) {
+        for (bound, count) in zip(bounds.map { "\($0)" } + ["+Inf"], counts) {
             total += count
-            lines.append("farcopy_hold_seconds_bucket{group=\"\(group)\",le=\"\(bound)\"} \(total)")
+            lines.append("farcopy_\(name)_bucket{group=\"\(group)\",le=\"\(bound)\"} \(total)")
         }
-        lines.append("farcopy_hold_seconds_sum{group=\"\(group)\"} \(histogram.sum)")
-        lines.append("farcopy_hold_seconds_count{group=\"\(group)\"} \(total)")
+        lines.append("farcopy_\(name)_sum{group=\"\(group)\"} \(sum)")
+        lines.append("farcopy_\(name)_count{group=\"\(group)\"} \(total)")
         return lines
     }
 }

@@ -235,6 +235,7 @@ package final class Site {
         switch event {
         case .pointGivenUp(let number, let errno):
             let reason = "volume \(name) could not hold point \(number): \(holdProblem(errno, group))"
+            group?.lastGivenUp = reason
             group?.replicator?.pointLost(reason)
         case .imagesWanted:
             if let group, let index = home.members(group).firstIndex(where: { $0 === volume }) {

@@ -48,6 +48,8 @@ struct GroupFacts: Sendable {
     var isolation: String?
     var operation: Operation?
     var lastVerify: VerifyReport?
+    /// Why a point could not be held last.
+    var lastGivenUp: String?
     /// Since the start.
     var verifiedBytes: UInt64 = 0
     var differencesFound: UInt64 = 0
@@ -131,9 +133,11 @@ final class StatusBoard: Sendable {
             report.fileSystems = space.fileSystems
         }
         var pending: [String: UInt64] = [:]
+        var collided: [String: (grain: UInt64, figures: CollisionFigures)] = [:]
         for (volume, figures) in await figures() {
             let grain = UInt64(volume.geometry.grain)
             pending[volume.name] = UInt64(figures.pending) * grain
+            collided[volume.name] = (grain, figures.collisions)
             report.volumes[volume.name] = StatusReport.VolumeReport(
                 size: volume.geometry.size, grain: volume.geometry.grain, exports: exports.names(of: volume.name),
                 restoringBytes: UInt64(figures.restoring) * grain, bytesRead: figures.read,
@@ -144,6 +148,7 @@ final class StatusBoard: Sendable {
         }
         for group in groups.withLock({ $0 }) where only == nil || only == group.entry.name {
             report.groups[group.entry.name] = groupReport(group, pending)
+            report.groups[group.entry.name]?.collisions = collisionReport(group, collided)
         }
         return report
     }
@@ -154,6 +159,7 @@ final class StatusBoard: Sendable {
         var active: UInt64?
         var read: UInt64 = 0
         var written: UInt64 = 0
+        var collisions = CollisionFigures()
     }
 
     /// Of every volume, with one message to each reactor.
@@ -169,7 +175,8 @@ final class StatusBoard: Sendable {
                         board,
                         Figures(
                             pending: volume.changedGrains + volume.outOfSyncGrains, restoring: volume.restoringGrains,
-                            active: volume.activeBytes, read: hosted.bytesRead, written: hosted.bytesWritten)
+                            active: volume.activeBytes, read: hosted.bytesRead, written: hosted.bytesWritten,
+                            collisions: volume.collisionFigures)
                     )
                 }
             }
@@ -260,6 +267,24 @@ final class StatusBoard: Sendable {
             report.holdHistogram = replication.holdHistogram
             report.holdSecondsP99 = Double(sorted[min(sorted.count - 1, sorted.count * 99 / 100)]) / 1e9
         }
+    }
+
+    private func collisionReport(
+        _ group: GroupBoard, _ volumes: [String: (grain: UInt64, figures: CollisionFigures)]
+    ) -> CollisionReport? {
+        guard let memory = group.imageMemory.withLock({ $0 }), group.handle.record.role == .primary else { return nil }
+        var report = CollisionReport(
+            policy: group.entry.collisions.policy, memory: (memory.bytesInUse, memory.peakBytes, memory.byteCount),
+            waitBounds: CollisionFigures.bounds)
+        for (grain, figures) in group.entry.volumes.compactMap({ volumes[$0] }) {
+            report.heldBytes += figures.heldGrains * grain
+            report.waits += figures.waits
+            report.waitSeconds += figures.waitedSeconds
+            for (index, count) in figures.counts.enumerated() { report.waitCounts[index] += count }
+            report.pointsGivenUp += figures.pointsGivenUp
+        }
+        report.lastGivenUp = group.facts.withLock { $0.lastGivenUp }
+        return report
     }
 
     // MARK: Points

@@ -69,6 +69,9 @@ package struct Configuration: Sendable {
         package var rules = CollisionRules()
         /// Bytes for old images, of the whole group; a power of two.
         package var memory = 256 << 20
+        package static let holdImage = "hold-image"
+        package static let sendFirst = "send-first"
+        package var policy: String { rules.sendsFirst ? Self.sendFirst : Self.holdImage }
     }
 
     package enum IsolationPolicy: Sendable, Equatable {

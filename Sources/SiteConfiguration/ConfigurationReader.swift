@@ -286,10 +286,11 @@ struct ConfigurationReader {
         }
         if entry["collision"] != nil {
             let text = try string(entry, section, "collision")
-            guard ["hold-image", "send-first"].contains(text) else {
-                throw fail(section, "collision", "is '\(text)'; it must be 'hold-image' or 'send-first'")
+            let known = [Configuration.CollisionEntry.holdImage, Configuration.CollisionEntry.sendFirst]
+            guard known.contains(text) else {
+                throw fail(section, "collision", "is '\(text)'; it must be '\(known[0])' or '\(known[1])'")
             }
-            collisions.rules.sendsFirst = text == "send-first"
+            collisions.rules.sendsFirst = text == Configuration.CollisionEntry.sendFirst
         }
         if entry["collision_memory"] != nil {
             let bytes = try size(entry, section, "collision_memory")

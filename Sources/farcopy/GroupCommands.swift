@@ -248,6 +248,22 @@ enum StatusText {
         if let progress = group.progress { figures.append("\(tenths(progress * 100)) % copied") }
         if let eta = group.etaSeconds { figures.append("ETA \(tenths(eta)) s") }
         if !figures.isEmpty { lines.append("  " + figures.joined(separator: ", ")) }
+        if let collisions = group.collisions { lines.append("  collisions: " + text(collisions)) }
         return lines
+    }
+
+    private static func text(_ collisions: CollisionReport) -> String {
+        var parts = [
+            "\(collisions.policy), \(bytes(UInt64(collisions.memoryInUse))) of \(bytes(UInt64(collisions.memoryLimit))) in memory "
+                + "(at most \(bytes(UInt64(collisions.memoryPeak))) so far)"
+        ]
+        if collisions.waits > 0 {
+            let mean = collisions.waitSeconds / Double(collisions.waits) * 1000
+            parts.append("\(collisions.waits) writes waited, \(tenths(mean)) ms on average")
+        }
+        if let reason = collisions.lastGivenUp {
+            parts.append("\(collisions.pointsGivenUp) points given up, last: \(reason)")
+        }
+        return parts.joined(separator: "; ")
     }
 }
