@@ -58,11 +58,47 @@ func wholeFile() throws {
         ("[volumes.orders]", "[volumes.\"a/b\"]", "has the name 'a/b'"),
         ("role = \"primary\"", "", "site.toml:16: groups.shop.role is missing"),
         ("nbd = \"west.example:10809\"", "nbd = \"west.example\"", "site.toml:25: peers.west.nbd"),
+        ("\"flashcopy\"", "\"metro\"", "groups.shop.mode is 'metro'; it must be one of 'flashcopy', 'global-mirror'"),
+        (
+            "keep = 3", "keep = 3\ncollision = \"hold-image\"",
+            "groups.shop.collision is for groups with mode = \"global-mirror\""
+        ),
+        (
+            "\"flashcopy\"", "\"global-mirror\"\ncollision_memory = \"300MiB\"",
+            "groups.shop.collision_memory must be a power of two"
+        ),
+        (
+            "\"flashcopy\"", "\"global-mirror\"\ncollision = \"drop\"",
+            "groups.shop.collision is 'drop'; it must be 'hold-image' or 'send-first'"
+        ),
+        (
+            "\"flashcopy\"", "\"global-mirror\"\nmax_collision_wait = \"1min\"",
+            "site.toml:21: groups.shop.max_collision_wait"
+        ),
     ])
 func errors(old: String, new: String, expected: String) {
     #expect {
         _ = try Configuration(text: good.replacing(old, with: new), path: "site.toml")
     } throws: { "\($0)".contains(expected) }
+}
+
+@Test("what mode global-mirror does with collisions, and what it does if nothing is said")
+func collisionEntries() throws {
+    func collisions(_ lines: String) throws -> Configuration.CollisionEntry {
+        let group = try Configuration(text: good.replacing("\"flashcopy\"", with: lines), path: "site.toml").groups[0]
+        #expect(group.mode == .globalMirror)
+        return group.collisions
+    }
+    let plain = try collisions("\"global-mirror\"")
+    #expect(plain.policy == "hold-image" && plain.memory == 256 << 20 && plain.rules.longestWait == 500_000_000)
+    let told = try collisions(
+        """
+        "global-mirror"
+        collision = "send-first"
+        collision_memory = "1MiB"
+        max_collision_wait = "20ms"
+        """)
+    #expect(told.rules.sendsFirst && told.memory == 1 << 20 && told.rules.longestWait == 20_000_000)
 }
 
 @Test("sizes")

@@ -80,6 +80,8 @@ def device_at(path, size, sector):
 
 
 SECTOR = int(os.environ.get("FARCOPY_DEVICES", "0"))
+# Lines for the groups of pairs of sites, such as a mode.
+GROUP_LINES = os.environ.get("GROUP_LINES", "").replace("\\n", "\n")
 # How often tests with chance in them repeat it (`make test-long`).
 REPEAT = int(os.environ.get("REPEAT", "1"))
 not_on_devices = unittest.skipIf(SECTOR, "what files have and devices do not: holes, names, sizes that change")
@@ -315,8 +317,8 @@ class SiteTest(unittest.TestCase):
 
     def pair(self, volumes, interval="0s", keep=8, start=True, extra="", options=""):
         """East, the primary, and west, the secondary, of group `shop` over all the volumes; `options` are lines for the group
-        at both."""
-        options = 'isolation_timeout = "300ms"\n' + options
+        at both, as GROUP_LINES are for every such group."""
+        options = 'isolation_timeout = "300ms"\n' + options + "\n" + GROUP_LINES
         names = ", ".join(f'"{name}"' for name in volumes)
         east = self.site(
             "east", volumes, start=False, peers=["west"], extra=extra,
