@@ -80,7 +80,8 @@ package struct Drain: Mover {
             return advance()
         }
         slots[slot] = .sending(VolumeRun(volume: volume, grains: grains), urgent: urgent || isAwaited)
-        let send = MoveAction.send(slot: slot, volume: volume, offset: offset, length: length, urgent: urgent)
+        let isUrgent = urgent || isAwaited
+        let send = MoveAction.send(slot: slot, volume: volume, offset: offset, length: length, urgent: isUrgent)
         return urgent ? [send] + advance() : [send]
     }
 

@@ -203,7 +203,9 @@ package final class Sender {
             slots[slot].isZero = true
             return .move(.read(slot: slot, grains: grains, offset: offset, length: length))
         case .nothing: return .move(.read(slot: slot, grains: nil, offset: 0, length: 0))
-        case .gone: return nil  // whoever ended the point has told
+        case .gone:
+            // Whoever ended the point has told; but that may be lost, or late.
+            return .pointLost("volume \(configuration.volumes[slots[slot].volume].name) does not hold it any more")
         case .failed(let errno):
             let volume = configuration.volumes[slots[slot].volume].name
             return .pointLost("read \(volume): \(String(cString: strerror(errno)))")

@@ -265,7 +265,8 @@ struct ConfigurationReader {
         }
         return Configuration.GroupEntry(
             name: name, volumes: volumes, role: role, peer: try string(entry, section, "peer"),
-            mode: mode, collisions: try collisions(entry, section, mode), interval: try interval(entry, section),
+            mode: mode, collisions: try collisions(entry, section, mode, volumes: volumes.count),
+            interval: try interval(entry, section),
             keep: try retention(entry, section),
             access: try access(entry, section), hooks: try hooks(entry, section),
             onIsolated: try isolation(entry, section),
@@ -277,7 +278,7 @@ struct ConfigurationReader {
     }
 
     private func collisions(
-        _ entry: TOMLTable, _ section: String, _ mode: Mode
+        _ entry: TOMLTable, _ section: String, _ mode: Mode, volumes: Int
     ) throws -> Configuration.CollisionEntry {
         var collisions = Configuration.CollisionEntry()
         for key in ["collision", "collision_memory", "max_collision_wait"]
@@ -296,6 +297,11 @@ struct ConfigurationReader {
             let bytes = try size(entry, section, "collision_memory")
             guard bytes.nonzeroBitCount == 1, (UInt64(Limits.maximumGrain)...64 << 30).contains(bytes) else {
                 throw fail(section, "collision_memory", "must be a power of two from 1MiB to 64GiB")
+            }
+            guard bytes >= UInt64(volumes * Limits.imageChunkBytes) else {
+                throw fail(
+                    section, "collision_memory",
+                    "must be at least \(Limits.imageChunkBytes >> 10)KiB for each of the \(volumes) volumes")
             }
             collisions.memory = Int(bytes)
         }

@@ -47,8 +47,10 @@ package struct CollisionFigures: Sendable, Equatable {
 
 struct Collisions: ~Copyable {
     var rules = CollisionRules()
-    /// The link takes what is sent first.
+    /// What is sent first arrives in time: not on a lost link, and not after some write has waited for too long until something was sent again.
     var maySend = false
+    /// The drain was told that something is wanted, and has read nothing since.
+    var isTold = false
     /// Writes that wait for their grains to be sent.
     var waiters = SlotList()
     var isWaiting: Bool { !waiters.isEmpty }
@@ -79,7 +81,10 @@ extension Volume {
     /// Makes room for the old images of the first grains of a run; an empty part: there is none, and they must be sent first.
     func reserveImages(_ run: Range<Int>, for waiter: Int32?) -> Range<Int> {
         let isOver = waiter.map { requests[Int($0)].waitIsOver } ?? false
-        guard !collisions.rules.sendsFirst || !collisions.maySend || isOver else { return run.prefix(0) }
+        // What nobody waits for is no host's write: a restore goes on.
+        guard waiter == nil || !collisions.rules.sendsFirst || !collisions.maySend || isOver else {
+            return run.prefix(0)
+        }
         var grain = run.lowerBound
         while grain < run.upperBound, images!.reserve(grain) { grain += 1 }
         return run.lowerBound..<grain
@@ -118,16 +123,17 @@ extension Volume {
         return false
     }
 
-    /// If there are too many, the drain will come by all the same, or the wait ends.
-    private func ask(_ grains: Range<Int>) {
-        if collisions.urgent.tryAppend(Collisions.Run(first: grains.lowerBound, count: grains.count)) {
-            emit(.imagesWanted)
-        }
+    /// If there are too many, the drain will come by all the same, or the wait ends. The drain is told once until it reads something of the
+    /// volume: what is asked for until then, it finds; or it was given out before the drain was told, which hurries that.
+    func ask(_ grains: Range<Int>) {
+        guard collisions.urgent.tryAppend(Collisions.Run(first: grains.lowerBound, count: grains.count)) else { return }
+        if !collisions.isTold { emit(.imagesWanted) }
+        collisions.isTold = true
     }
 
     /// On a new link: what was asked for on the last one.
     func askAgain() {
-        collisions.maySend = true
+        (collisions.maySend, collisions.isTold) = (true, false)
         while collisions.urgent.popFirst() != nil {}
         var slot = collisions.waiters.head
         while slot >= 0 {
@@ -140,11 +146,13 @@ extension Volume {
     /// The link is lost: nobody waits for it.
     package func cannotSendFirst() {
         collisions.maySend = false
+        if backgroundWork { backgroundDue = true }
         resumeAll(collisions.waiters.takeAll())
     }
 
     /// The next run of grains that writes wait for, as far as it was not sent; at most `limit` grains.
     package func nextUrgent(limit: Int) -> Range<Int>? {
+        collisions.isTold = false
         while let run = collisions.urgent.popFirst() {
             let bound = run.first..<run.first + run.count
             guard let found = leg.nextAhead(in: bound, limit: limit, notes: !omits(.giveOutTwice)) else { continue }
@@ -166,11 +174,15 @@ extension Volume {
         collisions.now = now
         if collisions.isUndated { dateWaits() }
         guard collisions.mayBeOver() else { return }
+        var isLate = false
         review { request in
             guard collisions.now &- request.pointee.waitsSince >= collisions.rules.longestWait else { return false }
             request.pointee.waitIsOver = true
+            isLate = true
             return true
         }
+        // Others do not find out by waiting as long.
+        if isLate { cannotSendFirst() }
     }
 
     private func dateWaits() {

@@ -153,7 +153,10 @@ extension Volume {
             grain = run.upperBound
             if grain >= grains.upperBound { break }
         }
-        guard let waiter else { return }
+        guard let waiter else {
+            if let unsent { ask(unsent) }
+            return
+        }
         requests[Int(waiter)].state = .waiting
         if lastJob >= 0 {
             jobs[Int(lastJob)].waiters.append(waiter, in: requests)

@@ -76,6 +76,7 @@ extension Volume {
         guard let hold, hold.number == number else { return }
         leg.sent(grains)
         guard hold.isInMemory else { return }
+        collisions.maySend = true
         images?.discard(grains)
         if collisions.isWaiting { (collisions.isDue, backgroundDue) = (true, true) }
         if backgroundWork { backgroundDue = true }
@@ -92,6 +93,7 @@ extension Volume {
         if hold?.isInMemory == true { images?.discardAll() }
         hold = nil
         wakeStarved()
+        if backgroundWork { backgroundDue = true }
         resumeAll(collisions.waiters.takeAll())
     }
 

@@ -114,7 +114,10 @@ extension Volume {
             let bound = min(count, first + jobGrains)
             guard requireRegions(first..<bound) else { return }
             restore!.cursor = bound
+            let jobs = activeJobCount
             startCopies(in: first..<bound, for: nil)
+            // There is no room, or others are there: whatever ends comes back here, and what is pending is not searched in vain meanwhile.
+            guard activeJobCount > jobs else { return }
         }
     }
 }

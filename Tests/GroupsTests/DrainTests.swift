@@ -84,6 +84,12 @@ func urgentFlushes() {
     _ = drain.handle(.sent(slot: 2, wire: 100))
     let flushed = drain.handle(.flushed)
     #expect(flushed.contains(.flush(volumes: [1])), "one flush at a time")
+    // What was being read is sent at once.
+    var reading = busyDrain()
+    _ = reading.handle(.wanted(volume: 0))
+    #expect(
+        reading.handle(.read(slot: 0, grains: 0..<1, offset: 0, length: 100))
+            == [.send(slot: 0, volume: 0, offset: 0, length: 100, urgent: true)])
     // And what was acknowledged before anybody waited.
     var other = busyDrain()
     _ = other.handle(.read(slot: 0, grains: 0..<1, offset: 0, length: 100))

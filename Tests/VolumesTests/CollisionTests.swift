@@ -159,8 +159,11 @@ func sentFirst() {
     bench.volume.advanceClock(to: 1_600_000_000)
     bench.answer(bench.pending())
     #expect(bench.settle() == [slow] && bench.pointsData(4) == 5 && memory.bytesInUse == 8192)
+    bench.overwrite(5)
+    #expect(bench.pointsData(5) == 6, "after one has waited in vain, others do not wait as long")
+    bench.volume.clearOutOfSync(3..<4, point: 1)
     let lost = bench.submit(.write, grain: 6)
-    #expect(bench.pending().isEmpty)
+    #expect(bench.pending().isEmpty, "until something was sent")
     bench.volume.cannotSendFirst()
     bench.answer(bench.pending())
     #expect(bench.settle() == [lost] && bench.pointsData(6) == 7)
@@ -212,4 +215,15 @@ func sentWhileItWasRead() {
     bench.answer(read)
     bench.volume.clearOutOfSync(4..<5, point: 1)
     #expect(memory.bytesInUse == 0)
+}
+
+@Test("the drain is told once of what is wanted until it has read something; then of what is wanted since")
+func toldOnce() {
+    let bench = Bench()
+    bench.formInMemory(bench.imageMemory(8), sendsFirst: true)
+    for grain in 0..<5 { bench.submit(.write, grain: grain) }
+    #expect(bench.volume.popEvent() == .imagesWanted && bench.volume.popEvent() == nil)
+    #expect(bench.volume.nextUrgent(limit: 8) == 0..<1)
+    bench.submit(.write, grain: 5)
+    #expect(bench.volume.popEvent() == .imagesWanted && bench.volume.popEvent() == nil)
 }

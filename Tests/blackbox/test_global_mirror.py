@@ -260,3 +260,34 @@ class GlobalMirror(SiteTest):
         wait_for(lambda: west.group()["state"] != "mirroring", what="its finding that it is stale")
         east.farcopy("resync", "shop", "--discard", "west", "--yes")
         self.alike(east, west)
+
+    def test_a_restore_goes_on_while_a_point_is_sent(self):
+        """With send-first only hosts' writes wait; what flows back takes memory."""
+        east, west = self.linked({"orders": "16MiB"}, policy="send-first", wait="5s")
+        east.cycle()
+        self.draining(east).shutdown()
+        east.farcopy("rate", "shop", "unlimited")
+        wait_for(lambda: west.points()[-1]["id"] == self.number, what="the commit")
+        east.farcopy("flashcopy", "create", "orders", "before")
+        handle = self.draining(east)
+        handle.shutdown()
+        began = time.monotonic()
+        east.farcopy("flashcopy", "restore", "orders", "before")
+        wait_for(lambda: east.status()["volumes"]["orders"]["restoring_bytes"] == 0, what="the restore")
+        self.assertLess(time.monotonic() - began, 20)
+        self.assertGreater(east.group()["collisions"]["held_bytes"], 0)
+        east.farcopy("rate", "shop", "unlimited")
+        self.alike(east, west)
+
+    def test_one_wait_in_vain_is_enough(self):
+        """Over a link that is stalled and not yet lost, a writer does not wait as long for each of its writes."""
+        east, west = self.linked({"orders": "16MiB"}, policy="send-first", wait="500ms")
+        east.cycle()
+        handle = self.draining(east)
+        self.link.stall(True)
+        began = time.monotonic()
+        self.longest_write(handle, range(1900, 1940))
+        self.assertLess(time.monotonic() - began, 5, "forty writes")
+        self.link.stall(False)
+        east.farcopy("rate", "shop", "unlimited")
+        self.alike(east, west)
