@@ -48,7 +48,7 @@ class Serve(SiteTest):
         for text, expected in (
                 (group, "there is no [peers.far]"), (group.replace('"disk"', '"disc"') + peer, "there is no [volumes.disc]"),
                 (group.replace("primary", "boss") + peer, "must be 'primary' or 'secondary'"),
-                (group + 'mode = "journal"\n' + peer, "this version has the mode 'flashcopy'"),
+                (group + 'mode = "journal"\n' + peer, "it must be one of 'flashcopy', 'global-mirror'"),
                 (group + 'interval = "soon"\n' + peer, "write a time such as"), (group + "keep = 0\n" + peer, "from 1 to 192"),
                 (group + group.replace("groups.g", "groups.h") + peer, "a volume belongs to one group")):
             self.refused(self.site("solo", {"disk": "1MiB"}, start=False, groups=text), "site.toml:", expected)
