@@ -36,22 +36,22 @@ enum Metrics {
         family("point_bytes", "Bytes sent for the newest committed point.", each { $0.point?.bytes.map { Double($0) } })
         family(
             "point_seconds", "Time from forming to commit of the newest committed point.", each { $0.point?.seconds })
-        lines += [
-            "# HELP farcopy_hold_seconds Time that acknowledgements were held to form a point.",
-            "# TYPE farcopy_hold_seconds histogram",
-        ]
-        for (name, group) in groups {
-            guard let holds = group.holdHistogram else { continue }
-            lines += Self.buckets("hold_seconds", name, HoldHistogram.bounds, holds.counts, sum: holds.sum)
+        func histogram(
+            _ name: String, _ help: String,
+            _ value: (StatusReport.GroupReport) -> (bounds: [Double], counts: [UInt64], sum: Double)?
+        ) {
+            lines.append("# HELP farcopy_\(name) \(help)")
+            lines.append("# TYPE farcopy_\(name) histogram")
+            for (group, report) in groups {
+                guard let (bounds, counts, sum) = value(report) else { continue }
+                lines += Self.buckets(name, group, bounds, counts, sum: sum)
+            }
         }
-        lines += [
-            "# HELP farcopy_collision_wait_seconds Time that hosts' writes waited until an old image was sent.",
-            "# TYPE farcopy_collision_wait_seconds histogram",
-        ]
-        for (name, group) in groups {
-            guard let found = group.collisions else { continue }
-            lines += Self.buckets(
-                "collision_wait_seconds", name, found.waitBounds, found.waitCounts, sum: found.waitSeconds)
+        histogram("hold_seconds", "Time that acknowledgements were held to form a point.") {
+            $0.holdHistogram.map { (HoldHistogram.bounds, $0.counts, $0.sum) }
+        }
+        histogram("collision_wait_seconds", "Time that hosts' writes waited until an old image was sent.") {
+            $0.collisions.map { ($0.waitBounds, $0.waitCounts, $0.waitSeconds) }
         }
         func collisions(_ value: @escaping (CollisionReport) -> Double) -> [(String, Double?)] {
             each { $0.collisions.map(value) }

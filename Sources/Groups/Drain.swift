@@ -79,8 +79,8 @@ package struct Drain: Mover {
             if let index = unread.firstIndex(of: volume) { unread.remove(at: index) }
             return advance()
         }
-        slots[slot] = .sending(VolumeRun(volume: volume, grains: grains), urgent: urgent || isAwaited)
         let isUrgent = urgent || isAwaited
+        slots[slot] = .sending(VolumeRun(volume: volume, grains: grains), urgent: isUrgent)
         let send = MoveAction.send(slot: slot, volume: volume, offset: offset, length: length, urgent: isUrgent)
         return urgent ? [send] + advance() : [send]
     }

@@ -48,11 +48,6 @@ final class GroupState {
     var leavingCarriers: [(volume: VolumeState, ids: [CopyID], endsReaders: Bool)] = []
     /// Keeps what the peer lacks, of the last try to give the role up, if that has failed.
     var unsent: String?
-    /// For old images, in mode `global-mirror`, since it was primary first.
-    var imageMemory: ImageMemory? {
-        get { board.imageMemory.withLock { $0 } }
-        set { board.imageMemory.withLock { $0 = newValue } }
-    }
     /// A point is being compared.
     var verification: Verification?
     /// An operation on it lets none begin on FlashCopies.

@@ -48,6 +48,8 @@ struct GroupFacts: Sendable {
     var isolation: String?
     var operation: Operation?
     var lastVerify: VerifyReport?
+    /// For old images, in mode `global-mirror`, since it was primary first.
+    var imageMemory: ImageMemory?
     /// Why a point could not be held last.
     var lastGivenUp: String?
     /// Since the start.
@@ -80,7 +82,6 @@ final class GroupBoard: Sendable {
     /// Its thread has the record.
     let handle: GroupHandle
     let facts = Mutex(GroupFacts())
-    let imageMemory = Mutex<ImageMemory?>(nil)
 
     init(_ entry: Configuration.GroupEntry, _ handle: GroupHandle) { (self.entry, self.handle) = (entry, handle) }
 }
@@ -272,7 +273,8 @@ final class StatusBoard: Sendable {
     private func collisionReport(
         _ group: GroupBoard, _ volumes: [String: (grain: UInt64, figures: CollisionFigures)]
     ) -> CollisionReport? {
-        guard let memory = group.imageMemory.withLock({ $0 }), group.handle.record.role == .primary else { return nil }
+        let facts = group.facts.withLock { $0 }
+        guard let memory = facts.imageMemory, group.handle.record.role == .primary else { return nil }
         var report = CollisionReport(
             policy: group.entry.collisions.policy, memory: (memory.bytesInUse, memory.peakBytes, memory.byteCount),
             waitBounds: CollisionFigures.bounds)
@@ -283,7 +285,7 @@ final class StatusBoard: Sendable {
             for (index, count) in figures.counts.enumerated() { report.waitCounts[index] += count }
             report.pointsGivenUp += figures.pointsGivenUp
         }
-        report.lastGivenUp = group.facts.withLock { $0.lastGivenUp }
+        report.lastGivenUp = facts.lastGivenUp
         return report
     }
 

@@ -57,7 +57,7 @@ package struct IOToken: BitwiseCopyable, Equatable, Sendable {
 package enum VolumeEvent: Sendable, Equatable {
     /// The point cannot be held any more; its bits are back in the change-recording bitmap.
     case pointGivenUp(number: UInt64, errno: Int32)
-    /// Writes wait for old images to be sent (`nextOutOfSync`).
+    /// Writes wait for old images to be sent (`nextUrgent`).
     case imagesWanted
     /// A FlashCopy lost old content; it can only be withdrawn.
     case copyFailed(id: CopyID, errno: Int32)

@@ -15,6 +15,8 @@ import unittest
 
 import nbd
 
+from link import Link
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 FARCOPY = os.environ.get("FARCOPY", os.path.join(ROOT, ".build/release/farcopy"))
 
@@ -328,6 +330,17 @@ class SiteTest(unittest.TestCase):
             "west", volumes, start=False, peers=["east"], extra=extra,
             groups=f'[groups.shop]\nvolumes = [{names}]\nrole = "secondary"\npeer = "east"\ninterval = "{interval}"\n'
                    f'keep = {keep}\n{options}\n')
+        if start:
+            west.start()
+            east.start()
+        return east, west
+
+    def linked(self, volumes, interval="manual", start=True, options="", **link):
+        """A pair whose traffic goes through a Link, `self.link`."""
+        east, west = self.pair(volumes, interval=interval, start=False, options=options)
+        self.link = Link(**link)
+        self.addCleanup(self.link.close)
+        self.link.join(east, west)
         if start:
             west.start()
             east.start()

@@ -9,7 +9,6 @@ import time
 import nbd
 
 import closedcut
-from link import Link
 from sites import SiteTest, read_handle, wait_for
 
 PAGE = 4096
@@ -24,13 +23,7 @@ def lines(policy="hold-image", memory="256MiB", wait="500ms"):
 
 class GlobalMirror(SiteTest):
     def linked(self, volumes, interval="manual", **rules):
-        east, west = self.pair(volumes, interval=interval, start=False, options=lines(**rules))
-        self.link = Link()
-        self.addCleanup(self.link.close)
-        self.link.join(east, west)
-        west.start()
-        east.start()
-        return east, west
+        return super().linked(volumes, interval, options=lines(**rules))
 
     def draining(self, east, megabytes=8):
         """A point that goes slowly is under way, all b"1", number `self.number`; returns a connection."""

@@ -6,24 +6,12 @@ import random
 import shutil
 import time
 
-from link import Link
 from sites import SECTOR, SiteTest, run, wait_for
 
 MIB = 1 << 20
 
 
 class LinkTest(SiteTest):
-    def linked(self, volumes, interval="manual", start=True, options="", **link):
-        """A pair whose traffic goes through a Link."""
-        east, west = self.pair(volumes, interval=interval, start=False, options=options)
-        self.link = Link(**link)
-        self.addCleanup(self.link.close)
-        self.link.join(east, west)
-        if start:
-            west.start()
-            east.start()
-        return east, west
-
     def mirroring(self, east, seconds=60):
         wait_for(lambda: east.group()["state"] == "mirroring", seconds=seconds, what="mirroring")
 

@@ -6,7 +6,6 @@ import random
 import subprocess
 import time
 
-from link import Link
 from sites import RECORD_SPACE, SiteTest, run, wait_for
 
 PAGE = 4096
@@ -15,13 +14,7 @@ MIB = 1 << 20
 
 class Opposites(SiteTest):
     def linked(self, interval="manual", volumes=None):
-        east, west = self.pair(volumes or {"orders": "16MiB"}, interval=interval, start=False)
-        self.link = Link()
-        self.addCleanup(self.link.close)
-        self.link.join(east, west)
-        west.start()
-        east.start()
-        return east, west
+        return super().linked(volumes or {"orders": "16MiB"}, interval)
 
     def write(self, site, count=8, start=0):
         handle = site.connect("orders")
