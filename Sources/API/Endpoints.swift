@@ -32,7 +32,7 @@ package enum Endpoints {
 
     // Roles.
     package static let failover = Endpoint<Nothing, FailoverReport>(
-        .post, "/v1/groups/{group}/failover", .operator, seconds: 600, .point)
+        .post, "/v1/groups/{group}/failover", .operator, seconds: 600, .point, .alone)
     package static let switchover = Endpoint<Nothing, StatusReport.PointReport>(
         .post, "/v1/groups/{group}/switchover", .operator, seconds: 7 * day)
     package static let failback = Endpoint<Nothing, StatusReport.PointReport>(
@@ -75,6 +75,14 @@ package enum Endpoints {
     package static let pin = Endpoint<PinRequest, Done>(.post, "/v1/peer/groups/{group}/pin", .peer)
     package static let unpin = Endpoint<PinRequest, Done>(.post, "/v1/peer/groups/{group}/unpin", .peer)
 
+    // Between the sites of a group with several hosts or remotes.
+    package static let hostSurvey = Endpoint<Nothing, HostStanding>(.post, "/v1/peer/groups/{group}/survey", .peer)
+    package static let askHost = Endpoint<HostCall, HostReply>(.post, "/v1/peer/groups/{group}/host", .peer)
+    package static let askRemote = Endpoint<RemoteCall, RemoteReply>(.post, "/v1/peer/groups/{group}/remote", .peer)
+    package static let testify = Endpoint<TestimonyCall, TestimonyReply>(
+        .post, "/v1/peer/groups/{group}/testimony", .peer)
+    package static let lead = Endpoint<LeadCall, Done>(.post, "/v1/peer/groups/{group}/lead", .peer, seconds: 300)
+
     package static let all: [APICall] = [
         status.call, events.call, points.call, flashCopies.call, flashCopy.call, previewResync.call,
         previewFailback.call,
@@ -85,5 +93,6 @@ package enum Endpoints {
         standing.call, openSession.call, commit.call, checksums.call, yield.call, changes.call, promote.call,
         untracked.call,
         pin.call, unpin.call,
+        hostSurvey.call, askHost.call, askRemote.call, testify.call, lead.call,
     ]
 }

@@ -45,8 +45,10 @@ package struct FailoverReport: Codable, Sendable {
     package var discardedBytes: UInt64
     /// Bytes that the old primary has not sent, if it still answers.
     package var unsentBytes: UInt64?
+    /// Other remotes of the group that have not gone to the same point, and why.
+    package var behind: [String]?
     enum CodingKeys: String, CodingKey {
-        case id
+        case id, behind
         case formedAt = "formed_at"
         case committedAt = "committed_at"
         case lostSeconds = "lost_seconds"

@@ -55,8 +55,14 @@ package struct StatusReport: Codable, Sendable {
         /// Bytes that crossed the link for it, and the seconds from its forming to its commit (primary).
         package var bytes: UInt64?
         package var seconds: Double?
+        /// Of a group with several hosts or remotes.
+        package var state: State?
+        package enum State: String, Codable, Sendable {
+            case prepared, committed
+            case inDoubt = "in doubt"
+        }
         enum CodingKeys: String, CodingKey {
-            case id, bytes, seconds
+            case id, bytes, seconds, state
             case formedAt = "formed_at"
             case committedAt = "committed_at"
         }
@@ -138,6 +144,33 @@ package struct StatusReport: Codable, Sendable {
             case holdSeconds = "hold_seconds"
             case holdSecondsP99 = "hold_seconds_p99"
             case holdHistogram = "hold_histogram"
+        }
+
+        /// Of a group of several pairs at this site: what is worst of them, or least.
+        package init(_ pairs: [GroupReport]) {
+            self = pairs[0]
+            for pair in pairs.dropFirst() { merge(pair) }
+        }
+
+        private mutating func merge(_ other: GroupReport) {
+            if other.role != role { role = "\(role), \(other.role)" }
+            let order = ["mirroring", "resyncing", "copying", "simplex", "failed-over", "suspended", "split-brain"]
+            if (order.firstIndex(of: other.state) ?? 0) > (order.firstIndex(of: state) ?? 0) {
+                (state, reason) = (other.state, other.reason)
+            }
+            if !other.peer.isEmpty { peer = peer.isEmpty ? other.peer : "\(peer), \(other.peer)" }
+            volumes += other.volumes
+            if other.point?.id ?? 0 < point?.id ?? 0 { (point, consistentAsOf) = (other.point, other.consistentAsOf) }
+            lagSeconds = lagSeconds.flatMap { mine in other.lagSeconds.map { max(mine, $0) } }
+            pendingBytes = pendingBytes.map { $0 + (other.pendingBytes ?? 0) } ?? other.pendingBytes
+            rateBytesPerSecond =
+                rateBytesPerSecond.map { $0 + (other.rateBytesPerSecond ?? 0) } ?? other.rateBytesPerSecond
+            etaSeconds = [etaSeconds, other.etaSeconds].compactMap { $0 }.max()
+            alerts = alerts.map { $0 + (other.alerts ?? []) } ?? other.alerts
+            (operation, notice) = (operation ?? other.operation, notice ?? other.notice)
+            (lastVerify, progress) = (lastVerify ?? other.lastVerify, progress ?? other.progress)
+            verifiedBytes += other.verifiedBytes
+            differencesFound += other.differencesFound
         }
 
         package init(role: String, state: String, mode: String, peer: String, volumes: [String]) {

@@ -117,7 +117,8 @@ package struct ControlServer: Sendable {
                 guard let number = UInt64(text) else { throw Refusal("'\(text)' is no point", .misuse) }
                 return number
             }
-            return try await asked.site.intake.failover(asked.name, point: point)
+            return try await asked.site.coordination.failover(
+                asked.name, point: point, alone: asked[.alone] == "true")
         }
         routes.serve(Endpoints.previewResync) { try await $0.site.roles.previewResync($0.name, discard: try loser($0)) }
         routes.serve(Endpoints.resync) { try await $0.site.roles.resync($0.name, discard: try loser($0)) }
@@ -160,6 +161,14 @@ package struct ControlServer: Sendable {
         routes.serve(Endpoints.untracked) { asked in
             try await asked.site.distrust.noteUntracked(asked.name, asked.body)
             return Done(done: "noted")
+        }
+        routes.serve(Endpoints.hostSurvey) { try await $0.site.coordination.survey($0.name) }
+        routes.serve(Endpoints.askHost) { try await $0.site.coordination.askHost($0.name, $0.body) }
+        routes.serve(Endpoints.askRemote) { try await $0.site.coordination.askRemote($0.name, $0.body) }
+        routes.serve(Endpoints.testify) { try await $0.site.coordination.testify($0.name, $0.body) }
+        routes.serve(Endpoints.lead) { asked in
+            try await asked.site.coordination.follow(asked.name, asked.body)
+            return Done(done: "failed over")
         }
         routes.serve(Endpoints.pin) { asked in
             try await asked.site.verifications.pin(asked.name, asked.body)

@@ -50,6 +50,20 @@ package struct Cycle {
         case resume
         /// A point is wanted now.
         case request
+
+        // Of a group with several hosts.
+        /// The group's coordinator asks this host.
+        case asked(HostMessage)
+        /// Another host's answer to the coordinator here.
+        case host(Int, Stamped<HostAnswer>)
+        /// A remote's; `at`: when it committed, in seconds since 1970.
+        case remote(Int, Stamped<RemoteAnswer>, at: Double?)
+        /// How the hosts stand.
+        case surveyed(Survey)
+        /// Every volume has formed, and acknowledgements are held.
+        case held(at: Double, changed: [Int])
+        /// They go; `intact`: they were held until now on every volume.
+        case letGo(intact: Bool)
     }
 
     package enum Action: Equatable, Sendable {
@@ -67,6 +81,19 @@ package struct Cycle {
         case giveUp
         /// Every grain of these volumes, or of all.
         case markAllChanged([String]?)
+
+        // Of a group with several hosts.
+        /// Whether anything has changed at any host, and whether all of them can form a point.
+        case survey
+        case askHost(Int, HostMessage)
+        case askRemote(Int, RemoteMessage)
+        /// To the group's coordinator.
+        case answer(Stamped<HostAnswer>)
+        /// Hold acknowledgements and form on every volume; they stay held.
+        case holdAndForm(number: UInt64)
+        case letGo
+        /// Something came that cannot be.
+        case contradicted(String)
     }
 
     package enum State {
@@ -77,6 +104,8 @@ package struct Cycle {
         /// Every grain is being marked for a secondary that the bitmaps say nothing about.
         case marking(PeerState)
         case idle
+        /// The hosts are asked how they stand.
+        case surveying
         case preparing(UInt64)
         /// The coordinator has a point under way.
         case atPoint(Work)
@@ -113,10 +142,12 @@ package struct Cycle {
         package var volumes: Int
         package var window: Int
         package var checkpointBytes: Int
+        package var part: Part
         package init(
             mode: Mode = .flashcopy, interval: Interval, volumes: Int, window: Int = 16,
-            checkpointBytes: Int = 64 << 20
+            checkpointBytes: Int = 64 << 20, part: Part = .alone
         ) {
+            self.part = part
             self.mode = mode
             self.interval = interval
             self.volumes = volumes
@@ -125,7 +156,7 @@ package struct Cycle {
         }
     }
 
-    private static let suspended = Next.stop("suspended by the operator")
+    static let suspended = Next.stop("suspended by the operator")
     package let settings: Settings
     package internal(set) var state = State.connecting
     var coordinator: Coordinator
@@ -135,8 +166,15 @@ package struct Cycle {
     /// There was a suspension after the last commit.
     var resyncing = false
     private var lastFailure: String?
-    private var dueAt: UInt64 = 0
+    var dueAt: UInt64 = 0
     var requested = false
+    /// Several hosts: `run` was said, and acknowledgements are just let go.
+    var runs: HostMessage?
+    /// Several hosts, at the coordinator: why points are not formed; nil while they are.
+    package internal(set) var holdUp: String?
+    /// When a remote has committed the last point, in seconds since 1970, and how many points were given up since.
+    var committedAt: Double?
+    var pauses = 0
     /// While a volume is not ready no point is formed; asked again after `readyRetry`.
     var notBefore: UInt64 = 0
     static let readyRetry: UInt64 = 50_000_000
@@ -156,14 +194,15 @@ package struct Cycle {
     package init(settings: Settings, _ record: GroupRecord) {
         self.settings = settings
         pace = MovePace(limit: settings.window, checkpointBytes: settings.checkpointBytes)
-        coordinator = Coordinator(.single, record: record.coordination(epoch: 0))
-        participant = Participant(.single, record: record.participation)
+        coordinator = Coordinator(settings.part.coordination, record: record.coordination(of: settings.part))
+        participant = Participant(settings.part.coordination, record: record.participation)
     }
 
     /// First actions after a start of the process. Every volume holds the point that the record says is held (`mustGiveUpPoint`).
     mutating func start(_ record: inout GroupRecord, now: UInt64) -> Turn<Action> {
         let taken = takeUp(&record, now)
         if record.suspendedByOperator {
+            if isOfSeveral { return taken + suspend(&record, now) }
             guard participant.state == .idle else { return taken + giveUp(Self.suspended, &record, now) }
             state = .stopped(Self.suspended.reason)
             return taken
@@ -195,6 +234,11 @@ package struct Cycle {
 
     /// When `tick` must come at the latest; nil = no need.
     func wakeAt(_ record: GroupRecord) -> UInt64? {
+        if isOfSeveral { return wakeAtOfSeveral(record) }
+        return ownWakeAt(record)
+    }
+
+    func ownWakeAt(_ record: GroupRecord) -> UInt64? {
         switch state {
         case .offline(_, let retryAt): isGivingUp ? nil : retryAt
         case .atPoint: coordinator.wakeAt
@@ -212,6 +256,10 @@ package struct Cycle {
             case (.sessionOpened, .connecting), (.sessionFailed, .connecting): true
             case (.allMarked, .marking): true
             case (.prepared, .preparing), (.notReady, .preparing): true
+            case (.asked, _), (.host, _), (.remote, _): isOfSeveral
+            case (.surveyed, .surveying): true
+            case (.held, _): isOfSeveral && participant.state.kind == .forming
+            case (.letGo, _): runs != nil
             case (.formed, .atPoint(.none)): participant.state.kind == .forming
             case (.move, .atPoint(.moves)): true
             case (.committed, .atPoint(.commits)), (.commitRefused, .atPoint(.commits)): true
@@ -221,7 +269,7 @@ package struct Cycle {
             case (.linkLost, _): true
             case (.pointLost, _): hasPoint
             case (.sessionOpened, _), (.sessionFailed, _), (.allMarked, _), (.prepared, _), (.notReady, _),
-                (.formed, _), (.move, _), (.committed, _), (.commitRefused, _):
+                (.formed, _), (.move, _), (.committed, _), (.commitRefused, _), (.surveyed, _):
                 false
             }
         return isHandled ? .handled : .late
@@ -239,11 +287,21 @@ package struct Cycle {
         case (.sessionOpened(let peer), _): return opened(peer, &record, now)
         case (.sessionFailed(let reason, let retry), _): return failed(reason, retry: retry, &record, now)
         case (.linkLost(let reason), _): return lost(reason, &record, now)
+        case (.asked(let message), _): return asked(message, &record, now)
+        case (.host(let host, let answer), _): return tell(.host(host, answer), &record, now) + goOnIfIdle(&record, now)
+        case (.remote(let remote, let answer, let time), _):
+            return heard(answer, of: remote, at: time, &record, now)
+        case (.surveyed(let survey), _): return surveyed(survey, &record, now)
+        case (.held(let time, let changed), _): return didHold(at: time, changed, &record, now)
+        case (.letGo(let isIntact), _): return didLetGo(isIntact, &record, now)
+        case (.pointLost(let reason), _) where isOfSeveral: return lostPoint(reason, &record, now)
         case (.pointLost(let reason), .offline), (.pointLost(let reason), .stopped):
             return tell(.giveUp(reason), &record, now)
         case (.pointLost(let reason), _): return closeLink() + giveUp(.retry(reason), &record, now)
         case (.allMarked, .marking(let peer)): return marked(peer, &record, now)
         case (.prepared(let changed), _): return prepared(changed, &record, now)
+        case (.notReady, _) where isOfSeveral:
+            return tell(.notReady(participant.record.number, Self.busyVolume), &record, now)
         case (.notReady, _):
             notBefore = now + Self.readyRetry
             state = .idle
@@ -261,6 +319,10 @@ package struct Cycle {
 
     /// - Parameter changed: some volume was written to since the last point.
     private mutating func prepared(_ changed: Bool, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        if isOfSeveral {
+            state = .atPoint(.none)
+            return tell(.madeReady(participant.record.number), &record, now)
+        }
         guard changed || isWanted(record, now) else {
             state = .idle
             return Turn()
@@ -279,6 +341,9 @@ package struct Cycle {
         let renewed = (peer.volumeLineages ?? [:]).filter { record.volumeLineages?[$0.key] != $0.value }.keys.sorted()
         if record.lineage != peer.lineage || !renewed.isEmpty {
             // A point that is held lacks what this copy lacks: the record never names the two together.
+            if isOfSeveral, participant.state.kind != .idle {
+                return closeLink() + abandon("its remote's copy is another", .connect, &record, now)
+            }
             if hasPoint { return closeLink() + giveUp(.connect, &record, now) }
             state = .marking(peer)
             return Turn([.markAllChanged(record.lineage != peer.lineage ? nil : renewed)])
@@ -290,6 +355,7 @@ package struct Cycle {
             let next = Next.stop(
                 "the peer's newest point is \(theirs) where \(ours) is expected; "
                     + "if its volumes were exchanged, remove the group's record there to copy anew")
+            if isOfSeveral { return found + closeLink() + abandon(next.reason, next, &record, now) }
             return found + closeLink() + giveUp(next, &record, now)
         }
         return found + goOn(&record, now)
@@ -313,7 +379,7 @@ package struct Cycle {
             + (record.lastCommitted == nil ? becomeIdle(&record, now, due: now) : opened(peer, &record, now))
     }
 
-    private mutating func failed(_ reason: String, retry: Bool, _ record: inout GroupRecord, _ now: UInt64) -> Turn<
+    mutating func failed(_ reason: String, retry: Bool, _ record: inout GroupRecord, _ now: UInt64) -> Turn<
         Action
     > {
         let isNew = !record.isAlone
@@ -329,6 +395,7 @@ package struct Cycle {
     }
 
     private mutating func lost(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        if isOfSeveral { return lostLink(reason, &record, now) }
         // Nothing of a point that forms was sent; forming goes on, and finds the link closed.
         guard participant.state.kind == .forming else { return failed(reason, retry: true, &record, now) }
         return closeLink() + giveUp(.retry(reason), &record, now)
@@ -340,19 +407,22 @@ package struct Cycle {
     /// Mirroring waits until the record can be written; hosts do not.
     mutating func couldNotSave(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         let words = "the group's record cannot be written (\(reason)); mirroring goes on once it can"
+        if isOfSeveral { return couldNotSaveOfSeveral(words, &record, now) }
         switch state {
         case .stopped, .offline, .givingUp(.stop): return closeLink()
         case .givingUp:
             state = .givingUp(.retry(words))
             return closeLink()
         case .atPoint: return closeLink() + giveUp(.retry(words), &record, now)
-        case .connecting, .marking, .idle, .preparing: return failed(words, retry: true, &record, now)
+        case .connecting, .marking, .idle, .surveying, .preparing:
+            return failed(words, retry: true, &record, now)
         }
     }
 
     private mutating func suspend(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         record.primary?.suspendedByOperator = true
         resyncing = true
+        if isOfSeveral { return closeLink() + abandon(Self.suspended.reason, Self.suspended, &record, now) + .saved() }
         return closeLink() + giveUp(Self.suspended, &record, now) + .saved()
     }
 
@@ -367,31 +437,42 @@ package struct Cycle {
         case .stopped, .offline:
             state = .connecting
             return saved + Turn([.openSession])
-        case .connecting, .marking, .idle, .preparing, .atPoint, .givingUp: return saved
+        case .connecting, .marking, .idle, .surveying, .preparing, .atPoint, .givingUp: return saved
         }
     }
 
     // MARK: Time
 
     mutating func tick(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        isOfSeveral ? tickOfSeveral(&record, now) + ownTick(&record, now) : ownTick(&record, now)
+    }
+
+    private mutating func ownTick(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         switch state {
         case .offline(_, let retryAt) where now >= retryAt && !isGivingUp:
             if let lostAt, now - lostAt > Self.heldLimit, hasPoint {
                 let next = Next.retry("the link is lost; the point was given up to free its target")
+                if isOfSeveral { return abandon(next.reason, next, &record, now) }
                 return giveUp(next, &record, now)
             }
             state = .connecting
             return Turn([.openSession])
+        case .idle where !mayBegin: return Turn()
         case .idle where now >= notBefore && (requested || (!waitsForCommand(record) && now >= dueAt)):
             switch settings.interval {
             case .continuous: dueAt = max(dueAt, now - min(now, Self.longestCatchUp)) + Self.shortestCycle
             case .every(let nanoseconds): dueAt = now + nanoseconds
             case .manual: dueAt = 0
             }
+            if isOfSeveral {
+                state = .surveying
+                return Turn([.survey])
+            }
             let number = record.lastNumber + 1
             state = .preparing(number)
             return Turn([.prepare(number: number)])
-        case .atPoint where now >= coordinator.wakeAt ?? .max: return tell(.tick, &record, now)
+        case .atPoint where !isOfSeveral && now >= coordinator.wakeAt ?? .max:
+            return tell(Coordinator.Event.tick, &record, now)
         default: return Turn()
         }
     }
@@ -406,7 +487,7 @@ package struct Cycle {
 
     /// Whether a point is due although nothing has changed: only continuous cycles leave such points out, so that an idle
     /// group does not push its recovery points out of retention, and even these form one often enough to tell the lag.
-    private func isWanted(_ record: GroupRecord, _ now: UInt64) -> Bool {
+    func isWanted(_ record: GroupRecord, _ now: UInt64) -> Bool {
         requested || settings.interval != .continuous || !hasFirst(record)
             || now - preparedAt >= Self.longestIdle
     }

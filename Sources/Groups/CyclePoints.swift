@@ -16,6 +16,14 @@ extension Coordinator.Settings {
 }
 
 extension GroupRecord {
+    /// What the coordinator of a site finds again.
+    func coordination(of part: Cycle.Part) -> CoordinatorRecord {
+        guard part.isOfSeveral else { return coordination(epoch: 0) }
+        return coordination?.coordinator
+            ?? CoordinatorRecord(
+                epoch: coordination?.epoch ?? 0, lastNumber: highestPoint, committed: lastCommitted?.number ?? 0)
+    }
+
     /// What the coordinator finds again: the group's only host says what has become of the point.
     func coordination(epoch: UInt64) -> CoordinatorRecord {
         let (newest, participation) = (lastCommitted?.number ?? 0, participation)
@@ -29,10 +37,11 @@ extension GroupRecord {
     }
 
     var participation: ParticipantRecord {
-        switch primary?.point {
-        case .forming(let number): ParticipantRecord(number: number, point: .forming)
-        case .held(let point): ParticipantRecord(number: point.number, point: .held)
-        case .some(.none), nil: ParticipantRecord(number: lastNumber)
+        let epoch = coordination?.epoch ?? 0
+        return switch primary?.point {
+        case .forming(let number): ParticipantRecord(epoch: epoch, number: number, point: .forming)
+        case .held(let point): ParticipantRecord(epoch: epoch, number: point.number, point: .held)
+        case .some(.none), nil: ParticipantRecord(epoch: epoch, number: lastNumber)
         }
     }
 
@@ -61,6 +70,7 @@ extension Cycle {
 
     /// Where the process before this one was.
     mutating func takeUp(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        if isOfSeveral { return takeUpOfSeveral(&record, now) }
         let isUnderWay = coordinator.record.point != .none
         let own = carryOut(participant.start(isHeld: isUnderWay), &record, now)
         return isUnderWay ? own + carryOut(coordinator.start(now: now), &record, now) : own
@@ -102,7 +112,7 @@ extension Cycle {
         return tell(.formed(participant.record.number), &record, now)
     }
 
-    private mutating func startMove(_ volumes: [Int], _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+    mutating func startMove(_ volumes: [Int], _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         let mover = settings.mode.mover(MoveShape(volumes: volumes, window: settings.window, pace: pace))
         return move(mover, .begin, &record, now)
     }
@@ -149,12 +159,13 @@ extension Cycle {
             return Turn()
         }
         record.primary?.lastCommitted = newest
-        guard coordinator.state.kind != .idle else { return Turn() }
+        guard !isOfSeveral, coordinator.state.kind != .idle else { return Turn() }
         return tell(.found(committed: newest.number), &record, now)
     }
 
     /// The session is open.
     mutating func goOn(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        if isOfSeveral { return goOnOfSeveral(&record, now) }
         switch coordinator.state.kind {
         case .idle:
             // What has changed waits, as it did before the link was lost.
@@ -184,27 +195,29 @@ extension Cycle {
 
     mutating func tell(_ event: Coordinator.Event, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         let turn = coordinator.handle(event, now: now)
+        if isOfSeveral { record.keep(coordinator.record) }
         record.lastNumber = max(record.lastNumber, coordinator.record.lastNumber)
         return carryOut(turn, &record, now)
     }
 
-    private mutating func tell(_ event: Participant.Event, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+    mutating func tell(_ event: Participant.Event, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         let turn = participant.handle(event, now: now)
+        if isOfSeveral { record.keep(participant.record) }
         record.take(participant.record, formedAt: formed.at)
         return carryOut(turn, &record, now)
     }
 
-    private mutating func hear(_ answer: RemoteAnswer, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+    mutating func hear(_ answer: RemoteAnswer, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         tell(.remote(0, Stamped(epoch: coordinator.record.epoch, answer)), &record, now)
     }
 
-    private mutating func carryOut(
+    mutating func carryOut(
         _ turn: Turn<Coordinator.Action>, _ record: inout GroupRecord, _ now: UInt64
     ) -> Turn<Action> {
         turn.flatMap { perform($0, &record, now) }
     }
 
-    private mutating func carryOut(
+    mutating func carryOut(
         _ turn: Turn<Participant.Action>, _ record: inout GroupRecord, _ now: UInt64
     ) -> Turn<Action> {
         turn.flatMap { perform($0, &record, now) }
@@ -213,6 +226,7 @@ extension Cycle {
     private mutating func perform(
         _ action: Coordinator.Action, _ record: inout GroupRecord, _ now: UInt64
     ) -> Turn<Action> {
+        if isOfSeveral { return performOfSeveral(action, &record, now) }
         switch action {
         case .askHost(_, let request): return tell(.request(request), &record, now)
         case .askRemote(_, let request): return ask(request.body, &record, now)
@@ -249,6 +263,7 @@ extension Cycle {
     private mutating func perform(
         _ action: Participant.Action, _ record: inout GroupRecord, _ now: UInt64
     ) -> Turn<Action> {
+        if isOfSeveral { return performOfSeveral(action, &record, now) }
         switch action {
         case .answer(let answer): return tell(.host(0, answer), &record, now)
         // That was done when it was asked whether anything has changed (`prepare`).

@@ -15,6 +15,8 @@ package enum GroupChange: Sendable, Equatable {
     /// A point was committed in a session that has begun with all of what was noted as untracked in earlier ones.
     case sentAnew(session: UInt64)
     case failedOver(Takeover)
+    /// Of one of several remotes.
+    case remotePart(RemotePartChange)
 
     // A primary's.
     /// Hosts may write what the peer will never see if it takes over.
@@ -42,6 +44,8 @@ package enum GroupChange: Sendable, Equatable {
     /// Files that hold points of a volume have lost old content.
     case pointFailed(UInt64, volume: String)
     case started(Membership)
+    /// The group's hosts, and the remote of each.
+    case places([PairPlace])
     /// Points up to this one are lost; when it is a secondary's newest, the peer must send everything to a copy of this identity.
     case pointsVoided(through: UInt64, lineage: String)
 
@@ -59,7 +63,7 @@ package enum GroupChange: Sendable, Equatable {
     /// As a secondary, mirroring, handing over, failed over.
     private var row: (Place, Place, Place, Place) {
         switch self {
-        case .paired, .committed, .failedOver: (.handled, .impossible, .impossible, .impossible)
+        case .paired, .committed, .failedOver, .remotePart: (.handled, .impossible, .impossible, .impossible)
         case .yieldIsKnown, .sentAnew: (.handled, .late, .late, .late)
         case .alone, .conflict, .pointGivenUp, .failingBack: (.late, .handled, .handled, .handled)
         case .seeded: (.impossible, .handled, .handled, .handled)
@@ -67,7 +71,7 @@ package enum GroupChange: Sendable, Equatable {
         case .handingOver: (.impossible, .handled, .impossible, .impossible)
         case .handoverTakenBack: (.late, .late, .handled, .late)
         case .restored: (.late, .late, .late, .handled)
-        case .untracked, .rate, .retired, .pointFailed, .started, .pointsVoided:
+        case .untracked, .rate, .retired, .pointFailed, .started, .places, .pointsVoided:
             (.handled, .handled, .handled, .handled)
         }
     }
@@ -186,6 +190,7 @@ extension GroupRecord {
         case .committed(let plan): commit(plan)
         case .sentAnew(let session): forgetUntracked(before: session)
         case .failedOver(let takeover): failOver(takeover)
+        case .remotePart(let part): take(part)
         case .alone: primary?.alone = true
         case .conflict(let conflict): primary?.conflict = conflict
         case .pointGivenUp: primary?.point = .none
@@ -204,13 +209,14 @@ extension GroupRecord {
         case .retired(let numbers): retire(numbers)
         case .pointFailed(let number, let volume): fail(points(carriedBy: number, volume))
         case .started(let membership): begin(membership)
+        case .places(let places): coordination = (coordination ?? CoordinationRecord()).with(places)
         case .pointsVoided(let number, let lineage): voidPoints(through: number, lineage)
         }
     }
 
     // MARK: Of a secondary
 
-    private mutating func commit(_ plan: CommitPlan) {
+    mutating func commit(_ plan: CommitPlan) {
         points.append(plan.point)
         retired = retired?.compactMap { point in
             guard let names = plan.retired[point.number] else { return point }

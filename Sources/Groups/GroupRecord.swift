@@ -81,6 +81,8 @@ package struct GroupRecord: Sendable, Equatable {
     /// Volumes of which the peer, as primary, could not write down any more what its hosts change, and the session in which it said so:
     /// until it has sent all of them, what it says it has changed may be too little.
     package internal(set) var untracked: [String: UInt64]?
+    /// Of a group with several hosts or several remotes.
+    package internal(set) var coordination: CoordinationRecord?
 
     /// The newest recovery point that can be read.
     package var newestReadable: PointRecord? { points.last { $0.isFailed != true } }

@@ -141,6 +141,11 @@ extension GroupRecord {
             throw IllegalPhase(
                 description: "point \(point.number) is held, and \(lastNumber) is the highest that was counted")
         }
+        if let before = previous.coordination {
+            do { try (coordination ?? CoordinationRecord()).check(after: before) } catch {
+                throw IllegalPhase(description: error.description)
+            }
+        }
         if let point = held, previous.held?.number == point.number {
             let renewed = (volumeLineages ?? [:]).contains { name, copy in
                 previous.volumeLineages?[name].map { $0 != copy } == true
@@ -212,6 +217,7 @@ extension GroupRecord: Codable {
         var retired: [PointRecord]?
         var untracked: [String: UInt64]?
         var failedOver: Phase.Failover?
+        var coordination: CoordinationRecord?
 
         /// - Throws: when the fields contradict each other.
         func phase() throws(IllegalPhase) -> Phase {
@@ -263,6 +269,7 @@ extension GroupRecord: Codable {
         points = stored.points
         retired = stored.retired
         untracked = stored.untracked
+        coordination = stored.coordination
     }
 
     package func encode(to encoder: any Encoder) throws {
@@ -275,7 +282,7 @@ extension GroupRecord: Codable {
             rate: rate,
             volumeLineages: volumeLineages, joinedAfter: joinedAfter, leftOut: leftOut, yielded: yielded,
             points: points,
-            retired: retired, untracked: untracked, failedOver: failedOver
+            retired: retired, untracked: untracked, failedOver: failedOver, coordination: coordination
         ).encode(to: encoder)
     }
 }

@@ -27,6 +27,10 @@ package struct GroupStatus: Sendable {
     package var lastHold: UInt64 = 0
     package var holds: [UInt64] = []
     package var holdHistogram = HoldHistogram()
+    /// Several hosts, at the coordinator: why points are not formed.
+    package var holdUp: String?
+    /// Several hosts: points are formed from here.
+    package var coordinates = false
 }
 
 package final class GroupHandle: Sendable {
@@ -41,6 +45,12 @@ package final class GroupHandle: Sendable {
         /// The peer's checksums of what a slot holds.
         case compared(slot: Int, [UInt8], epoch: UInt64)
         case setRate(UInt64)
+        /// The group's coordinator, at another site, asks this host; nil when it has nothing to say yet.
+        case asked(HostMessage, waits: Bool, @Sendable (Stamped<HostAnswer>?) -> Void)
+        case surveyed(@Sendable (Survey) -> Void)
+        /// Of this host, for the coordinator here.
+        case ownSurvey(Survey, epoch: UInt64)
+        case callEnded(host: Int?, remote: Int?)
         case change(GroupChange, @Sendable ((any Error)?) -> Void)
         case settle(@Sendable ((any Error)?) -> Void)
         case wait(Alongside?, @Sendable (Result<PointRecord, ReplicationRefusal>) -> Void)
@@ -125,6 +135,29 @@ package final class GroupHandle: Sendable {
             }
         }
         return try result.get()
+    }
+
+    // MARK: Several hosts
+
+    /// The group's coordinator asks this host.
+    ///
+    /// - Parameter waits: if the host drains the point, its answer may come when it has.
+    /// - Returns: nil when it has nothing to say yet.
+    package func asked(_ message: HostMessage, waits: Bool) async -> Stamped<HostAnswer>? {
+        await withCheckedContinuation { continuation in
+            if !ask(.asked(message, waits: waits) { continuation.resume(returning: $0) }) {
+                continuation.resume(returning: nil)
+            }
+        }
+    }
+
+    /// Whether this host can form a point now, and has anything for it.
+    package func survey() async -> Survey {
+        await withCheckedContinuation { continuation in
+            if !ask(.surveyed { continuation.resume(returning: $0) }) {
+                continuation.resume(returning: Survey(changed: false, problem: "the site stops", highest: 0))
+            }
+        }
     }
 
     // MARK: The thread

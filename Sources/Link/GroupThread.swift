@@ -28,6 +28,15 @@ final class GroupThread {
     }
     private var waiters: [Waiter] = []
     private var stopped: [@Sendable () -> Void] = []
+    /// Of a coordinator at another site, in the order in which they came.
+    private struct Question {
+        var message: HostMessage
+        var until: UInt64
+        var answer: @Sendable (Stamped<HostAnswer>?) -> Void
+    }
+    private var questions: [Question] = []
+    private static let questionLimit = 32
+    private static let questionPatience: UInt64 = 1_000_000_000
 
     init(_ handle: GroupHandle, _ record: GroupRecord, _ save: @escaping @Sendable (GroupRecord) throws -> Void) {
         self.handle = handle
@@ -43,6 +52,7 @@ final class GroupThread {
             wait()
             takeMessages()
             replicator?.service()
+            endParkedQuestions()
             if let wakeAt = group.wakeAt, monotonicNanoseconds() >= wakeAt { handle(.tick) }
         }
         end()
@@ -58,6 +68,7 @@ final class GroupThread {
         let now = monotonicNanoseconds()
         for wait in [
             group.wakeAt.map { $0 <= now ? 0 : ($0 - now) / 1_000_000 + 1 },
+            questions.first.map { $0.until <= now ? 0 : ($0.until - now) / 1_000_000 + 1 },
             replicator?.wait.map { $0 / 1_000_000 + 1 },
         ] {
             guard let wait else { continue }
@@ -89,6 +100,10 @@ final class GroupThread {
             case .drained(let slot, let answer, let asker): replicator?.drained(slot, answer, asker)
             case .compared(let slot, let digests, let asker): replicator?.compared(slot, digests, asker)
             case .setRate(let rate): replicator?.setRate(rate)
+            case .asked(let message, let waits, let answer): asked(message, waits: waits, answer)
+            case .surveyed(let answer): survey(answer)
+            case .ownSurvey(let survey, let asker): replicator?.surveyed(survey, asker)
+            case .callEnded(let host, let remote): replicator?.callEnded(host: host, remote: remote)
             case .marked(let asker): replicator?.marked(asker)
             case .released(let changed, let used, let asker): replicator?.released(changed, used, asker)
             }
@@ -156,6 +171,9 @@ final class GroupThread {
     }
 
     private func end() {
+        replicator?.endCoordination()
+        for question in questions { question.answer(nil) }
+        questions = []
         replicator?.closeLink()
         epoch = replicator?.epoch ?? epoch
         replicator = nil
@@ -163,6 +181,53 @@ final class GroupThread {
         publish()
         for waiter in waiters { waiter.answer(.failure(.ended)) }
         waiters = []
+    }
+
+    // MARK: Several hosts
+
+    private func asked(
+        _ message: HostMessage, waits: Bool, _ answer: @escaping @Sendable (Stamped<HostAnswer>?) -> Void
+    ) {
+        guard let cycle = group.cycle else { return answer(nil) }
+        if questions.count >= Self.questionLimit { questions.removeFirst().answer(nil) }
+        let isDraining = cycle.isDraining(message.request.body.number)
+        questions.append(
+            Question(message: message, until: monotonicNanoseconds() + Self.questionPatience, answer: answer))
+        if !waits || !isDraining { handle(.asked(message)) }
+    }
+
+    func answered(_ answer: Stamped<HostAnswer>) {
+        let number = answer.body.number
+        for question in questions
+        where question.message.request.epoch == answer.epoch
+            && (number == nil || number == question.message.request.body.number)
+        {
+            question.answer(answer)
+        }
+        questions.removeAll {
+            $0.message.request.epoch == answer.epoch && (number == nil || number == $0.message.request.body.number)
+        }
+    }
+
+    /// Who asks hears after a second that there is nothing new.
+    private func endParkedQuestions() {
+        let now = monotonicNanoseconds()
+        while let question = questions.first, question.until <= now {
+            questions.removeFirst()
+            let (number, epoch) = (question.message.request.body.number, question.message.request.epoch)
+            let isDraining = group.cycle?.isDraining(number) == true
+            question.answer(isDraining ? Stamped(epoch: epoch, .ran(number)) : nil)
+        }
+    }
+
+    private func survey(_ answer: @escaping @Sendable (Survey) -> Void) {
+        guard let replicator, let cycle = group.cycle else {
+            return answer(Survey(changed: false, problem: "it does not mirror", highest: group.record.highestPoint))
+        }
+        if let problem = cycle.problem {
+            return answer(Survey(changed: false, problem: problem, highest: group.record.highestPoint))
+        }
+        replicator.survey(answer)
     }
 
     // MARK: Who waits
@@ -188,9 +253,11 @@ final class GroupThread {
         let (record, isUnsaved, state, reason) = (
             group.record, group.isUnsaved, group.shownState, group.cycle?.suspension
         )
+        let (holdUp, coordinates) = (group.cycle?.holdUp, group.cycle?.coordinates == true)
         handle.snapshot.withLock { status in
             (status.record, status.isUnsaved) = (record, isUnsaved)
             (status.state, status.reason) = (state, reason)
+            (status.holdUp, status.coordinates) = (holdUp, coordinates)
             replicator?.tell(state, reason, in: &status)
         }
         if let committed = record.lastCommitted {

@@ -83,13 +83,17 @@ package final class Replicator {
         package var log: @Sendable (String) -> Void
         /// The peer refuses this site; perhaps it has taken over.
         package var refused: @Sendable () -> Void
+        /// Several hosts, where points are formed from here.
+        package var others: (any CoordinationClient)?
 
         package init(
             settings: Cycle.Settings, volumes: [ReplicatedVolume],
             address: Address, tls: LinkTLS, peer: any PeerClient, connectionsPerVolume: Int,
             compare: ComparePolicy, stallTimeout: Double, rate: UInt64,
-            log: @escaping @Sendable (String) -> Void, refused: @escaping @Sendable () -> Void
+            log: @escaping @Sendable (String) -> Void, refused: @escaping @Sendable () -> Void,
+            others: (any CoordinationClient)? = nil
         ) {
+            self.others = others
             self.settings = settings
             self.volumes = volumes
             self.address = address
@@ -116,6 +120,9 @@ package final class Replicator {
     private var peerState: PeerState?
     private var session: UInt64?
     private let sender: Sender
+    private let conversations: Conversations?
+    /// Acknowledgements are held for a point of several hosts.
+    private var isHolding = false
     private var flushesLeft = 0
     private var lastFigures: UInt64 = 0
     private var bytesAtFigures: UInt64 = 0
@@ -134,6 +141,7 @@ package final class Replicator {
         self.epoch = epoch
         firstEpoch = epoch
         sender = Sender(configuration, group.mailbox)
+        conversations = configuration.others.map { Conversations($0, group.mailbox) }
     }
 
     // MARK: Waiting
@@ -176,7 +184,13 @@ package final class Replicator {
 
     func event(_ event: Cycle.Event, _ asker: UInt64) {
         if case .committed = event, asker == epoch { commitAskedAt = 0 }
-        if asker == 0 || asker == epoch { group.handle(event) }
+        let isOfLink =
+            switch event {
+            // Whatever has become of the link: acknowledgements are held, or go.
+            case .held, .letGo: false
+            default: true
+            }
+        if asker == 0 || (isOfLink ? asker == epoch : asker >= firstEpoch) { group.handle(event) }
         if case .gaveUp = event { freeTargets() }
     }
 
@@ -301,6 +315,79 @@ package final class Replicator {
         case .endPoint(let number): endPoint(number)
         case .giveUp: giveUp()
         case .markAllChanged(let names): markAllChanged(names)
+        case .survey: surveyOwn()
+        case .askHost(let host, let message): conversations?.ask(host: host, message)
+        case .askRemote(let remote, let message): conversations?.ask(remote: remote, message)
+        case .answer(let answer): group.answered(answer)
+        case .holdAndForm(let number): holdAndForm(number)
+        case .letGo: letGo()
+        case .contradicted(let words): configuration.log("a message that cannot be: \(words)")
+        }
+    }
+
+    // MARK: Several hosts
+
+    /// Nothing more is asked, and nobody is held.
+    func endCoordination() {
+        conversations?.end()
+        letGo()
+    }
+
+    func callEnded(host: Int?, remote: Int?) { conversations?.ended(host: host, remote: remote) }
+
+    private func surveyOwn() {
+        let (mailbox, asker) = (group.mailbox, epoch)
+        survey { mailbox.send(.ownSurvey($0, epoch: asker)) }
+    }
+
+    /// The coordinator's own host has said how it stands; the others are asked.
+    func surveyed(_ survey: Survey, _ asker: UInt64) {
+        guard asker == epoch else { return }
+        conversations?.survey(own: survey)
+    }
+
+    /// Whether the volumes can form a point, and have anything for it.
+    func survey(_ answer: @escaping @Sendable (Survey) -> Void) {
+        let volumes = configuration.volumes
+        let highest = group.record.highestPoint
+        let changed = NotedVolumes()
+        onEvery(volumes.map(\.place)) { reactor, index in
+            let volume = reactor.hosted(volumes[index].number).volume
+            if volume.changedGrains > 0 { changed.note(index) }
+            return volume.mayFormPoint
+        } done: { _, mayForm in
+            answer(
+                Survey(
+                    changed: !changed.all.isEmpty, problem: mayForm ? nil : Cycle.busyVolume, highest: highest))
+        }
+    }
+
+    private func holdAndForm(_ number: UInt64) {
+        let mailbox = group.mailbox
+        let volumes = configuration.volumes
+        let alongside = group.alongside(number)
+        let changed = NotedVolumes()
+        isHolding = true
+        let asker = epoch
+        holdOn(volumes.map(\.place), nanoseconds: configuration.settings.part.maxHold) { reactor, index in
+            let volume = volumes[index]
+            reactor.formPoint(volume.number, point: number, in: volume.hold)
+            alongside?(reactor, index)
+            if reactor.hosted(volume.number).volume.outOfSyncGrains > 0 { changed.note(index) }
+        } done: { at in
+            mailbox.send(.event(.held(at: at, changed: changed.all), epoch: asker))
+        }
+    }
+
+    private func letGo() {
+        guard isHolding else { return }
+        isHolding = false
+        let mailbox = group.mailbox
+        let handle = group.handle
+        let asker = epoch
+        releaseTogether(configuration.volumes.map(\.place)) { outcome in
+            handle.noteHold(outcome.nanoseconds)
+            mailbox.send(.event(.letGo(intact: outcome.isIntact), epoch: asker))
         }
     }
 

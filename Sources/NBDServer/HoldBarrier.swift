@@ -55,6 +55,35 @@ package func holdTogether(
     }
 }
 
+/// Holds the acknowledgements of all volumes while each takes its part, and leaves them held: for `releaseTogether`, which must follow.
+///
+/// - Parameters:
+///   - nanoseconds: after this, each volume's go by themselves.
+///   - done: when every volume has taken its part; with when that was, in seconds since 1970.
+package func holdOn(
+    _ volumes: [ServedVolume], nanoseconds: UInt64, take: @escaping @Sendable (Reactor, Int) -> Void,
+    done: @escaping @Sendable (Double) -> Void
+) {
+    onEvery(volumes) { reactor, index in
+        reactor.hold(volumes[index].number, nanoseconds: nanoseconds)
+        take(reactor, index)
+        return true
+    } done: { _, _ in
+        done(realSeconds())
+    }
+}
+
+/// Ends what `holdOn` has begun, also before that is done.
+package func releaseTogether(_ volumes: [ServedVolume], done: @escaping @Sendable (HoldOutcome) -> Void) {
+    let longest = LongestHold()
+    onEvery(volumes) { reactor, index in
+        longest.note(reactor.heldFor(volumes[index].number))
+        return reactor.releaseHold(volumes[index].number)
+    } done: { _, isIntact in
+        done(HoldOutcome(at: realSeconds(), isIntact: isIntact, nanoseconds: longest.nanoseconds))
+    }
+}
+
 /// Performs `body` for each volume, by its index, on its reactor, with one message to each reactor; the last one calls `done`, on its
 /// thread, with whether `body` was true for all.
 ///

@@ -492,7 +492,9 @@ package final class Reactor {
     }
 
     /// Holds acknowledgements while something is done on several volumes (`holdTogether`).
-    package func hold(_ number: VolumeNumber) {
+    package func hold(
+        _ number: VolumeNumber, nanoseconds: UInt64 = UInt64(Limits.holdMilliseconds) * 1_000_000
+    ) {
         let (hosted, now) = (hosted(number), monotonicNanoseconds())
         if !held.contains(number) { held.append(number) }
         if hosted.holders == 0 {
@@ -500,7 +502,7 @@ package final class Reactor {
             hosted.heldSince = now
         }
         hosted.holders += 1
-        hosted.holdDeadline = now + UInt64(Limits.holdMilliseconds) * 1_000_000
+        hosted.holdDeadline = now + nanoseconds
         hosted.volume.holdAcknowledgements()
     }
 

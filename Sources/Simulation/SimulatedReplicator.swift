@@ -123,6 +123,8 @@ final class SimulatedReplicator: PartOfSite {
             world.note("the point is given up")
             everyVolume({ $1.volume.giveUpPoint() }, then: { [unowned self] in event(.gaveUp, sender) })
         case .markAllChanged(let names): markAllChanged(names)
+        case .survey, .askHost, .askRemote, .answer, .holdAndForm, .letGo, .contradicted:
+            world.fail("the only host is asked as one of several")
         }
     }
 

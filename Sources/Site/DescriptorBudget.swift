@@ -114,9 +114,12 @@ private struct Need {
             flashCopies += Self.filesPerCopy * (ids.count - known)
             pointsThere[volume.name] = known
         }
-        for group in configuration.groups {
+        // Of several pairs, the first entry has the volumes.
+        for group in configuration.groups where !group.volumes.isEmpty {
             let each = group.link.connections ?? max(1, 4 / group.volumes.count)
-            let isSecondary = Self.isSecondary(group, configuration.state)
+            let isSecondary = configuration.groups.filter { $0.group == group.group }.allSatisfy {
+                Self.isSecondary($0, configuration.state)
+            }
             let ofPrimary = Self.filesPerPrimary * group.volumes.count
             if isSecondary { later += ofPrimary } else { volumes += ofPrimary }
             if isSecondary { intake += each * group.volumes.count } else { apart += each * group.volumes.count + 2 }

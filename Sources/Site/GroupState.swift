@@ -86,7 +86,7 @@ final class GroupState {
 
     /// What the records of its volumes say while they are served in it, in either role: what the roles mean for the bitmaps is
     /// the group's record's to say.
-    var servedAs: String { "group \(entry.name)" }
+    var servedAs: String { "group \(entry.group)" }
 
     /// Whether this site is the group's primary and sends to a peer.
     var isMirroring: Bool { record.isMirroring }

@@ -64,7 +64,13 @@ final class Holdings {
 
     func group(_ name: String) throws -> GroupState {
         guard let group = groups[name] else {
-            let known = groups.keys.sorted().joined(separator: ", ")
+            let parts = groups.values.filter { $0.entry.group == name && !$0.entry.isPool }.map(\.entry.name)
+            guard parts.isEmpty else {
+                throw Refusal(
+                    "group '\(name)' has several hosts at site '\(configuration.site)'; say which pair: "
+                        + parts.sorted().joined(separator: ", "), .misuse)
+            }
+            let known = Set(groups.values.map(\.entry.group)).sorted().joined(separator: ", ")
             throw Refusal(
                 "there is no group '\(name)' at site '\(configuration.site)'; known: \(known.isEmpty ? "none" : known)",
                 .unknown)
@@ -74,7 +80,8 @@ final class Holdings {
 
     /// For calls that only the site at the other end of the group may make.
     func group(_ name: String, askedBy siteID: String) throws -> GroupState {
-        let group = try group(name)
+        let found = groups.values.filter { $0.entry.group == name }
+        let group = try found.first { $0.record.peerSite == siteID } ?? found.first ?? group(name)
         guard group.record.peerSite == siteID else {
             throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)
         }
@@ -102,7 +109,7 @@ final class Holdings {
     /// The peer, if it is a Farcopy site.
     func peer(_ group: GroupState) -> ControlPeer? {
         configuration.peers[group.entry.peer]?.control.map {
-            ControlPeer(address: $0, group: group.entry.name, site: configuration.site, siteID: siteRecord.id)
+            ControlPeer(address: $0, group: group.entry.group, site: configuration.site, siteID: siteRecord.id)
         }
     }
 

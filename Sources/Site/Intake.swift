@@ -29,7 +29,7 @@ package final class Intake {
     /// A session of the peer; what `keep` does not cover makes room before anything is sent.
     package func acceptSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
         let answer = try await openSession(name, request)
-        let group = try home.group(name)
+        let group = try home.pair(name, with: request.site)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         await removal.applyRetention(group)
@@ -40,11 +40,11 @@ package final class Intake {
     package func takeCommit(_ name: String, _ request: CommitRequest) async throws -> CommitAnswer {
         do {
             let answer = try await commit(name, request)
-            if let group = home.groups[name] { home.endAlert(group, .refused) }
+            if let group = try? home.group(name, askedBy: request.siteID) { home.endAlert(group, .refused) }
             return answer
         } catch {
             // What an ended session asks for is nobody's concern.
-            if let group = home.groups[name], group.session == request.session {
+            if let group = try? home.group(name, askedBy: request.siteID), group.session == request.session {
                 home.alert(group, .refused, "point \(request.number) could not be committed: \(error)")
             }
             throw error
@@ -69,11 +69,14 @@ package final class Intake {
     // MARK: Sessions
 
     private func openSession(_ name: String, _ request: SessionRequest) async throws -> SessionAnswer {
-        let group = try home.group(name)
+        let group = try home.pair(name, with: request.site)
         try checkPeer(group, request)  // not only after a wait, perhaps for the very site that asks
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         try checkPeer(group, request)
+        try await takeClaims(group, request)
+        try checkVolumes(group, request.site, request.volumes)
+        try refuseWhilePrepared(group)
         let session = try await steps.run(
             IntakeSession(
                 site: request.siteID, generations: request.generations, session: UInt64.random(in: 1...UInt64.max)),
@@ -85,6 +88,14 @@ package final class Intake {
                 session: session, site: home.siteRecord.id, lineage: group.record.lineage ?? "",
                 volumeLineages: group.record.volumeLineages, committed: newest),
             exports: home.members(group).map { home.intakeName($0.name, session) })
+    }
+
+    /// Data of the next point would be in it.
+    private func refuseWhilePrepared(_ group: GroupState) throws {
+        guard let point = group.record.coordination?.prepared else { return }
+        throw Refusal(
+            "group '\(group.entry.name)' at '\(home.configuration.site)' has prepared point \(point.number), and it is not decided yet",
+            .passing)
     }
 
     private func checkPeer(_ group: GroupState, _ request: SessionRequest) throws {
@@ -113,7 +124,29 @@ package final class Intake {
                 "group '\(name)': '\(request.site)' has an older generation than '\(home.configuration.site)' knows; it is stale",
                 .refused)
         }
-        try checkVolumes(group, request.site, request.volumes)
+    }
+
+    /// The host says which volumes of the group are its own.
+    private func takeClaims(_ group: GroupState, _ request: SessionRequest) async throws {
+        for volume in request.volumes {
+            guard let other = home.group(ofVolume: volume.name), other !== group, !other.entry.isPool,
+                other.entry.group == group.entry.group
+            else { continue }
+            throw Refusal(
+                "volume '\(volume.name)' of group '\(group.entry.group)' at '\(home.configuration.site)' is mirrored by "
+                    + "'\(other.entry.peer)', and '\(request.site)' has it too; a volume is one host's", .refused)
+        }
+        let sizes = Dictionary(request.volumes.map { ($0.name, $0.size) }, uniquingKeysWith: { first, _ in first })
+        // What does not fit is told by `checkVolumes`, and stays anybody's.
+        let fitting = request.volumes.map(\.name).filter { home.volumes[$0]?.geometry.size == sizes[$0] }
+        let new = try home.claim(fitting, for: group)
+        guard !new.isEmpty else { return }
+        try await group.handle.change(
+            .started(
+                Membership(
+                    volumes: group.entry.volumes,
+                    foreign: Dictionary(uniqueKeysWithValues: new.map { ($0, randomIdentity()) }), exchanged: [],
+                    lineage: randomIdentity())))
     }
 
     func checkVolumes(_ group: GroupState, _ site: String, _ theirs: [SessionRequest.Volume]) throws {
@@ -135,7 +168,7 @@ package final class Intake {
     // MARK: Commit
 
     private func commit(_ name: String, _ request: CommitRequest) async throws -> CommitAnswer {
-        let group = try home.group(name)
+        let group = try home.group(name, askedBy: request.siteID)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         guard group.record.peerSite == request.siteID, group.session == request.session else {
@@ -160,7 +193,11 @@ package final class Intake {
 
     /// Makes a recovery point the read-write volumes of the group. Data flows back in the background.
     package func failover(_ name: String, point wanted: UInt64?) async throws -> FailoverReport {
-        let group = try home.group(name)
+        try await failover(try home.group(name), point: wanted)
+    }
+
+    func failover(_ group: GroupState, point wanted: UInt64?) async throws -> FailoverReport {
+        let name = group.entry.name
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         if let done = group.record.failedOver {

@@ -55,7 +55,7 @@ final class Peers {
             throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site")
         }
         do {
-            return try await client.call(endpoint, group.entry.name, query, body: body, seconds: seconds)
+            return try await client.call(endpoint, group.entry.group, query, body: body, seconds: seconds)
         } catch let error as Refusal {
             throw error
         } catch {

@@ -33,7 +33,7 @@ package final class Replication {
             Replicator.Configuration(
                 settings: Cycle.Settings(
                     mode: group.entry.mode, interval: group.entry.interval, volumes: members.count,
-                    window: Limits.linkWindowBytes / slotBytes),
+                    window: Limits.linkWindowBytes / slotBytes, part: try part(group)),
                 volumes: volumes,
                 address: peer.nbd,
                 tls: LinkTLS(
@@ -45,7 +45,32 @@ package final class Replication {
                     home.note(name, text)
                     Task { await home.happened() }
                 },
-                refused: { [whenRefused] in Task { await whenRefused(name) } }))
+                refused: { [whenRefused] in Task { await whenRefused(name) } }, others: others(group)))
+    }
+
+    /// What this site is to a group with several hosts.
+    private func part(_ group: GroupState) throws -> Cycle.Part {
+        guard let several = group.entry.several, let index = several.hosts.firstIndex(of: several.pair) else {
+            return .alone
+        }
+        return .several(
+            try Coordinator.Settings(
+                hosts: several.hosts.count, remotes: several.hosts.count, maxCoordination: several.maxCoordination,
+                hostNames: several.hosts.map { "'\($0)'" },
+                remoteNames: several.hosts.map { "the remote of '\($0)'" }),
+            index: index, coordinates: several.master == home.configuration.site)
+    }
+
+    private func others(_ group: GroupState) -> (any CoordinationClient)? {
+        guard let several = group.entry.several, several.master == home.configuration.site else { return nil }
+        let handle = group.handle
+        return CoordinationPeers(
+            group.entry, several, site: home.configuration.site, peers: home.configuration.peers,
+            places: group.record.coordination?.places ?? []
+        ) { places in
+            guard handle.record.coordination?.places != places else { return }
+            try? await handle.change(.places(places))
+        }
     }
 
     private func replicated(_ volume: VolumeState, _ group: GroupState) async throws -> ReplicatedVolume {

@@ -33,7 +33,7 @@ package final class Roles {
     /// Makes this site the secondary of its peer: what hosts wrote here and the peer lacks is kept as a FlashCopy, and the
     /// state as a whole as the first recovery point.
     package func yield(_ name: String, _ request: YieldRequest) async throws -> YieldAnswer {
-        let group = try home.group(name)
+        let group = try home.pair(name, with: request.site)
         let askedAt = monotonicNanoseconds()
         try checkYield(group, request)
         try refuseIfOpposite(group, request)
@@ -114,7 +114,7 @@ package final class Roles {
 
     /// For the peer that takes the role: what it must take into its bitmaps.
     package func changes(_ name: String, volume: String, from first: Int) async throws -> ChangesAnswer {
-        let group = try home.group(name)
+        let group = try home.pair(name, of: volume)
         guard let volume = home.members(group).first(where: { $0.name == volume }) else {
             throw Refusal("group '\(name)' has no volume '\(volume)'", .unknown)
         }

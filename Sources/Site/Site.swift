@@ -34,6 +34,7 @@ package final class Site {
     package nonisolated let replication: Replication
     package nonisolated let removal: PointRemoval
     package nonisolated let intake: Intake
+    package nonisolated let coordination: Coordination
     package nonisolated let distrust: Distrust
     package nonisolated let standings: Standings
     package nonisolated let roles: Roles
@@ -79,6 +80,7 @@ package final class Site {
         let steps = StepExecutor(
             home, peers, operations, chains, restores, kept, executor, flashCopies, comparisons, replication)
         intake = Intake(home, peers, steps, removal)
+        coordination = Coordination(home, steps, intake, peers)
         standings = Standings(home, peers, distrust, replication)
         roles = Roles(home, peers, operations, steps, intake)
         verifications = Verifications(home, operations, steps, flashCopies)
@@ -116,7 +118,7 @@ package final class Site {
         let greeter = try startReactor(count)
         self.greeter = greeter
         listenForEvents()
-        for entry in home.configuration.groups { try openGroup(entry) }
+        for entry in try home.applyClaims(home.configuration.groups) { try openGroup(entry) }
         for (index, entry) in home.configuration.volumes.enumerated() {
             let group = home.group(ofVolume: entry.name)
             let record = group?.record

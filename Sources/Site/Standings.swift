@@ -23,7 +23,7 @@ package final class Standings {
 
     /// The peer asks how the group stands here, and says how it does there.
     package func answerStanding(_ name: String, _ theirs: Standing) async throws -> Standing {
-        let group = try home.group(name)
+        let group = try home.pair(name, with: theirs.site)
         guard theirs.site == group.entry.peer else {
             throw Refusal(
                 "group '\(name)' at '\(home.configuration.site)' has the peer '\(group.entry.peer)'", .refused)

@@ -78,12 +78,19 @@ final class Operation: Sendable {
 }
 
 final class GroupBoard: Sendable {
-    let entry: Configuration.GroupEntry
+    private let ownEntry: Mutex<Configuration.GroupEntry>
+    var entry: Configuration.GroupEntry { ownEntry.withLock { $0 } }
     /// Its thread has the record.
     let handle: GroupHandle
     let facts = Mutex(GroupFacts())
 
-    init(_ entry: Configuration.GroupEntry, _ handle: GroupHandle) { (self.entry, self.handle) = (entry, handle) }
+    init(_ entry: Configuration.GroupEntry, _ handle: GroupHandle) {
+        ownEntry = Mutex(entry)
+        self.handle = handle
+    }
+
+    /// A host has named its volumes.
+    func setVolumes(_ names: [String]) { ownEntry.withLock { $0.volumes = names } }
 }
 
 final class VolumeBoard: Sendable {
@@ -116,8 +123,11 @@ final class StatusBoard: Sendable {
 
     func group(_ name: String) throws -> GroupBoard {
         let groups = groups.withLock { $0 }
-        guard let group = groups.first(where: { $0.entry.name == name }) else {
-            let known = groups.map(\.entry.name).sorted().joined(separator: ", ")
+        guard
+            let group = groups.first(where: { $0.entry.name == name })
+                ?? groups.first(where: { $0.entry.group == name })
+        else {
+            let known = Set(groups.map(\.entry.group)).sorted().joined(separator: ", ")
             throw Refusal(
                 "there is no group '\(name)' at site '\(configuration.site)'; known: \(known.isEmpty ? "none" : known)",
                 .unknown)
@@ -147,11 +157,26 @@ final class StatusBoard: Sendable {
                     StatusReport.CopyReport(name: $0.name, state: $0.state.rawValue, reason: $0.reason)
                 }, activeBytes: figures.active)
         }
-        for group in groups.withLock({ $0 }) where only == nil || only == group.entry.name {
-            report.groups[group.entry.name] = groupReport(group, pending)
-            report.groups[group.entry.name]?.collisions = collisionReport(group, collided)
+        for (name, pairs) in pairs(only) {
+            report.groups[name] = StatusReport.GroupReport(
+                pairs.map { pair in
+                    var report = groupReport(pair, pending)
+                    report.collisions = collisionReport(pair, collided)
+                    return report
+                })
         }
         return report
+    }
+
+    /// Of each group its pairs; volumes that no host has named are one.
+    private func pairs(_ only: String?) -> [String: [GroupBoard]] {
+        let shown = groups.withLock { $0 }.filter { group in
+            let entry = group.entry
+            return (only == nil || only == entry.group || only == entry.name)
+                && (!entry.isPool || !entry.volumes.isEmpty)
+        }
+        return Dictionary(grouping: shown) { only == $0.entry.name ? $0.entry.name : $0.entry.group }
+            .mapValues { $0.sorted { $0.entry.name < $1.entry.name } }
     }
 
     private struct Figures: Sendable {
@@ -211,6 +236,7 @@ final class StatusBoard: Sendable {
         if let peer = configuration.peers[entry.peer], peer.control == nil, peer.commitCommand == nil {
             report.notice = "the remote is not consistent between points: peers.\(peer.name) has no commit_command"
         }
+        if let holdUp = group.handle.status.holdUp { report.notice = holdUp }
         if facts.isReplicating {
             describe(group, record, &report)
         } else {
@@ -291,10 +317,38 @@ final class StatusBoard: Sendable {
 
     // MARK: Points
 
+    /// Seconds after which a point that is prepared and not decided is in doubt.
+    private static let longestDecision = 10.0
+
     func points(_ name: String) throws -> [StatusReport.PointReport] {
-        let record = try group(name).handle.record
+        _ = try group(name)
+        let parts = (pairs(name).values.first ?? []).map { points($0.handle.record) }
+        // A point of the group is one that every pair has; of one that is not decided, what the most careful says.
+        guard let first = parts.first else { return [] }
+        return first.compactMap { point in
+            let same = parts.compactMap { $0.first { $0.id == point.id } }
+            guard same.count == parts.count else { return nil }
+            return same.first { $0.state != nil && $0.state != .committed } ?? point
+        }
+    }
+
+    private func points(_ record: GroupRecord) -> [StatusReport.PointReport] {
         let readable = record.points.filter { $0.isFailed != true }
-        return (readable + (record.role == .primary ? record.lastCommitted.map { [$0] } ?? [] : [])).map(\.report)
+        var all = (readable + (record.role == .primary ? record.lastCommitted.map { [$0] } ?? [] : [])).map(\.report)
+        guard let coordination = record.coordination else { return all }
+        for index in all.indices { all[index].state = .committed }
+        if let point = coordination.prepared {
+            var prepared = point.report
+            prepared.committedAt = nil
+            prepared.seconds = nil
+            // Whoever decides is not heard of.
+            prepared.state = realSeconds() - (point.committedAt ?? 0) > Self.longestDecision ? .inDoubt : .prepared
+            all.append(prepared)
+        }
+        if let number = coordination.inDoubt, let index = all.firstIndex(where: { $0.id == number }) {
+            all[index].state = .inDoubt
+        }
+        return all
     }
 }
 

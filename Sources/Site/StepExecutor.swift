@@ -59,6 +59,7 @@ final class StepExecutor {
         case .survey: return .survey(await survey(group))
         case .flushVolumes(let names): try await VolumeState.flushSources(names.compactMap { home.volumes[$0] })
         case .makePointFiles(let plan): try await makePointFiles(group, plan)
+        case .dropPointFiles(let number): await dropPointFiles(group, number)
         case .takePoint(let plan): await takePoint(group, plan)
         case .forgetChanges: await home.onEngines(group) { $0.forgetChanges() }
         case .markDifferences(let point, let names): return .bytes(try await markDifferences(group, names, point))
@@ -138,6 +139,7 @@ final class StepExecutor {
         let id = CopyID(plan.point.number)
         let members = home.members(group).filter { plan.point.hasFiles(of: $0.name) }
         for volume in home.members(group) { volume.nextOrder = (plan.point.order ?? 0) + CopyRecord.orderStep }
+        if let made = group.madeFiles, made.id == id, made.files.map(\.0.name) == members.map(\.name) { return }
         try home.descriptors.require(2 * members.count)
         for volume in members { try await makeRoom(volume) }
         do {
@@ -146,6 +148,14 @@ final class StepExecutor {
         } catch {
             for volume in members where volume.copies[id] == nil { await volume.removeCopyFiles(id, targetOwner: id) }
             throw error
+        }
+    }
+
+    private func dropPointFiles(_ group: GroupState, _ number: UInt64) async {
+        guard let made = group.madeFiles, made.id == CopyID(number) else { return }
+        group.madeFiles = nil
+        for (volume, _) in made.files where volume.copies[made.id] == nil {
+            await volume.removeCopyFiles(made.id, targetOwner: made.id)
         }
     }
 

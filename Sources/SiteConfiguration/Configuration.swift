@@ -39,10 +39,16 @@ package struct Configuration: Sendable {
     }
 
     package struct GroupEntry: Sendable {
+        /// Of the pair, where a site has several of a group: `GROUP@HOST`.
         package var name: String
+        /// As operators and other sites say it.
+        package var group: String
         package var volumes: [String]
         package var role: Role
+        /// Empty where it is not known yet which host's the volumes are.
         package var peer: String
+        /// The hosts and remotes of the group, and which host coordinates them; nil = one of each.
+        package var several: SeveralEntry?
         package var mode: Mode
         package var collisions: CollisionEntry
         package var interval: Interval
@@ -62,6 +68,19 @@ package struct Configuration: Sendable {
         /// When the sites are compared.
         package var scrub: CronSchedule?
         var line: Int
+    }
+
+    /// A group with several hosts or several remotes, as one site knows it.
+    package struct SeveralEntry: Sendable, Equatable {
+        /// Of the host, by which a pair is known at both of its sites.
+        package var pair: String
+        /// At a host: all of them, in the order that the configuration has.
+        package var hosts: [String] = []
+        /// All remotes.
+        package var remotes: [String] = []
+        package var master: String?
+        /// Nanoseconds.
+        package var maxCoordination: UInt64 = 50_000_000
     }
 
     /// Mode `global-mirror`: what becomes of hosts' writes to grains that must still be sent.
@@ -162,7 +181,7 @@ package struct Configuration: Sendable {
         nbd = try reader.nbd(table)
         volumes = try reader.volumes(table)
         peers = try reader.peers(table, site: site, tls: nbd.tls)
-        groups = try reader.groups(table)
+        groups = try reader.groups(table, site: site)
         try crossCheck(reader)
     }
 
@@ -176,9 +195,17 @@ package struct Configuration: Sendable {
             }
         }
         for group in groups {
-            guard peers[group.peer] != nil else {
-                throw reader.error(
-                    group.line, "group '\(group.name)': there is no [peers.\(group.peer)]")
+            let others = (group.several.map { $0.hosts + $0.remotes } ?? []).filter { $0 != site }
+            for peer in (group.peer.isEmpty ? [] : [group.peer]) + others {
+                guard let entry = peers[peer] else {
+                    throw reader.error(group.line, "group '\(group.group)': there is no [peers.\(peer)]")
+                }
+                if group.several != nil, entry.control == nil {
+                    throw reader.error(
+                        group.line,
+                        "group '\(group.group)': peers.\(peer) needs 'control', since the group has several hosts or remotes"
+                    )
+                }
             }
             for volume in group.volumes {
                 guard volumes.contains(where: { $0.name == volume }) else {
@@ -201,7 +228,7 @@ package struct Configuration: Sendable {
                 reader.line(section, "allow_clients"),
                 "\(section).allow_clients needs nbd.tls: without it no client can say who it is")
         }
-        for group in groups where group.role == .secondary && peers[group.peer]?.control == nil {
+        for group in groups where group.role == .secondary && !group.peer.isEmpty && peers[group.peer]?.control == nil {
             throw reader.error(
                 group.line,
                 "group '\(group.name)': a secondary needs peers.\(group.peer).control, since its peer is a Farcopy site"

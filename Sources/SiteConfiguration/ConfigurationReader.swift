@@ -214,12 +214,13 @@ struct ConfigurationReader {
         return peers
     }
 
-    func groups(_ root: TOMLTable) throws -> [Configuration.GroupEntry] {
+    func groups(_ root: TOMLTable, site: String) throws -> [Configuration.GroupEntry] {
         guard root["groups"] != nil else { return [] }
         let table = try table(root, "", "groups")
-        return try table.keys.sorted().map { name in
+        return try table.keys.sorted().flatMap { name in
             try checkName(name, "groups", name)
-            return try group(try self.table(table, "groups", name), name)
+            let entry = try self.table(table, "groups", name)
+            return try pairs(entry, try group(entry, name), site)
         }
     }
 
@@ -228,7 +229,9 @@ struct ConfigurationReader {
         try check(
             entry, section,
             known: [
-                "volumes", "role", "peer", "mode", "collision", "collision_memory", "max_collision_wait", "interval",
+                "volumes", "role", "peer", "peers", "hosts", "remotes", "master", "max_coordination", "mode",
+                "collision",
+                "collision_memory", "max_collision_wait", "interval",
                 "keep", "allow_clients", "allow_addresses",
                 "on_isolated",
                 "isolation_timeout", "lag_limit", "drain_limit", "connections", "stall_timeout", "rate", "rates",
@@ -264,7 +267,8 @@ struct ConfigurationReader {
             commands[event] = try string(entry, section, event.rawValue)
         }
         return Configuration.GroupEntry(
-            name: name, volumes: volumes, role: role, peer: try string(entry, section, "peer"),
+            name: name, group: name, volumes: volumes, role: role,
+            peer: entry["peers"] == nil ? try string(entry, section, "peer") : "",
             mode: mode, collisions: try collisions(entry, section, mode, volumes: volumes.count),
             interval: try interval(entry, section),
             keep: try retention(entry, section),
@@ -275,6 +279,100 @@ struct ConfigurationReader {
             drainLimit: try time(entry, section, "drain_limit", 0.1...31 * 86400), commands: commands,
             link: try link(entry, section), schedule: try schedule(entry, section, "schedule"),
             scrub: try schedule(entry, section, "scrub"), line: line(section, nil))
+    }
+
+    // MARK: Several hosts and remotes
+
+    /// A host has one pair of a group, and a remote one for each of its hosts: with the volumes that the host says are its own, which are the
+    /// first entry's until then.
+    private func pairs(
+        _ entry: TOMLTable, _ group: Configuration.GroupEntry, _ site: String
+    ) throws -> [Configuration.GroupEntry] {
+        let section = "groups.\(group.name)"
+        let keys = ["peers", "hosts", "remotes", "master", "max_coordination"].filter { entry[$0] != nil }
+        guard let first = keys.first else { return [group] }
+        guard group.mode == .globalMirror else {
+            throw fail(section, first, "is for groups with mode = \"global-mirror\"")
+        }
+        return group.role == .primary
+            ? [try host(entry, group, section, site)] : try remote(entry, group, section, site)
+    }
+
+    private func host(
+        _ entry: TOMLTable, _ group: Configuration.GroupEntry, _ section: String, _ site: String
+    ) throws -> Configuration.GroupEntry {
+        if entry["peers"] != nil {
+            throw fail(section, "peers", "is for remotes; a host has one 'peer', the remote that its volumes go to")
+        }
+        let remotes = try sites(entry, section, "remotes") ?? [group.peer]
+        guard remotes.contains(group.peer) else {
+            throw fail(section, "remotes", "must name '\(group.peer)', the peer of this site, as well")
+        }
+        guard let hosts = try sites(entry, section, "hosts") else {
+            if remotes.count > 1 {
+                throw fail(section, "remotes", "are several, so 'hosts' must be there: each host has one remote")
+            }
+            for key in ["master", "max_coordination"] where entry[key] != nil {
+                throw fail(section, key, "is for groups with several 'hosts'")
+            }
+            return group
+        }
+        guard hosts.contains(site) else { throw fail(section, "hosts", "must name '\(site)', this site, as well") }
+        guard hosts.count > 1 else { return group }
+        var group = group
+        var several = Configuration.SeveralEntry(pair: site, hosts: hosts, remotes: remotes)
+        let master = entry["master"] == nil ? hosts[0] : try string(entry, section, "master")
+        guard hosts.contains(master) else {
+            throw fail(section, "master", "is '\(master)', which is none of 'hosts'")
+        }
+        several.master = master
+        let most = Double(Coordinator.Settings.longestCoordination) / 1e9
+        if let seconds = try time(entry, section, "max_coordination", 0.001...most) {
+            several.maxCoordination = UInt64(seconds * 1e9)
+        }
+        group.several = several
+        return group
+    }
+
+    private func remote(
+        _ entry: TOMLTable, _ group: Configuration.GroupEntry, _ section: String, _ site: String
+    ) throws -> [Configuration.GroupEntry] {
+        for key in ["hosts", "master", "max_coordination"] where entry[key] != nil {
+            throw fail(section, key, "is for hosts; this site's role is 'secondary'")
+        }
+        if entry["peers"] != nil, entry["peer"] != nil {
+            throw fail(section, "peer", "and 'peers' say the same; leave one of them out")
+        }
+        let remotes = try sites(entry, section, "remotes") ?? [site]
+        guard remotes.contains(site) else { throw fail(section, "remotes", "must name '\(site)', this site, as well") }
+        let peers = try sites(entry, section, "peers") ?? [group.peer]
+        guard peers.count > 1 || remotes.count > 1 else {
+            var group = group
+            group.peer = peers[0]
+            return [group]
+        }
+        var pool = group
+        pool.peer = peers.count == 1 ? peers[0] : ""
+        if peers.count > 1 { pool.name += "@" }
+        pool.several = Configuration.SeveralEntry(pair: pool.peer, remotes: remotes)
+        guard peers.count > 1 else { return [pool] }
+        return [pool]
+            + peers.map { peer in
+                var pair = pool
+                (pair.name, pair.peer, pair.volumes) = ("\(group.name)@\(peer)", peer, [])
+                pair.several?.pair = peer
+                return pair
+            }
+    }
+
+    /// Names of sites, each once; nil where the key is absent.
+    private func sites(_ entry: TOMLTable, _ section: String, _ key: String) throws -> [String]? {
+        guard entry[key] != nil else { return nil }
+        let names = try strings(entry, section, key)
+        guard Coordinator.Settings.members.contains(names.count), Set(names).count == names.count else {
+            throw fail(section, key, "must name 1 to \(Coordinator.Settings.members.upperBound) sites, each once")
+        }
+        return names
     }
 
     private func collisions(

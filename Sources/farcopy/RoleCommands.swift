@@ -11,9 +11,21 @@ struct Failover: AsyncParsableCommand {
     @OptionGroup var options: ControlOptions
     @Argument(help: "The group.") var group: String
     @Option(help: "The recovery point; default: the newest.") var point: UInt64?
+    @Option(
+        help:
+            "Of several remotes: go to this point without asking or leading the others, whose data may not match then.")
+    var alone: UInt64?
+
+    func validate() throws {
+        if point != nil, alone != nil { throw ValidationError("give either --point or --alone") }
+    }
 
     func run() async throws {
-        let report = try await options.ask(Endpoints.failover, group, point.map { [.point: String($0)] } ?? [:])
+        var words: [APICall.Query: String] = [:]
+        if let point = alone ?? point { words[.point] = String(point) }
+        if alone != nil { words[.alone] = "true" }
+        let report = try await options.ask(Endpoints.failover, group, words)
+        for remote in report.behind ?? [] { Output.write(Array("farcopy: \(remote)\n".utf8), to: 2) }
         if options.json { return }
         Output.line("failed over to point \(report.id), formed \(report.formedAt)")
         var lost = "lost: what was written in the last \(StatusText.tenths(report.lostSeconds)) s"

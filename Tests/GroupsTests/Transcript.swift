@@ -158,6 +158,13 @@ extension Cycle.Action {
         case .commit(let number, let previous, _): "commit point \(number) after \(previous.map(String.init) ?? "none")"
         case .endPoint(let number): "end point \(number)"
         case .giveUp: "give the point up"
+        case .survey: "ask how the hosts stand"
+        case .askHost(let host, let message): "ask host \(host): \(message.request.body)"
+        case .askRemote(let remote, let message): "ask remote \(remote): \(message.request.body)"
+        case .answer(let answer): "answer: \(answer.body)"
+        case .holdAndForm(let number): "hold, and form point \(number)"
+        case .letGo: "let go"
+        case .contradicted(let words): "tell: \(words)"
         case .markAllChanged(let names): "mark all of \(names?.joined(separator: ", ") ?? "every volume")"
         }
     }
@@ -174,6 +181,7 @@ extension SiteAction {
         case .makePointFiles(let plan): "make the files of point \(plan.point.number)\(plan.point.filed)"
         case .takePoint(let plan):
             "take point \(plan.point.number) into the chains\(plan.dropped.isEmpty ? "" : ", and out of them \(plan.dropped.map { String($0.number) }.joined(separator: ", "))")"
+        case .dropPointFiles(let number): "drop the files of point \(number)"
         case .forgetChanges: "forget what was changed as primary"
         case .markDifferences(let point, let volumes):
             "mark what must come back from point \(point) in \(volumes.joined(separator: ", "))"

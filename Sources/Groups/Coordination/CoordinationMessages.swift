@@ -5,14 +5,14 @@
 //     where somebody relies on that
 
 /// A message of a coordinator's process, or the answer to one.
-package struct Stamped<Body: Equatable & Sendable>: Equatable, Sendable {
+package struct Stamped<Body: Codable & Equatable & Sendable>: Codable, Equatable, Sendable {
     package var epoch: UInt64
     package var body: Body
     package init(epoch: UInt64, _ body: Body) { (self.epoch, self.body) = (epoch, body) }
 }
 
 /// Of the coordinator, to a host. A number is a point's.
-package enum HostRequest: Equatable, Sendable {
+package enum HostRequest: Codable, Equatable, Sendable {
     /// Write down that the point may be half formed from now on, and make its bitmaps and targets. Nothing is held yet.
     case makeReady(UInt64)
     /// Hold acknowledgements and form, in one step.
@@ -36,7 +36,7 @@ package enum HostRequest: Equatable, Sendable {
 }
 
 /// Of a host.
-package enum HostAnswer: Equatable, Sendable {
+package enum HostAnswer: Codable, Equatable, Sendable {
     case ready(UInt64)
     /// Every volume has formed, and acknowledgements are held.
     case formed(UInt64)
@@ -54,7 +54,7 @@ package enum HostAnswer: Equatable, Sendable {
 }
 
 /// Of the coordinator, to a remote.
-package enum RemoteRequest: Equatable, Sendable {
+package enum RemoteRequest: Codable, Equatable, Sendable {
     /// All hosts' data of the point is there. `after`: the point that every remote has committed last; 0 = none.
     case prepare(UInt64, after: UInt64)
     /// It is decided. `others`: another remote has committed it, so that a promise to refuse it is void.
@@ -72,7 +72,7 @@ package enum RemoteRequest: Equatable, Sendable {
 }
 
 /// Of a remote, to the coordinator.
-package enum RemoteAnswer: Equatable, Sendable {
+package enum RemoteAnswer: Codable, Equatable, Sendable {
     /// It flushes, and makes files: that may take long.
     case checking(UInt64)
     case prepared(UInt64)
@@ -85,7 +85,7 @@ package enum RemoteAnswer: Equatable, Sendable {
 }
 
 /// Of a remote, to another one that is in doubt about a point.
-package enum Testimony: Equatable, Sendable {
+package enum Testimony: Codable, Equatable, Sendable {
     case committed
     /// It has not committed it, and has durably promised to refuse a later commit. `prepared`: everything of it is, or was, there.
     case refuses(prepared: Bool)

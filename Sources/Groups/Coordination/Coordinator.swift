@@ -72,9 +72,13 @@ package struct Coordinator: Sendable {
         package let remotes: Int
         /// Nanoseconds until all hosts must have formed.
         package let maxCoordination: UInt64
+        /// What hosts and remotes are called, where a reason is told.
+        package let hostNames: [String]
+        package let remoteNames: [String]
 
         package init(
-            hosts: Int, remotes: Int, maxCoordination: UInt64 = coordination
+            hosts: Int, remotes: Int, maxCoordination: UInt64 = coordination, hostNames: [String] = [],
+            remoteNames: [String] = []
         ) throws(IllegalCoordination) {
             guard Self.members.contains(hosts), Self.members.contains(remotes) else {
                 throw IllegalCoordination("a group has 1 to 16 hosts and 1 to 16 remotes")
@@ -83,6 +87,8 @@ package struct Coordinator: Sendable {
                 throw IllegalCoordination("max_coordination is more than 0, and at most 1s: hosts wait for so long")
             }
             (self.hosts, self.remotes, self.maxCoordination) = (hosts, remotes, maxCoordination)
+            self.hostNames = hostNames.count == hosts ? hostNames : (0..<hosts).map { "host \($0)" }
+            self.remoteNames = remoteNames.count == remotes ? remoteNames : (0..<remotes).map { "remote \($0)" }
         }
         var allHosts: [Int] { Array(0..<hosts) }
         var allRemotes: [Int] { Array(0..<remotes) }
@@ -119,6 +125,12 @@ package struct Coordinator: Sendable {
 
     package mutating func wasSaved() { isUnsaved = false }
 
+    /// Idle, it counts on from what others know of.
+    mutating func countOn(from number: UInt64) {
+        guard case .idle = state else { return }
+        record.lastNumber = max(record.lastNumber, number)
+    }
+
     /// When `tick` must come at the latest; nil = no need.
     package var wakeAt: UInt64? {
         switch state {
@@ -145,7 +157,7 @@ package struct Coordinator: Sendable {
         case .host(let host, let answer):
             guard answer.epoch == record.epoch else { return Turn() }
             if case .superseded(let epoch) = answer.body {
-                return stop("host \(host) follows a coordinator of epoch \(epoch)")
+                return stop("\(settings.hostNames[host]) follows a coordinator of epoch \(epoch)")
             }
             return place(answer.body.number, Self.place(of: answer.body, in: state), event) {
                 $0.carryOut(host, answer.body, now)
@@ -153,7 +165,7 @@ package struct Coordinator: Sendable {
         case .remote(let remote, let answer):
             guard answer.epoch == record.epoch else { return Turn() }
             if case .superseded(let epoch) = answer.body {
-                return stop("remote \(remote) follows a coordinator of epoch \(epoch)")
+                return stop("\(settings.remoteNames[remote]) follows a coordinator of epoch \(epoch)")
             }
             return place(answer.body.number, Self.place(of: answer.body, in: state), event) {
                 $0.carryOut(remote, answer.body, now)
@@ -213,9 +225,9 @@ package struct Coordinator: Sendable {
             hosts.answered(host)
             return gaveUp(number, hosts, remotes, stops)
         case (_, .failed(let number, let reason)):
-            return giveUp(number, "host \(host): \(reason)", atRemotes: false, now)
+            return giveUp(number, "\(settings.hostNames[host]): \(reason)", atRemotes: false, now)
         case (_, .gaveUp(let number)):
-            return giveUp(number, "host \(host) has nothing of it any more", atRemotes: false, now)
+            return giveUp(number, "\(settings.hostNames[host]) has nothing of it any more", atRemotes: false, now)
         default: return contradiction(answer)
         }
     }
@@ -230,9 +242,9 @@ package struct Coordinator: Sendable {
             guard round.isComplete else { return wait(.preparing(number, round)) }
             return decide(number, now)
         case (.preparing(let number, _), .refuses(_, let reason)):
-            return giveUp(number, "remote \(remote): \(reason)", atRemotes: true, now)
+            return giveUp(number, "\(settings.remoteNames[remote]): \(reason)", atRemotes: true, now)
         case (.preparing(let number, _), .failedOver(let point)):
-            return giveUp(number, Self.failed(remote, point), atRemotes: true, stops: true, now)
+            return giveUp(number, failed(remote, point), atRemotes: true, stops: true, now)
         case (.committing(let number, var round, var votes), .committed):
             round.answered(remote)
             if !votes.committed.contains(remote) { votes.committed.append(remote) }
@@ -246,10 +258,10 @@ package struct Coordinator: Sendable {
         case (.committing(let number, let round, var votes), .refuses(_, let reason)):
             if !votes.refusing.contains(remote) { votes.refusing.append(remote) }
             guard votes.refusing.count == settings.remotes else { return wait(.committing(number, round, votes)) }
-            return giveUp(number, "remote \(remote): \(reason)", atRemotes: true, now)
+            return giveUp(number, "\(settings.remoteNames[remote]): \(reason)", atRemotes: true, now)
         case (.committing(let number, _, _), .failedOver(let point)):
             // What was decided is left to those who have prepared it.
-            return giveUp(number, Self.failed(remote, point), atRemotes: record.point != .commit, stops: true, now)
+            return giveUp(number, failed(remote, point), atRemotes: record.point != .commit, stops: true, now)
         case (.givingUp(let number, let hosts, var remotes, let stops), .dropped):
             remotes.answered(remote)
             return gaveUp(number, hosts, remotes, stops)
@@ -264,13 +276,13 @@ package struct Coordinator: Sendable {
             return gaveUp(number, hosts, remotes, stops)
         case (.givingUp(let number, let hosts, var remotes, _), .failedOver(let point)):
             remotes.answered(remote)
-            return gaveUp(number, hosts, remotes, Self.failed(remote, point))
+            return gaveUp(number, hosts, remotes, failed(remote, point))
         default: return contradiction(answer)
         }
     }
 
-    private static func failed(_ remote: Int, _ point: UInt64) -> String {
-        "remote \(remote) has failed over at point \(point)"
+    private func failed(_ remote: Int, _ point: UInt64) -> String {
+        "\(settings.remoteNames[remote]) has failed over at point \(point)"
     }
 
     // MARK: Steps
@@ -385,8 +397,8 @@ package struct Coordinator: Sendable {
     }
 
     private mutating func tooLate(_ number: UInt64, _ round: Round, _ now: UInt64) -> Turn<Action> {
-        let hosts = round.waiting.map(String.init).joined(separator: ", ")
-        return giveUp(number, "host \(hosts) had not formed in time", atRemotes: false, now)
+        let hosts = round.waiting.map { settings.hostNames[$0] }.joined(separator: ", ")
+        return giveUp(number, "\(hosts) had not formed in time", atRemotes: false, now)
     }
 
     private mutating func tick(_ now: UInt64) -> Turn<Action> {
@@ -420,9 +432,10 @@ package struct Coordinator: Sendable {
     ) -> Turn<Action> {
         guard round.isDue(now) else { return Turn() }
         guard !round.isHopeless else {
-            let silent = round.waiting.map(String.init).joined(separator: ", ")
+            let names = atRemotes ? settings.remoteNames : settings.hostNames
+            let silent = round.waiting.map { names[$0] }.joined(separator: ", ")
             return giveUp(
-                number, "\(atRemotes ? "remote" : "host") \(silent) does not answer", atRemotes: atRemotes, now)
+                number, "\(silent) does not answer", atRemotes: atRemotes, now)
         }
         return enter(next(round))
     }

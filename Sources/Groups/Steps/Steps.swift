@@ -25,6 +25,8 @@ package enum SiteAction: Sendable, Equatable {
     /// Target and bitmap of a point, empty, on stable storage, for every volume that has files of it. What was made goes again when it
     /// fails.
     case makePointFiles(CommitPlan)
+    /// What was made for a point that nobody commits goes.
+    case dropPointFiles(UInt64)
     /// The point is the newest of those volumes' chains; what carries no point that is kept leaves.
     case takePoint(CommitPlan)
     /// What the bitmaps say of the time as primary is forgotten.

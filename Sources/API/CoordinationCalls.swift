@@ -1,0 +1,84 @@
+// CoordinationCalls.swift: what the sites of a group with several hosts or remotes ask of each other. A pair is named by its host.
+
+import Groups
+
+/// The coordinator asks a host.
+package struct HostCall: Codable, Sendable {
+    package var site: String
+    package var message: HostMessage
+    /// The answer may come when the host has drained the point.
+    package var waits: Bool
+
+    package init(site: String, message: HostMessage, waits: Bool) {
+        (self.site, self.message, self.waits) = (site, message, waits)
+    }
+}
+
+/// Absent: it has nothing to say yet.
+package struct HostReply: Codable, Sendable {
+    package var answer: Stamped<HostAnswer>?
+    package init(answer: Stamped<HostAnswer>?) { self.answer = answer }
+}
+
+/// How a host stands before a point.
+package struct HostStanding: Codable, Sendable {
+    package var survey: Survey
+    /// The site that it mirrors to.
+    package var remote: String
+
+    package init(survey: Survey, remote: String) { (self.survey, self.remote) = (survey, remote) }
+}
+
+/// The coordinator asks a remote.
+package struct RemoteCall: Codable, Sendable {
+    package var site: String
+    package var pair: String
+    package var places: [PairPlace]
+    package var message: RemoteMessage
+
+    package init(site: String, pair: String, places: [PairPlace], message: RemoteMessage) {
+        (self.site, self.pair, self.places, self.message) = (site, pair, places, message)
+    }
+}
+
+/// A remote that fails over asks another.
+package struct TestimonyCall: Codable, Sendable {
+    package var site: String
+    /// The point that it is in doubt about, of which whoever has not committed it promises never to; nil = it is not in doubt.
+    package var number: UInt64?
+
+    package init(site: String, number: UInt64?) { (self.site, self.number) = (site, number) }
+}
+
+package struct TestimonyReply: Codable, Sendable {
+    package struct Pair: Codable, Sendable {
+        package var pair: String
+        package var testimony: Testimony?
+        /// The newest point that it has committed.
+        package var committed: UInt64
+        package var prepared: UInt64?
+        /// The point that it has failed over to.
+        package var failedOver: UInt64?
+
+        package init(
+            pair: String, testimony: Testimony?, committed: UInt64, prepared: UInt64?, failedOver: UInt64?
+        ) {
+            (self.pair, self.testimony, self.committed) = (pair, testimony, committed)
+            (self.prepared, self.failedOver) = (prepared, failedOver)
+        }
+    }
+    package var pairs: [Pair]
+    package init(pairs: [Pair]) { self.pairs = pairs }
+}
+
+/// A remote that has failed over leads the others to the same point.
+package struct LeadCall: Codable, Sendable {
+    package var site: String
+    package var point: UInt64
+    /// It has committed this point, or another has: whoever has prepared it takes it.
+    package var committed: UInt64
+
+    package init(site: String, point: UInt64, committed: UInt64) {
+        (self.site, self.point, self.committed) = (site, point, committed)
+    }
+}

@@ -1,0 +1,94 @@
+// CoordinationRecord.swift: what a site must find again of a group that has several hosts or several remotes: in the group's record, so that it
+// is saved with what it is about.
+//
+// Must be prevented:
+//   a remote forgets that it has prepared a point, or what it has promised never to commit
+//   who is in doubt about a point does not know whom to ask
+
+/// One host of a group, and the remote that it mirrors to. By name of the host it is known at every site, whichever of the two is primary.
+package struct PairPlace: Codable, Sendable, Hashable {
+    package var host: String
+    package var remote: String
+    package init(host: String, remote: String) { (self.host, self.remote) = (host, remote) }
+}
+
+package struct CoordinationRecord: Codable, Sendable, Equatable {
+    /// The highest of a coordinator's process that was heard of.
+    package internal(set) var epoch: UInt64 = 0
+    /// Of the site that coordinates, or did.
+    package internal(set) var coordinator: CoordinatorRecord?
+    /// All of the group's pairs, as the coordinator said last.
+    package internal(set) var places: [PairPlace]?
+
+    // A remote's.
+    /// Everything of this point is there, flushed; whether it counts is not decided.
+    package internal(set) var prepared: PointRecord?
+    /// Points up to this one that are not committed here will not be, unless another remote has committed them.
+    package internal(set) var refusedThrough: UInt64 = 0
+    /// The point that was prepared when an operator failed over without waiting for the others' word.
+    package internal(set) var inDoubt: UInt64?
+
+    package init() {}
+
+    func with(_ places: [PairPlace]) -> CoordinationRecord {
+        var next = self
+        next.places = places
+        return next
+    }
+
+    /// - Throws: when this cannot come after `previous`.
+    func check(after previous: CoordinationRecord) throws(IllegalCoordination) {
+        guard epoch >= previous.epoch, refusedThrough >= previous.refusedThrough else {
+            throw IllegalCoordination("epoch \(previous.epoch) was heard, and would be forgotten")
+        }
+        if let before = previous.coordinator { try (coordinator ?? CoordinatorRecord()).check(after: before) }
+    }
+}
+
+/// What becomes of a remote's part in a point: its record, and what is committed with it.
+package struct RemotePartChange: Sendable, Equatable {
+    package var record: TwoPhaseRecord
+    /// Of the point that is prepared, or committed, with this change.
+    package var plan: CommitPlan?
+    package var places: [PairPlace]?
+
+    package init(record: TwoPhaseRecord, plan: CommitPlan?, places: [PairPlace]? = nil) {
+        (self.record, self.plan, self.places) = (record, plan, places)
+    }
+}
+
+extension GroupRecord {
+    /// As `TwoPhaseCommit` knows it.
+    ///
+    /// - Parameter previous: what every remote has committed, by the coordinator; what a remote without points of this direction goes by, since
+    ///   it has joined later.
+    package func twoPhase(after previous: UInt64? = nil) -> TwoPhaseRecord {
+        let newest = points.last { $0.isBase != true }?.number
+        let stand: TwoPhaseRecord.Stand =
+            if role != .secondary {
+                .failedOver(at: failedOver?.point ?? 0, inDoubt: coordination?.inDoubt)
+            } else if let prepared = coordination?.prepared {
+                .prepared(prepared.number)
+            } else {
+                .open
+            }
+        return TwoPhaseRecord(
+            epoch: coordination?.epoch ?? 0, committed: newest ?? previous ?? 0, stand: stand,
+            refusedThrough: coordination?.refusedThrough ?? 0)
+    }
+
+    mutating func take(_ part: RemotePartChange) {
+        var next = coordination ?? CoordinationRecord()
+        next.epoch = part.record.epoch
+        next.refusedThrough = part.record.refusedThrough
+        if let places = part.places { next.places = places }
+        let hasCommitted = part.plan.map { $0.point.number == part.record.committed } ?? false
+        switch part.record.stand {
+        case .prepared(let number): if let plan = part.plan, plan.point.number == number { next.prepared = plan.point }
+        case .open: next.prepared = nil
+        case .failedOver(_, let inDoubt): (next.prepared, next.inDoubt) = (nil, inDoubt)
+        }
+        coordination = next
+        if hasCommitted, let plan = part.plan { commit(plan) }
+    }
+}

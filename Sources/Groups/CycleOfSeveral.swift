@@ -1,0 +1,378 @@
+// CycleOfSeveral.swift: the cycle of a group with several hosts: this host's participant does what a coordinator asks, here or at another site,
+// and one of the hosts has the coordinator. The link is this host's own affair: a point is formed only while it is up, and is drained when it
+// is up again.
+//
+// Must be prevented:
+//   it is said that acknowledgements went because of `run` while some went by themselves: they are let go first, and that it was in time is
+//     what `run` is answered with
+//   an old write of a point that was given up arrives after one of the next: the link is closed first, if anything was under way
+//   a coordinator asks for points again and again that some host cannot form: it asks first how the hosts stand
+//   what comes from another site ends this one: what cannot be is told, and changes nothing
+
+import Base
+
+/// What a coordinator asks of a host, with what it knows of the point.
+package struct HostMessage: Codable, Equatable, Sendable {
+    package var request: Stamped<HostRequest>
+    /// Of the point, in seconds since 1970: when it was formed, and when the last remote committed it.
+    package var formedAt: Double?
+    package var committedAt: Double?
+
+    package init(_ request: Stamped<HostRequest>, formedAt: Double? = nil, committedAt: Double? = nil) {
+        (self.request, self.formedAt, self.committedAt) = (request, formedAt, committedAt)
+    }
+}
+
+/// The same of a remote.
+package struct RemoteMessage: Codable, Equatable, Sendable {
+    package var request: Stamped<RemoteRequest>
+    package var formedAt: Double?
+
+    package init(_ request: Stamped<RemoteRequest>, formedAt: Double?) {
+        (self.request, self.formedAt) = (request, formedAt)
+    }
+}
+
+/// How the hosts of a group stand, before a point.
+package struct Survey: Codable, Equatable, Sendable {
+    /// Some volume was written to since the last point.
+    package var changed: Bool
+    /// Why some host cannot form one now; nil = all can.
+    package var problem: String?
+    /// The highest number that any of them knows of a point.
+    package var highest: UInt64
+
+    package init(changed: Bool, problem: String?, highest: UInt64) {
+        (self.changed, self.problem, self.highest) = (changed, problem, highest)
+    }
+}
+
+extension Cycle {
+    /// What this site is to the group.
+    package enum Part: Sendable, Equatable {
+        /// The group's only host.
+        case alone
+        /// One of several: which one of them, and whether points are formed from here.
+        case several(Coordinator.Settings, index: Int, coordinates: Bool)
+
+        var isOfSeveral: Bool { self != .alone }
+        /// Nanoseconds after which acknowledgements go by themselves.
+        package var maxHold: UInt64 { coordination.maxCoordination }
+        var coordination: Coordinator.Settings {
+            switch self {
+            case .alone: .single
+            case .several(let settings, _, _): settings
+            }
+        }
+    }
+
+    var isOfSeveral: Bool { settings.part.isOfSeveral }
+    package var coordinates: Bool { if case .several(_, _, true) = settings.part { true } else { false } }
+    private var ownIndex: Int { if case .several(_, let index, _) = settings.part { index } else { 0 } }
+    /// The coordinator here may begin a point.
+    var mayBegin: Bool { !isOfSeveral || (coordinates && coordinator.state == .idle) }
+    package static let busyVolume = "a volume is being restored, or has not given up the last point yet"
+    private static let longestPause: UInt64 = 1_000_000_000
+
+    // MARK: How it stands
+
+    /// What this host says when it is asked whether it can form a point; nil = it can.
+    package var problem: String? {
+        switch state {
+        case .idle, .surveying: participant.state == .idle ? nil : "it has not ended the last point"
+        case .connecting: "it connects to its remote"
+        case .marking: "its remote's copy is new, and it marks everything"
+        case .preparing, .atPoint: "it is at a point"
+        case .givingUp(let next): next.reason
+        case .stopped(let reason), .offline(let reason, _): reason
+        }
+    }
+
+    mutating func surveyed(_ survey: Survey, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        state = .idle
+        if let problem = survey.problem {
+            holdUp = problem
+            notBefore = now + Self.longestPause
+            return Turn()
+        }
+        guard survey.changed || isWanted(record, now) else {
+            holdUp = nil
+            return Turn()
+        }
+        requested = false
+        preparedAt = now
+        coordinator.countOn(from: max(survey.highest, record.highestPoint))
+        return tell(.request, &record, now)
+    }
+
+    // MARK: Time
+
+    mutating func tickOfSeveral(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        var turn = Turn<Action>()
+        if now >= participant.wakeAt ?? .max { turn = turn + tell(Participant.Event.tick, &record, now) }
+        if coordinates, now >= coordinator.wakeAt ?? .max {
+            turn = turn + tell(Coordinator.Event.tick, &record, now)
+        }
+        return turn
+    }
+
+    func wakeAtOfSeveral(_ record: GroupRecord) -> UInt64? {
+        var times = [participant.wakeAt, coordinates ? coordinator.wakeAt : nil]
+        switch state {
+        case .idle: if mayBegin { times.append(ownWakeAt(record)) }
+        case .offline: times.append(ownWakeAt(record))
+        default: break
+        }
+        return times.compactMap { $0 }.min()
+    }
+
+    /// Another point may be due.
+    mutating func goOnIfIdle(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        if case .idle = state, mayBegin { tick(&record, now) } else { Turn() }
+    }
+
+    // MARK: The coordinator asks
+
+    mutating func asked(_ message: HostMessage, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        let request = message.request
+        guard request.body.number <= PointRecord.highestNumber else {
+            return Turn([.contradicted("point \(request.body.number) cannot be")])
+        }
+        guard request.epoch >= participant.record.epoch else { return tell(.request(request), &record, now) }
+        switch (request.body, participant.state) {
+        case (.formAtOnce, _): return Turn([.contradicted("one of several hosts does not form at once")])
+        case (.makeReady(let number), .idle) where number > participant.record.number:
+            guard let problem else { break }
+            return said(Stamped(epoch: request.epoch, .failed(number, problem)), &record, now)
+        case (.run, .formed(request.body.number, let until)) where now < until:
+            guard runs == nil else { return Turn() }
+            runs = message
+            return Turn([.letGo])
+        case (.end(let number), _): haveCommitted(number, message, &record)
+        default: break
+        }
+        return tell(.request(request), &record, now)
+    }
+
+    /// Every remote has committed it.
+    private mutating func haveCommitted(_ number: UInt64, _ message: HostMessage, _ record: inout GroupRecord) {
+        guard number > record.lastCommitted?.number ?? 0, number <= record.lastNumber else { return }
+        var point = record.held?.number == number ? record.held! : PointRecord(number: number, formedAt: 0)
+        point.formedAt = message.formedAt ?? point.formedAt
+        point.committedAt = message.committedAt ?? point.committedAt
+        guard point.isPlausible else { return }
+        record.primary?.lastCommitted = point
+        record.primary?.fromImage = false
+        (resyncing, attempt) = (false, 0)
+    }
+
+    mutating func didHold(
+        at time: Double, _ changed: [Int], _ record: inout GroupRecord, _ now: UInt64
+    ) -> Turn<Action> {
+        formed = (time, changed)
+        return tell(.formed(participant.record.number), &record, now)
+    }
+
+    mutating func didLetGo(_ isIntact: Bool, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        guard let message = runs, case .formed(let number, _) = participant.state else {
+            runs = nil
+            return Turn()
+        }
+        // Still set: what lets go anew finds that done.
+        defer { runs = nil }
+        guard isIntact else {
+            return tell(.lost(number, "acknowledgements went by themselves at the deadline"), &record, now)
+        }
+        if let time = message.formedAt { formed.at = time }
+        return tell(.request(message.request), &record, now)
+    }
+
+    // MARK: What goes wrong here
+
+    /// The link, and nothing else: a point that is formed is drained over the next.
+    mutating func lostLink(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        let number = participant.record.number
+        let told =
+            participant.state.kind == .makingReady ? tell(.notReady(number, reason), &record, now) : Turn()
+        return told + failed(reason, retry: true, &record, now)
+    }
+
+    mutating func lostPoint(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        tell(.lost(participant.record.number, reason), &record, now)
+    }
+
+    /// Whatever point is under way here is given up, and the coordinator told.
+    mutating func abandon(
+        _ reason: String, _ next: Next, _ record: inout GroupRecord, _ now: UInt64
+    ) -> Turn<Action> {
+        let number = participant.record.number
+        let event: Participant.Event
+        switch participant.state.kind {
+        case .idle: return carryOut(next, &record, now)
+        case .givingUp:
+            state = .givingUp(next)
+            return Turn()
+        case .makingReady: event = .notReady(number, reason)
+        case .forming, .formed, .draining: event = .lost(number, reason)
+        // As if it were asked to: nobody relies on its word any more.
+        case .ready, .drained: event = .request(Stamped(epoch: participant.record.epoch, .giveUp(number)))
+        }
+        let turn = tell(event, &record, now)
+        state = .givingUp(next)
+        return turn
+    }
+
+    mutating func couldNotSaveOfSeveral(
+        _ words: String, _ record: inout GroupRecord, _ now: UInt64
+    ) -> Turn<Action> {
+        let turn = participant.saveFailed()
+        record.take(participant.record, formedAt: formed.at)
+        let own = carryOut(turn, &record, now)
+        switch state {
+        case .stopped, .offline, .givingUp(.stop): return own + closeLink()
+        case .givingUp:
+            state = .givingUp(.retry(words))
+            return own + closeLink()
+        case .connecting, .marking, .idle, .surveying, .preparing, .atPoint:
+            guard participant.state != .idle else { return own + failed(words, retry: true, &record, now) }
+            return own + closeLink() + abandon(words, .retry(words), &record, now)
+        }
+    }
+
+    // MARK: A new process, a new session
+
+    mutating func takeUpOfSeveral(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        let own = carryOut(participant.start(isHeld: record.held != nil), &record, now)
+        guard coordinates else { return own }
+        let turn = coordinator.start(now: now)
+        record.keep(coordinator.record)
+        return own + carryOut(turn, &record, now)
+    }
+
+    mutating func goOnOfSeveral(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        attempt = 0
+        switch participant.state.kind {
+        case .idle:
+            resyncing = resyncing && record.lastCommitted == nil
+            return .saved() + becomeIdle(&record, now, due: now)
+        case .draining:
+            state = .atPoint(.none)
+            return .saved(then: [.rewind]) + startMove(Array(0..<settings.volumes), &record, now)
+        case .makingReady, .ready, .forming, .formed, .drained:
+            state = .atPoint(.none)
+            return .saved()
+        case .givingUp:
+            state = .givingUp(.carryOn)
+            return .saved()
+        }
+    }
+
+    // MARK: What the two say
+
+    /// To whoever coordinates, here or elsewhere.
+    private mutating func said(
+        _ answer: Stamped<HostAnswer>, _ record: inout GroupRecord, _ now: UInt64
+    ) -> Turn<Action> {
+        Turn([.answer(answer)]) + (coordinates ? tell(.host(ownIndex, answer), &record, now) : Turn())
+    }
+
+    mutating func performOfSeveral(
+        _ action: Participant.Action, _ record: inout GroupRecord, _ now: UInt64
+    ) -> Turn<Action> {
+        switch action {
+        case .answer(let answer): return said(answer, &record, now)
+        case .makeReady(let number):
+            if let problem = problemBeforeForming { return tell(.notReady(number, problem), &record, now) }
+            state = .preparing(number)
+            return Turn([.prepare(number: number)])
+        case .holdAndForm(let number): return Turn([.holdAndForm(number: number)])
+        case .letGo:
+            // They have been let go, or are just being.
+            guard runs == nil else { return Turn() }
+            return Turn([.letGo])
+        case .drain:
+            // Without a session it waits for the next.
+            guard case .atPoint = state else { return Turn() }
+            return startMove(formed.changed, &record, now)
+        case .giveUp: return startGivingUp()
+        case .end(let number):
+            let ended = Turn<Action>([.endPoint(number: number)])
+            guard case .atPoint = state else { return ended }
+            return ended + becomeIdle(&record, now)
+        case .contradiction(let words): return Turn([.contradicted(words)])
+        case .formAtOnce: invariantFailed("several hosts do not form at once", #fileID, #line)
+        }
+    }
+
+    /// Of a point that has just been written down.
+    private var problemBeforeForming: String? {
+        switch state {
+        case .idle, .surveying: nil
+        default: problem
+        }
+    }
+
+    private mutating func startGivingUp() -> Turn<Action> {
+        switch state {
+        case .atPoint(.moves), .atPoint(.commits):
+            state = .givingUp(.connect)
+            return closeLink()
+        case .atPoint(.none), .preparing, .idle, .surveying: state = .givingUp(.carryOn)
+        case .stopped, .offline, .connecting, .marking, .givingUp: break
+        }
+        return Turn([.giveUp])
+    }
+
+    mutating func performOfSeveral(
+        _ action: Coordinator.Action, _ record: inout GroupRecord, _ now: UInt64
+    ) -> Turn<Action> {
+        switch action {
+        case .askHost(let host, let request):
+            let message = HostMessage(
+                request, formedAt: record.held?.formedAt ?? formed.at, committedAt: committedAt)
+            return host == ownIndex ? asked(message, &record, now) : Turn([.askHost(host, message)])
+        case .askRemote(let remote, let request):
+            let message = RemoteMessage(request, formedAt: record.held?.formedAt ?? formed.at)
+            return Turn([.askRemote(remote, message)])
+        case .committed:
+            (holdUp, pauses) = (nil, 0)
+            return Turn()
+        case .givesUp(let number, let reason):
+            holdUp = "point \(number) was given up: \(reason)"
+            requested = true  // whoever asked for it still waits
+            notBefore = now + min(Self.readyRetry << UInt64(min(pauses, 10)), Self.longestPause)
+            pauses += 1
+            return Turn()
+        case .stopped(let reason):
+            holdUp = reason
+            return Turn()
+        case .contradiction(let words): return Turn([.contradicted(words)])
+        }
+    }
+
+    mutating func heard(
+        _ answer: Stamped<RemoteAnswer>, of remote: Int, at time: Double?, _ record: inout GroupRecord, _ now: UInt64
+    ) -> Turn<Action> {
+        if case .committed = answer.body, let time { committedAt = time }
+        return tell(.remote(remote, answer), &record, now) + goOnIfIdle(&record, now)
+    }
+
+    /// Whether this host drains the point: then the answer to `run` may wait until it has.
+    package func isDraining(_ number: UInt64) -> Bool { participant.state == .draining(number) }
+}
+
+extension GroupRecord {
+    mutating func keep(_ record: CoordinatorRecord) {
+        var next = coordination ?? CoordinationRecord()
+        next.coordinator = record
+        coordination = next
+    }
+
+    mutating func keep(_ record: ParticipantRecord) {
+        lastNumber = max(lastNumber, record.number)
+        guard record.epoch > coordination?.epoch ?? 0 else { return }
+        var next = coordination ?? CoordinationRecord()
+        next.epoch = record.epoch
+        coordination = next
+    }
+}

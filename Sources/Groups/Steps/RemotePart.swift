@@ -1,0 +1,160 @@
+// RemotePart.swift: what one of several remotes does about a point when the coordinator asks, or another remote that is in doubt
+// (`TwoPhaseCommit`).
+//
+// Must be prevented:
+//   `prepared` is said before all of the point is on stable storage, and that it is so is written down
+//   a commit is half done after a crash: the record alone decides, files come before it and chains after
+//   a promise is said before it is kept
+
+/// What a remote has to say.
+package struct RemoteReply: Codable, Sendable, Equatable {
+    package var answer: Stamped<RemoteAnswer>?
+    package var testimony: Testimony?
+    /// When it has committed the point, in seconds since 1970.
+    package var at: Double?
+}
+
+package struct RemotePart: StepTable {
+    package enum Input: Sendable, Equatable {
+        /// `formedAt`: of the point, in seconds since 1970; `places`: all of the group's pairs.
+        case request(Stamped<RemoteRequest>, formedAt: Double, places: [PairPlace]?)
+        /// Another remote, or this one before it asks others, wants to know of a point.
+        case question(UInt64)
+    }
+
+    enum State {
+        case begins, settles
+        case looks(UInt64), flushes(CommitPlan), makesFiles(CommitPlan)
+        /// The point is decided, and its files may be gone with a process.
+        case surveys, makesFilesAgain(CommitPlan)
+        case decides(CommitPlan?), takes(CommitPlan), drops(CommitPlan?)
+    }
+    var state = State.begins
+    private let input: Input
+    private let keep: Retention
+    private var remote = TwoPhaseCommit(.several, index: 0, record: TwoPhaseRecord())
+    /// What it wants done next.
+    private var wanted: ArraySlice<TwoPhaseCommit.Action> = []
+
+    package init(_ input: Input, keep: Retention) { (self.input, self.keep) = (input, keep) }
+
+    package mutating func next(after answer: Answer, _ record: GroupRecord) -> Next<RemoteReply> {
+        switch (state, answer) {
+        case (_, .failed(let error)): return .failed(error)
+        case (.begins, .begin): return go(.settles, .settle)
+        case (.settles, .done): return begin(record)
+        case (.looks(let number), .survey(let survey)):
+            do {
+                let plan = try record.planCommit(number, formedAt: formedAt, keep: keep, survey)
+                return go(.flushes(plan), .flushVolumes(survey.changed))
+            } catch {
+                return carryOut(remote.handle(.checkFailed(number, error.description), now: 0), nil, record)
+            }
+        case (.flushes(let plan), .done): return go(.makesFiles(plan), .makePointFiles(plan))
+        case (.makesFiles(let plan), .done):
+            return carryOut(remote.handle(.checked(plan.point.number), now: 0), plan, record)
+        case (.surveys, .survey(let survey)): return planDecided(survey, record)
+        case (.makesFilesAgain(let plan), .done): return decide(plan)
+        case (.decides(let plan), .done): return goOn(plan, record)
+        case (.takes(let plan), .done): return goOn(plan, record)
+        case (.drops(let plan), .done): return goOn(plan, record)
+        default: return .failed(UnexpectedAnswer(answer, state))
+        }
+    }
+
+    private var formedAt: Double { if case .request(_, let time, _) = input { time } else { 0 } }
+
+    private mutating func begin(_ record: GroupRecord) -> Next<RemoteReply> {
+        switch input {
+        case .request(let request, _, _):
+            guard record.role == .secondary else {
+                let point = record.failedOver?.point ?? 0
+                return .done(RemoteReply(answer: Stamped(epoch: request.epoch, .failedOver(at: point))))
+            }
+            remote = TwoPhaseCommit(.several, index: 0, record: record.twoPhase(after: request.body.previous))
+            return carryOut(remote.handle(.request(request), now: 0), nil, record)
+        case .question(let number):
+            remote = TwoPhaseCommit(.several, index: 0, record: record.twoPhase())
+            guard record.role == .secondary else {
+                return .done(RemoteReply(testimony: remote.record.testimony(of: number)))
+            }
+            return carryOut(remote.handle(.question(from: 1, number), now: 0), nil, record)
+        }
+    }
+
+    /// - Parameter plan: of a point that has been looked at.
+    private mutating func carryOut(
+        _ turn: Turn<TwoPhaseCommit.Action>, _ plan: CommitPlan?, _ record: GroupRecord
+    ) -> Next<RemoteReply> {
+        wanted = (turn.before + turn.after)[...]
+        guard turn.saves else { return goOn(plan, record) }
+        let takes = wanted.contains { if case .take = $0 { true } else { false } }
+        return takes ? go(.surveys, .survey) : decide(plan)
+    }
+
+    private mutating func decide(_ plan: CommitPlan?) -> Next<RemoteReply> {
+        var places: [PairPlace]?
+        if case .request(_, _, let all) = input { places = all }
+        return go(
+            .decides(plan), .change(.remotePart(RemotePartChange(record: remote.record, plan: plan, places: places))))
+    }
+
+    /// Nothing was let in since it was prepared, so it is what the volumes are; its place in the chains is the newest now.
+    private mutating func planDecided(_ survey: IntakeSurvey, _ record: GroupRecord) -> Next<RemoteReply> {
+        guard let prepared = record.coordination?.prepared, prepared.number == remote.record.committed else {
+            return .failed(UnexpectedAnswer("a commit of what is not prepared", state))
+        }
+        do {
+            var plan = try record.planCommit(prepared.number, formedAt: prepared.formedAt, keep: keep, survey)
+            if let before = prepared.changed, let now = plan.point.changed {
+                plan.point.changed = Set(before).union(now).sorted()
+            }
+            return go(.makesFilesAgain(plan), .makePointFiles(plan))
+        } catch {
+            return .failed(error)
+        }
+    }
+
+    private mutating func goOn(_ plan: CommitPlan?, _ record: GroupRecord) -> Next<RemoteReply> {
+        while let action = wanted.popFirst() {
+            switch action {
+            case .check(let number): return go(.looks(number), .survey)
+            case .take:
+                guard let plan else { return .failed(UnexpectedAnswer(action, state)) }
+                return go(.takes(plan), .takePoint(plan))
+            case .dropFiles(let number): return go(.drops(plan), .dropPointFiles(number))
+            case .answer(let answer):
+                var reply = RemoteReply(answer: answer)
+                if case .committed(let number) = answer.body {
+                    reply.at = record.points.last { $0.number == number }?.committedAt ?? plan?.point.committedAt
+                }
+                return .done(reply)
+            case .testify(_, _, let testimony): return .done(RemoteReply(testimony: testimony))
+            case .contradiction(let words): return .failed(TakeoverRefusal(words))
+            case .ask, .open, .failoverRefused: return .failed(UnexpectedAnswer(action, state))
+            }
+        }
+        return .failed(TakeoverRefusal("it comes too late"))
+    }
+}
+
+extension Coordinator.Settings {
+    /// What a remote needs to know of them: that it is not the only one.
+    fileprivate static let several = try! Coordinator.Settings(hosts: 2, remotes: 2)
+}
+
+extension RemoteRequest {
+    fileprivate var previous: UInt64? {
+        switch self {
+        case .prepare(_, let previous), .commitAtOnce(_, let previous): previous
+        case .commit, .drop: nil
+        }
+    }
+}
+
+extension TwoPhaseRecord {
+    /// Of one that takes no points any more.
+    func testimony(of number: UInt64) -> Testimony {
+        number <= committed ? .committed : .refuses(prepared: inDoubt == number)
+    }
+}

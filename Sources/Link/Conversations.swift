@@ -1,0 +1,103 @@
+// Conversations.swift: what the coordinator of a group with several hosts asks of the others, each question a call of its own.
+//
+// Must be prevented:
+//   calls pile up at somebody who does not answer: one is under way to each, and a newer question takes its place
+//   an answer is waited for a moment longer because somebody asks only now and then: who drains is asked again as soon as it has answered
+
+import Base
+import Groups
+import Ring
+
+/// How the other sites of a group are asked. Indices are the coordinator's, of hosts and of their remotes.
+package protocol CoordinationClient: Sendable {
+    /// How all other hosts stand, together.
+    func survey() async -> Survey
+    /// - Parameter waits: the answer may come when the host has drained.
+    /// - Returns: nil when it has nothing to say yet.
+    func ask(host: Int, _ message: HostMessage, waits: Bool) async throws -> Stamped<HostAnswer>?
+    func ask(remote: Int, _ message: RemoteMessage) async throws -> (answer: Stamped<RemoteAnswer>, at: Double?)
+}
+
+/// Of the group's thread alone.
+final class Conversations {
+    private let client: any CoordinationClient
+    private let mailbox: Mailbox<GroupHandle.Message>
+    private struct Call {
+        var since: UInt64
+        var task: Task<Void, Never>
+    }
+    private var hosts: [Int: (question: HostRequest, call: Call)] = [:]
+    private var remotes: [Int: (question: RemoteRequest, call: Call)] = [:]
+    private var surveys: Task<Void, Never>?
+    /// A call that has not been answered for so long is made anew, if it is asked for.
+    private static let patience: UInt64 = 1_000_000_000
+
+    init(_ client: any CoordinationClient, _ mailbox: Mailbox<GroupHandle.Message>) {
+        (self.client, self.mailbox) = (client, mailbox)
+    }
+
+    func end() {
+        for (_, call) in hosts.values { call.task.cancel() }
+        for (_, call) in remotes.values { call.task.cancel() }
+        surveys?.cancel()
+        (hosts, remotes, surveys) = ([:], [:], nil)
+    }
+
+    func survey(own: Survey) {
+        surveys?.cancel()
+        let (client, mailbox) = (client, mailbox)
+        surveys = Task {
+            let others = await client.survey()
+            guard !Task.isCancelled else { return }
+            let all = Survey(
+                changed: own.changed || others.changed, problem: own.problem ?? others.problem,
+                highest: max(own.highest, others.highest))
+            mailbox.send(.event(.surveyed(all), epoch: 0))
+        }
+    }
+
+    func ask(host: Int, _ message: HostMessage) {
+        let now = monotonicNanoseconds()
+        if let (question, call) = hosts[host] {
+            if question == message.request.body, now - call.since < Self.patience { return }
+            call.task.cancel()
+        }
+        let (client, mailbox) = (client, mailbox)
+        let task = Task {
+            var waits = false
+            while !Task.isCancelled {
+                guard let answer = try? await client.ask(host: host, message, waits: waits) else { break }
+                guard !Task.isCancelled else { return }
+                mailbox.send(.event(.host(host, answer), epoch: 0))
+                guard case .ran = answer.body else { break }
+                waits = true
+            }
+            guard !Task.isCancelled else { return }
+            mailbox.send(.callEnded(host: host, remote: nil))
+        }
+        hosts[host] = (message.request.body, Call(since: now, task: task))
+    }
+
+    func ask(remote: Int, _ message: RemoteMessage) {
+        let now = monotonicNanoseconds()
+        if let (question, call) = remotes[remote] {
+            if question == message.request.body, now - call.since < Self.patience { return }
+            call.task.cancel()
+        }
+        let (client, mailbox) = (client, mailbox)
+        let task = Task {
+            if let (answer, at) = try? await client.ask(remote: remote, message), !Task.isCancelled {
+                mailbox.send(.event(.remote(remote, answer, at: at), epoch: 0))
+            }
+            guard !Task.isCancelled else { return }
+            mailbox.send(.callEnded(host: nil, remote: remote))
+        }
+        remotes[remote] = (message.request.body, Call(since: now, task: task))
+    }
+
+    /// What is asked next is a call of its own.
+    func ended(host: Int?, remote: Int?) {
+        if let host { hosts[host] = nil }
+        if let remote { remotes[remote] = nil }
+    }
+}

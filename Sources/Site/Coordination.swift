@@ -1,0 +1,289 @@
+// Coordination.swift: what a site does when another of a group with several hosts or remotes asks, and a failover of all remotes.
+//
+// Must be prevented:
+//   remotes fail over to different points, unless an operator says so
+//   a remote decides alone about a point that it has prepared
+//   two failovers, at two remotes, wait for each other
+
+import API
+import Base
+import Groups
+import Ring
+import SiteConfiguration
+
+@SiteThread
+package final class Coordination {
+    private let home: Holdings
+    private let steps: StepExecutor
+    private let intake: Intake
+    private let peers: Peers
+
+    init(_ home: Holdings, _ steps: StepExecutor, _ intake: Intake, _ peers: Peers) {
+        (self.home, self.steps, self.intake, self.peers) = (home, steps, intake, peers)
+    }
+
+    // MARK: A host
+
+    /// The pair of which this site is a host of several.
+    private func host(_ name: String) throws -> GroupState {
+        guard let group = try home.pairs(name).first(where: { $0.entry.several?.hosts.isEmpty == false }) else {
+            throw Refusal("group '\(name)' at '\(home.configuration.site)' has no several hosts", .refused)
+        }
+        return group
+    }
+
+    package func survey(_ name: String) async throws -> HostStanding {
+        let group = try host(name)
+        return HostStanding(survey: await group.handle.survey(), remote: group.entry.peer)
+    }
+
+    package func askHost(_ name: String, _ call: HostCall) async throws -> HostReply {
+        let group = try host(name)
+        guard group.entry.several?.hosts.contains(call.site) == true else {
+            throw Refusal("'\(call.site)' is no host of group '\(name)' at '\(home.configuration.site)'", .refused)
+        }
+        return HostReply(answer: await group.handle.asked(call.message, waits: call.waits))
+    }
+
+    // MARK: A remote
+
+    package func askRemote(_ name: String, _ call: RemoteCall) async throws -> RemoteReply {
+        let group = try pair(name, call.pair)
+        let number = call.message.request.body.number
+        guard number <= PointRecord.highestNumber,
+            (0...PointRecord.latestTime).contains(call.message.formedAt ?? 0),
+            call.places.count <= Coordinator.Settings.members.upperBound
+        else { throw Refusal("point \(number) cannot be", .refused) }
+        let input = RemotePart.Input.request(
+            call.message.request, formedAt: call.message.formedAt ?? realSeconds(), places: call.places)
+        do {
+            return try await run(input, group)
+        } catch let refusal as TakeoverRefusal {
+            throw Refusal("group '\(group.entry.name)': \(refusal)", .refused)
+        }
+    }
+
+    private func pair(_ name: String, _ pair: String) throws -> GroupState {
+        guard let group = try home.pairs(name).first(where: { $0.entry.several?.pair == pair }) else {
+            throw Refusal(
+                "group '\(name)' at '\(home.configuration.site)' has no volumes of '\(pair)', or no other hosts or remotes",
+                .refused)
+        }
+        return group
+    }
+
+    private func run(_ input: RemotePart.Input, _ group: GroupState) async throws -> RemoteReply {
+        await group.turnstile.enter()
+        defer { group.turnstile.leave() }
+        return try await runInside(input, group)
+    }
+
+    /// In the group's turnstile.
+    private func runInside(_ input: RemotePart.Input, _ group: GroupState) async throws -> RemoteReply {
+        try await steps.run(RemotePart(input, keep: group.entry.keep), group)
+    }
+
+    // MARK: Another remote asks
+
+    package func testify(_ name: String, _ call: TestimonyCall) async throws -> TestimonyReply {
+        var pairs: [TestimonyReply.Pair] = []
+        for group in try home.pairs(name) {
+            var testimony: Testimony?
+            if let number = call.number, group.record.coordination != nil || group.record.role == .secondary {
+                testimony = try await run(.question(number), group).testimony
+            }
+            pairs.append(stand(group, testimony))
+        }
+        return TestimonyReply(pairs: pairs)
+    }
+
+    private func stand(_ group: GroupState, _ testimony: Testimony?) -> TestimonyReply.Pair {
+        TestimonyReply.Pair(
+            pair: group.entry.several?.pair ?? group.entry.peer, testimony: testimony,
+            committed: group.record.points.last { $0.isBase != true }?.number ?? 0,
+            prepared: group.record.coordination?.prepared?.number, failedOver: group.record.failedOver?.point)
+    }
+
+    // MARK: Failover
+
+    /// Leads all remotes of the group to one point.
+    ///
+    /// - Parameters:
+    ///   - wanted: nil = the newest that counts.
+    ///   - alone: the others are not asked, and not led.
+    package func failover(_ name: String, point wanted: UInt64?, alone: Bool) async throws -> FailoverReport {
+        let pairs = try home.pairs(name)
+        guard pairs.contains(where: { $0.entry.several != nil }) else {
+            guard !alone else {
+                throw Refusal("group '\(name)' has one remote: `farcopy failover \(name) --point N`", .misuse)
+            }
+            return try await intake.failover(name, point: wanted)
+        }
+        if alone, wanted == nil { throw Refusal("say which point: --alone POINT", .misuse) }
+        let others = alone ? [] : otherRemotes(pairs)
+        let stands = await ask(others, name, about: nil)
+        let wanted = try agree(name, wanted, stands)
+        try await settleDoubt(name, pairs, others, alone: alone ? wanted : nil)
+        let point = try common(name, pairs, wanted)
+        var report: FailoverReport?
+        for group in pairs { report = try await failOver(group, point) ?? report }
+        guard var report else { throw Refusal("group '\(name)' has no volumes at '\(home.configuration.site)' yet") }
+        report.behind = await lead(others, name, point, committed: newestCommitted(pairs))
+        return report
+    }
+
+    private func otherRemotes(_ pairs: [GroupState]) -> [String] {
+        let configured = pairs.flatMap { $0.entry.several?.remotes ?? [] }
+        let told = pairs.flatMap { $0.record.coordination?.places ?? [] }.map(\.remote)
+        return Set(configured + told).subtracting([home.configuration.site]).sorted()
+    }
+
+    private func newestCommitted(_ pairs: [GroupState]) -> UInt64 {
+        pairs.compactMap { $0.record.points.last { $0.isBase != true }?.number }.max() ?? 0
+    }
+
+    /// - Returns: what each remote that answers says; nil for one that does not.
+    private func ask(_ remotes: [String], _ name: String, about number: UInt64?) async -> [String: TestimonyReply?] {
+        let call = TestimonyCall(site: home.configuration.site, number: number)
+        let peers = home.configuration.peers
+        return await withTaskGroup(of: (String, TestimonyReply?).self) { tasks in
+            for remote in remotes {
+                guard let address = peers[remote]?.control else { continue }
+                tasks.addTask {
+                    let client = ControlClient(address: address)
+                    let reply: TestimonyReply? = try? await client.call(
+                        Endpoints.testify, name, body: call, seconds: Self.testimonySeconds)
+                    return (remote, reply)
+                }
+            }
+            var found: [String: TestimonyReply?] = Dictionary(uniqueKeysWithValues: remotes.map { ($0, nil) })
+            for await (remote, reply) in tasks { found[remote] = reply }
+            return found
+        }
+    }
+
+    private static let testimonySeconds: Int64 = 5
+
+    /// Where another remote has failed over already, this one goes to the same point.
+    private func agree(
+        _ name: String, _ wanted: UInt64?, _ stands: [String: TestimonyReply?]
+    ) throws -> UInt64? {
+        for (remote, reply) in stands {
+            guard let point = reply?.pairs.compactMap(\.failedOver).first else { continue }
+            guard wanted == nil || wanted == point else {
+                throw Refusal(
+                    "group '\(name)': '\(remote)' has failed over to point \(point); point \(wanted!) here would not match it. "
+                        + "`farcopy failover \(name) --alone \(wanted!)` does it all the same")
+            }
+            return point
+        }
+        return wanted
+    }
+
+    /// Of every pair that has prepared a point, whether that counts.
+    private func settleDoubt(_ name: String, _ pairs: [GroupState], _ others: [String], alone: UInt64?) async throws {
+        for group in pairs {
+            guard let number = group.record.coordination?.prepared?.number else { continue }
+            if let alone {
+                try await settle(group, number, forward: alone == number)
+                continue
+            }
+            // Its own promise comes first.
+            _ = try await run(.question(number), group)
+            let isForward = try await isCommitted(number, name, pairs.filter { $0 !== group }, others)
+            try await settle(group, number, forward: isForward)
+        }
+    }
+
+    private func isCommitted(
+        _ number: UInt64, _ name: String, _ local: [GroupState], _ others: [String]
+    ) async throws -> Bool {
+        var testimonies: [Testimony] = []
+        for group in local { testimonies += [try await run(.question(number), group).testimony].compactMap { $0 } }
+        let replies = await ask(others, name, about: number)
+        for reply in replies.values { testimonies += reply?.pairs.compactMap(\.testimony) ?? [] }
+        if testimonies.contains(.committed) { return true }
+        if testimonies.contains(.refuses(prepared: false)) { return false }
+        let silent = replies.filter { $0.value == nil }.keys.sorted()
+        guard silent.isEmpty else {
+            let names = silent.map { "'\($0)'" }.joined(separator: ", ")
+            let committed = newestCommitted(try home.pairs(name))
+            throw Refusal(
+                "group '\(name)': point \(number) is in doubt: it is prepared here, and \(names), which may have committed it, cannot "
+                    + "be reached. Bring \(names) back and try again; or choose: `farcopy failover \(name) --alone \(number)` takes "
+                    + "it, `--alone \(committed)` drops it. If \(names) went the other way, what is there does not match what is here"
+            )
+        }
+        return false
+    }
+
+    private func settle(_ group: GroupState, _ number: UInt64, forward: Bool) async throws {
+        let epoch = group.record.coordination?.epoch ?? 0
+        let request: RemoteRequest = forward ? .commit(number, others: true) : .drop(number)
+        _ = try await run(.request(Stamped(epoch: epoch, request), formedAt: 0, places: nil), group)
+        home.note(
+            group.entry.name,
+            forward
+                ? "point \(number) counts: another remote has committed it"
+                : "point \(number) is dropped: nobody has committed it")
+    }
+
+    /// The point that all pairs here have.
+    private func common(_ name: String, _ pairs: [GroupState], _ wanted: UInt64?) throws -> UInt64 {
+        let pairs = pairs.filter { !$0.entry.volumes.isEmpty }
+        if let wanted { return wanted }
+        let newest = pairs.map { $0.record.failedOver?.point ?? $0.record.newestReadable?.number ?? 0 }
+        guard let least = newest.min(), least > 0 else {
+            throw Refusal(
+                "group '\(name)' at '\(home.configuration.site)' has no recovery point yet: its first copy is not complete"
+            )
+        }
+        return least
+    }
+
+    private func failOver(_ group: GroupState, _ point: UInt64) async throws -> FailoverReport? {
+        guard !group.entry.volumes.isEmpty else { return nil }
+        return try await intake.failover(group, point: point)
+    }
+
+    /// - Returns: remotes that have not followed, and why.
+    private func lead(_ others: [String], _ name: String, _ point: UInt64, committed: UInt64) async -> [String] {
+        var behind: [String] = []
+        for remote in others {
+            guard let address = home.configuration.peers[remote]?.control else { continue }
+            do {
+                let call = LeadCall(site: home.configuration.site, point: point, committed: committed)
+                _ = try await ControlClient(address: address).call(Endpoints.lead, name, body: call) as Done
+            } catch {
+                behind.append(
+                    "'\(remote)' has not followed (\(error)); `farcopy failover \(name)` there goes to point \(point) as well"
+                )
+            }
+        }
+        return behind
+    }
+
+    /// Another remote has failed over, and leads this one to the same point.
+    package func follow(_ name: String, _ call: LeadCall) async throws {
+        let pairs = try home.pairs(name)
+        guard otherRemotes(pairs).contains(call.site) else {
+            throw Refusal(
+                "'\(call.site)' is no other remote of group '\(name)' at '\(home.configuration.site)'", .refused)
+        }
+        for group in pairs where !group.entry.volumes.isEmpty {
+            if let done = group.record.failedOver?.point {
+                guard done == call.point else {
+                    throw Refusal(
+                        "group '\(name)' at '\(home.configuration.site)' has failed over to point \(done) already",
+                        .refused)
+                }
+                continue
+            }
+            if let number = group.record.coordination?.prepared?.number {
+                try await settle(group, number, forward: number <= call.committed)
+            }
+            _ = try await intake.failover(group, point: call.point)
+            home.note(group.entry.name, "'\(call.site)' leads the group to point \(call.point)")
+        }
+    }
+}
