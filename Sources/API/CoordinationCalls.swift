@@ -5,12 +5,13 @@ import Groups
 /// The coordinator asks a host.
 package struct HostCall: Codable, Sendable {
     package var site: String
+    package var pair: String
     package var message: HostMessage
     /// The answer may come when the host has drained the point.
     package var waits: Bool
 
-    package init(site: String, message: HostMessage, waits: Bool) {
-        (self.site, self.message, self.waits) = (site, message, waits)
+    package init(site: String, pair: String, message: HostMessage, waits: Bool) {
+        (self.site, self.pair, self.message, self.waits) = (site, pair, message, waits)
     }
 }
 
@@ -20,24 +21,34 @@ package struct HostReply: Codable, Sendable {
     package init(answer: Stamped<HostAnswer>?) { self.answer = answer }
 }
 
+/// The coordinator asks how a host stands.
+package struct SurveyCall: Codable, Sendable {
+    package var site: String
+    package var pair: String
+
+    package init(site: String, pair: String) { (self.site, self.pair) = (site, pair) }
+}
+
 /// How a host stands before a point.
 package struct HostStanding: Codable, Sendable {
     package var survey: Survey
     /// The site that it mirrors to.
-    package var remote: String
+    package var peer: String
 
-    package init(survey: Survey, remote: String) { (self.survey, self.remote) = (survey, remote) }
+    package init(survey: Survey, peer: String) { (self.survey, self.peer) = (survey, peer) }
 }
 
 /// The coordinator asks a remote.
 package struct RemoteCall: Codable, Sendable {
     package var site: String
+    /// For this site; another passes it on.
+    package var to: String
     package var pair: String
     package var places: [PairPlace]
     package var message: RemoteMessage
 
-    package init(site: String, pair: String, places: [PairPlace], message: RemoteMessage) {
-        (self.site, self.pair, self.places, self.message) = (site, pair, places, message)
+    package init(site: String, to: String, pair: String, places: [PairPlace], message: RemoteMessage) {
+        (self.site, self.to, self.pair, self.places, self.message) = (site, to, pair, places, message)
     }
 }
 
@@ -69,6 +80,18 @@ package struct TestimonyReply: Codable, Sendable {
     }
     package var pairs: [Pair]
     package init(pairs: [Pair]) { self.pairs = pairs }
+}
+
+/// A pair that hands over waits for the others.
+package struct MeetCall: Codable, Sendable {
+    package var site: String
+    package var pair: String
+    /// How far the handover is (`HandOver`).
+    package var place: Int
+
+    package init(site: String, pair: String, place: Int) {
+        (self.site, self.pair, self.place) = (site, pair, place)
+    }
 }
 
 /// A remote that has failed over leads the others to the same point.

@@ -31,7 +31,7 @@ package struct APICall: Sendable, Equatable {
 
     /// Words behind the `?` of a URL.
     package enum Query: String, Sendable {
-        case group, wait, isolated, point, alone, discard, bytes, repair, rate, operation, volumes, volume, from
+        case group, wait, isolated, point, alone, led, discard, bytes, repair, rate, operation, volumes, volume, from
         case fromImage = "from_image"
     }
 

@@ -15,14 +15,15 @@ package enum Endpoints {
         .get, "/v1/flashcopies/{name}", .anyone, .volumes)
     package static let previewResync = Endpoint<Nothing, ResyncReport>(
         .get, "/v1/groups/{group}/resync", .operator, .discard)
-    package static let previewFailback = Endpoint<Nothing, ResyncReport>(.get, "/v1/groups/{group}/failback", .operator)
+    package static let previewFailback = Endpoint<Nothing, ResyncReport>(
+        .get, "/v1/groups/{group}/failback", .operator, .led)
 
     // Mirroring.
     package static let cycle = Endpoint<Nothing, CycleAnswer>(
         .post, "/v1/groups/{group}/cycle", .operator, seconds: 7 * day, .wait)
-    package static let suspend = Endpoint<Nothing, Done>(.post, "/v1/groups/{group}/suspend", .operator)
+    package static let suspend = Endpoint<Nothing, Done>(.post, "/v1/groups/{group}/suspend", .operator, .led)
     package static let resume = Endpoint<Nothing, Done>(
-        .post, "/v1/groups/{group}/resume", .operator, .isolated, .fromImage)
+        .post, "/v1/groups/{group}/resume", .operator, .isolated, .fromImage, .led)
     package static let rate = Endpoint<Nothing, Done>(.post, "/v1/groups/{group}/rate", .operator, .bytes)
     package static let verify = Endpoint<Nothing, VerifyReport>(
         .post, "/v1/groups/{group}/verify", .operator, seconds: 30 * day, .repair, .rate)
@@ -34,9 +35,9 @@ package enum Endpoints {
     package static let failover = Endpoint<Nothing, FailoverReport>(
         .post, "/v1/groups/{group}/failover", .operator, seconds: 600, .point, .alone)
     package static let switchover = Endpoint<Nothing, StatusReport.PointReport>(
-        .post, "/v1/groups/{group}/switchover", .operator, seconds: 7 * day)
+        .post, "/v1/groups/{group}/switchover", .operator, seconds: 7 * day, .led)
     package static let failback = Endpoint<Nothing, StatusReport.PointReport>(
-        .post, "/v1/groups/{group}/failback", .operator, seconds: 365 * day)
+        .post, "/v1/groups/{group}/failback", .operator, seconds: 365 * day, .led)
     package static let resync = Endpoint<Nothing, ResyncReport>(
         .post, "/v1/groups/{group}/resync", .operator, seconds: 7 * day, .discard)
     package static let practice = Endpoint<Nothing, [FlashCopyReport]>(
@@ -76,11 +77,12 @@ package enum Endpoints {
     package static let unpin = Endpoint<PinRequest, Done>(.post, "/v1/peer/groups/{group}/unpin", .peer)
 
     // Between the sites of a group with several hosts or remotes.
-    package static let hostSurvey = Endpoint<Nothing, HostStanding>(.post, "/v1/peer/groups/{group}/survey", .peer)
+    package static let survey = Endpoint<SurveyCall, HostStanding>(.post, "/v1/peer/groups/{group}/survey", .peer)
     package static let askHost = Endpoint<HostCall, HostReply>(.post, "/v1/peer/groups/{group}/host", .peer)
     package static let askRemote = Endpoint<RemoteCall, RemoteReply>(.post, "/v1/peer/groups/{group}/remote", .peer)
     package static let testify = Endpoint<TestimonyCall, TestimonyReply>(
         .post, "/v1/peer/groups/{group}/testimony", .peer)
+    package static let meet = Endpoint<MeetCall, Done>(.post, "/v1/peer/groups/{group}/meet", .peer, seconds: 90)
     package static let lead = Endpoint<LeadCall, Done>(.post, "/v1/peer/groups/{group}/lead", .peer, seconds: 300)
 
     package static let all: [APICall] = [
@@ -93,6 +95,6 @@ package enum Endpoints {
         standing.call, openSession.call, commit.call, checksums.call, yield.call, changes.call, promote.call,
         untracked.call,
         pin.call, unpin.call,
-        hostSurvey.call, askHost.call, askRemote.call, testify.call, lead.call,
+        survey.call, askHost.call, askRemote.call, testify.call, meet.call, lead.call,
     ]
 }

@@ -72,6 +72,9 @@ package struct ControlServer: Sendable {
     }
 
     private func addGroups(_ routes: inout Routes) {
+        @Sendable func said(_ done: String, _ missed: [String]) -> String {
+            missed.isEmpty ? done : "\(done) here; not told: \(missed.joined(separator: ", "))"
+        }
         routes.serve(Endpoints.dropPoints) { try await $0.site.removal.dropPoints($0.name, $0.body) }
         routes.serve(Endpoints.cycle) { asked in
             if asked[.wait] != "false" { return .committed(try await asked.site.replication.cycle(asked.name)) }
@@ -79,14 +82,17 @@ package struct ControlServer: Sendable {
             return .asked(Done(done: "a point was asked for"))
         }
         routes.serve(Endpoints.suspend) { asked in
-            try await asked.site.replication.suspend(asked.name)
-            return Done(done: "suspended")
+            let missed = try await asked.site.coordination.setSuspended(
+                asked.name, true, isLed: asked[.led] == "true")
+            return Done(done: said("suspended", missed))
         }
         routes.serve(Endpoints.resume) { asked in
             if asked[.isolated] == "true" {
                 try await asked.site.standings.resumeIsolated(asked.name)
             } else {
-                try await asked.site.replication.resume(asked.name, fromImage: asked[.fromImage] == "true")
+                let missed = try await asked.site.coordination.setSuspended(
+                    asked.name, false, fromImage: asked[.fromImage] == "true", isLed: asked[.led] == "true")
+                return Done(done: said("resumed", missed))
             }
             return Done(done: "resumed")
         }
@@ -122,9 +128,15 @@ package struct ControlServer: Sendable {
         }
         routes.serve(Endpoints.previewResync) { try await $0.site.roles.previewResync($0.name, discard: try loser($0)) }
         routes.serve(Endpoints.resync) { try await $0.site.roles.resync($0.name, discard: try loser($0)) }
-        routes.serve(Endpoints.switchover) { try await $0.site.roles.switchover($0.name) }
-        routes.serve(Endpoints.previewFailback) { try await $0.site.roles.previewFailback($0.name) }
-        routes.serve(Endpoints.failback) { try await $0.site.roles.failback($0.name) }
+        routes.serve(Endpoints.switchover) {
+            try await $0.site.roles.switchover($0.name, isLed: $0[.led] == "true")
+        }
+        routes.serve(Endpoints.previewFailback) {
+            try await $0.site.roles.previewFailback($0.name, isLed: $0[.led] == "true")
+        }
+        routes.serve(Endpoints.failback) {
+            try await $0.site.roles.failback($0.name, isLed: $0[.led] == "true")
+        }
         routes.serve(Endpoints.practice) { try await $0.site.practice.practice($0.name, point: $0[.point]) }
         routes.serve(Endpoints.endPractice) { asked in
             try await asked.site.practice.endPractice(asked.name)
@@ -162,10 +174,14 @@ package struct ControlServer: Sendable {
             try await asked.site.distrust.noteUntracked(asked.name, asked.body)
             return Done(done: "noted")
         }
-        routes.serve(Endpoints.hostSurvey) { try await $0.site.coordination.survey($0.name) }
+        routes.serve(Endpoints.survey) { try await $0.site.coordination.survey($0.name, $0.body) }
         routes.serve(Endpoints.askHost) { try await $0.site.coordination.askHost($0.name, $0.body) }
         routes.serve(Endpoints.askRemote) { try await $0.site.coordination.askRemote($0.name, $0.body) }
         routes.serve(Endpoints.testify) { try await $0.site.coordination.testify($0.name, $0.body) }
+        routes.serve(Endpoints.meet) { asked in
+            try await asked.site.coordination.meet(asked.name, asked.body)
+            return Done(done: "all are there")
+        }
         routes.serve(Endpoints.lead) { asked in
             try await asked.site.coordination.follow(asked.name, asked.body)
             return Done(done: "failed over")

@@ -171,7 +171,11 @@ package struct Cycle {
     /// Several hosts: `run` was said, and acknowledgements are just let go.
     var runs: HostMessage?
     /// Several hosts, at the coordinator: why points are not formed; nil while they are.
-    package internal(set) var holdUp: String?
+    package internal(set) var holdUp: String? {
+        didSet { if (holdUp == nil) != (oldValue == nil) { heldUpSince = nil } }
+    }
+    var heldUpSince: UInt64?
+    var isQuiet = false
     /// When a remote has committed the last point, in seconds since 1970, and how many points were given up since.
     var committedAt: Double?
     var pauses = 0

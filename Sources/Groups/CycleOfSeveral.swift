@@ -70,7 +70,12 @@ extension Cycle {
     package var coordinates: Bool { if case .several(_, _, true) = settings.part { true } else { false } }
     private var ownIndex: Int { if case .several(_, let index, _) = settings.part { index } else { 0 } }
     /// The coordinator here may begin a point.
-    var mayBegin: Bool { !isOfSeveral || (coordinates && coordinator.state == .idle) }
+    var mayBegin: Bool { !isOfSeveral || (coordinates && coordinator.state == .idle && !isQuiet) }
+    /// No point begins, and none is under way that this site knows of.
+    package var isAtRest: Bool {
+        guard isOfSeveral, isQuiet else { return true }
+        return participant.state == .idle && (!coordinates || coordinator.state == .idle)
+    }
     package static let busyVolume = "a volume is being restored, or has not given up the last point yet"
     private static let longestPause: UInt64 = 1_000_000_000
 
@@ -90,8 +95,10 @@ extension Cycle {
 
     mutating func surveyed(_ survey: Survey, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         state = .idle
+        guard !isQuiet else { return Turn() }
         if let problem = survey.problem {
             holdUp = problem
+            heldUpSince = heldUpSince ?? now
             notBefore = now + Self.longestPause
             return Turn()
         }
@@ -339,6 +346,7 @@ extension Cycle {
             return Turn()
         case .givesUp(let number, let reason):
             holdUp = "point \(number) was given up: \(reason)"
+            heldUpSince = heldUpSince ?? now
             requested = true  // whoever asked for it still waits
             notBefore = now + min(Self.readyRetry << UInt64(min(pauses, 10)), Self.longestPause)
             pauses += 1
@@ -356,6 +364,10 @@ extension Cycle {
         if case .committed = answer.body, let time { committedAt = time }
         return tell(.remote(remote, answer), &record, now) + goOnIfIdle(&record, now)
     }
+
+    /// Whoever waits for a point is told why there is none.
+    package func isHeldUpForLong(_ now: UInt64) -> Bool { heldUpSince.map { now - $0 > Self.longestHoldUp } ?? false }
+    private static let longestHoldUp: UInt64 = 5_000_000_000
 
     /// Whether this host drains the point: then the answer to `run` may wait until it has.
     package func isDraining(_ number: UInt64) -> Bool { participant.state == .draining(number) }

@@ -70,6 +70,9 @@ package struct Group {
         return .saved() + turn
     }
 
+    /// No point of several hosts begins from here; or they do again.
+    package mutating func setQuiet(_ isQuiet: Bool) { cycle?.isQuiet = isQuiet }
+
     package mutating func adapt(_ pace: MovePace) { cycle?.pace = pace }
 
     /// The number that a point formed for a request made now will have at least.

@@ -51,6 +51,10 @@ package final class GroupHandle: Sendable {
         /// Of this host, for the coordinator here.
         case ownSurvey(Survey, epoch: UInt64)
         case callEnded(host: Int?, remote: Int?)
+        /// No point begins; answered when none is under way.
+        case quiet(Bool, @Sendable () -> Void)
+        /// What those who wait for a point hear.
+        case noPoint(String)
         case change(GroupChange, @Sendable ((any Error)?) -> Void)
         case settle(@Sendable ((any Error)?) -> Void)
         case wait(Alongside?, @Sendable (Result<PointRecord, ReplicationRefusal>) -> Void)
@@ -138,6 +142,9 @@ package final class GroupHandle: Sendable {
     }
 
     // MARK: Several hosts
+
+    /// No point of several hosts begins from here any more, and none is under way when this returns; or they begin again.
+    package func setQuiet(_ isQuiet: Bool) async { await until { .quiet(isQuiet, $0) } }
 
     /// The group's coordinator asks this host.
     ///

@@ -35,6 +35,7 @@ final class GroupThread {
         var answer: @Sendable (Stamped<HostAnswer>?) -> Void
     }
     private var questions: [Question] = []
+    private var quietWaiters: [@Sendable () -> Void] = []
     private static let questionLimit = 32
     private static let questionPatience: UInt64 = 1_000_000_000
 
@@ -103,6 +104,8 @@ final class GroupThread {
             case .asked(let message, let waits, let answer): asked(message, waits: waits, answer)
             case .surveyed(let answer): survey(answer)
             case .ownSurvey(let survey, let asker): replicator?.surveyed(survey, asker)
+            case .quiet(let isQuiet, let done): setQuiet(isQuiet, done)
+            case .noPoint(let reason): refuseWaiters(reason)
             case .callEnded(let host, let remote): replicator?.callEnded(host: host, remote: remote)
             case .marked(let asker): replicator?.marked(asker)
             case .released(let changed, let used, let asker): replicator?.released(changed, used, asker)
@@ -220,6 +223,18 @@ final class GroupThread {
         }
     }
 
+    private func setQuiet(_ isQuiet: Bool, _ done: @escaping @Sendable () -> Void) {
+        group.setQuiet(isQuiet)
+        quietWaiters.append(done)
+        handle(.tick)
+    }
+
+    private func tellQuiet() {
+        guard group.cycle?.isAtRest != false else { return }
+        for waiter in quietWaiters { waiter() }
+        quietWaiters = []
+    }
+
     private func survey(_ answer: @escaping @Sendable (Survey) -> Void) {
         guard let replicator, let cycle = group.cycle else {
             return answer(Survey(changed: false, problem: "it does not mirror", highest: group.record.highestPoint))
@@ -242,6 +257,12 @@ final class GroupThread {
         }
         waiters.append(Waiter(number: group.nextNumber, alongside: alongside, answer: answer))
         handle(.request)
+        if !cycle.coordinates { replicator?.askForPoint() }
+    }
+
+    private func refuseWaiters(_ reason: String) {
+        for waiter in waiters { waiter.answer(.failure(ReplicationRefusal(reason))) }
+        waiters = []
     }
 
     /// What is to be done in the instant of a point.
@@ -253,6 +274,7 @@ final class GroupThread {
         let (record, isUnsaved, state, reason) = (
             group.record, group.isUnsaved, group.shownState, group.cycle?.suspension
         )
+        tellQuiet()
         let (holdUp, coordinates) = (group.cycle?.holdUp, group.cycle?.coordinates == true)
         handle.snapshot.withLock { status in
             (status.record, status.isUnsaved) = (record, isUnsaved)
@@ -268,11 +290,7 @@ final class GroupThread {
             }
             waiters.removeAll { $0.number <= committed.number }
         }
-        if let reason {
-            for waiter in waiters {
-                waiter.answer(.failure(ReplicationRefusal("the group is suspended: \(reason)")))
-            }
-            waiters = []
-        }
+        if let reason { refuseWaiters("the group is suspended: \(reason)") }
+        if let holdUp, group.cycle?.isHeldUpForLong(monotonicNanoseconds()) == true { refuseWaiters(holdUp) }
     }
 }

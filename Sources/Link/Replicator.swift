@@ -85,15 +85,17 @@ package final class Replicator {
         package var refused: @Sendable () -> Void
         /// Several hosts, where points are formed from here.
         package var others: (any CoordinationClient)?
+        /// Several hosts, where points are formed from elsewhere: asks for one, and says why that was not possible.
+        package var asksForPoint: (@Sendable () async -> String?)?
 
         package init(
             settings: Cycle.Settings, volumes: [ReplicatedVolume],
             address: Address, tls: LinkTLS, peer: any PeerClient, connectionsPerVolume: Int,
             compare: ComparePolicy, stallTimeout: Double, rate: UInt64,
             log: @escaping @Sendable (String) -> Void, refused: @escaping @Sendable () -> Void,
-            others: (any CoordinationClient)? = nil
+            others: (any CoordinationClient)? = nil, asksForPoint: (@Sendable () async -> String?)? = nil
         ) {
-            self.others = others
+            (self.others, self.asksForPoint) = (others, asksForPoint)
             self.settings = settings
             self.volumes = volumes
             self.address = address
@@ -127,6 +129,7 @@ package final class Replicator {
     private var lastFigures: UInt64 = 0
     private var bytesAtFigures: UInt64 = 0
     private var lastState = ""
+    private var lastHoldUp: String?
     private static let connectSeconds: UInt64 = 10
     /// When the peer was asked for the commit that it has not answered; 0 = for none.
     private var commitAskedAt: UInt64 = 0
@@ -331,6 +334,13 @@ package final class Replicator {
     func endCoordination() {
         conversations?.end()
         letGo()
+    }
+
+    /// Somebody here waits for a point, which is formed from elsewhere.
+    func askForPoint() {
+        guard let asks = configuration.asksForPoint else { return }
+        let mailbox = group.mailbox
+        Task { if let problem = await asks() { mailbox.send(.noPoint(problem)) } }
     }
 
     func callEnded(host: Int?, remote: Int?) { conversations?.ended(host: host, remote: remote) }
@@ -575,6 +585,10 @@ package final class Replicator {
         if "\(state.rawValue) \(reason ?? "")" != lastState {
             lastState = "\(state.rawValue) \(reason ?? "")"
             configuration.log(reason.map { "\(state.rawValue): \($0)" } ?? state.rawValue)
+        }
+        if status.holdUp != lastHoldUp {
+            lastHoldUp = status.holdUp
+            configuration.log(lastHoldUp.map { "no points: \($0)" } ?? "points are formed again")
         }
         let now = monotonicNanoseconds()
         if now - lastFigures > 1_000_000_000 {

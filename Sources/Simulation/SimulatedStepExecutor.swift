@@ -87,7 +87,7 @@ final class SimulatedStepExecutor: PartOfSite {
         case .flushVolumes(let names):
             if fault != .skipFlushes { for name in names { files[Int(name)!].flush() } }
             done(.done)
-        case .dropPointFiles: done(.failed(UnexpectedAnswer(action, "one remote")))
+        case .dropPointFiles, .meet, .quiet: done(.failed(UnexpectedAnswer(action, "one remote")))
         case .makePointFiles(let plan):
             site.order += CopyRecord.orderStep
             for index in 0..<World.volumes where plan.point.hasFiles(of: "\(index)") {

@@ -17,37 +17,81 @@ package final class Coordination {
     private let steps: StepExecutor
     private let intake: Intake
     private let peers: Peers
+    private let replication: Replication
 
-    init(_ home: Holdings, _ steps: StepExecutor, _ intake: Intake, _ peers: Peers) {
-        (self.home, self.steps, self.intake, self.peers) = (home, steps, intake, peers)
+    init(_ home: Holdings, _ steps: StepExecutor, _ intake: Intake, _ peers: Peers, _ replication: Replication) {
+        (self.home, self.steps, self.intake, self.peers, self.replication) = (home, steps, intake, peers, replication)
     }
 
     // MARK: A host
 
-    /// The pair of which this site is a host of several.
-    private func host(_ name: String) throws -> GroupState {
-        guard let group = try home.pairs(name).first(where: { $0.entry.several?.hosts.isEmpty == false }) else {
-            throw Refusal("group '\(name)' at '\(home.configuration.site)' has no several hosts", .refused)
+    /// The pair that a coordinator at another site asks.
+    private func host(_ name: String, _ pair: String, askedBy site: String) throws -> GroupState {
+        let group = try self.pair(name, pair)
+        guard group.fellows.contains(site) else {
+            throw Refusal(
+                "'\(site)' does not coordinate group '\(name)', as '\(home.configuration.site)' knows it", .refused)
         }
         return group
     }
 
-    package func survey(_ name: String) async throws -> HostStanding {
-        let group = try host(name)
-        return HostStanding(survey: await group.handle.survey(), remote: group.entry.peer)
+    package func survey(_ name: String, _ call: SurveyCall) async throws -> HostStanding {
+        let group = try host(name, call.pair, askedBy: call.site)
+        return HostStanding(survey: await group.handle.survey(), peer: group.entry.peer)
     }
 
     package func askHost(_ name: String, _ call: HostCall) async throws -> HostReply {
-        let group = try host(name)
-        guard group.entry.several?.hosts.contains(call.site) == true else {
-            throw Refusal("'\(call.site)' is no host of group '\(name)' at '\(home.configuration.site)'", .refused)
-        }
+        let group = try host(name, call.pair, askedBy: call.site)
         return HostReply(answer: await group.handle.asked(call.message, waits: call.waits))
+    }
+
+    // MARK: The whole group
+
+    /// A pair at another site waits for the others here.
+    package func meet(_ name: String, _ call: MeetCall) async throws {
+        let pairs = try home.pairs(name)
+        guard fellows(pairs).contains(call.site), let all = pairs[0].pairNames, (0...3).contains(call.place) else {
+            throw Refusal(
+                "'\(call.site)' is no other site of group '\(name)' at '\(home.configuration.site)'", .refused)
+        }
+        try await home.meetings.meet(name, call.pair, place: call.place, all: all)
+    }
+
+    /// Suspends mirroring at all sites that mirror the group, or takes it up again.
+    ///
+    /// - Parameter isLed: another site has asked, and asks the others itself.
+    /// - Returns: sites that could not be told.
+    package func setSuspended(
+        _ name: String, _ isSuspended: Bool, fromImage: Bool = false, isLed: Bool
+    ) async throws -> [String] {
+        if isSuspended {
+            try replication.suspend(name)
+        } else {
+            try await replication.resume(name, fromImage: fromImage)
+        }
+        guard !isLed else { return [] }
+        var missed: [String] = []
+        for fellow in fellows(try home.pairs(name)) {
+            guard let address = home.configuration.peers[fellow]?.control else { continue }
+            let client = ControlClient(address: address)
+            do {
+                if isSuspended {
+                    _ = try await client.call(Endpoints.suspend, name, [.led: "true"])
+                } else {
+                    _ = try await client.call(
+                        Endpoints.resume, name, [.led: "true", .fromImage: fromImage ? "true" : "false"])
+                }
+            } catch {
+                missed.append("'\(fellow)' (\(error))")
+            }
+        }
+        return missed
     }
 
     // MARK: A remote
 
     package func askRemote(_ name: String, _ call: RemoteCall) async throws -> RemoteReply {
+        guard call.to == home.configuration.site else { return try await passOn(name, call) }
         let group = try pair(name, call.pair)
         let number = call.message.request.body.number
         guard number <= PointRecord.highestNumber,
@@ -61,6 +105,15 @@ package final class Coordination {
         } catch let refusal as TakeoverRefusal {
             throw Refusal("group '\(group.entry.name)': \(refusal)", .refused)
         }
+    }
+
+    /// The coordinator's site does not know the remote; this one, which mirrors to it, does.
+    private func passOn(_ name: String, _ call: RemoteCall) async throws -> RemoteReply {
+        let group = try host(name, call.pair, askedBy: call.site)
+        guard group.entry.peer == call.to else {
+            throw Refusal("'\(call.to)' is not the peer of '\(home.configuration.site)' in group '\(name)'", .refused)
+        }
+        return try await peers.callPeer(group, Endpoints.askRemote, body: call)
     }
 
     private func pair(_ name: String, _ pair: String) throws -> GroupState {
@@ -120,7 +173,7 @@ package final class Coordination {
             return try await intake.failover(name, point: wanted)
         }
         if alone, wanted == nil { throw Refusal("say which point: --alone POINT", .misuse) }
-        let others = alone ? [] : otherRemotes(pairs)
+        let others = alone ? [] : fellows(pairs)
         let stands = await ask(others, name, about: nil)
         let wanted = try agree(name, wanted, stands)
         try await settleDoubt(name, pairs, others, alone: alone ? wanted : nil)
@@ -132,10 +185,9 @@ package final class Coordination {
         return report
     }
 
-    private func otherRemotes(_ pairs: [GroupState]) -> [String] {
-        let configured = pairs.flatMap { $0.entry.several?.remotes ?? [] }
-        let told = pairs.flatMap { $0.record.coordination?.places ?? [] }.map(\.remote)
-        return Set(configured + told).subtracting([home.configuration.site]).sorted()
+    /// Without this site.
+    private func fellows(_ pairs: [GroupState]) -> [String] {
+        Set(pairs.flatMap(\.fellows)).subtracting([home.configuration.site]).sorted()
     }
 
     private func newestCommitted(_ pairs: [GroupState]) -> UInt64 {
@@ -266,7 +318,7 @@ package final class Coordination {
     /// Another remote has failed over, and leads this one to the same point.
     package func follow(_ name: String, _ call: LeadCall) async throws {
         let pairs = try home.pairs(name)
-        guard otherRemotes(pairs).contains(call.site) else {
+        guard fellows(pairs).contains(call.site) else {
             throw Refusal(
                 "'\(call.site)' is no other remote of group '\(name)' at '\(home.configuration.site)'", .refused)
         }

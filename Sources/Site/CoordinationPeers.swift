@@ -1,4 +1,6 @@
 // CoordinationPeers.swift: how the coordinator of a group with several hosts asks the other hosts, and the remotes, over their control APIs.
+//
+// A host of the group is a site that is primary of a pair just now: after a failover the remotes are.
 
 import API
 import Base
@@ -10,25 +12,35 @@ import Synchronization
 final class CoordinationPeers: CoordinationClient {
     private let group: String
     private let site: String
-    private let several: Configuration.SeveralEntry
+    /// By name, in the coordinator's order.
+    private let pairs: [String]
+    private let ownPair: String
+    /// Pairs are named by the sites that are primary.
+    private let isForward: Bool
     private let peers: [String: Configuration.PeerEntry]
-    /// Which remote each host mirrors to, as they have said.
+    /// Which remote each pair has, as the hosts have said.
     private let remotes: Mutex<[String: String]>
+    private let local: @Sendable (String) async -> GroupHandle?
     private let learned: @Sendable ([PairPlace]) async -> Void
     private static let surveySeconds: Int64 = 2
     private static let hostSeconds: Int64 = 5
 
     /// - Parameters:
+    ///   - pairs: all of the group's, by name.
     ///   - places: as they were said last.
-    ///   - learned: is told when all are known, and some are others than before.
+    ///   - local: another pair of this site.
+    ///   - learned: is told where the pairs are, once all have said so.
     init(
-        _ entry: Configuration.GroupEntry, _ several: Configuration.SeveralEntry, site: String,
+        _ entry: Configuration.GroupEntry, pairs: [String], isForward: Bool, site: String,
         peers: [String: Configuration.PeerEntry], places: [PairPlace],
+        local: @escaping @Sendable (String) async -> GroupHandle?,
         learned: @escaping @Sendable ([PairPlace]) async -> Void
     ) {
-        (group, self.several, self.site, self.peers, self.learned) = (entry.group, several, site, peers, learned)
+        (group, self.pairs, self.isForward) = (entry.group, pairs, isForward)
+        (self.site, self.peers, self.local, self.learned) = (site, peers, local, learned)
+        ownPair = entry.several?.pair ?? ""
         var known = Dictionary(places.map { ($0.host, $0.remote) }, uniquingKeysWith: { first, _ in first })
-        known[site] = entry.peer
+        known[ownPair] = isForward ? entry.peer : site
         remotes = Mutex(known)
     }
 
@@ -37,54 +49,68 @@ final class CoordinationPeers: CoordinationClient {
         return ControlClient(address: address)
     }
 
+    private func primary(_ pair: String) throws -> String { isForward ? pair : try remote(of: pair) }
+    private func secondary(_ pair: String) throws -> String { isForward ? try remote(of: pair) : pair }
+    private func remote(of pair: String) throws -> String {
+        guard let remote = remotes.withLock({ $0[pair] }) else {
+            throw Refusal("'\(pair)' has not said yet which remote it mirrors to", .passing)
+        }
+        return remote
+    }
+
     // MARK: Hosts
 
     func survey() async -> Survey {
         await withTaskGroup(of: (String, HostStanding?, String?).self) { tasks in
-            for host in several.hosts where host != site {
-                tasks.addTask { await self.standing(of: host) }
+            for pair in pairs where pair != ownPair {
+                tasks.addTask { await self.standing(of: pair) }
             }
             var all = Survey(changed: false, problem: nil, highest: 0)
             var problems: [String] = []
-            for await (host, standing, problem) in tasks {
-                if let problem { problems.append("'\(host)': \(problem)") }
+            for await (pair, standing, problem) in tasks {
+                if let problem { problems.append("'\(pair)': \(problem)") }
                 guard let standing else { continue }
-                learn(host, standing.remote)
-                if let problem = standing.survey.problem { problems.append("'\(host)': \(problem)") }
+                if isForward { remotes.withLock { $0[pair] = standing.peer } }
+                if let problem = standing.survey.problem { problems.append("'\(pair)': \(problem)") }
                 all.changed = all.changed || standing.survey.changed
                 all.highest = max(all.highest, min(standing.survey.highest, PointRecord.highestNumber))
             }
-            if problems.isEmpty { await tell() }
+            if problems.isEmpty, let places { await learned(places) }
             all.problem = problems.isEmpty ? nil : problems.sorted().joined(separator: "; ")
             return all
         }
     }
 
-    private func standing(of host: String) async -> (String, HostStanding?, String?) {
+    private func standing(of pair: String) async -> (String, HostStanding?, String?) {
         do {
-            let client = try client(host)
-            return (host, try await client.call(Endpoints.hostSurvey, group, seconds: Self.surveySeconds), nil)
+            let primary = try primary(pair)
+            if primary == site {
+                guard let handle = await local(pair) else { return (pair, nil, "this site has no such pair") }
+                return (pair, HostStanding(survey: await handle.survey(), peer: pair), nil)
+            }
+            let client = try client(primary)
+            let call = SurveyCall(site: site, pair: pair)
+            return (pair, try await client.call(Endpoints.survey, group, body: call, seconds: Self.surveySeconds), nil)
         } catch let refusal as Refusal {
-            return (host, nil, refusal.description)
+            return (pair, nil, refusal.description)
         } catch {
-            return (host, nil, "it cannot be reached (\(error))")
+            return (pair, nil, "it cannot be reached (\(error))")
         }
     }
 
-    private func learn(_ host: String, _ remote: String) { remotes.withLock { $0[host] = remote } }
-
     private var places: [PairPlace]? {
         let known = remotes.withLock { $0 }
-        let places = several.hosts.compactMap { host in known[host].map { PairPlace(host: host, remote: $0) } }
-        return places.count == several.hosts.count ? places : nil
+        let places = pairs.compactMap { pair in known[pair].map { PairPlace(host: pair, remote: $0) } }
+        return places.count == pairs.count ? places : nil
     }
 
-    private func tell() async { if let places { await learned(places) } }
-
     func ask(host: Int, _ message: HostMessage, waits: Bool) async throws -> Stamped<HostAnswer>? {
-        let reply: HostReply = try await client(several.hosts[host]).call(
-            Endpoints.askHost, group, body: HostCall(site: site, message: message, waits: waits),
-            seconds: Self.hostSeconds)
+        let pair = pairs[host]
+        let primary = try primary(pair)
+        if primary == site { return await local(pair)?.asked(message, waits: waits) }
+        let call = HostCall(site: site, pair: pair, message: message, waits: waits)
+        let reply: HostReply = try await client(primary).call(
+            Endpoints.askHost, group, body: call, seconds: Self.hostSeconds)
         return reply.answer
     }
 
@@ -92,9 +118,12 @@ final class CoordinationPeers: CoordinationClient {
 
     func ask(remote: Int, _ message: RemoteMessage) async throws -> (answer: Stamped<RemoteAnswer>, at: Double?) {
         guard let places else { throw Refusal("not every host has said yet which remote it mirrors to", .passing) }
-        let reply: RemoteReply = try await client(places[remote].remote).call(
-            Endpoints.askRemote, group,
-            body: RemoteCall(site: site, pair: places[remote].host, places: places, message: message))
+        let pair = pairs[remote]
+        let secondary = try secondary(pair)
+        // A remote that this site does not know is asked through its host.
+        let through = peers[secondary] != nil ? secondary : try primary(pair)
+        let call = RemoteCall(site: site, to: secondary, pair: pair, places: places, message: message)
+        let reply: RemoteReply = try await client(through).call(Endpoints.askRemote, group, body: call)
         guard let answer = reply.answer else { throw Refusal("the remote's answer makes no sense") }
         return (answer, reply.at.flatMap { (0...PointRecord.latestTime).contains($0) ? $0 : nil })
     }

@@ -36,6 +36,9 @@ final class Holdings {
     var groups: [String: GroupState] = [:]
     /// Operations on FlashCopies come one after the other.
     let copyTurnstile = Turnstile()
+    let meetings = Meetings()
+    /// Groups of which an operation lets none begin on FlashCopies, each for all of its pairs.
+    private var copyHolds: [String: (pairs: Int, entered: Task<Void, Never>)] = [:]
     /// Given back when a failover finds no room.
     var reserve: SpaceReserve
     /// Who waits for something to come about (`Occasions.swift`).
@@ -56,6 +59,22 @@ final class Holdings {
         siteRecord = found ?? SiteRecord(id: randomIdentity())
         reserve = SpaceReserve(directory: configuration.state, bitmapBytes: 0)
         if found == nil { try siteRecordFile.save(siteRecord) }
+    }
+
+    /// Nothing begins on FlashCopies until all pairs that have called this have left.
+    func enterCopies(for group: String) async {
+        if copyHolds[group] == nil {
+            copyHolds[group] = (0, Task { await copyTurnstile.enter() })
+        }
+        copyHolds[group]!.pairs += 1
+        await copyHolds[group]!.entered.value
+    }
+
+    func leaveCopies(of group: String) {
+        guard var hold = copyHolds[group] else { return }
+        hold.pairs -= 1
+        copyHolds[group] = hold.pairs > 0 ? hold : nil
+        if hold.pairs == 0 { copyTurnstile.leave() }
     }
 
     func group(ofVolume name: String) -> GroupState? {

@@ -7,6 +7,7 @@
 import API
 import Base
 import Groups
+import Link
 import Ring
 import SiteConfiguration
 
@@ -22,6 +23,21 @@ extension Configuration.GroupEntry {
     var isPool: Bool { several != nil && peer.isEmpty }
 }
 
+extension GroupState {
+    /// Sites that have what this one has of the group, this one among them: its hosts, or its remotes.
+    var fellows: [String] {
+        guard let several = entry.several else { return [] }
+        guard several.hosts.isEmpty else { return several.hosts.sorted() }
+        return Set(several.remotes + (record.coordination?.places ?? []).map(\.remote)).sorted()
+    }
+
+    /// The group's pairs, by name, in the order in which they are counted; nil when they are not all known yet.
+    var pairNames: [String]? {
+        guard let several = entry.several else { return nil }
+        return several.hosts.isEmpty ? record.coordination?.places?.map(\.host) : several.hosts
+    }
+}
+
 extension Holdings {
     /// All pairs of a group.
     func pairs(_ name: String) throws -> [GroupState] {
@@ -29,6 +45,20 @@ extension Holdings {
         let found = groups.values.filter { $0.entry.group == name && !$0.entry.isPool }
             .sorted { $0.entry.name < $1.entry.name }
         return found.isEmpty ? [try group(name)] : found
+    }
+
+    /// Of the pair with that name.
+    func handle(_ name: String, _ pair: String) -> GroupHandle? {
+        try? pairs(name).first { $0.entry.several?.pair == pair }?.handle
+    }
+
+    /// Asks the pair that coordinates the others, at this site, for a point.
+    func requestPoint(_ name: String) -> Bool {
+        guard let group = try? pairs(name).first(where: { $0.replicator?.status.coordinates == true }) else {
+            return false
+        }
+        group.handle.request()
+        return true
     }
 
     /// The pair with a site.

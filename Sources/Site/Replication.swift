@@ -45,32 +45,69 @@ package final class Replication {
                     home.note(name, text)
                     Task { await home.happened() }
                 },
-                refused: { [whenRefused] in Task { await whenRefused(name) } }, others: others(group)))
+                refused: { [whenRefused] in Task { await whenRefused(name) } }, others: others(group),
+                asksForPoint: asksForPoint(group)))
     }
 
-    /// What this site is to a group with several hosts.
+    /// What this site, as primary, is to a group with several hosts.
     private func part(_ group: GroupState) throws -> Cycle.Part {
-        guard let several = group.entry.several, let index = several.hosts.firstIndex(of: several.pair) else {
+        guard let several = group.entry.several else { return .alone }
+        guard let pairs = group.pairNames, let index = pairs.firstIndex(of: several.pair) else {
+            home.note(
+                group.entry.name,
+                "the group's other hosts are not known here, since no point of theirs has come; points are of this pair alone"
+            )
             return .alone
         }
         return .several(
             try Coordinator.Settings(
-                hosts: several.hosts.count, remotes: several.hosts.count, maxCoordination: several.maxCoordination,
-                hostNames: several.hosts.map { "'\($0)'" },
-                remoteNames: several.hosts.map { "the remote of '\($0)'" }),
-            index: index, coordinates: several.master == home.configuration.site)
+                hosts: pairs.count, remotes: pairs.count, maxCoordination: several.maxCoordination,
+                hostNames: pairs.map { "'\($0)'" }, remoteNames: pairs.map { "the remote of '\($0)'" }),
+            index: index, coordinates: coordinates(group, several))
+    }
+
+    /// The configured master does; where the remotes are primary, the first of them, by the first of its pairs.
+    private func coordinates(_ group: GroupState, _ several: Configuration.SeveralEntry) -> Bool {
+        guard several.hosts.isEmpty else { return several.master == home.configuration.site }
+        let site = home.configuration.site
+        let places = group.record.coordination?.places ?? []
+        return group.fellows.first == site && places.first { $0.remote == site }?.host == several.pair
+    }
+
+    /// Where points are formed from another site, or another pair of this one: how that is asked for one.
+    private func asksForPoint(_ group: GroupState) -> (@Sendable () async -> String?)? {
+        guard let several = group.entry.several, !coordinates(group, several) else { return nil }
+        let (name, site) = (group.entry.group, home.configuration.site)
+        let master = several.hosts.isEmpty ? group.fellows.first ?? site : several.master ?? site
+        if master == site {
+            return { [home] in
+                await home.requestPoint(name) ? nil : "the pair that coordinates the group does not mirror"
+            }
+        }
+        let client = home.configuration.peers[master]?.control.map { ControlClient(address: $0) }
+        return {
+            do {
+                _ = try await client?.call(Endpoints.cycle, name, [.wait: "false"], seconds: 10)
+                return client == nil ? "the group's master, '\(master)', is unknown here" : nil
+            } catch {
+                return "the group's master, '\(master)', cannot be asked for a point: \(error)"
+            }
+        }
     }
 
     private func others(_ group: GroupState) -> (any CoordinationClient)? {
-        guard let several = group.entry.several, several.master == home.configuration.site else { return nil }
-        let handle = group.handle
-        return CoordinationPeers(
-            group.entry, several, site: home.configuration.site, peers: home.configuration.peers,
-            places: group.record.coordination?.places ?? []
-        ) { places in
-            guard handle.record.coordination?.places != places else { return }
-            try? await handle.change(.places(places))
+        guard let several = group.entry.several, coordinates(group, several), let pairs = group.pairNames else {
+            return nil
         }
+        let (handle, name) = (group.handle, group.entry.group)
+        return CoordinationPeers(
+            group.entry, pairs: pairs, isForward: !several.hosts.isEmpty, site: home.configuration.site,
+            peers: home.configuration.peers, places: group.record.coordination?.places ?? [],
+            local: { [home] pair in await home.handle(name, pair) },
+            learned: { places in
+                guard handle.record.coordination?.places != places else { return }
+                try? await handle.change(.places(places))
+            })
     }
 
     private func replicated(_ volume: VolumeState, _ group: GroupState) async throws -> ReplicatedVolume {
@@ -135,26 +172,38 @@ package final class Replication {
 
     /// Unless it does already.
     func startMirroring(_ group: GroupState) async throws {
+        if group.isReplicating { await group.handle.setQuiet(false) }
         if group.isMirroring, !group.isReplicating { try await startReplication(group) }
     }
 
     // MARK: By command
 
     private func replicator(_ name: String) throws -> GroupHandle {
-        let group = try home.group(name)
+        let pairs = try home.pairs(name)
+        // Of several, whichever coordinates the others.
+        let group = pairs.first { $0.replicator?.status.coordinates == true } ?? pairs[0]
+        return try replicator(group)
+    }
+
+    private func replicator(_ group: GroupState) throws -> GroupHandle {
         guard let replicator = group.replicator else {
             throw Refusal(home.notMirroring(group))
         }
         return replicator
     }
 
-    package func suspend(_ name: String) throws { try replicator(name).suspend() }
+    /// Of all pairs here.
+    package func suspend(_ name: String) throws {
+        for replicator in try home.pairs(name).map({ try replicator($0) }) { replicator.suspend() }
+    }
 
     /// - Parameter fromImage: the secondary was seeded; until the first commit only what differs by checksum is sent.
     package func resume(_ name: String, fromImage: Bool = false) async throws {
-        let replicator = try replicator(name)
-        if fromImage { try await home.group(name).handle.change(.seeded) }
-        replicator.resume()
+        for group in try home.pairs(name) {
+            let replicator = try replicator(group)
+            if fromImage { try await group.handle.change(.seeded) }
+            replicator.resume()
+        }
     }
 
     package func cycle(_ name: String) async throws -> StatusReport.PointReport {

@@ -20,7 +20,7 @@ extension Roles {
     ///
     /// - Parameter loser: the site whose changes are discarded there, and kept as a FlashCopy.
     package func resync(_ name: String, discard loser: String) async throws -> ResyncReport {
-        let group = try home.group(name)
+        let group = try pair(name, discarding: loser)
         if loser == home.configuration.site {
             _ = try await requirePrimary(group)
             return try await peers.callPeer(group, Endpoints.resync, [.discard: loser], seconds: 600)
@@ -32,9 +32,15 @@ extension Roles {
         return report
     }
 
+    /// Of several pairs, the one that is meant.
+    private func pair(_ name: String, discarding loser: String) throws -> GroupState {
+        let pairs = try home.pairs(name)
+        return try pairs.first { $0.entry.peer == loser } ?? (pairs.count == 1 ? pairs[0] : home.group(name))
+    }
+
     /// What a resync would send and discard.
     package func previewResync(_ name: String, discard loser: String) async throws -> ResyncReport {
-        let group = try home.group(name)
+        let group = try pair(name, discarding: loser)
         if loser == home.configuration.site {
             return try await peers.callPeer(group, Endpoints.previewResync, [.discard: loser])
         }
@@ -85,6 +91,8 @@ extension Roles {
         let group = try home.group(name)
         var point: PointRecord?
         try await operations.operate(group, .switchover) {
+            // A point that was quiet after an earlier try.
+            await group.handle.setQuiet(false)
             point = try await self.exchangeRoles(group, group.operation!)
         }
         return point!.report
@@ -119,7 +127,11 @@ extension Roles {
             throw Refusal("the peer '\(group.entry.peer)' is no Farcopy site and cannot take over")
         }
         do {
-            return try await steps.run(HandOver(seconds: Double(Limits.handOverSeconds)), group)
+            return try await steps.run(
+                HandOver(
+                    seconds: Double(Limits.handOverSeconds),
+                    isOfSeveral: group.entry.several != nil && group.pairNames != nil),
+                group)
         } catch let failure as HandOverFailure {
             throw refusal(failure, group)
         }
@@ -280,7 +292,9 @@ extension Roles {
         }
         let (kind, name) = (parts[0], parts[1])
         if kind == "restore" { return try await abandonRestore(name) }
-        let group = try home.group(name)
+        let pairs = try home.pairs(name)
+        guard pairs.count == 1 else { return try await abort(kind, of: pairs) }
+        let group = pairs[0]
         if let operation = group.operation, operation.kind.rawValue == kind {
             operation.abort()
             home.happened()
@@ -307,6 +321,19 @@ extension Roles {
             return "the point is given up; its changes go with the next one"
         default: throw Refusal("there is no \(kind) of '\(name)' under way", .unknown)
         }
+    }
+
+    /// Of whichever pairs have it.
+    private func abort(_ kind: String, of pairs: [GroupState]) async throws -> String {
+        var done: [String] = []
+        var refusal: Refusal?
+        for pair in pairs {
+            do { done.append(try await abort("\(kind):\(pair.entry.name)")) } catch let error as Refusal {
+                refusal = error
+            }
+        }
+        if done.isEmpty, let refusal { throw refusal }
+        return done.joined(separator: "; ")
     }
 
     /// Gives up the rest of a restore that has stalled.

@@ -68,6 +68,8 @@ final class StepExecutor {
         case .stopMirroring: await replication.stopReplication(group)
         case .startMirroring: try await replication.startMirroring(group)
         case .formPoint(let seconds): return .point(try await operations.pointOf(group, seconds: seconds))
+        case .meet(let place): try await meet(group, place)
+        case .quiet: await group.handle.setQuiet(true)
         case .holdCopies: try await holdCopies(group)
         case .countChanges: return .bytes(await peers.standing(group).changedBytes)
         case .askToPromote(let point): try await peers.promotePeer(group, point)
@@ -248,14 +250,37 @@ final class StepExecutor {
 
     // MARK: A primary's role
 
+    /// Waits for the group's other pairs, wherever they are.
+    private func meet(_ group: GroupState, _ place: Int) async throws {
+        guard let pair = group.entry.several?.pair, let all = group.pairNames, let first = group.fellows.first else {
+            return
+        }
+        group.operation?.step = "waits for the group's other hosts"
+        if first == home.configuration.site {
+            return try await home.meetings.meet(group.entry.group, pair, place: place, all: all)
+        }
+        guard let address = home.configuration.peers[first]?.control else {
+            throw Refusal("there is no [peers.\(first)] with 'control'")
+        }
+        let call = MeetCall(site: home.configuration.site, pair: pair, place: place)
+        do {
+            _ = try await ControlClient(address: address).call(Endpoints.meet, group.entry.group, body: call) as Done
+        } catch let refusal as Refusal {
+            throw refusal
+        } catch {
+            throw Refusal(
+                "'\(first)', where the group's hosts wait for each other, cannot be reached: \(error)", .passing)
+        }
+    }
+
     private func holdCopies(_ group: GroupState) async throws {
-        await home.copyTurnstile.enter()
+        await home.enterCopies(for: group.entry.group)
         group.holdsCopies = true
         try home.refuseWhileRestoring(group)
     }
 
     private func releaseCopies(_ group: GroupState) {
-        if group.holdsCopies { home.copyTurnstile.leave() }
+        if group.holdsCopies { home.leaveCopies(of: group.entry.group) }
         group.holdsCopies = false
     }
 

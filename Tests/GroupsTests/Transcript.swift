@@ -188,6 +188,8 @@ extension SiteAction {
         case .dropDifferences: "drop these marks"
         case .open(let point, let volumes): "open \(volumes.joined(separator: ", ")) at point \(point)"
         case .formPoint: "form a point, and let the peer commit it"
+        case .meet(let place): "meet the other pairs at place \(place)"
+        case .quiet: "let no point begin"
         case .holdCopies: "let nothing begin on FlashCopies"
         case .countChanges: "count what the peer lacks"
         case .askToPromote(let point): "ask the peer to take over at point \(point)"

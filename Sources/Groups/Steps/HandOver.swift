@@ -8,14 +8,22 @@
 package struct HandOver: StepTable {
     enum State {
         case begins, catchesUp, holdsCopies, shutsOut, sendsLast
+        /// Several pairs wait for each other: before hosts are shut out, when all are, when the last point is everywhere, and when nothing is
+        /// under way.
+        case meetsReady, meetsShutOut, meetsSent(PointRecord), quiets(PointRecord), meetsQuiet(PointRecord)
         case counts(PointRecord), stops(PointRecord), decides(PointRecord), promotes(Promotion, PointRecord)
         case admits(any Error), goesOn(any Error)
     }
     var state = State.begins
     private let seconds: Double
+    private let isOfSeveral: Bool
 
-    /// - Parameter seconds: for which hosts may be shut out while the last point is sent.
-    package init(seconds: Double) { self.seconds = seconds }
+    /// - Parameters:
+    ///   - seconds: for which hosts may be shut out while the last point is sent.
+    ///   - isOfSeveral: of several pairs, which hand over together.
+    package init(seconds: Double, isOfSeveral: Bool = false) {
+        (self.seconds, self.isOfSeveral) = (seconds, isOfSeveral)
+    }
 
     /// - Returns: the point at which the peer has taken over.
     /// - Throws: `HandOverFailure` once the peer was asked.
@@ -24,13 +32,21 @@ package struct HandOver: StepTable {
         case (.admits(let error), _): return go(.goesOn(error), .startMirroring)
         case (.goesOn(let error), _): return .failed(error)
         case (.promotes(let promotion, let point), _): return promote(promotion, point, answer, record)
-        case (.catchesUp, .failed(let error)), (.holdsCopies, .failed(let error)): return .failed(error)
+        case (.catchesUp, .failed(let error)), (.meetsReady, .failed(let error)), (.holdsCopies, .failed(let error)):
+            return .failed(error)
         case (_, .failed(let error)): return go(.admits(error), .admitHosts)
         case (.begins, .begin): return go(.catchesUp, .formPoint(seconds: 7 * 86400))
-        case (.catchesUp, .point): return go(.holdsCopies, .holdCopies)
+        case (.catchesUp, .point) where isOfSeveral: return go(.meetsReady, .meet(0))
+        case (.catchesUp, .point), (.meetsReady, .done): return go(.holdsCopies, .holdCopies)
         case (.holdsCopies, .done): return go(.shutsOut, .shutHostsOut)
-        case (.shutsOut, .done): return go(.sendsLast, .formPoint(seconds: seconds))
+        case (.shutsOut, .done) where isOfSeveral: return go(.meetsShutOut, .meet(1))
+        case (.shutsOut, .done), (.meetsShutOut, .done): return go(.sendsLast, .formPoint(seconds: seconds))
         case (.sendsLast, .point(let point)): return go(.counts(point), .countChanges)
+        case (.counts(let point), .bytes(0)) where isOfSeveral: return go(.meetsSent(point), .meet(2))
+        case (.meetsSent(let point), .done): return go(.quiets(point), .quiet)
+        case (.quiets(let point), .done): return go(.meetsQuiet(point), .meet(3))
+        // Others have waited for their last point meanwhile, which is a newer one of the same data.
+        case (.meetsQuiet(let point), .done): return go(.stops(record.lastCommitted ?? point), .stopMirroring)
         case (.counts(let point), .bytes(0)): return go(.stops(point), .stopMirroring)
         case (.counts, .bytes):
             return go(.admits(Refusal("something was still written; nothing has changed, try again")), .admitHosts)

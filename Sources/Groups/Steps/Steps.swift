@@ -46,6 +46,10 @@ package enum SiteAction: Sendable, Equatable {
     case startMirroring
     /// A point is formed from now on, and committed by the peer. Answered by `Answer.point`.
     case formPoint(seconds: Double)
+    /// Of several pairs: until all of them are at this place. Fails when some do not come.
+    case meet(Int)
+    /// No point begins any more, and none is under way; until mirroring is started anew.
+    case quiet
     /// Nothing begins on FlashCopies until the operation has ended. Fails while data flows back into a volume.
     case holdCopies
     /// In how much the peer may differ. Answered by `Answer.bytes`.
