@@ -95,6 +95,28 @@ package struct StatusReport: Codable, Sendable {
         }
     }
 
+    /// How a group stands at another site, as that site has said.
+    package struct MemberReport: Codable, Sendable {
+        package var site: String
+        package var role: String?
+        package var state: String?
+        package var reason: String?
+        package var point: UInt64?
+        package var lagSeconds: Double?
+        /// What holds things up, as the site knows it.
+        package var notice: String?
+        /// Why nothing is known of it.
+        package var problem: String?
+        /// When it was asked, in seconds since 1970.
+        package var at: Double
+        enum CodingKeys: String, CodingKey {
+            case site, role, state, reason, point, notice, problem, at
+            case lagSeconds = "lag_seconds"
+        }
+
+        package init(site: String, at: Double) { (self.site, self.at) = (site, at) }
+    }
+
     package struct GroupReport: Codable, Sendable {
         package var role: String
         package var state: String
@@ -123,13 +145,15 @@ package struct StatusReport: Codable, Sendable {
         package var rateLimit: UInt64?
         /// Of a primary in mode `global-mirror`.
         package var collisions: CollisionReport?
+        /// The other sites of a group with several hosts or remotes.
+        package var members: [MemberReport]?
         package var lastVerify: VerifyReport?
         package var verifiedBytes: UInt64 = 0
         package var differencesFound: UInt64 = 0
         /// Of the first copy: what the peer has, from 0 to 1.
         package var progress: Double?
         enum CodingKeys: String, CodingKey {
-            case role, state, reason, mode, peer, volumes, point, alerts, operation, notice, progress, collisions
+            case role, state, reason, mode, peer, volumes, point, alerts, operation, notice, progress, collisions, members
             case windowBytes = "window_bytes"
             case sparedBytes = "spared_bytes"
             case rateLimit = "rate_limit"

@@ -47,6 +47,8 @@ struct GroupFacts: Sendable {
     /// Why a primary does not serve hosts yet.
     var isolation: String?
     var operation: Operation?
+    /// Other sites of the group.
+    var members: [StatusReport.MemberReport] = []
     var lastVerify: VerifyReport?
     /// For old images, in mode `global-mirror`, since it was primary first.
     var imageMemory: ImageMemory?
@@ -231,6 +233,7 @@ final class StatusBoard: Sendable {
             report.consistentAsOf = record.points.last.map { timestamp($0.formedAt) }
         }
         report.lastVerify = facts.lastVerify
+        report.members = entry.several == nil ? nil : facts.members
         report.verifiedBytes = facts.verifiedBytes
         report.differencesFound = facts.differencesFound
         if let peer = configuration.peers[entry.peer], peer.control == nil, peer.commitCommand == nil {

@@ -16,11 +16,13 @@ final class Watch {
     private let removal: PointRemoval
     private let replication: Replication
     private let verifications: Verifications
+    private let members: Members
 
     init(
         _ home: Holdings, _ distrust: Distrust, _ space: Space, _ kept: KeptPoints, _ removal: PointRemoval,
         _ replication: Replication, _ verifications: Verifications
     ) {
+        members = Members(home)
         (self.home, self.distrust, self.space, self.kept, self.removal, self.replication, self.verifications) = (
             home, distrust, space, kept, removal, replication, verifications
         )
@@ -35,6 +37,7 @@ final class Watch {
                 review(group)
                 keepTime(group)
             }
+            members.look()
             await space.watchSpace()
             try? await Task.sleep(for: .milliseconds(200))
         }

@@ -43,7 +43,7 @@ struct Suspend: AsyncParsableCommand {
         abstract: "Stop mirroring; what hosts change is remembered and sent after `resume`.")
     @OptionGroup var options: ControlOptions
     @Argument(help: "The group.") var group: String
-    func run() async throws { _ = try await options.ask(Endpoints.suspend, group) }
+    func run() async throws { Output.missed(try await options.ask(Endpoints.suspend, group)) }
 }
 
 struct Resume: AsyncParsableCommand {
@@ -57,7 +57,7 @@ struct Resume: AsyncParsableCommand {
     var fromImage = false
     func run() async throws {
         let query: [APICall.Query: String] = isolated ? [.isolated: "true"] : fromImage ? [.fromImage: "true"] : [:]
-        _ = try await options.ask(Endpoints.resume, group, query)
+        Output.missed(try await options.ask(Endpoints.resume, group, query))
     }
 }
 
@@ -234,6 +234,7 @@ enum StatusText {
     private static func text(_ name: String, _ group: StatusReport.GroupReport) -> [String] {
         var lines = ["group \(name): \(group.role) of \(group.peer), \(group.state), mode \(group.mode)"]
         if let reason = group.reason { lines.append("  reason: \(reason)") }
+        for member in group.members ?? [] { lines.append("  " + text(member)) }
         if let notice = group.notice { lines.append("  notice: \(notice)") }
         if let alerts = group.alerts { lines += alerts.map { "  alert: \($0)" } }
         if let operation = group.operation {
@@ -250,6 +251,16 @@ enum StatusText {
         if !figures.isEmpty { lines.append("  " + figures.joined(separator: ", ")) }
         if let collisions = group.collisions { lines.append("  collisions: " + text(collisions)) }
         return lines
+    }
+
+    private static func text(_ member: StatusReport.MemberReport) -> String {
+        if let problem = member.problem { return "\(member.site): \(problem)" }
+        var parts = ["\(member.role ?? "?"), \(member.state ?? "?")"]
+        if let reason = member.reason { parts[0] += " (\(reason))" }
+        if let point = member.point { parts.append("point \(point)") }
+        if let lag = member.lagSeconds { parts.append("lag \(tenths(lag)) s") }
+        if let notice = member.notice { parts.append(notice) }
+        return "\(member.site): \(parts.joined(separator: ", "))"
     }
 
     private static func text(_ collisions: CollisionReport) -> String {

@@ -1,5 +1,6 @@
 // Output.swift: standard output and standard error, unbuffered.
 
+import API
 import Glibc
 
 enum Output {
@@ -21,5 +22,12 @@ enum Output {
     static func fail(_ text: String) -> Never {
         complain(text)
         Glibc.exit(1)
+    }
+}
+
+extension Output {
+    /// Of a command for all sites of a group: those that it did not come to.
+    static func missed(_ done: Done) {
+        if done.done.contains("not told") { write(Array("farcopy: \(done.done)\n".utf8), to: 2) }
     }
 }

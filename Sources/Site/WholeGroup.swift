@@ -1,0 +1,93 @@
+// WholeGroup.swift: changes of roles of a group with several hosts: each pair changes its own, and all wait for each other where it matters
+// (`SiteAction.meet`).
+//
+// Must be prevented:
+//   some of the hosts are shut out at their last point, and others write on after theirs: the last point is formed once all are shut out
+
+import API
+import Base
+import FoundationEssentials
+import Groups
+
+extension Roles {
+    /// Does the same for every pair here and, unless another site has asked and does so itself, at all sites that have what this one has.
+    private func everywhere<Outcome: Sendable>(
+        _ name: String, isLed: Bool, _ own: @escaping @Sendable (String) async throws -> Outcome,
+        other: @escaping @Sendable (ControlClient) async throws -> Outcome
+    ) async throws -> [Outcome] {
+        let pairs = try home.pairs(name).filter { !$0.entry.volumes.isEmpty }
+        let fellows = isLed ? [] : Set(pairs.flatMap(\.fellows)).subtracting([home.configuration.site]).sorted()
+        let clients = fellows.compactMap { fellow in
+            home.configuration.peers[fellow]?.control.map { (fellow, ControlClient(address: $0)) }
+        }
+        let names = pairs.map(\.entry.name)
+        return try await withThrowingTaskGroup(of: Outcome.self) { tasks in
+            for name in names { tasks.addTask { try await own(name) } }
+            for (fellow, client) in clients {
+                tasks.addTask {
+                    do { return try await other(client) } catch {
+                        throw Refusal("'\(fellow)': \(error)", (error as? Refusal)?.kind ?? .passing)
+                    }
+                }
+            }
+            var outcomes: [Outcome] = []
+            do {
+                for try await outcome in tasks { outcomes.append(outcome) }
+            } catch {
+                // The others wait for who does not come.
+                for name in names { (try? home.group(name))?.operation?.abort() }
+                home.happened()
+                throw error
+            }
+            return outcomes
+        }
+    }
+
+    private func isOfSeveral(_ name: String) throws -> Bool {
+        try home.pairs(name).contains { $0.entry.several != nil }
+    }
+
+    package func switchover(_ name: String, isLed: Bool) async throws -> StatusReport.PointReport {
+        guard try isOfSeveral(name) else { return try await switchover(name) }
+        let points = try await everywhere(name, isLed: isLed) { [self] in
+            try await switchover($0)
+        } other: { client in
+            try await client.call(Endpoints.switchover, name, [.led: "true"])
+        }
+        return points.min { $0.id < $1.id }!
+    }
+
+    package func failback(_ name: String, isLed: Bool) async throws -> StatusReport.PointReport {
+        guard try isOfSeveral(name) else { return try await failback(name) }
+        let points = try await everywhere(name, isLed: isLed) { [self] in
+            try await failback($0)
+        } other: { client in
+            try await client.call(Endpoints.failback, name, [.led: "true"])
+        }
+        return points.min { $0.id < $1.id }!
+    }
+
+    package func previewFailback(_ name: String, isLed: Bool) async throws -> ResyncReport {
+        guard try isOfSeveral(name) else { return try await previewFailback(name) }
+        let reports = try await everywhere(name, isLed: isLed) { [self] in
+            try await previewFailback($0)
+        } other: { client in
+            try await client.call(Endpoints.previewFailback, name, [.led: "true"])
+        }
+        return ResyncReport(reports)
+    }
+}
+
+extension ResyncReport {
+    /// Of all pairs together.
+    init(_ reports: [ResyncReport]) {
+        func names(_ sites: [String]) -> String {
+            Set(sites.flatMap { $0.split(separator: ", ").map(String.init) }).sorted().joined(separator: ", ")
+        }
+        self.init(
+            from: names(reports.map(\.from)), to: names(reports.map(\.to)),
+            sentBytes: reports.reduce(0) { $0 + $1.sentBytes },
+            discardedBytes: reports.reduce(0) { $0 + $1.discardedBytes },
+            discardedGrains: reports.reduce(0) { $0 + $1.discardedGrains }, since: reports.compactMap(\.since).min())
+    }
+}
