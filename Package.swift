@@ -31,6 +31,7 @@ let package = Package(
         .package(url: "https://github.com/LebJe/TOMLKit", from: "0.6.0"),
         .package(url: "https://github.com/hummingbird-project/hummingbird", from: "2.28.0"),
         .package(url: "https://github.com/swift-server/async-http-client", from: "1.37.0"),
+        .package(url: "https://github.com/apple/swift-nio-ssl", from: "2.37.0"),
     ],
     targets: [
         .systemLibrary(
@@ -61,16 +62,23 @@ let package = Package(
             dependencies: [
                 "Base", "Groups", "NBDProtocol", .product(name: "AsyncHTTPClient", package: "async-http-client"),
             ], swiftSettings: control),
+        // Which host of a group coordinates it.
+        .target(
+            name: "Etcd",
+            dependencies: [
+                .product(name: "AsyncHTTPClient", package: "async-http-client"),
+                .product(name: "NIOSSL", package: "swift-nio-ssl"),
+            ], swiftSettings: control),
         .target(
             name: "SiteConfiguration",
             dependencies: [
-                "Base", "CLibURing", "Groups", "Link", "NBDProtocol", "NBDServer", "Ring", "TLS", "Volumes",
+                "Base", "CLibURing", "Etcd", "Groups", "Link", "NBDProtocol", "NBDServer", "Ring", "TLS", "Volumes",
                 .product(name: "TOMLKit", package: "TOMLKit"),
             ], swiftSettings: control),
         .target(
             name: "Site",
             dependencies: [
-                "API", "Base", "CLibURing", "FlashCopies", "Groups", "Link", "NBDProtocol", "NBDServer", "Ring",
+                "API", "Base", "CLibURing", "Etcd", "FlashCopies", "Groups", "Link", "NBDProtocol", "NBDServer", "Ring",
                 "SiteConfiguration", "TLS", "Volumes",
                 .product(name: "Logging", package: "swift-log"),
             ], swiftSettings: control),

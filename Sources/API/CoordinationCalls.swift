@@ -7,11 +7,14 @@ package struct HostCall: Codable, Sendable {
     package var site: String
     package var pair: String
     package var message: HostMessage
+    /// All of the group's pairs, as far as the coordinator knows them: it may be another host's turn next.
+    package var places: [PairPlace]?
     /// The answer may come when the host has drained the point.
     package var waits: Bool
 
-    package init(site: String, pair: String, message: HostMessage, waits: Bool) {
-        (self.site, self.pair, self.message, self.waits) = (site, pair, message, waits)
+    package init(site: String, pair: String, message: HostMessage, places: [PairPlace]?, waits: Bool) {
+        (self.site, self.pair, self.message) = (site, pair, message)
+        (self.places, self.waits) = (places, waits)
     }
 }
 

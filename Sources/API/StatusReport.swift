@@ -153,7 +153,8 @@ package struct StatusReport: Codable, Sendable {
         /// Of the first copy: what the peer has, from 0 to 1.
         package var progress: Double?
         enum CodingKeys: String, CodingKey {
-            case role, state, reason, mode, peer, volumes, point, alerts, operation, notice, progress, collisions, members
+            case role, state, reason, mode, peer, volumes, point, alerts, operation, notice, progress, collisions,
+                members
             case windowBytes = "window_bytes"
             case sparedBytes = "spared_bytes"
             case rateLimit = "rate_limit"

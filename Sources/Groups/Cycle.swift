@@ -176,6 +176,8 @@ package struct Cycle {
     }
     var heldUpSince: UInt64?
     var isQuiet = false
+    /// Several hosts: points are formed from here.
+    package internal(set) var coordinates = false
     /// When a remote has committed the last point, in seconds since 1970, and how many points were given up since.
     var committedAt: Double?
     var pauses = 0
@@ -200,6 +202,7 @@ package struct Cycle {
         pace = MovePace(limit: settings.window, checkpointBytes: settings.checkpointBytes)
         coordinator = Coordinator(settings.part.coordination, record: record.coordination(of: settings.part))
         participant = Participant(settings.part.coordination, record: record.participation)
+        coordinates = settings.part.coordinatesFromTheStart
     }
 
     /// First actions after a start of the process. Every volume holds the point that the record says is held (`mustGiveUpPoint`).

@@ -52,10 +52,19 @@ extension Cycle {
     package enum Part: Sendable, Equatable {
         /// The group's only host.
         case alone
-        /// One of several: which one of them, and whether points are formed from here.
-        case several(Coordinator.Settings, index: Int, coordinates: Bool)
+        /// One of several: which one of them, and who forms points.
+        case several(Coordinator.Settings, index: Int, Master)
+
+        package enum Master: Sendable, Equatable {
+            case here, elsewhere
+            /// By election: whoever is elected brings the coordinator's record, which is kept elsewhere.
+            case elected
+        }
 
         var isOfSeveral: Bool { self != .alone }
+        var coordinatesFromTheStart: Bool { if case .several(_, _, .here) = self { true } else { false } }
+        /// The coordinator's record is kept elsewhere.
+        var isElected: Bool { if case .several(_, _, .elected) = self { true } else { false } }
         /// Nanoseconds after which acknowledgements go by themselves.
         package var maxHold: UInt64 { coordination.maxCoordination }
         var coordination: Coordinator.Settings {
@@ -67,7 +76,6 @@ extension Cycle {
     }
 
     var isOfSeveral: Bool { settings.part.isOfSeveral }
-    package var coordinates: Bool { if case .several(_, _, true) = settings.part { true } else { false } }
     private var ownIndex: Int { if case .several(_, let index, _) = settings.part { index } else { 0 } }
     /// The coordinator here may begin a point.
     var mayBegin: Bool { !isOfSeveral || (coordinates && coordinator.state == .idle && !isQuiet) }
@@ -78,6 +86,35 @@ extension Cycle {
     }
     package static let busyVolume = "a volume is being restored, or has not given up the last point yet"
     private static let longestPause: UInt64 = 1_000_000_000
+
+    // MARK: Election
+
+    /// This site forms points from now on.
+    ///
+    /// - Parameters:
+    ///   - epoch: higher than any before.
+    ///   - found: what the coordinator before has left; nil = there was none.
+    mutating func coordinate(
+        epoch: UInt64, _ found: CoordinatorRecord?, _ record: inout GroupRecord, _ now: UInt64
+    ) -> Turn<Action> {
+        guard settings.part.isElected, epoch > 0 else { return Turn() }
+        var own =
+            found ?? CoordinatorRecord(lastNumber: record.highestPoint, committed: record.lastCommitted?.number ?? 0)
+        own.epoch = epoch - 1
+        coordinator = Coordinator(settings.part.coordination, record: own)
+        (coordinates, holdUp, pauses) = (true, nil, 0)
+        let turn = coordinator.start(now: now)
+        return carryOut(turn, &record, now) + goOnIfIdle(&record, now)
+    }
+
+    /// Another does, or nobody. Hosts let go by themselves.
+    mutating func stopCoordinating(_ reason: String) {
+        guard coordinates else { return }
+        coordinates = false
+        holdUp = nil
+        coordinator = Coordinator(settings.part.coordination, record: CoordinatorRecord())
+        if case .surveying = state { state = .idle }
+    }
 
     // MARK: How it stands
 
@@ -252,7 +289,7 @@ extension Cycle {
         let own = carryOut(participant.start(isHeld: record.held != nil), &record, now)
         guard coordinates else { return own }
         let turn = coordinator.start(now: now)
-        record.keep(coordinator.record)
+        if !settings.part.isElected { record.keep(coordinator.record) }
         return own + carryOut(turn, &record, now)
     }
 
@@ -369,11 +406,24 @@ extension Cycle {
     package func isHeldUpForLong(_ now: UInt64) -> Bool { heldUpSince.map { now - $0 > Self.longestHoldUp } ?? false }
     private static let longestHoldUp: UInt64 = 5_000_000_000
 
+    package var coordinatorRecord: CoordinatorRecord? { coordinates ? coordinator.record : nil }
+
     /// Whether this host drains the point: then the answer to `run` may wait until it has.
     package func isDraining(_ number: UInt64) -> Bool { participant.state == .draining(number) }
 }
 
+extension Cycle.Action {
+    /// The coordinator asks for it.
+    package var isCoordinators: Bool {
+        switch self {
+        case .survey, .askHost, .askRemote: true
+        default: false
+        }
+    }
+}
+
 extension GroupRecord {
+    /// What the coordinator of this site finds again.
     mutating func keep(_ record: CoordinatorRecord) {
         var next = coordination ?? CoordinationRecord()
         next.coordinator = record

@@ -195,7 +195,7 @@ extension Cycle {
 
     mutating func tell(_ event: Coordinator.Event, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         let turn = coordinator.handle(event, now: now)
-        if isOfSeveral { record.keep(coordinator.record) }
+        if isOfSeveral, !settings.part.isElected { record.keep(coordinator.record) }
         record.lastNumber = max(record.lastNumber, coordinator.record.lastNumber)
         return carryOut(turn, &record, now)
     }

@@ -70,6 +70,12 @@ package struct Group {
         return .saved() + turn
     }
 
+    /// This site is elected to form points, or is not any more.
+    package mutating func coordinate(epoch: UInt64, _ found: CoordinatorRecord?, now: UInt64) -> Turn<Cycle.Action> {
+        cycle?.coordinate(epoch: epoch, found, &record, now) ?? Turn()
+    }
+    package mutating func stopCoordinating(_ reason: String) { cycle?.stopCoordinating(reason) }
+
     /// No point of several hosts begins from here; or they do again.
     package mutating func setQuiet(_ isQuiet: Bool) { cycle?.isQuiet = isQuiet }
 

@@ -18,6 +18,12 @@ package protocol CoordinationClient: Sendable {
     func ask(remote: Int, _ message: RemoteMessage) async throws -> (answer: Stamped<RemoteAnswer>, at: Double?)
 }
 
+/// Keeps the coordinator's record where whoever is elected next finds it.
+package protocol CoordinatorStore: Sendable {
+    /// Durably; it may take as long as a call. Fails also when another was elected.
+    func save(_ record: CoordinatorRecord) throws
+}
+
 /// Of the group's thread alone.
 final class Conversations {
     private let client: any CoordinationClient

@@ -53,6 +53,9 @@ package final class GroupHandle: Sendable {
         case callEnded(host: Int?, remote: Int?)
         /// No point begins; answered when none is under way.
         case quiet(Bool, @Sendable () -> Void)
+        /// By election: this site forms points; or it does not any more.
+        case coordinate(epoch: UInt64, CoordinatorRecord?, any CoordinatorStore)
+        case stopCoordinating(String)
         /// What those who wait for a point hear.
         case noPoint(String)
         case change(GroupChange, @Sendable ((any Error)?) -> Void)
@@ -142,6 +145,18 @@ package final class GroupHandle: Sendable {
     }
 
     // MARK: Several hosts
+
+    /// This site is elected to form points.
+    ///
+    /// - Parameters:
+    ///   - record: what the one before it has left.
+    ///   - store: keeps it.
+    package func coordinate(epoch: UInt64, record: CoordinatorRecord?, _ store: any CoordinatorStore) {
+        snapshot.withLock { $0.coordinates = true }
+        mailbox.send(.coordinate(epoch: epoch, record, store))
+    }
+
+    package func stopCoordinating(_ reason: String) { mailbox.send(.stopCoordinating(reason)) }
 
     /// No point of several hosts begins from here any more, and none is under way when this returns; or they begin again.
     package func setQuiet(_ isQuiet: Bool) async { await until { .quiet(isQuiet, $0) } }

@@ -36,6 +36,9 @@ final class GroupThread {
     }
     private var questions: [Question] = []
     private var quietWaiters: [@Sendable () -> Void] = []
+    /// By election: where the coordinator's record is kept, and what is there.
+    private var store: (any CoordinatorStore)?
+    private var stored: CoordinatorRecord?
     private static let questionLimit = 32
     private static let questionPatience: UInt64 = 1_000_000_000
 
@@ -104,6 +107,8 @@ final class GroupThread {
             case .asked(let message, let waits, let answer): asked(message, waits: waits, answer)
             case .surveyed(let answer): survey(answer)
             case .ownSurvey(let survey, let asker): replicator?.surveyed(survey, asker)
+            case .coordinate(let epoch, let record, let store): coordinate(epoch, record, store)
+            case .stopCoordinating(let reason): stopCoordinating(reason)
             case .quiet(let isQuiet, let done): setQuiet(isQuiet, done)
             case .noPoint(let reason): refuseWaiters(reason)
             case .callEnded(let host, let remote): replicator?.callEnded(host: host, remote: remote)
@@ -138,6 +143,12 @@ final class GroupThread {
             do {
                 try save(group.record)
                 group.wasSaved()
+                try keepCoordinator()
+            } catch let failure as LostElection {
+                // What the others are asked relies on it; what this host does is written down here.
+                stopCoordinating(failure.description)
+                for action in turn.after where !action.isCoordinators { replicator?.perform(action) }
+                return nil
             } catch {
                 perform(group.saveFailed("\(error)", ofCycle: ofCycle, now: monotonicNanoseconds()))
                 return error
@@ -179,6 +190,7 @@ final class GroupThread {
         questions = []
         replicator?.closeLink()
         epoch = replicator?.epoch ?? epoch
+        (store, stored) = (nil, nil)
         replicator = nil
         group.end()
         publish()
@@ -221,6 +233,33 @@ final class GroupThread {
             let isDraining = group.cycle?.isDraining(number) == true
             question.answer(isDraining ? Stamped(epoch: epoch, .ran(number)) : nil)
         }
+    }
+
+    private struct LostElection: Error { var description: String }
+
+    private func coordinate(_ epoch: UInt64, _ record: CoordinatorRecord?, _ store: any CoordinatorStore) {
+        (self.store, stored) = (store, record)
+        replicator?.endConversations()
+        performing = true
+        perform(group.coordinate(epoch: epoch, record, now: monotonicNanoseconds()))
+        performing = false
+        handle(.tick)
+        publish()
+    }
+
+    private func stopCoordinating(_ reason: String) {
+        (store, stored) = (nil, nil)
+        replicator?.endConversations()
+        group.stopCoordinating(reason)
+        if replicator != nil { refuseWaiters("no site coordinates the group just now: \(reason)") }
+        publish()
+    }
+
+    /// Where the next who is elected finds it.
+    private func keepCoordinator() throws {
+        guard let store, let record = group.cycle?.coordinatorRecord, record != stored else { return }
+        do { try store.save(record) } catch { throw LostElection(description: "\(error)") }
+        stored = record
     }
 
     private func setQuiet(_ isQuiet: Bool, _ done: @escaping @Sendable () -> Void) {

@@ -336,6 +336,9 @@ package final class Replicator {
         letGo()
     }
 
+    /// This site forms no points any more.
+    func endConversations() { conversations?.end() }
+
     /// Somebody here waits for a point, which is formed from elsewhere.
     func askForPoint() {
         guard let asks = configuration.asksForPoint else { return }

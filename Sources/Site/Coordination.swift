@@ -42,6 +42,11 @@ package final class Coordination {
 
     package func askHost(_ name: String, _ call: HostCall) async throws -> HostReply {
         let group = try host(name, call.pair, askedBy: call.site)
+        if let places = call.places, places != group.record.coordination?.places,
+            places.count <= Coordinator.Settings.members.upperBound
+        {
+            try await group.handle.change(.places(places))
+        }
         return HostReply(answer: await group.handle.asked(call.message, waits: call.waits))
     }
 
@@ -172,7 +177,7 @@ package final class Coordination {
             }
             return try await intake.failover(name, point: wanted)
         }
-        if alone, wanted == nil { throw Refusal("say which point: --alone POINT", .misuse) }
+        if alone { try checkAlone(name, pairs, wanted) }
         let others = alone ? [] : fellows(pairs)
         let stands = await ask(others, name, about: nil)
         let wanted = try agree(name, wanted, stands)
@@ -183,6 +188,19 @@ package final class Coordination {
         guard var report else { throw Refusal("group '\(name)' has no volumes at '\(home.configuration.site)' yet") }
         report.behind = await lead(others, name, point, committed: newestCommitted(pairs))
         return report
+    }
+
+    /// Before anything is decided: a slip must not drop a point that is in doubt.
+    private func checkAlone(_ name: String, _ pairs: [GroupState], _ wanted: UInt64?) throws {
+        guard let wanted else { throw Refusal("say which point: --alone POINT", .misuse) }
+        for group in pairs where !group.entry.volumes.isEmpty && group.record.failedOver == nil {
+            let prepared = group.record.coordination?.prepared?.number
+            guard wanted != prepared else { continue }
+            do { _ = try group.record.failoverPoint(wanted) } catch {
+                let words = prepared.map { "; and point \($0), which is in doubt" } ?? ""
+                throw Refusal("group '\(name)' at '\(home.configuration.site)': \(error)\(words)")
+            }
+        }
     }
 
     /// Without this site.
@@ -238,6 +256,7 @@ package final class Coordination {
             guard let number = group.record.coordination?.prepared?.number else { continue }
             if let alone {
                 try await settle(group, number, forward: alone == number)
+                try await noteDoubt(group, number, at: alone)
                 continue
             }
             // Its own promise comes first.
@@ -245,6 +264,15 @@ package final class Coordination {
             let isForward = try await isCommitted(number, name, pairs.filter { $0 !== group }, others)
             try await settle(group, number, forward: isForward)
         }
+    }
+
+    /// Nobody relies on what an operator has chosen.
+    private func noteDoubt(_ group: GroupState, _ number: UInt64, at point: UInt64) async throws {
+        var record = group.record.twoPhase()
+        record = TwoPhaseRecord(
+            epoch: record.epoch, committed: record.committed, stand: .failedOver(at: point, inDoubt: number),
+            refusedThrough: record.refusedThrough)
+        try await group.handle.change(.remotePart(RemotePartChange(record: record, plan: nil)))
     }
 
     private func isCommitted(

@@ -108,7 +108,7 @@ final class CoordinationPeers: CoordinationClient {
         let pair = pairs[host]
         let primary = try primary(pair)
         if primary == site { return await local(pair)?.asked(message, waits: waits) }
-        let call = HostCall(site: site, pair: pair, message: message, waits: waits)
+        let call = HostCall(site: site, pair: pair, message: message, places: places, waits: waits)
         let reply: HostReply = try await client(primary).call(
             Endpoints.askHost, group, body: call, seconds: Self.hostSeconds)
         return reply.answer
@@ -117,6 +117,8 @@ final class CoordinationPeers: CoordinationClient {
     // MARK: Remotes
 
     func ask(remote: Int, _ message: RemoteMessage) async throws -> (answer: Stamped<RemoteAnswer>, at: Double?) {
+        // Who takes up may have to ask remotes before it has asked any host.
+        if places == nil { _ = await survey() }
         guard let places else { throw Refusal("not every host has said yet which remote it mirrors to", .passing) }
         let pair = pairs[remote]
         let secondary = try secondary(pair)

@@ -91,6 +91,9 @@ final class GroupState {
     /// Whether this site is the group's primary and sends to a peer.
     var isMirroring: Bool { record.isMirroring }
 
+    /// Where the group's hosts elect who coordinates them.
+    var election: Election?
+
     /// Hosts may write here.
     var servesHosts = false
     /// They may as soon as the record's file says nothing else.

@@ -212,7 +212,7 @@ package final class Intake {
         do {
             point = try group.record.failoverPoint(wanted)
         } catch {
-            throw Refusal("group '\(name)' at '\(home.configuration.site)': \(error)")
+            throw Refusal("group '\(group.entry.group)' at '\(home.configuration.site)': \(error)")
         }
         // The old primary may still say what it has not sent. It is not waited for.
         let unsent = try? await peers.peerStanding(group, seconds: 1)

@@ -2,6 +2,7 @@
 
 import API
 import Base
+import Etcd
 import Groups
 import Link
 import NBDServer
@@ -27,6 +28,7 @@ package final class Replication {
         var volumes: [ReplicatedVolume] = []
         for volume in members { volumes.append(try await replicated(volume, group)) }
         let name = group.entry.name
+        try startElection(group)
         let slotBytes = max(Limits.linkSlotBytes, members.map(\.geometry.grain).max() ?? 0)
         let link = group.entry.link
         await group.begin(
@@ -63,7 +65,7 @@ package final class Replication {
             try Coordinator.Settings(
                 hosts: pairs.count, remotes: pairs.count, maxCoordination: several.maxCoordination,
                 hostNames: pairs.map { "'\($0)'" }, remoteNames: pairs.map { "the remote of '\($0)'" }),
-            index: index, coordinates: coordinates(group, several))
+            index: index, isElected(several) ? .elected : coordinates(group, several) ? .here : .elsewhere)
     }
 
     /// The configured master does; where the remotes are primary, the first of them, by the first of its pairs.
@@ -78,25 +80,59 @@ package final class Replication {
     private func asksForPoint(_ group: GroupState) -> (@Sendable () async -> String?)? {
         guard let several = group.entry.several, !coordinates(group, several) else { return nil }
         let (name, site) = (group.entry.group, home.configuration.site)
+        let peers = home.configuration.peers
+        if isElected(several) {
+            return { [election = group.election] in
+                guard let master = election?.master else { return "no site coordinates the group just now, by etcd" }
+                return master == site ? nil : await Self.ask(master, peers[master], name)
+            }
+        }
         let master = several.hosts.isEmpty ? group.fellows.first ?? site : several.master ?? site
         if master == site {
             return { [home] in
                 await home.requestPoint(name) ? nil : "the pair that coordinates the group does not mirror"
             }
         }
-        let client = home.configuration.peers[master]?.control.map { ControlClient(address: $0) }
-        return {
-            do {
-                _ = try await client?.call(Endpoints.cycle, name, [.wait: "false"], seconds: 10)
-                return client == nil ? "the group's master, '\(master)', is unknown here" : nil
-            } catch {
-                return "the group's master, '\(master)', cannot be asked for a point: \(error)"
-            }
+        return { await Self.ask(master, peers[master], name) }
+    }
+
+    /// - Returns: why the master could not be asked for a point.
+    private nonisolated static func ask(
+        _ master: String, _ peer: Configuration.PeerEntry?, _ name: String
+    ) async -> String? {
+        guard let address = peer?.control else { return "the group's master, '\(master)', is unknown here" }
+        do {
+            _ = try await ControlClient(address: address).call(Endpoints.cycle, name, [.wait: "false"], seconds: 10)
+            return nil
+        } catch {
+            return "the group's master, '\(master)', cannot be asked for a point: \(error)"
         }
     }
 
+    private func startElection(_ group: GroupState) throws {
+        guard let several = group.entry.several, isElected(several), group.pairNames != nil,
+            let settings = home.configuration.coordination
+        else { return }
+        let client = try EtcdClient(settings.etcd)
+        let name = group.entry.name
+        let election = Election(
+            client, Election.Keys(prefix: settings.prefix, group: group.entry.group), site: home.configuration.site,
+            handle: group.handle, leaseSeconds: settings.leaseSeconds,
+            note: { [home] text in home.note(name, text) },
+            problem: { [board = group.board] problem in board.facts.withLock { $0.electionProblem = problem } })
+        group.election = election
+        election.start()
+    }
+
+    /// By etcd, where this site is a host; where the remotes are, the first of them coordinates.
+    private func isElected(_ several: Configuration.SeveralEntry) -> Bool {
+        several.master == Configuration.SeveralEntry.etcd
+    }
+
     private func others(_ group: GroupState) -> (any CoordinationClient)? {
-        guard let several = group.entry.several, coordinates(group, several), let pairs = group.pairNames else {
+        guard let several = group.entry.several, isElected(several) || coordinates(group, several),
+            let pairs = group.pairNames
+        else {
             return nil
         }
         let (handle, name) = (group.handle, group.entry.group)
@@ -167,6 +203,8 @@ package final class Replication {
     }
 
     func stopReplication(_ group: GroupState) async {
+        await group.election?.stop()
+        (group.election, group.electionProblem) = (nil, nil)
         if group.isReplicating { await group.endReplication() }
     }
 

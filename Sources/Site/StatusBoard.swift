@@ -47,6 +47,8 @@ struct GroupFacts: Sendable {
     /// Why a primary does not serve hosts yet.
     var isolation: String?
     var operation: Operation?
+    /// Why no site is known to coordinate the group.
+    var electionProblem: String?
     /// Other sites of the group.
     var members: [StatusReport.MemberReport] = []
     var lastVerify: VerifyReport?
@@ -239,7 +241,7 @@ final class StatusBoard: Sendable {
         if let peer = configuration.peers[entry.peer], peer.control == nil, peer.commitCommand == nil {
             report.notice = "the remote is not consistent between points: peers.\(peer.name) has no commit_command"
         }
-        if let holdUp = group.handle.status.holdUp { report.notice = holdUp }
+        if let holdUp = group.handle.status.holdUp ?? facts.electionProblem { report.notice = holdUp }
         if facts.isReplicating {
             describe(group, record, &report)
         } else {

@@ -1,6 +1,7 @@
 // Configuration.swift: a site's TOML file, read and checked completely before anything is touched.
 
 import Base
+import Etcd
 import Groups
 import Link
 import NBDProtocol
@@ -79,6 +80,8 @@ package struct Configuration: Sendable {
         /// All remotes.
         package var remotes: [String] = []
         package var master: String?
+        /// As the master's name: elected by a lease in etcd.
+        package static let etcd = "etcd"
         /// Nanoseconds.
         package var maxCoordination: UInt64 = 50_000_000
     }
@@ -136,6 +139,14 @@ package struct Configuration: Sendable {
         package var access: AccessList
     }
 
+    /// Where hosts elect who coordinates a group.
+    package struct CoordinationEntry: Sendable, Equatable {
+        package var etcd: EtcdSettings
+        /// Of the keys.
+        package var prefix = "farcopy"
+        package var leaseSeconds: Int64 = 5
+    }
+
     package var path: String
     package var site: String
     package var state: String
@@ -150,6 +161,7 @@ package struct Configuration: Sendable {
     package var volumes: [VolumeEntry]
     package var groups: [GroupEntry]
     package var peers: [String: PeerEntry]
+    package var coordination: CoordinationEntry?
 
     /// - Throws: `ConfigurationError` naming file, line and key.
     package init(text: String, path: String) throws {
@@ -162,7 +174,7 @@ package struct Configuration: Sendable {
         }
         let reader = ConfigurationReader(path: path, text: text)
         self.path = path
-        try reader.check(table, "", known: ["site", "nbd", "volumes", "groups", "peers"])
+        try reader.check(table, "", known: ["site", "nbd", "volumes", "groups", "peers", "coordination"])
         let siteTable = try reader.table(table, "", "site")
         try reader.check(
             siteTable, "site", known: ["name", "state", "control", "control_names", "targets", "on_space_low"])
@@ -182,6 +194,7 @@ package struct Configuration: Sendable {
         volumes = try reader.volumes(table)
         peers = try reader.peers(table, site: site, tls: nbd.tls)
         groups = try reader.groups(table, site: site)
+        coordination = try reader.coordination(table)
         try crossCheck(reader)
     }
 
@@ -219,6 +232,11 @@ package struct Configuration: Sendable {
                             + "a volume belongs to one group")
                 }
             }
+        }
+        for group in groups where group.several?.master == SeveralEntry.etcd && coordination == nil {
+            throw reader.error(
+                reader.line("groups.\(group.group)", "master"),
+                "groups.\(group.group).master is \"etcd\", which needs [coordination] with its 'endpoints'")
         }
         let named =
             volumes.map { ("volumes.\($0.name)", $0.access) } + groups.map { ("groups.\($0.name)", $0.access) }

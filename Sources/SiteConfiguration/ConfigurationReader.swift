@@ -1,6 +1,8 @@
 // ConfigurationReader.swift: values out of the parsed TOML file, each error with its line.
 
 import Base
+import Etcd
+import FoundationEssentials
 import Groups
 import Link
 import NBDProtocol
@@ -308,7 +310,9 @@ struct ConfigurationReader {
         guard remotes.contains(group.peer) else {
             throw fail(section, "remotes", "must name '\(group.peer)', the peer of this site, as well")
         }
-        guard let hosts = try sites(entry, section, "hosts") else {
+        let hosts = try sites(entry, section, "hosts")
+        guard let hosts, hosts.count > 1 else {
+            if let hosts, hosts != [site] { throw fail(section, "hosts", "must name '\(site)', this site, as well") }
             if remotes.count > 1 {
                 throw fail(section, "remotes", "are several, so 'hosts' must be there: each host has one remote")
             }
@@ -318,12 +322,11 @@ struct ConfigurationReader {
             return group
         }
         guard hosts.contains(site) else { throw fail(section, "hosts", "must name '\(site)', this site, as well") }
-        guard hosts.count > 1 else { return group }
         var group = group
         var several = Configuration.SeveralEntry(pair: site, hosts: hosts, remotes: remotes)
         let master = entry["master"] == nil ? hosts[0] : try string(entry, section, "master")
-        guard hosts.contains(master) else {
-            throw fail(section, "master", "is '\(master)', which is none of 'hosts'")
+        guard hosts.contains(master) || master == Configuration.SeveralEntry.etcd else {
+            throw fail(section, "master", "is '\(master)', which is none of 'hosts', and not \"etcd\"")
         }
         several.master = master
         let most = Double(Coordinator.Settings.longestCoordination) / 1e9
@@ -363,6 +366,47 @@ struct ConfigurationReader {
                 pair.several?.pair = peer
                 return pair
             }
+    }
+
+    /// Where hosts elect who coordinates a group.
+    func coordination(_ root: TOMLTable) throws -> Configuration.CoordinationEntry? {
+        guard root["coordination"] != nil else { return nil }
+        let (entry, section) = (try table(root, "", "coordination"), "coordination")
+        try check(
+            entry, section,
+            known: ["endpoints", "user", "password_file", "tls_ca", "tls_certificate", "tls_key", "prefix", "lease"])
+        let endpoints = try strings(entry, section, "endpoints")
+        let schemes = ["http://", "https://"]
+        guard !endpoints.isEmpty, endpoints.allSatisfy({ url in schemes.contains { url.hasPrefix($0) } }) else {
+            throw fail(section, "endpoints", "must be a list such as [\"http://127.0.0.1:2379\"]")
+        }
+        func text(_ key: String) throws -> String? { entry[key] == nil ? nil : try string(entry, section, key) }
+        func path(_ key: String) throws -> String? { entry[key] == nil ? nil : try absolutePath(entry, section, key) }
+        let user = try text("user")
+        guard (user == nil) == (entry["password_file"] == nil) else {
+            throw fail(section, user == nil ? "password_file" : "user", "needs both 'user' and 'password_file'")
+        }
+        guard (entry["tls_certificate"] == nil) == (entry["tls_key"] == nil) else {
+            throw fail(
+                section, entry["tls_key"] == nil ? "tls_certificate" : "tls_key",
+                "needs both 'tls_certificate' and 'tls_key'")
+        }
+        var coordination = Configuration.CoordinationEntry(
+            etcd: EtcdSettings(
+                endpoints: endpoints.map { $0.hasSuffix("/") ? String($0.dropLast()) : $0 }, user: user,
+                password: try path("password_file").map { try password(in: $0, section) },
+                authority: try path("tls_ca"), certificate: try path("tls_certificate"), key: try path("tls_key")))
+        if let prefix = try text("prefix") { coordination.prefix = prefix }
+        if let seconds = try time(entry, section, "lease", 2...60) { coordination.leaseSeconds = Int64(seconds) }
+        return coordination
+    }
+
+    private func password(in path: String, _ section: String) throws -> String {
+        guard let data = FileManager.default.contents(atPath: path) else {
+            throw fail(section, "password_file", "names \(path), which cannot be read")
+        }
+        let text = String(decoding: data, as: UTF8.self)
+        return text.hasSuffix("\n") ? String(text.dropLast()) : text
     }
 
     /// Names of sites, each once; nil where the key is absent.

@@ -3,7 +3,8 @@
 // Must be prevented:
 //   somebody is asked for ever at full speed
 
-/// Whose answer is waited for, and when they are asked again: after 10 ms, then after twice as long each time, at most 8 s.
+/// Whose answer is waited for, and when they are asked again: after 10 ms, then after twice as long each time, at most 1 s, so that
+/// who comes back is not waited for much longer.
 package struct Round: Equatable, Sendable {
     package private(set) var waiting: [Int]
     /// Asked again, they answered that they are still at it.
@@ -11,9 +12,9 @@ package struct Round: Equatable, Sendable {
     private var repeatAt: UInt64
     private var attempts = 0
     private static let shortest: UInt64 = 10_000_000
-    private static let longest: UInt64 = 8_000_000_000
+    private static let longest: UInt64 = 1_000_000_000
     /// About half a minute of silence.
-    private static let patience = 12
+    private static let patience = 36
 
     init(_ waiting: [Int], now: UInt64) {
         self.waiting = waiting

@@ -155,6 +155,8 @@ extension RemoteRequest {
 extension TwoPhaseRecord {
     /// Of one that takes no points any more.
     func testimony(of number: UInt64) -> Testimony {
-        number <= committed ? .committed : .refuses(prepared: inDoubt == number)
+        // What an operator has chosen, the others must not rely on.
+        if inDoubt == number { return .refuses(prepared: true) }
+        return number <= committed ? .committed : .refuses(prepared: false)
     }
 }
