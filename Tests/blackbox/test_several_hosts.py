@@ -13,6 +13,7 @@ import signal
 import time
 
 import chains
+from control import call
 from link import Link
 from sites import GROUP_LINES, REPEAT, SiteTest, read_handle, wait_for
 
@@ -328,8 +329,13 @@ class InDoubt(SeveralHosts):
     """A remote that has prepared a point, and does not hear what became of it."""
 
     def prepared(self, remote="west1"):
-        """The point that the remote has prepared, and that is not decided there; None if there is none."""
-        return next((point["id"] for point in self.remotes[remote].points() if point["state"] in ("prepared", "in doubt")), None)
+        """The point that the remote has prepared, for each of its hosts, and that is not decided there; None if there is none."""
+        found = set()
+        hosts = [host for host in REMOTES if REMOTES[host] == remote]
+        for host in hosts:
+            _, points = call(self.remotes[remote], "GET", f"/v1/groups/shop@{host}/points")
+            found.add(next((point["id"] for point in points if point["state"] in ("prepared", "in doubt")), None))
+        return found.pop() if len(found) == 1 else None
 
     def only_west1_prepares(self):
         """The master's word does not reach west2: returns the point that west1 has prepared and west2 has not."""
