@@ -49,9 +49,14 @@ package struct RemoteCall: Codable, Sendable {
     package var pair: String
     package var places: [PairPlace]
     package var message: RemoteMessage
+    /// Pairs that have no part in the point.
+    package var without: [String]?
 
-    package init(site: String, to: String, pair: String, places: [PairPlace], message: RemoteMessage) {
+    package init(
+        site: String, to: String, pair: String, places: [PairPlace], message: RemoteMessage, without: [String]?
+    ) {
         (self.site, self.to, self.pair, self.places, self.message) = (site, to, pair, places, message)
+        self.without = without
     }
 }
 
@@ -73,10 +78,14 @@ package struct TestimonyReply: Codable, Sendable {
         package var prepared: UInt64?
         /// The point that it has failed over to.
         package var failedOver: UInt64?
+        /// Pairs that have no part in its newest point.
+        package var without: [String]?
 
         package init(
-            pair: String, testimony: Testimony?, committed: UInt64, prepared: UInt64?, failedOver: UInt64?
+            pair: String, testimony: Testimony?, committed: UInt64, prepared: UInt64?, failedOver: UInt64?,
+            without: [String]?
         ) {
+            self.without = without
             (self.pair, self.testimony, self.committed) = (pair, testimony, committed)
             (self.prepared, self.failedOver) = (prepared, failedOver)
         }
@@ -103,8 +112,10 @@ package struct LeadCall: Codable, Sendable {
     package var point: UInt64
     /// It has committed this point, or another has: whoever has prepared it takes it.
     package var committed: UInt64
+    /// Pairs that have no part in the point, and go to their newest.
+    package var without: [String]
 
-    package init(site: String, point: UInt64, committed: UInt64) {
-        (self.site, self.point, self.committed) = (site, point, committed)
+    package init(site: String, point: UInt64, committed: UInt64, without: [String]) {
+        (self.site, self.point, self.committed, self.without) = (site, point, committed, without)
     }
 }

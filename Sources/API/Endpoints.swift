@@ -41,9 +41,9 @@ package enum Endpoints {
     package static let resync = Endpoint<Nothing, ResyncReport>(
         .post, "/v1/groups/{group}/resync", .operator, seconds: 7 * day, .discard)
     package static let practice = Endpoint<Nothing, [FlashCopyReport]>(
-        .post, "/v1/groups/{group}/practice", .operator, seconds: 600, .point)
+        .post, "/v1/groups/{group}/practice", .operator, seconds: 600, .point, .led)
     package static let endPractice = Endpoint<Nothing, Done>(
-        .delete, "/v1/groups/{group}/practice", .operator, seconds: 600)
+        .delete, "/v1/groups/{group}/practice", .operator, seconds: 600, .led)
 
     // FlashCopies. Older ones may have to be given what they need first, so there is time.
     package static let createFlashCopy = Endpoint<FlashCopyRequest, [FlashCopyReport]>(

@@ -137,9 +137,11 @@ package struct ControlServer: Sendable {
         routes.serve(Endpoints.failback) {
             try await $0.site.roles.failback($0.name, isLed: $0[.led] == "true")
         }
-        routes.serve(Endpoints.practice) { try await $0.site.practice.practice($0.name, point: $0[.point]) }
+        routes.serve(Endpoints.practice) {
+            try await $0.site.coordination.practice($0.name, point: $0[.point], isLed: $0[.led] == "true")
+        }
         routes.serve(Endpoints.endPractice) { asked in
-            try await asked.site.practice.endPractice(asked.name)
+            try await asked.site.coordination.endPractice(asked.name, isLed: asked[.led] == "true")
             return Done(done: "the practice copy is gone")
         }
     }

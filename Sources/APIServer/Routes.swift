@@ -38,7 +38,7 @@ struct Routes {
         router.on(RouterPath(call.path), method: HTTPRequest.Method(rawValue: call.method.rawValue)!) {
             request, context in
             await respond(site, early: call.servedWhileStarting) {
-                let name = call.placeholder.flatMap { context.parameters.get($0) } ?? ""
+                let name = call.placeholder.flatMap { context.parameters.get($0)?.removingPercentEncoding } ?? ""
                 var query: [Substring: Substring] = [:]
                 for (word, value) in request.uri.queryParameters { query[word] = value }
                 let asked = Asked(site: site, name: name, body: try await decode(Body.self, request), query: query)

@@ -60,6 +60,8 @@ package struct Cycle {
         case remote(Int, Stamped<RemoteAnswer>, at: Double?)
         /// How the hosts stand.
         case surveyed(Survey)
+        /// Another host cannot be reached, and the group goes on without it.
+        case hostLost(Int)
         /// Every volume has formed, and acknowledgements are held.
         case held(at: Double, changed: [Int])
         /// They go; `intact`: they were held until now on every volume.
@@ -263,7 +265,7 @@ package struct Cycle {
             case (.sessionOpened, .connecting), (.sessionFailed, .connecting): true
             case (.allMarked, .marking): true
             case (.prepared, .preparing), (.notReady, .preparing): true
-            case (.asked, _), (.host, _), (.remote, _): isOfSeveral
+            case (.asked, _), (.host, _), (.remote, _), (.hostLost, _): isOfSeveral
             case (.surveyed, .surveying): true
             case (.held, _): isOfSeveral && participant.state.kind == .forming
             case (.letGo, _): runs != nil
@@ -299,6 +301,7 @@ package struct Cycle {
         case (.remote(let remote, let answer, let time), _):
             return heard(answer, of: remote, at: time, &record, now)
         case (.surveyed(let survey), _): return surveyed(survey, &record, now)
+        case (.hostLost(let host), _): return lostHost(host, &record, now)
         case (.held(let time, let changed), _): return didHold(at: time, changed, &record, now)
         case (.letGo(let isIntact), _): return didLetGo(isIntact, &record, now)
         case (.pointLost(let reason), _) where isOfSeveral: return lostPoint(reason, &record, now)

@@ -27,9 +27,11 @@ package struct HostMessage: Codable, Equatable, Sendable {
 package struct RemoteMessage: Codable, Equatable, Sendable {
     package var request: Stamped<RemoteRequest>
     package var formedAt: Double?
+    /// Pairs that have no part in the point, by their indices.
+    package var absent: [Int]?
 
-    package init(_ request: Stamped<RemoteRequest>, formedAt: Double?) {
-        (self.request, self.formedAt) = (request, formedAt)
+    package init(_ request: Stamped<RemoteRequest>, formedAt: Double?, absent: [Int]? = nil) {
+        (self.request, self.formedAt, self.absent) = (request, formedAt, absent)
     }
 }
 
@@ -41,9 +43,11 @@ package struct Survey: Codable, Equatable, Sendable {
     package var problem: String?
     /// The highest number that any of them knows of a point.
     package var highest: UInt64
+    /// Pairs whose hosts are lost, and without which points are formed, by their indices.
+    package var absent: [Int]?
 
-    package init(changed: Bool, problem: String?, highest: UInt64) {
-        (self.changed, self.problem, self.highest) = (changed, problem, highest)
+    package init(changed: Bool, problem: String?, highest: UInt64, absent: [Int]? = nil) {
+        (self.changed, self.problem, self.highest, self.absent) = (changed, problem, highest, absent)
     }
 }
 
@@ -140,12 +144,13 @@ extension Cycle {
             return Turn()
         }
         guard survey.changed || isWanted(record, now) else {
-            holdUp = nil
+            if survey.absent == nil { holdUp = nil }
             return Turn()
         }
         requested = false
         preparedAt = now
         coordinator.countOn(from: max(survey.highest, record.highestPoint))
+        coordinator.leaveOut(survey.absent ?? [])
         return tell(.request, &record, now)
     }
 
@@ -358,11 +363,12 @@ extension Cycle {
 
     private mutating func startGivingUp() -> Turn<Action> {
         switch state {
-        case .atPoint(.moves), .atPoint(.commits):
+        // Giving up voids what the link or the volumes have been asked: it is asked anew.
+        case .atPoint(.moves), .atPoint(.commits), .connecting, .marking:
             state = .givingUp(.connect)
             return closeLink()
         case .atPoint(.none), .preparing, .idle, .surveying: state = .givingUp(.carryOn)
-        case .stopped, .offline, .connecting, .marking, .givingUp: break
+        case .stopped, .offline, .givingUp: break
         }
         return Turn([.giveUp])
     }
@@ -376,10 +382,12 @@ extension Cycle {
                 request, formedAt: record.held?.formedAt ?? formed.at, committedAt: committedAt)
             return host == ownIndex ? asked(message, &record, now) : Turn([.askHost(host, message)])
         case .askRemote(let remote, let request):
-            let message = RemoteMessage(request, formedAt: record.held?.formedAt ?? formed.at)
+            let message = RemoteMessage(
+                request, formedAt: record.held?.formedAt ?? formed.at, absent: coordinator.record.absent)
             return Turn([.askRemote(remote, message)])
         case .committed:
-            (holdUp, pauses) = (nil, 0)
+            (holdUp, pauses) = (behind, 0)
+            heldUpSince = nil
             return Turn()
         case .givesUp(let number, let reason):
             holdUp = "point \(number) was given up: \(reason)"
@@ -393,6 +401,19 @@ extension Cycle {
             return Turn()
         case .contradiction(let words): return Turn([.contradicted(words)])
         }
+    }
+
+    /// Another host cannot be reached, and the group goes on without it.
+    mutating func lostHost(_ host: Int, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        guard coordinates else { return Turn() }
+        return tell(.hostLost(host), &record, now) + goOnIfIdle(&record, now)
+    }
+
+    /// Hosts without which the last point was formed.
+    private var behind: String? {
+        guard let absent = coordinator.record.absent else { return nil }
+        let names = absent.map { settings.part.coordination.hostNames[$0] }.joined(separator: ", ")
+        return "points are formed without \(names), which is lost; the volumes there are behind"
     }
 
     mutating func heard(

@@ -22,6 +22,8 @@ package struct PointRecord: Codable, Sendable, Equatable {
     package var isFailed: Bool?
     /// Volumes that have files of it, since they had changed since the point before; nil = all that it holds (secondary).
     package var changed: [String]?
+    /// Pairs of the group that have no part in it, since their hosts were lost: they are behind.
+    package var without: [String]?
 
     /// The highest number of a point, and the latest time, that a peer is believed: what is counted on from there must not overflow.
     package static let highestNumber: UInt64 = 1 << 60

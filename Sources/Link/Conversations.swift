@@ -12,6 +12,8 @@ import Ring
 package protocol CoordinationClient: Sendable {
     /// How all other hosts stand, together.
     func survey() async -> Survey
+    /// Whether points are formed without hosts that are lost.
+    var goesOnWithoutLost: Bool { get }
     /// - Parameter waits: the answer may come when the host has drained.
     /// - Returns: nil when it has nothing to say yet.
     func ask(host: Int, _ message: HostMessage, waits: Bool) async throws -> Stamped<HostAnswer>?
@@ -35,6 +37,9 @@ final class Conversations {
     private var hosts: [Int: (question: HostRequest, call: Call)] = [:]
     private var remotes: [Int: (question: RemoteRequest, call: Call)] = [:]
     private var surveys: Task<Void, Never>?
+    /// Since when hosts have not been reached.
+    private var unreached: [Int: UInt64] = [:]
+    private static let longestSilence: UInt64 = 2_000_000_000
     /// A call that has not been answered for so long is made anew, if it is asked for.
     private static let patience: UInt64 = 1_000_000_000
 
@@ -57,9 +62,18 @@ final class Conversations {
             guard !Task.isCancelled else { return }
             let all = Survey(
                 changed: own.changed || others.changed, problem: own.problem ?? others.problem,
-                highest: max(own.highest, others.highest))
+                highest: max(own.highest, others.highest), absent: others.absent)
             mailbox.send(.event(.surveyed(all), epoch: 0))
         }
+    }
+
+    /// A host that has not been reached for so long is lost.
+    private func noteReach(_ host: Int, _ isReached: Bool) {
+        let now = monotonicNanoseconds()
+        guard !isReached, client.goesOnWithoutLost else { return unreached[host] = nil }
+        let since = unreached[host] ?? now
+        unreached[host] = since
+        if now - since > Self.longestSilence { mailbox.send(.event(.hostLost(host), epoch: 0)) }
     }
 
     func ask(host: Int, _ message: HostMessage) {
@@ -70,16 +84,21 @@ final class Conversations {
         }
         let (client, mailbox) = (client, mailbox)
         let task = Task {
-            var waits = false
+            var (waits, isReached) = (false, true)
             while !Task.isCancelled {
-                guard let answer = try? await client.ask(host: host, message, waits: waits) else { break }
+                let reply: Stamped<HostAnswer>?
+                do { reply = try await client.ask(host: host, message, waits: waits) } catch {
+                    isReached = false
+                    break
+                }
+                guard let answer = reply else { break }
                 guard !Task.isCancelled else { return }
                 mailbox.send(.event(.host(host, answer), epoch: 0))
                 guard case .ran = answer.body else { break }
                 waits = true
             }
             guard !Task.isCancelled else { return }
-            mailbox.send(.callEnded(host: host, remote: nil))
+            mailbox.send(.callEnded(host: host, remote: nil, isReached: isReached))
         }
         hosts[host] = (message.request.body, Call(since: now, task: task))
     }
@@ -96,14 +115,17 @@ final class Conversations {
                 mailbox.send(.event(.remote(remote, answer, at: at), epoch: 0))
             }
             guard !Task.isCancelled else { return }
-            mailbox.send(.callEnded(host: nil, remote: remote))
+            mailbox.send(.callEnded(host: nil, remote: remote, isReached: true))
         }
         remotes[remote] = (message.request.body, Call(since: now, task: task))
     }
 
     /// What is asked next is a call of its own.
-    func ended(host: Int?, remote: Int?) {
-        if let host { hosts[host] = nil }
+    func ended(host: Int?, remote: Int?, isReached: Bool) {
+        if let host {
+            hosts[host] = nil
+            noteReach(host, isReached)
+        }
         if let remote { remotes[remote] = nil }
     }
 }

@@ -111,7 +111,8 @@ final class GroupThread {
             case .stopCoordinating(let reason): stopCoordinating(reason)
             case .quiet(let isQuiet, let done): setQuiet(isQuiet, done)
             case .noPoint(let reason): refuseWaiters(reason)
-            case .callEnded(let host, let remote): replicator?.callEnded(host: host, remote: remote)
+            case .callEnded(let host, let remote, let isReached):
+                replicator?.callEnded(host: host, remote: remote, isReached: isReached)
             case .marked(let asker): replicator?.marked(asker)
             case .released(let changed, let used, let asker): replicator?.released(changed, used, asker)
             }

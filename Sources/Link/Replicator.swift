@@ -346,7 +346,9 @@ package final class Replicator {
         Task { if let problem = await asks() { mailbox.send(.noPoint(problem)) } }
     }
 
-    func callEnded(host: Int?, remote: Int?) { conversations?.ended(host: host, remote: remote) }
+    func callEnded(host: Int?, remote: Int?, isReached: Bool) {
+        conversations?.ended(host: host, remote: remote, isReached: isReached)
+    }
 
     private func surveyOwn() {
         let (mailbox, asker) = (group.mailbox, epoch)
@@ -591,7 +593,7 @@ package final class Replicator {
         }
         if status.holdUp != lastHoldUp {
             lastHoldUp = status.holdUp
-            configuration.log(lastHoldUp.map { "no points: \($0)" } ?? "points are formed again")
+            configuration.log(lastHoldUp ?? "points are formed, of all hosts")
         }
         let now = monotonicNanoseconds()
         if now - lastFigures > 1_000_000_000 {

@@ -18,8 +18,13 @@ package final class Coordination {
     private let intake: Intake
     private let peers: Peers
     private let replication: Replication
+    private let practices: Practice
 
-    init(_ home: Holdings, _ steps: StepExecutor, _ intake: Intake, _ peers: Peers, _ replication: Replication) {
+    init(
+        _ home: Holdings, _ steps: StepExecutor, _ intake: Intake, _ peers: Peers, _ replication: Replication,
+        _ practices: Practice
+    ) {
+        self.practices = practices
         (self.home, self.steps, self.intake, self.peers, self.replication) = (home, steps, intake, peers, replication)
     }
 
@@ -93,6 +98,71 @@ package final class Coordination {
         return missed
     }
 
+    /// A writable copy of one point, at all remotes.
+    package func practice(_ name: String, point wanted: String?, isLed: Bool) async throws -> [FlashCopyReport] {
+        let pairs = try home.pairs(name).filter { !$0.entry.volumes.isEmpty }
+        guard pairs.contains(where: { $0.entry.several != nil }) else {
+            return try await practices.practice(name, point: wanted)
+        }
+        let others = isLed ? [] : fellows(pairs)
+        let point = try await practicePoint(name, pairs, wanted, others)
+        var reports: [FlashCopyReport] = []
+        do {
+            for pair in pairs { reports += try await practices.practice(pair.entry.name, point: point) }
+            for other in others {
+                guard let address = home.configuration.peers[other]?.control else { continue }
+                let client = ControlClient(address: address)
+                do {
+                    reports += try await client.call(Endpoints.practice, name, [.point: point, .led: "true"])
+                } catch {
+                    throw Refusal("'\(other)': \(error)", (error as? Refusal)?.kind ?? .passing)
+                }
+            }
+        } catch {
+            // One moment everywhere, or none.
+            try? await endPractice(name, isLed: isLed)
+            throw error
+        }
+        return reports
+    }
+
+    /// The newest that all remotes have.
+    private func practicePoint(
+        _ name: String, _ pairs: [GroupState], _ wanted: String?, _ others: [String]
+    ) async throws -> String {
+        if let wanted { return wanted }
+        let stands = await ask(others, name, about: nil)
+        if let silent = stands.filter({ $0.value == nil }).keys.min() {
+            throw Refusal(
+                "group '\(name)': '\(silent)' cannot be reached, so that no point is known to be there as well",
+                .passing)
+        }
+        let here = pairs.map { $0.record.newestReadable?.number ?? 0 }
+        let there = stands.values.flatMap { $0?.pairs ?? [] }.map(\.committed)
+        guard let point = (here + there).min(), point > 0 else {
+            throw Refusal("group '\(name)' has no recovery point yet that all remotes have")
+        }
+        return String(point)
+    }
+
+    package func endPractice(_ name: String, isLed: Bool) async throws {
+        let pairs = try home.pairs(name).filter { !$0.entry.volumes.isEmpty }
+        guard pairs.contains(where: { $0.entry.several != nil }) else { return try await practices.endPractice(name) }
+        var refusal: Refusal?
+        for pair in pairs {
+            do { try await practices.endPractice(pair.entry.name) } catch let error as Refusal { refusal = error }
+        }
+        for other in isLed ? [] : fellows(pairs) {
+            guard let address = home.configuration.peers[other]?.control else { continue }
+            do {
+                _ = try await ControlClient(address: address).call(Endpoints.endPractice, name, [.led: "true"]) as Done
+            } catch {
+                refusal = Refusal("'\(other)': \(error)", (error as? Refusal)?.kind ?? .passing)
+            }
+        }
+        if let refusal { throw refusal }
+    }
+
     // MARK: A remote
 
     package func askRemote(_ name: String, _ call: RemoteCall) async throws -> RemoteReply {
@@ -104,7 +174,8 @@ package final class Coordination {
             call.places.count <= Coordinator.Settings.members.upperBound
         else { throw Refusal("point \(number) cannot be", .refused) }
         let input = RemotePart.Input.request(
-            call.message.request, formedAt: call.message.formedAt ?? realSeconds(), places: call.places)
+            call.message.request, formedAt: call.message.formedAt ?? realSeconds(), places: call.places,
+            without: call.without)
         do {
             return try await run(input, group)
         } catch let refusal as TakeoverRefusal {
@@ -159,7 +230,8 @@ package final class Coordination {
         TestimonyReply.Pair(
             pair: group.entry.several?.pair ?? group.entry.peer, testimony: testimony,
             committed: group.record.points.last { $0.isBase != true }?.number ?? 0,
-            prepared: group.record.coordination?.prepared?.number, failedOver: group.record.failedOver?.point)
+            prepared: group.record.coordination?.prepared?.number, failedOver: group.record.failedOver?.point,
+            without: group.record.newestReadable?.without)
     }
 
     // MARK: Failover
@@ -182,11 +254,11 @@ package final class Coordination {
         let stands = await ask(others, name, about: nil)
         let wanted = try agree(name, wanted, stands)
         try await settleDoubt(name, pairs, others, alone: alone ? wanted : nil)
-        let point = try common(name, pairs, wanted)
+        let target = try target(name, pairs, wanted, stands)
         var report: FailoverReport?
-        for group in pairs { report = try await failOver(group, point) ?? report }
+        for group in pairs { report = try await failOver(group, target) ?? report }
         guard var report else { throw Refusal("group '\(name)' has no volumes at '\(home.configuration.site)' yet") }
-        report.behind = await lead(others, name, point, committed: newestCommitted(pairs))
+        report.behind = await lead(others, name, target, committed: newestCommitted(pairs))
         return report
     }
 
@@ -239,7 +311,8 @@ package final class Coordination {
         _ name: String, _ wanted: UInt64?, _ stands: [String: TestimonyReply?]
     ) throws -> UInt64? {
         for (remote, reply) in stands {
-            guard let point = reply?.pairs.compactMap(\.failedOver).first else { continue }
+            // A pair that was left out has gone to an older one.
+            guard let point = reply?.pairs.compactMap(\.failedOver).max() else { continue }
             guard wanted == nil || wanted == point else {
                 throw Refusal(
                     "group '\(name)': '\(remote)' has failed over to point \(point); point \(wanted!) here would not match it. "
@@ -308,35 +381,64 @@ package final class Coordination {
                 : "point \(number) is dropped: nobody has committed it")
     }
 
-    /// The point that all pairs here have.
-    private func common(_ name: String, _ pairs: [GroupState], _ wanted: UInt64?) throws -> UInt64 {
+    /// The point that a group fails over to, and the pairs that have no part in it.
+    private struct Target {
+        var point: UInt64
+        var without: [String]
+    }
+
+    /// The newest point that all pairs here have but those that were left out.
+    private func target(
+        _ name: String, _ pairs: [GroupState], _ wanted: UInt64?, _ stands: [String: TestimonyReply?]
+    ) throws -> Target {
         let pairs = pairs.filter { !$0.entry.volumes.isEmpty }
-        if let wanted { return wanted }
-        let newest = pairs.map { $0.record.failedOver?.point ?? $0.record.newestReadable?.number ?? 0 }
-        guard let least = newest.min(), least > 0 else {
+        func newest(_ group: GroupState) -> UInt64 {
+            group.record.failedOver?.point ?? group.record.newestReadable?.number ?? 0
+        }
+        let others = stands.values.flatMap { $0?.pairs ?? [] }.map { ($0.committed, $0.without ?? []) }
+        let points = pairs.flatMap { $0.record.points.map { ($0.number, $0.without ?? []) } } + others
+        let last = points.max { $0.0 < $1.0 } ?? (0, [])
+        let without = points.first { $0.0 == wanted }?.1 ?? last.1
+        let taking = pairs.filter { !without.contains($0.entry.several?.pair ?? "") }
+        let point = wanted ?? (taking.isEmpty ? last.0 : taking.map(newest).min() ?? 0)
+        guard point > 0 else {
             throw Refusal(
                 "group '\(name)' at '\(home.configuration.site)' has no recovery point yet: its first copy is not complete"
             )
         }
-        return least
+        return Target(point: point, without: without)
     }
 
-    private func failOver(_ group: GroupState, _ point: UInt64) async throws -> FailoverReport? {
+    private func failOver(_ group: GroupState, _ target: Target) async throws -> FailoverReport? {
         guard !group.entry.volumes.isEmpty else { return nil }
-        return try await intake.failover(group, point: point)
+        return try await intake.failover(group, point: point(of: group, target))
+    }
+
+    /// One that was left out goes to its newest point.
+    private func point(of group: GroupState, _ target: Target) -> UInt64 {
+        let pair = group.entry.several?.pair ?? ""
+        let own = group.record.points.last { $0.isFailed != true && $0.number <= target.point }?.number
+        guard target.without.contains(pair), group.record.failedOver == nil, let own, own < target.point else {
+            return group.record.failedOver.flatMap { target.without.contains(pair) ? $0.point : nil } ?? target.point
+        }
+        home.note(
+            group.entry.name,
+            "its volumes are behind: '\(pair)' was lost when point \(target.point) was formed; they go to point \(own)")
+        return own
     }
 
     /// - Returns: remotes that have not followed, and why.
-    private func lead(_ others: [String], _ name: String, _ point: UInt64, committed: UInt64) async -> [String] {
+    private func lead(_ others: [String], _ name: String, _ target: Target, committed: UInt64) async -> [String] {
         var behind: [String] = []
         for remote in others {
             guard let address = home.configuration.peers[remote]?.control else { continue }
             do {
-                let call = LeadCall(site: home.configuration.site, point: point, committed: committed)
+                let call = LeadCall(
+                    site: home.configuration.site, point: target.point, committed: committed, without: target.without)
                 _ = try await ControlClient(address: address).call(Endpoints.lead, name, body: call) as Done
             } catch {
                 behind.append(
-                    "'\(remote)' has not followed (\(error)); `farcopy failover \(name)` there goes to point \(point) as well"
+                    "'\(remote)' has not followed (\(error)); `farcopy failover \(name)` there goes to point \(target.point) as well"
                 )
             }
         }
@@ -350,9 +452,10 @@ package final class Coordination {
             throw Refusal(
                 "'\(call.site)' is no other remote of group '\(name)' at '\(home.configuration.site)'", .refused)
         }
+        let target = Target(point: call.point, without: call.without)
         for group in pairs where !group.entry.volumes.isEmpty {
             if let done = group.record.failedOver?.point {
-                guard done == call.point else {
+                guard done == point(of: group, target) else {
                     throw Refusal(
                         "group '\(name)' at '\(home.configuration.site)' has failed over to point \(done) already",
                         .refused)
@@ -362,7 +465,7 @@ package final class Coordination {
             if let number = group.record.coordination?.prepared?.number {
                 try await settle(group, number, forward: number <= call.committed)
             }
-            _ = try await intake.failover(group, point: call.point)
+            _ = try await intake.failover(group, point: point(of: group, target))
             home.note(group.entry.name, "'\(call.site)' leads the group to point \(call.point)")
         }
     }

@@ -6,6 +6,7 @@ import API
 import Base
 import Groups
 import Link
+import Ring
 import SiteConfiguration
 import Synchronization
 
@@ -21,6 +22,10 @@ final class CoordinationPeers: CoordinationClient {
     /// Which remote each pair has, as the hosts have said.
     private let remotes: Mutex<[String: String]>
     private let local: @Sendable (String) async -> GroupHandle?
+    let goesOnWithoutLost: Bool
+    /// Since when each pair's host could not form a point.
+    private let lost = Mutex<[String: UInt64]>([:])
+    private static let longestSilence: UInt64 = 2_000_000_000
     private let learned: @Sendable ([PairPlace]) async -> Void
     private static let surveySeconds: Int64 = 2
     private static let hostSeconds: Int64 = 5
@@ -32,11 +37,12 @@ final class CoordinationPeers: CoordinationClient {
     ///   - learned: is told where the pairs are, once all have said so.
     init(
         _ entry: Configuration.GroupEntry, pairs: [String], isForward: Bool, site: String,
-        peers: [String: Configuration.PeerEntry], places: [PairPlace],
+        peers: [String: Configuration.PeerEntry], places: [PairPlace], goesOnWithoutLost: Bool,
         local: @escaping @Sendable (String) async -> GroupHandle?,
         learned: @escaping @Sendable ([PairPlace]) async -> Void
     ) {
         (group, self.pairs, self.isForward) = (entry.group, pairs, isForward)
+        self.goesOnWithoutLost = goesOnWithoutLost
         (self.site, self.peers, self.local, self.learned) = (site, peers, local, learned)
         ownPair = entry.several?.pair ?? ""
         var known = Dictionary(places.map { ($0.host, $0.remote) }, uniquingKeysWith: { first, _ in first })
@@ -68,16 +74,34 @@ final class CoordinationPeers: CoordinationClient {
             var all = Survey(changed: false, problem: nil, highest: 0)
             var problems: [String] = []
             for await (pair, standing, problem) in tasks {
-                if let problem { problems.append("'\(pair)': \(problem)") }
+                if let standing, isForward { remotes.withLock { $0[pair] = standing.peer } }
+                if let problem = problem ?? standing?.survey.problem {
+                    if isLost(pair) {
+                        all.absent = (all.absent ?? []) + [pairs.firstIndex(of: pair)!]
+                    } else {
+                        problems.append("'\(pair)': \(problem)")
+                    }
+                    continue
+                }
+                _ = lost.withLock { $0.removeValue(forKey: pair) }
                 guard let standing else { continue }
-                if isForward { remotes.withLock { $0[pair] = standing.peer } }
-                if let problem = standing.survey.problem { problems.append("'\(pair)': \(problem)") }
                 all.changed = all.changed || standing.survey.changed
                 all.highest = max(all.highest, min(standing.survey.highest, PointRecord.highestNumber))
             }
             if problems.isEmpty, let places { await learned(places) }
             all.problem = problems.isEmpty ? nil : problems.sorted().joined(separator: "; ")
             return all
+        }
+    }
+
+    /// It cannot form a point; whether it has been so for long, and the others go on.
+    private func isLost(_ pair: String) -> Bool {
+        guard goesOnWithoutLost else { return false }
+        let now = monotonicNanoseconds()
+        return lost.withLock { lost in
+            let since = lost[pair] ?? now
+            lost[pair] = since
+            return now - since > Self.longestSilence
         }
     }
 
@@ -124,7 +148,9 @@ final class CoordinationPeers: CoordinationClient {
         let secondary = try secondary(pair)
         // A remote that this site does not know is asked through its host.
         let through = peers[secondary] != nil ? secondary : try primary(pair)
-        let call = RemoteCall(site: site, to: secondary, pair: pair, places: places, message: message)
+        let call = RemoteCall(
+            site: site, to: secondary, pair: pair, places: places, message: message,
+            without: message.absent.map { $0.filter(pairs.indices.contains).map { pairs[$0] } })
         let reply: RemoteReply = try await client(through).call(Endpoints.askRemote, group, body: call)
         guard let answer = reply.answer else { throw Refusal("the remote's answer makes no sense") }
         return (answer, reply.at.flatMap { (0...PointRecord.latestTime).contains($0) ? $0 : nil })

@@ -139,6 +139,7 @@ package final class Replication {
         return CoordinationPeers(
             group.entry, pairs: pairs, isForward: !several.hosts.isEmpty, site: home.configuration.site,
             peers: home.configuration.peers, places: group.record.coordination?.places ?? [],
+            goesOnWithoutLost: several.goesOnWithoutLost,
             local: { [home] pair in await home.handle(name, pair) },
             learned: { places in
                 guard handle.record.coordination?.places != places else { return }

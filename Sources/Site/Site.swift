@@ -80,7 +80,7 @@ package final class Site {
         let steps = StepExecutor(
             home, peers, operations, chains, restores, kept, executor, flashCopies, comparisons, replication)
         intake = Intake(home, peers, steps, removal)
-        coordination = Coordination(home, steps, intake, peers, replication)
+        coordination = Coordination(home, steps, intake, peers, replication, practice)
         standings = Standings(home, peers, distrust, replication)
         roles = Roles(home, peers, operations, steps, intake)
         verifications = Verifications(home, operations, steps, flashCopies)

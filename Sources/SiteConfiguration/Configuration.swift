@@ -84,6 +84,8 @@ package struct Configuration: Sendable {
         package static let etcd = "etcd"
         /// Nanoseconds.
         package var maxCoordination: UInt64 = 50_000_000
+        /// Points are formed without hosts that are lost.
+        package var goesOnWithoutLost = false
     }
 
     /// Mode `global-mirror`: what becomes of hosts' writes to grains that must still be sent.

@@ -231,7 +231,8 @@ struct ConfigurationReader {
         try check(
             entry, section,
             known: [
-                "volumes", "role", "peer", "peers", "hosts", "remotes", "master", "max_coordination", "mode",
+                "volumes", "role", "peer", "peers", "hosts", "remotes", "master", "max_coordination", "on_host_lost",
+                "mode",
                 "collision",
                 "collision_memory", "max_collision_wait", "interval",
                 "keep", "allow_clients", "allow_addresses",
@@ -291,7 +292,9 @@ struct ConfigurationReader {
         _ entry: TOMLTable, _ group: Configuration.GroupEntry, _ site: String
     ) throws -> [Configuration.GroupEntry] {
         let section = "groups.\(group.name)"
-        let keys = ["peers", "hosts", "remotes", "master", "max_coordination"].filter { entry[$0] != nil }
+        let keys = ["peers", "hosts", "remotes", "master", "max_coordination", "on_host_lost"].filter {
+            entry[$0] != nil
+        }
         guard let first = keys.first else { return [group] }
         guard group.mode == .globalMirror else {
             throw fail(section, first, "is for groups with mode = \"global-mirror\"")
@@ -316,7 +319,7 @@ struct ConfigurationReader {
             if remotes.count > 1 {
                 throw fail(section, "remotes", "are several, so 'hosts' must be there: each host has one remote")
             }
-            for key in ["master", "max_coordination"] where entry[key] != nil {
+            for key in ["master", "max_coordination", "on_host_lost"] where entry[key] != nil {
                 throw fail(section, key, "is for groups with several 'hosts'")
             }
             return group
@@ -333,6 +336,13 @@ struct ConfigurationReader {
         if let seconds = try time(entry, section, "max_coordination", 0.001...most) {
             several.maxCoordination = UInt64(seconds * 1e9)
         }
+        if entry["on_host_lost"] != nil {
+            let text = try string(entry, section, "on_host_lost")
+            guard ["wait", "go-on"].contains(text) else {
+                throw fail(section, "on_host_lost", "is '\(text)'; it must be 'wait' or 'go-on'")
+            }
+            several.goesOnWithoutLost = text == "go-on"
+        }
         group.several = several
         return group
     }
@@ -340,7 +350,7 @@ struct ConfigurationReader {
     private func remote(
         _ entry: TOMLTable, _ group: Configuration.GroupEntry, _ section: String, _ site: String
     ) throws -> [Configuration.GroupEntry] {
-        for key in ["hosts", "master", "max_coordination"] where entry[key] != nil {
+        for key in ["hosts", "master", "max_coordination", "on_host_lost"] where entry[key] != nil {
             throw fail(section, key, "is for hosts; this site's role is 'secondary'")
         }
         if entry["peers"] != nil, entry["peer"] != nil {

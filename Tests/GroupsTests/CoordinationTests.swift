@@ -193,8 +193,8 @@ func participantPlaces() {
         (.giveUp(1), "HHHHHHHl"), (.end(1), "HxxxxlHl"),
     ]
     let newer: [(HostRequest, String)] = [
-        (.makeReady(2), "Hxxxxxxl"), (.form(2), "xxxxxxxl"), (.formAtOnce(2), "xxxxxxxl"), (.run(2), "xxxxxxxl"),
-        (.giveUp(2), "Hxxxxxxl"),
+        (.makeReady(2), "HHHHHHHl"), (.form(2), "xxxxxxxl"), (.formAtOnce(2), "xxxxxxxl"), (.run(2), "xxxxxxxl"),
+        (.giveUp(2), "HHHHHHHl"),
         (.end(2), "xxxxxxxl"),
     ]
     let own: [(Participant.Event, String)] = [

@@ -11,7 +11,7 @@
 //   a commit is asked for before the decision is on stable storage, or before every remote has prepared
 //   a decision is not carried out: a new process takes it up
 //   a point that may be half formed goes on after a restart: it is given up everywhere
-//   a new point begins while a host or a remote has not yet heard what became of the last one
+//   a new point begins while a host or a remote has not yet heard what became of the last one, unless the others go on without that host
 //   a process that has been followed by another goes on, or an answer to it counts
 //   somebody is asked for ever at full speed, or an undecided point is held for somebody who does not answer
 
@@ -28,6 +28,8 @@ package struct Coordinator: Sendable {
         case found(committed: UInt64)
         /// The record belongs to a newer process.
         case superseded
+        /// A host is out of reach, and the others go on without it.
+        case hostLost(Int)
         case host(Int, Stamped<HostAnswer>)
         case remote(Int, Stamped<RemoteAnswer>)
     }
@@ -99,6 +101,7 @@ package struct Coordinator: Sendable {
     package private(set) var state = State.idle
     /// A process before this one may have asked remotes about the point.
     private var isTakenUp = false
+    private var leavingOut: [Int] = []
     /// The file may hold another record than this: whatever is said next waits for the save.
     package private(set) var isUnsaved = false
 
@@ -118,12 +121,19 @@ package struct Coordinator: Sendable {
         case .undecided: return giveUp(record.lastNumber, "its coordinator has ended", atRemotes: true, now)
         case .formed:
             isTakenUp = true
-            return enter(.draining(record.lastNumber, Round(settings.allHosts, now: now)))
-        case .commit: return enter(.committing(record.lastNumber, Round(settings.allRemotes, now: now), Votes()))
+            return enter(.draining(record.lastNumber, Round(hosts, now: now)))
+        case .commit: return enter(.committing(record.lastNumber, Round(remotes, now: now), Votes()))
         }
     }
 
     package mutating func wasSaved() { isUnsaved = false }
+
+    /// Pairs that take part in the point at hand.
+    private var hosts: [Int] { settings.allHosts.filter { record.absent?.contains($0) != true } }
+    private var remotes: [Int] { settings.allRemotes.filter { record.absent?.contains($0) != true } }
+
+    /// The next point is formed without these pairs.
+    mutating func leaveOut(_ pairs: [Int]) { leavingOut = pairs }
 
     /// Idle, it counts on from what others know of.
     mutating func countOn(from number: UInt64) {
@@ -154,6 +164,7 @@ package struct Coordinator: Sendable {
             return begin(now)
         case .giveUp(let reason): return end(reason, now)
         case .found(let number): return found(number, now)
+        case .hostLost(let host): return lost(host, now)
         case .host(let host, let answer):
             guard answer.epoch == record.epoch else { return Turn() }
             if case .superseded(let epoch) = answer.body {
@@ -197,13 +208,13 @@ package struct Coordinator: Sendable {
             guard round.isComplete else { return wait(.makingReady(number, round)) }
             guard settings.hosts > 1 else { return enter(.running(number, Round([0], now: now), drained: [])) }
             return enter(
-                .holding(number, Round(settings.allHosts, now: now), until: now + settings.maxCoordination))
+                .holding(number, Round(hosts, now: now), until: now + settings.maxCoordination))
         case (.holding(let number, var round, let until), .formed):
             // Hosts may have let go by themselves.
             guard now < until else { return tooLate(number, round, now) }
             round.answered(host)
             guard round.isComplete else { return wait(.holding(number, round, until: until)) }
-            return enter(.running(number, Round(settings.allHosts, now: now), drained: []))
+            return enter(.running(number, Round(hosts, now: now), drained: []))
         case (.running(let number, var round, var drained), .ran),
             (.running(let number, var round, var drained), .drained):
             round.answered(host)
@@ -249,7 +260,7 @@ package struct Coordinator: Sendable {
             round.answered(remote)
             if !votes.committed.contains(remote) { votes.committed.append(remote) }
             guard !round.isComplete else {
-                let end = State.ending(number, Round(settings.allHosts, now: now))
+                let end = State.ending(number, Round(hosts, now: now))
                 return Turn([.committed(number)]) + enter(end)
             }
             state = .committing(number, round, votes)
@@ -257,7 +268,7 @@ package struct Coordinator: Sendable {
             return votes.committed.count == 1 && !votes.refusing.isEmpty ? send() : Turn()
         case (.committing(let number, let round, var votes), .refuses(_, let reason)):
             if !votes.refusing.contains(remote) { votes.refusing.append(remote) }
-            guard votes.refusing.count == settings.remotes else { return wait(.committing(number, round, votes)) }
+            guard votes.refusing.count == remotes.count else { return wait(.committing(number, round, votes)) }
             return giveUp(number, "\(settings.remoteNames[remote]): \(reason)", atRemotes: true, now)
         case (.committing(let number, _, _), .failedOver(let point)):
             // What was decided is left to those who have prepared it.
@@ -291,9 +302,10 @@ package struct Coordinator: Sendable {
         var next = record
         next.lastNumber += 1
         next.point = .undecided
+        next.absent = leavingOut.isEmpty ? nil : leavingOut
         become(next)
         isTakenUp = false
-        return enter(.makingReady(next.lastNumber, Round(settings.allHosts, now: now)))
+        return enter(.makingReady(next.lastNumber, Round(hosts, now: now)))
     }
 
     /// - Parameter drained: hosts whose data is at its remote already.
@@ -301,13 +313,13 @@ package struct Coordinator: Sendable {
         var next = record
         next.point = .formed
         become(next)
-        let others = settings.allHosts.filter { !drained.contains($0) }
+        let others = hosts.filter { !drained.contains($0) }
         state = .draining(number, Round(others, now: now))
         return .saved() + (others.isEmpty ? haveDrained(number, now) : Turn())
     }
 
     private mutating func haveDrained(_ number: UInt64, _ now: UInt64) -> Turn<Action> {
-        let round = Round(settings.allRemotes, now: now)
+        let round = Round(remotes, now: now)
         return enter(settings.remotes == 1 ? .committing(number, round, Votes()) : .preparing(number, round))
     }
 
@@ -315,16 +327,48 @@ package struct Coordinator: Sendable {
         var next = record
         next.point = .commit
         become(next)
-        return enter(.committing(number, Round(settings.allRemotes, now: now), Votes()))
+        return enter(.committing(number, Round(remotes, now: now), Votes()))
     }
 
     /// Saved with the next point: until then a new process asks, and hears, the same once more.
     private mutating func settle(committed: UInt64) -> Turn<Action> {
         var next = record
-        (next.point, next.committed) = (.none, committed)
+        if committed > record.committed { next.left = left(behind: record.committed) }
+        (next.point, next.committed, next.absent) = (.none, committed, nil)
         become(next)
         state = .idle
         return Turn()
+    }
+
+    /// Of each pair that has not every point, the newest that it has.
+    private func left(behind committed: UInt64) -> [Int: UInt64]? {
+        var left = record.left ?? [:]
+        for pair in settings.allHosts {
+            left[pair] = record.absent?.contains(pair) == true ? left[pair] ?? committed : nil
+        }
+        return left.isEmpty ? nil : left
+    }
+
+    /// What it has not heard it hears when it is back, from a newer point.
+    private mutating func lost(_ host: Int, _ now: UInt64) -> Turn<Action> {
+        guard hosts.contains(host) else { return Turn() }
+        var turn = Turn<Action>()
+        switch state {
+        case .makingReady(let number, _), .holding(let number, _, _), .running(let number, _, _),
+            .draining(let number, _):
+            turn = giveUp(number, "\(settings.hostNames[host]) is out of reach", atRemotes: false, now)
+        case .idle, .preparing, .committing, .ending, .givingUp, .stopped: break
+        }
+        switch state {
+        case .ending(let number, var round):
+            round.answered(host)
+            guard round.isComplete else { return turn + wait(.ending(number, round)) }
+            return turn + settle(committed: number)
+        case .givingUp(let number, var hosts, let remotes, let stops):
+            hosts.answered(host)
+            return turn + gaveUp(number, hosts, remotes, stops)
+        default: return turn
+        }
     }
 
     private mutating func haveCommitted(_ number: UInt64) {
@@ -376,8 +420,8 @@ package struct Coordinator: Sendable {
             isUnsaved = true
         }
         state = .givingUp(
-            number, hosts: Round(settings.allHosts, now: now),
-            remotes: Round(atRemotes ? settings.allRemotes : [], now: now),
+            number, hosts: Round(self.hosts, now: now),
+            remotes: Round(atRemotes ? self.remotes : [], now: now),
             stops: stops ? reason : nil)
         return Turn([.givesUp(number, reason)]) + send()
     }
@@ -469,7 +513,11 @@ package struct Coordinator: Sendable {
         case .holding(let number, let round, _): ask(round, .form(number))
         case .running(let number, let round, _): ask(round, settings.hosts == 1 ? .formAtOnce(number) : .run(number))
         case .draining(let number, let round): ask(round, .run(number))
-        case .preparing(let number, let round): ask(round, .prepare(number, after: record.committed))
+        case .preparing(let number, let round):
+            round.waiting.map { remote in
+                let previous = record.left?[remote] ?? record.committed
+                return .askRemote(remote, Stamped(epoch: record.epoch, .prepare(number, after: previous)))
+            }
         case .committing(let number, let round, let votes):
             ask(
                 round,

@@ -25,6 +25,10 @@ package struct CoordinatorRecord: Equatable, Sendable, Codable {
     package internal(set) var point = Point.none
     /// The newest point that every remote is known to have committed; 0 = none.
     package internal(set) var committed: UInt64 = 0
+    /// Pairs that have no part in the point `lastNumber`, since their hosts were lost.
+    package internal(set) var absent: [Int]?
+    /// Pairs that are behind `committed`, with the newest point that each has.
+    package internal(set) var left: [Int: UInt64]?
     package init(epoch: UInt64 = 0, lastNumber: UInt64 = 0, point: Point = .none, committed: UInt64 = 0) {
         (self.epoch, self.lastNumber, self.point, self.committed) = (epoch, lastNumber, point, committed)
     }

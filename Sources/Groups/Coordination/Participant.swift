@@ -205,6 +205,8 @@ package struct Participant: Sendable {
     /// Of a point that was not heard of before.
     private mutating func begin(_ request: HostRequest) -> Turn<Action> {
         if let turn = unhandled(Self.place(ofNewer: request, in: state), request) { return turn }
+        // The others have gone on without this host: whatever became of its point, to send it once more is safe.
+        if state != .idle { return giveUp(record.number) }
         switch request {
         case .makeReady(let number):
             (record.number, record.point, isUnsaved) = (number, .forming, true)
@@ -319,13 +321,13 @@ extension Participant {
         return Place(row, state.kind.rawValue)
     }
 
-    /// Of a point that was not heard of before. The coordinator goes on to it when all have answered what became of the last one; then
-    /// only a restart gives that up once more.
+    /// Of a point that was not heard of before. The coordinator goes on to it when all have answered what became of the last one, or
+    /// without those who are out of reach.
     package static func place(ofNewer request: HostRequest, in state: State) -> Place {
         let row: StaticString =
             switch request {
             //                        idle making ready forming formed draining drained givingUp
-            case .makeReady, .giveUp: "H   x      x     x       x      x        x       l"
+            case .makeReady, .giveUp: "H   H      H     H       H      H        H       l"
             case .form, .formAtOnce, .run, .end: "x x    x     x       x      x        x       l"
             }
         return Place(row, state.kind.rawValue)

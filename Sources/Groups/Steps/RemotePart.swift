@@ -16,8 +16,8 @@ package struct RemoteReply: Codable, Sendable, Equatable {
 
 package struct RemotePart: StepTable {
     package enum Input: Sendable, Equatable {
-        /// `formedAt`: of the point, in seconds since 1970; `places`: all of the group's pairs.
-        case request(Stamped<RemoteRequest>, formedAt: Double, places: [PairPlace]?)
+        /// `formedAt`: of the point, in seconds since 1970; `places`: all of the group's pairs; `without`: those that have no part in it.
+        case request(Stamped<RemoteRequest>, formedAt: Double, places: [PairPlace]?, without: [String]? = nil)
         /// Another remote, or this one before it asks others, wants to know of a point.
         case question(UInt64)
     }
@@ -45,7 +45,8 @@ package struct RemotePart: StepTable {
         case (.settles, .done): return begin(record)
         case (.looks(let number), .survey(let survey)):
             do {
-                let plan = try record.planCommit(number, formedAt: formedAt, keep: keep, survey)
+                var plan = try record.planCommit(number, formedAt: formedAt, keep: keep, survey)
+                if case .request(_, _, _, let without) = input { plan.point.without = without }
                 return go(.flushes(plan), .flushVolumes(survey.changed))
             } catch {
                 return carryOut(remote.handle(.checkFailed(number, error.description), now: 0), nil, record)
@@ -62,11 +63,11 @@ package struct RemotePart: StepTable {
         }
     }
 
-    private var formedAt: Double { if case .request(_, let time, _) = input { time } else { 0 } }
+    private var formedAt: Double { if case .request(_, let time, _, _) = input { time } else { 0 } }
 
     private mutating func begin(_ record: GroupRecord) -> Next<RemoteReply> {
         switch input {
-        case .request(let request, _, _):
+        case .request(let request, _, _, _):
             guard record.role == .secondary else {
                 let point = record.failedOver?.point ?? 0
                 return .done(RemoteReply(answer: Stamped(epoch: request.epoch, .failedOver(at: point))))
@@ -94,7 +95,7 @@ package struct RemotePart: StepTable {
 
     private mutating func decide(_ plan: CommitPlan?) -> Next<RemoteReply> {
         var places: [PairPlace]?
-        if case .request(_, _, let all) = input { places = all }
+        if case .request(_, _, let all, _) = input { places = all }
         return go(
             .decides(plan), .change(.remotePart(RemotePartChange(record: remote.record, plan: plan, places: places))))
     }
@@ -106,6 +107,7 @@ package struct RemotePart: StepTable {
         }
         do {
             var plan = try record.planCommit(prepared.number, formedAt: prepared.formedAt, keep: keep, survey)
+            plan.point.without = prepared.without
             if let before = prepared.changed, let now = plan.point.changed {
                 plan.point.changed = Set(before).union(now).sorted()
             }
