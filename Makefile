@@ -8,7 +8,7 @@ FAULTY := FARCOPY_FAULTS=1 $(RELEASE) --scratch-path .build-faults
 PYTHON := /usr/bin/python3
 .DEFAULT_GOAL := help
 
-.PHONY: help bootstrap build test test-long test-unit test-simulation test-simulation-long test-blackbox test-asan test-kernel test-fuzz fuzz mutants demo demo-postgres bench simulate format lint install clean
+.PHONY: help bootstrap build test test-long test-unit test-simulation test-simulation-long test-blackbox test-asan test-kernel test-fuzz fuzz mutants demo demo-hosts demo-postgres bench simulate format lint install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,11 @@ demo: ## Two sites, a file system, a live writer, SIGKILL, failover; no root
 	@scripts/bootstrap build test
 	$(RELEASE) --product farcopy
 	scripts/demo
+
+demo-hosts: ## Three hosts, two remotes, a writer across all, the master killed, failover; no root
+	@scripts/bootstrap build test
+	$(RELEASE) --product farcopy
+	scripts/demo-hosts
 
 demo-postgres: ## The same with PostgreSQL under pgbench; needs root
 	@scripts/bootstrap build test postgres

@@ -328,8 +328,8 @@ package final class Coordination {
         for group in pairs {
             guard let number = group.record.coordination?.prepared?.number else { continue }
             if let alone {
+                try await noteDoubt(group, number)
                 try await settle(group, number, forward: alone == number)
-                try await noteDoubt(group, number, at: alone)
                 continue
             }
             // Its own promise comes first.
@@ -340,12 +340,9 @@ package final class Coordination {
     }
 
     /// Nobody relies on what an operator has chosen.
-    private func noteDoubt(_ group: GroupState, _ number: UInt64, at point: UInt64) async throws {
-        var record = group.record.twoPhase()
-        record = TwoPhaseRecord(
-            epoch: record.epoch, committed: record.committed, stand: .failedOver(at: point, inDoubt: number),
-            refusedThrough: record.refusedThrough)
-        try await group.handle.change(.remotePart(RemotePartChange(record: record, plan: nil)))
+    private func noteDoubt(_ group: GroupState, _ number: UInt64) async throws {
+        try await group.handle.change(
+            .remotePart(RemotePartChange(record: group.record.twoPhase(), plan: nil, inDoubt: number)))
     }
 
     private func isCommitted(

@@ -10,12 +10,13 @@ import faulthandler
 import json
 import random
 import signal
+import subprocess
 import time
 
 import chains
 from control import call
 from link import Link
-from sites import GROUP_LINES, REPEAT, SiteTest, read_handle, wait_for
+from sites import FARCOPY, GROUP_LINES, REPEAT, SiteTest, read_handle, wait_for
 
 REMOTES = {"east1": "west1", "east2": "west1", "east3": "west2"}
 MASTER = "east1"
@@ -141,11 +142,11 @@ class SeveralHosts(SiteTest):
 
     def failed_over(self, number=None):
         """All remotes have failed over, to one and the same point (`number`), and have a closed cut: returns its last write."""
-        points = {}
         for remote in self.remotes.values():
             group = remote.group()
             self.assertEqual((group["role"], group["state"]), ("primary", "failed-over"), (remote.name, group))
-            points[remote.name] = json.loads(remote.farcopy("failover", "shop", "--json").stdout)["id"]
+        # Asked again, each says where it is.
+        points = {remote.name: json.loads(remote.farcopy("failover", "shop", "--json").stdout)["id"] for remote in self.remotes.values()}
         self.assertEqual(len(set(points.values())), 1, points)
         if number:
             self.assertEqual(set(points.values()), {number})
@@ -168,7 +169,7 @@ class ClosedCuts(SeveralHosts):
     def test_points_are_closed_cuts_while_mirroring_goes_on(self):
         self.several()
         self.begin_chain()
-        end, cuts = time.monotonic() + 5, {}
+        end, cuts = time.monotonic() + 4, {}
         while time.monotonic() < end:
             number = self.next_point(max(cuts, default=0))
             cuts[number] = self.cut(number)
@@ -257,6 +258,26 @@ class Kills(SeveralHosts):
     def test_a_remote_dies_and_comes_back(self):
         self.kill_and_fail_over(["west1", "west2"], comes_back=True)
 
+    def test_both_remotes_are_told_at_once(self):
+        """While hosts write on: neither waits for the other, and both go to one point."""
+        for _ in range(REPEAT):
+            faulthandler.dump_traceback_later(120, exit=True)
+            self.several()
+            self.begin_chain()
+            self.next_point(self.common()[-1])
+            self.chain.expect_losses()
+            time.sleep(random.random() * 0.3)
+            commands = [
+                self.spawn(FARCOPY, "failover", "shop", "--control", remote.control, stdout=subprocess.DEVNULL)
+                for remote in self.remotes.values()]
+            with self.told():
+                self.assertEqual([command.wait(timeout=60) for command in commands], [0, 0])
+                last = self.failed_over()
+                self.chain.stop()
+                self.assertGreater(last, 0)
+                self.assertLessEqual(last, self.chain.acknowledged + 1)
+            self.put_away(*self.all.values())
+
     def test_any_dies_and_comes_back(self):
         self.kill_and_fail_over(list(REMOTES) + ["west1", "west2"], comes_back=True)
 
@@ -311,9 +332,9 @@ class Restarts(SeveralHosts):
         self.start_all()
         self.begin_chain()
         self.chain.expect_losses()
-        for _ in range(4):
-            words.delay = 0.1  # so that points spend most of their time half formed
-            time.sleep(0.3 + random.random())
+        for _ in range(3 * REPEAT):
+            words.delay = 0.1  # so that points spend most of their time half formed; the next one does now
+            time.sleep(0.3 + 0.3 * random.random())
             before = self.common()[-1]
             self.master.kill()
             self.remotes["west2"].kill()
@@ -612,7 +633,7 @@ class ControlPath(SeveralHosts):
         self.linked("200ms")
         self.start_all()
         self.begin_chain()
-        end = time.monotonic() + 4
+        end = time.monotonic() + 3
         while time.monotonic() < end:
             time.sleep(random.random() * 0.05)
             self.way.cut()

@@ -51,9 +51,13 @@ package struct RemotePartChange: Sendable, Equatable {
     /// Of the point that is prepared, or committed, with this change.
     package var plan: CommitPlan?
     package var places: [PairPlace]?
+    /// An operator decides about this point alone.
+    package var inDoubt: UInt64?
 
-    package init(record: TwoPhaseRecord, plan: CommitPlan?, places: [PairPlace]? = nil) {
-        (self.record, self.plan, self.places) = (record, plan, places)
+    package init(
+        record: TwoPhaseRecord, plan: CommitPlan?, places: [PairPlace]? = nil, inDoubt: UInt64? = nil
+    ) {
+        (self.record, self.plan, self.places, self.inDoubt) = (record, plan, places, inDoubt)
     }
 }
 
@@ -63,7 +67,8 @@ extension GroupRecord {
     /// - Parameter previous: what every remote has committed, by the coordinator; what a remote without points of this direction goes by, since
     ///   it has joined later.
     package func twoPhase(after previous: UInt64? = nil) -> TwoPhaseRecord {
-        let newest = points.last { $0.isBase != true }?.number
+        // What an operator has chosen alone does not count as committed: the others must not rely on it.
+        let newest = points.last { $0.isBase != true && $0.number != coordination?.inDoubt }?.number
         let stand: TwoPhaseRecord.Stand =
             if role != .secondary {
                 .failedOver(at: failedOver?.point ?? 0, inDoubt: coordination?.inDoubt)
@@ -82,6 +87,7 @@ extension GroupRecord {
         next.epoch = part.record.epoch
         next.refusedThrough = part.record.refusedThrough
         if let places = part.places { next.places = places }
+        if let number = part.inDoubt { next.inDoubt = number }
         let hasCommitted = part.plan.map { $0.point.number == part.record.committed } ?? false
         switch part.record.stand {
         case .prepared(let number): if let plan = part.plan, plan.point.number == number { next.prepared = plan.point }
