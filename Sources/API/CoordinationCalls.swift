@@ -80,12 +80,14 @@ package struct TestimonyReply: Codable, Sendable {
         package var failedOver: UInt64?
         /// Pairs that have no part in its newest point.
         package var without: [String]?
+        /// Points that it can fail over to.
+        package var points: [UInt64]
 
         package init(
             pair: String, testimony: Testimony?, committed: UInt64, prepared: UInt64?, failedOver: UInt64?,
-            without: [String]?
+            without: [String]?, points: [UInt64]
         ) {
-            self.without = without
+            (self.without, self.points) = (without, points)
             (self.pair, self.testimony, self.committed) = (pair, testimony, committed)
             (self.prepared, self.failedOver) = (prepared, failedOver)
         }

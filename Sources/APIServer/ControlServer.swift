@@ -108,7 +108,15 @@ package struct ControlServer: Sendable {
             try await asked.site.verifications.verify(
                 asked.name, repair: asked[.repair] == "true", rate: asked[.rate].flatMap { UInt64($0) } ?? 0)
         }
-        routes.serve(Endpoints.abort) { Done(done: try await $0.site.roles.abort($0[.operation] ?? "")) }
+        routes.serve(Endpoints.abort) { asked in
+            let operation = asked[.operation] ?? ""
+            if operation.hasPrefix("cycle:"),
+                let done = try await asked.site.coordination.decidePrepared(String(operation.dropFirst("cycle:".count)))
+            {
+                return Done(done: done)
+            }
+            return Done(done: try await asked.site.roles.abort(operation))
+        }
     }
 
     private func addRoles(_ routes: inout Routes) {

@@ -182,6 +182,8 @@ package struct Cycle {
     package internal(set) var coordinates = false
     /// When a remote has committed the last point, in seconds since 1970, and how many points were given up since.
     var committedAt: Double?
+    /// When a coordinator here whose epoch is too old takes up anew.
+    var takeUpAt: UInt64?
     var pauses = 0
     /// While a volume is not ready no point is formed; asked again after `readyRetry`.
     var notBefore: UInt64 = 0

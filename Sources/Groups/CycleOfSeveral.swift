@@ -18,6 +18,11 @@ package struct HostMessage: Codable, Equatable, Sendable {
     package var formedAt: Double?
     package var committedAt: Double?
 
+    /// Whether another site may have said this.
+    var isPlausible: Bool {
+        [formedAt, committedAt].compactMap { $0 }.allSatisfy { (0...PointRecord.latestTime).contains($0) }
+    }
+
     package init(_ request: Stamped<HostRequest>, formedAt: Double? = nil, committedAt: Double? = nil) {
         (self.request, self.formedAt, self.committedAt) = (request, formedAt, committedAt)
     }
@@ -102,8 +107,7 @@ extension Cycle {
         epoch: UInt64, _ found: CoordinatorRecord?, _ record: inout GroupRecord, _ now: UInt64
     ) -> Turn<Action> {
         guard settings.part.isElected, epoch > 0 else { return Turn() }
-        var own =
-            found ?? CoordinatorRecord(lastNumber: record.highestPoint, committed: record.lastCommitted?.number ?? 0)
+        var own = record.takingUp(found)
         own.epoch = epoch - 1
         coordinator = Coordinator(settings.part.coordination, record: own)
         (coordinates, holdUp, pauses) = (true, nil, 0)
@@ -112,12 +116,17 @@ extension Cycle {
     }
 
     /// Another does, or nobody. Hosts let go by themselves.
-    mutating func stopCoordinating(_ reason: String) {
-        guard coordinates else { return }
+    mutating func stopCoordinating(_ reason: String, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        guard coordinates else { return Turn() }
         coordinates = false
         holdUp = nil
         coordinator = Coordinator(settings.part.coordination, record: CoordinatorRecord())
         if case .surveying = state { state = .idle }
+        switch participant.state.kind {
+        // Whoever follows may know nothing of it.
+        case .makingReady, .ready, .forming, .formed: return abandon(reason, .carryOn, &record, now)
+        case .idle, .draining, .drained, .givingUp: return Turn()
+        }
     }
 
     // MARK: How it stands
@@ -125,14 +134,18 @@ extension Cycle {
     /// What this host says when it is asked whether it can form a point; nil = it can.
     package var problem: String? {
         switch state {
-        case .idle, .surveying: participant.state == .idle ? nil : "it has not ended the last point"
+        case .idle, .surveying: nil
         case .connecting: "it connects to its remote"
         case .marking: "its remote's copy is new, and it marks everything"
-        case .preparing, .atPoint: "it is at a point"
+        // The coordinator that asks is at none: the next one's first message ends it.
+        case .preparing, .atPoint, .givingUp(.carryOn): nil
         case .givingUp(let next): next.reason
         case .stopped(let reason), .offline(let reason, _): reason
         }
     }
+
+    /// At one that whoever asks how this host stands knows nothing of.
+    package var isAtPoint: Bool { participant.state != .idle }
 
     mutating func surveyed(_ survey: Survey, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         state = .idle
@@ -158,6 +171,7 @@ extension Cycle {
 
     mutating func tickOfSeveral(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         var turn = Turn<Action>()
+        if now >= takeUpAt ?? .max { turn = takeUpAgain(&record, now) }
         if now >= participant.wakeAt ?? .max { turn = turn + tell(Participant.Event.tick, &record, now) }
         if coordinates, now >= coordinator.wakeAt ?? .max {
             turn = turn + tell(Coordinator.Event.tick, &record, now)
@@ -166,7 +180,7 @@ extension Cycle {
     }
 
     func wakeAtOfSeveral(_ record: GroupRecord) -> UInt64? {
-        var times = [participant.wakeAt, coordinates ? coordinator.wakeAt : nil]
+        var times = [participant.wakeAt, coordinates ? coordinator.wakeAt : nil, takeUpAt]
         switch state {
         case .idle: if mayBegin { times.append(ownWakeAt(record)) }
         case .offline: times.append(ownWakeAt(record))
@@ -184,8 +198,10 @@ extension Cycle {
 
     mutating func asked(_ message: HostMessage, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
         let request = message.request
-        guard request.body.number <= PointRecord.highestNumber else {
-            return Turn([.contradicted("point \(request.body.number) cannot be")])
+        guard request.body.number <= PointRecord.highestNumber, request.epoch <= PointRecord.highestNumber,
+            message.isPlausible
+        else {
+            return Turn([.contradicted("point \(request.body.number) of epoch \(request.epoch) cannot be")])
         }
         guard request.epoch >= participant.record.epoch else { return tell(.request(request), &record, now) }
         switch (request.body, participant.state) {
@@ -357,7 +373,7 @@ extension Cycle {
     private var problemBeforeForming: String? {
         switch state {
         case .idle, .surveying: nil
-        default: problem
+        default: problem ?? "it is at a point"
         }
     }
 
@@ -398,9 +414,26 @@ extension Cycle {
             return Turn()
         case .stopped(let reason):
             holdUp = reason
+            // Its own record may be older than what others have heard: its disk was replaced, or another was named the master before.
+            if coordinator.supersededBy != nil, !settings.part.isElected { takeUpAt = now + Self.longestPause }
             return Turn()
         case .contradiction(let words): return Turn([.contradicted(words)])
         }
+    }
+
+    /// The named master takes up above the epoch that others know of.
+    private mutating func takeUpAgain(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        takeUpAt = nil
+        guard coordinates, let epoch = coordinator.supersededBy, epoch < PointRecord.highestNumber else {
+            return Turn()
+        }
+        var own = coordinator.record
+        own.epoch = max(own.epoch, epoch)
+        coordinator = Coordinator(settings.part.coordination, record: own)
+        holdUp = nil
+        let turn = coordinator.start(now: now)
+        record.keep(coordinator.record)
+        return carryOut(turn, &record, now)
     }
 
     /// Another host cannot be reached, and the group goes on without it.
@@ -412,7 +445,8 @@ extension Cycle {
     /// Hosts without which the last point was formed.
     private var behind: String? {
         guard let absent = coordinator.record.absent else { return nil }
-        let names = absent.map { settings.part.coordination.hostNames[$0] }.joined(separator: ", ")
+        let all = settings.part.coordination.hostNames
+        let names = absent.filter(all.indices.contains).map { all[$0] }.joined(separator: ", ")
         return "points are formed without \(names), which is lost; the volumes there are behind"
     }
 
@@ -426,6 +460,13 @@ extension Cycle {
     /// Whoever waits for a point is told why there is none.
     package func isHeldUpForLong(_ now: UInt64) -> Bool { heldUpSince.map { now - $0 > Self.longestHoldUp } ?? false }
     private static let longestHoldUp: UInt64 = 5_000_000_000
+
+    /// Whom the coordinator here waits for.
+    package var waitsFor: String? {
+        guard coordinates else { return nil }
+        if case .surveying = state { return "the hosts are asked how they stand" }
+        return coordinator.waitsFor
+    }
 
     package var coordinatorRecord: CoordinatorRecord? { coordinates ? coordinator.record : nil }
 

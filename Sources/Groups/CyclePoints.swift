@@ -19,9 +19,18 @@ extension GroupRecord {
     /// What the coordinator of a site finds again.
     func coordination(of part: Cycle.Part) -> CoordinatorRecord {
         guard part.isOfSeveral else { return coordination(epoch: 0) }
-        return coordination?.coordinator
-            ?? CoordinatorRecord(
-                epoch: coordination?.epoch ?? 0, lastNumber: highestPoint, committed: lastCommitted?.number ?? 0)
+        return takingUp(coordination?.coordinator)
+    }
+
+    /// What a coordinator here goes on from. A record that knows less than this site is of another direction of mirroring, or of a time
+    /// before another coordinated: what it has not settled others have.
+    func takingUp(_ found: CoordinatorRecord?) -> CoordinatorRecord {
+        let epoch = max(found?.epoch ?? 0, coordination?.epoch ?? 0)
+        guard var found, found.lastNumber >= highestPoint else {
+            return CoordinatorRecord(epoch: epoch, lastNumber: highestPoint, committed: lastCommitted?.number ?? 0)
+        }
+        found.epoch = epoch
+        return found
     }
 
     /// What the coordinator finds again: the group's only host says what has become of the point.

@@ -74,7 +74,9 @@ package struct Group {
     package mutating func coordinate(epoch: UInt64, _ found: CoordinatorRecord?, now: UInt64) -> Turn<Cycle.Action> {
         cycle?.coordinate(epoch: epoch, found, &record, now) ?? Turn()
     }
-    package mutating func stopCoordinating(_ reason: String) { cycle?.stopCoordinating(reason) }
+    package mutating func stopCoordinating(_ reason: String, now: UInt64) -> Turn<Cycle.Action> {
+        cycle?.stopCoordinating(reason, &record, now) ?? Turn()
+    }
 
     /// No point of several hosts begins from here; or they do again.
     package mutating func setQuiet(_ isQuiet: Bool) { cycle?.isQuiet = isQuiet }

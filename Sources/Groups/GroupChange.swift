@@ -234,6 +234,9 @@ extension GroupRecord {
                 point: takeover.point, at: takeover.at, restoring: takeover.volumes,
                 joins: takeover.joins ? true : nil))
         beginGeneration(takeover.generation)
+        // It is never committed here.
+        coordination?.prepared = nil
+        coordination?.coordinator = nil
         if !takeover.leftOut.isEmpty { leftOut = takeover.leftOut }
     }
 
@@ -253,6 +256,7 @@ extension GroupRecord {
 
     private mutating func yield(_ yielding: Yielding) {
         phase = .secondary(Phase.Secondary(yielded: yielding.point.number))
+        coordination?.coordinator = nil
         peerSite = yielding.peer
         generations = yielding.generations
         lineage = yielding.lineage
@@ -267,6 +271,7 @@ extension GroupRecord {
         primary.failingBack = isFailingBack
         primary.fromImage = self.primary?.fromImage == true
         lastNumber = max(highestPoint, joining.point.number)
+        coordination?.coordinator = nil
         phase = .mirroring(primary)
         peerSite = joining.peer
         lineage = joining.lineage

@@ -35,6 +35,8 @@ final class GroupThread {
         var answer: @Sendable (Stamped<HostAnswer>?) -> Void
     }
     private var questions: [Question] = []
+    private var waiting: (words: String?, since: UInt64) = (nil, 0)
+    private static let longWaitNanoseconds: UInt64 = 2_000_000_000
     private var quietWaiters: [@Sendable () -> Void] = []
     /// By election: where the coordinator's record is kept, and what is there.
     private var store: (any CoordinatorStore)?
@@ -147,8 +149,8 @@ final class GroupThread {
                 try keepCoordinator()
             } catch let failure as LostElection {
                 // What the others are asked relies on it; what this host does is written down here.
-                stopCoordinating(failure.description)
                 for action in turn.after where !action.isCoordinators { replicator?.perform(action) }
+                stopCoordinating(failure.description)
                 return nil
             } catch {
                 perform(group.saveFailed("\(error)", ofCycle: ofCycle, now: monotonicNanoseconds()))
@@ -251,7 +253,11 @@ final class GroupThread {
     private func stopCoordinating(_ reason: String) {
         (store, stored) = (nil, nil)
         replicator?.endConversations()
-        group.stopCoordinating(reason)
+        let wasPerforming = performing
+        performing = true
+        perform(group.stopCoordinating(reason, now: monotonicNanoseconds()))
+        performing = wasPerforming
+        if !wasPerforming { handle(.tick) }
         if replicator != nil { refuseWaiters("no site coordinates the group just now: \(reason)") }
         publish()
     }
@@ -269,6 +275,13 @@ final class GroupThread {
         handle(.tick)
     }
 
+    /// Whom the coordinator here waits for, once that has taken long.
+    private func longWait() -> String? {
+        let (waitsFor, now) = (group.cycle?.waitsFor, monotonicNanoseconds())
+        if waitsFor != waiting.words { waiting = (waitsFor, now) }
+        return now - waiting.since > Self.longWaitNanoseconds ? waitsFor : nil
+    }
+
     private func tellQuiet() {
         guard group.cycle?.isAtRest != false else { return }
         for waiter in quietWaiters { waiter() }
@@ -281,6 +294,10 @@ final class GroupThread {
         }
         if let problem = cycle.problem {
             return answer(Survey(changed: false, problem: problem, highest: group.record.highestPoint))
+        }
+        // Its volumes are free once the next point's first message has come.
+        if cycle.isAtPoint {
+            return answer(Survey(changed: true, problem: nil, highest: group.record.highestPoint))
         }
         replicator.survey(answer)
     }
@@ -315,7 +332,7 @@ final class GroupThread {
             group.record, group.isUnsaved, group.shownState, group.cycle?.suspension
         )
         tellQuiet()
-        let (holdUp, coordinates) = (group.cycle?.holdUp, group.cycle?.coordinates == true)
+        let (holdUp, coordinates) = (group.cycle?.holdUp ?? longWait(), group.cycle?.coordinates == true)
         handle.snapshot.withLock { status in
             (status.record, status.isUnsaved) = (record, isUnsaved)
             (status.state, status.reason) = (state, reason)

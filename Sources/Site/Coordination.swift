@@ -169,7 +169,12 @@ package final class Coordination {
         guard call.to == home.configuration.site else { return try await passOn(name, call) }
         let group = try pair(name, call.pair)
         let number = call.message.request.body.number
-        guard number <= PointRecord.highestNumber,
+        guard call.places.contains(where: { $0.host == call.pair && [$0.host, $0.remote].contains(call.to) }),
+            call.places.contains(where: { [$0.host, $0.remote].contains(call.site) })
+        else {
+            throw Refusal("'\(call.site)' does not coordinate a group with '\(call.pair)' at '\(call.to)'", .refused)
+        }
+        guard number <= PointRecord.highestNumber, call.message.request.epoch <= PointRecord.highestNumber,
             (0...PointRecord.latestTime).contains(call.message.formedAt ?? 0),
             call.places.count <= Coordinator.Settings.members.upperBound
         else { throw Refusal("point \(number) cannot be", .refused) }
@@ -212,9 +217,26 @@ package final class Coordination {
         try await steps.run(RemotePart(input, keep: group.entry.keep), group)
     }
 
+    /// Decides about a point that is prepared here when whoever coordinates is gone for good: as a failover would, and goes on as a remote.
+    ///
+    /// - Returns: nil where none is.
+    package func decidePrepared(_ name: String) async throws -> String? {
+        let pairs = try home.pairs(name)
+        let numbers = pairs.filter { $0.record.role == .secondary }.compactMap {
+            $0.record.coordination?.prepared?.number
+        }
+        guard let number = numbers.max() else { return nil }
+        try await settleDoubt(name, pairs, fellows(pairs), chosen: nil)
+        return "point \(number) is decided; `farcopy events \(name)` says how"
+    }
+
     // MARK: Another remote asks
 
     package func testify(_ name: String, _ call: TestimonyCall) async throws -> TestimonyReply {
+        let site = home.configuration.site
+        guard fellows(try home.pairs(name)).contains(call.site), call.number ?? 0 <= PointRecord.highestNumber else {
+            throw Refusal("'\(call.site)' is no other remote of group '\(name)' at '\(site)'", .refused)
+        }
         var pairs: [TestimonyReply.Pair] = []
         for group in try home.pairs(name) {
             var testimony: Testimony?
@@ -231,7 +253,8 @@ package final class Coordination {
             pair: group.entry.several?.pair ?? group.entry.peer, testimony: testimony,
             committed: group.record.points.last { $0.isBase != true }?.number ?? 0,
             prepared: group.record.coordination?.prepared?.number, failedOver: group.record.failedOver?.point,
-            without: group.record.newestReadable?.without)
+            without: group.record.newestReadable?.without,
+            points: group.record.points.filter { $0.isFailed != true }.map(\.number))
     }
 
     // MARK: Failover
@@ -251,12 +274,25 @@ package final class Coordination {
         }
         if alone { try checkAlone(name, pairs, wanted) }
         let others = alone ? [] : fellows(pairs)
-        let stands = await ask(others, name, about: nil)
-        let wanted = try agree(name, wanted, stands)
-        try await settleDoubt(name, pairs, others, alone: alone ? wanted : nil)
-        let target = try target(name, pairs, wanted, stands)
-        var report: FailoverReport?
-        for group in pairs { report = try await failOver(group, target) ?? report }
+        var (report, target) = (FailoverReport?.none, Target(point: 0, without: []))
+        for attempt in 1... {
+            let stands = await ask(others, name, about: nil)
+            let agreed = try agree(name, wanted, stands)
+            // An operator has chosen, here or at a remote that has failed over: what it is about is not asked any more.
+            let chosen = alone || agreed != wanted ? agreed : nil
+            try await settleDoubt(name, pairs, others, chosen: chosen)
+            let wanted = agreed
+            let seen = pairs.map { $0.record.newestReadable?.number ?? 0 }
+            target = try self.target(name, pairs, wanted, stands)
+            do {
+                for (group, newest) in zip(pairs, seen) {
+                    report = try await failOver(group, target, ifNewestIs: wanted == nil ? newest : nil) ?? report
+                }
+                break
+            } catch is OvertakenFailover where attempt < Self.failoverAttempts {
+                // A point was prepared, or committed, since: whether it counts is looked at anew.
+            }
+        }
         guard var report else { throw Refusal("group '\(name)' has no volumes at '\(home.configuration.site)' yet") }
         report.behind = await lead(others, name, target, committed: newestCommitted(pairs))
         return report
@@ -305,6 +341,7 @@ package final class Coordination {
     }
 
     private static let testimonySeconds: Int64 = 5
+    private static let failoverAttempts = 20
 
     /// Where another remote has failed over already, this one goes to the same point.
     private func agree(
@@ -324,18 +361,20 @@ package final class Coordination {
     }
 
     /// Of every pair that has prepared a point, whether that counts.
-    private func settleDoubt(_ name: String, _ pairs: [GroupState], _ others: [String], alone: UInt64?) async throws {
+    private func settleDoubt(_ name: String, _ pairs: [GroupState], _ others: [String], chosen: UInt64?) async throws {
         for group in pairs {
             guard let number = group.record.coordination?.prepared?.number else { continue }
-            if let alone {
+            if let chosen {
                 try await noteDoubt(group, number)
-                try await settle(group, number, forward: alone == number)
+                try await settle(group, number, forward: chosen == number, "as was chosen")
                 continue
             }
             // Its own promise comes first.
             _ = try await run(.question(number), group)
             let isForward = try await isCommitted(number, name, pairs.filter { $0 !== group }, others)
-            try await settle(group, number, forward: isForward)
+            try await settle(
+                group, number, forward: isForward,
+                isForward ? "another remote has committed it" : "nobody has committed it")
         }
     }
 
@@ -367,15 +406,11 @@ package final class Coordination {
         return false
     }
 
-    private func settle(_ group: GroupState, _ number: UInt64, forward: Bool) async throws {
+    private func settle(_ group: GroupState, _ number: UInt64, forward: Bool, _ reason: String) async throws {
         let epoch = group.record.coordination?.epoch ?? 0
         let request: RemoteRequest = forward ? .commit(number, others: true) : .drop(number)
         _ = try await run(.request(Stamped(epoch: epoch, request), formedAt: 0, places: nil), group)
-        home.note(
-            group.entry.name,
-            forward
-                ? "point \(number) counts: another remote has committed it"
-                : "point \(number) is dropped: nobody has committed it")
+        home.note(group.entry.name, "point \(number) \(forward ? "counts" : "is dropped"): \(reason)")
     }
 
     /// The point that a group fails over to, and the pairs that have no part in it.
@@ -397,7 +432,13 @@ package final class Coordination {
         let last = points.max { $0.0 < $1.0 } ?? (0, [])
         let without = points.first { $0.0 == wanted }?.1 ?? last.1
         let taking = pairs.filter { !without.contains($0.entry.several?.pair ?? "") }
-        let point = wanted ?? (taking.isEmpty ? last.0 : taking.map(newest).min() ?? 0)
+        let newestHere = taking.isEmpty ? last.0 : taking.map(newest).min() ?? 0
+        let point = try wanted ?? newestEverywhere(newestHere, taking, without, stands)
+        if let lack = lack(of: point, without, stands) {
+            throw Refusal(
+                "group '\(name)': \(lack), so that not all remotes can go to point \(point); nothing has changed. "
+                    + "`farcopy failover \(name) --alone \(point)` goes there all the same")
+        }
         guard point > 0 else {
             throw Refusal(
                 "group '\(name)' at '\(home.configuration.site)' has no recovery point yet: its first copy is not complete"
@@ -406,9 +447,36 @@ package final class Coordination {
         return Target(point: point, without: without)
     }
 
-    private func failOver(_ group: GroupState, _ target: Target) async throws -> FailoverReport? {
+    /// A remote that answers, takes part in the point, and does not have it.
+    private func lack(of point: UInt64, _ without: [String], _ stands: [String: TestimonyReply?]) -> String? {
+        for (remote, reply) in stands.sorted(by: { $0.key < $1.key }) {
+            for pair in reply?.pairs ?? [] where !without.contains(pair.pair) {
+                // Prepared there, it counts once it does here; failed over, it is there already.
+                guard pair.failedOver != point, pair.prepared != point, !pair.points.contains(point) else { continue }
+                let known = pair.points.isEmpty ? "none" : pair.points.map(String.init).joined(separator: ", ")
+                return "'\(remote)' has no point \(point) of '\(pair.pair)'; it has \(known)"
+            }
+        }
+        return nil
+    }
+
+    private func newestEverywhere(
+        _ newest: UInt64, _ taking: [GroupState], _ without: [String], _ stands: [String: TestimonyReply?]
+    ) throws -> UInt64 {
+        guard let first = taking.first, first.record.failedOver == nil, lack(of: newest, without, stands) != nil else {
+            return newest
+        }
+        let readable = taking.map { Set($0.record.points.filter { $0.isFailed != true }.map(\.number)) }
+        let common = readable.dropFirst().reduce(readable[0]) { $0.intersection($1) }
+        return common.filter { lack(of: $0, without, stands) == nil }.max() ?? newest
+    }
+
+    /// - Parameter newest: nothing newer is there, or prepared, and from then on never is: so no other remote can commit it.
+    private func failOver(
+        _ group: GroupState, _ target: Target, ifNewestIs newest: UInt64?
+    ) async throws -> FailoverReport? {
         guard !group.entry.volumes.isEmpty else { return nil }
-        return try await intake.failover(group, point: point(of: group, target))
+        return try await intake.failover(group, point: point(of: group, target), ifNewestIs: newest)
     }
 
     /// One that was left out goes to its newest point.
@@ -449,6 +517,12 @@ package final class Coordination {
             throw Refusal(
                 "'\(call.site)' is no other remote of group '\(name)' at '\(home.configuration.site)'", .refused)
         }
+        // A call that was held up must not lead anybody when nobody waits for that any more.
+        let leader = await ask([call.site], name, about: nil)[call.site] ?? nil
+        guard leader?.pairs.contains(where: { $0.failedOver == call.point || call.without.contains($0.pair) }) == true
+        else {
+            throw Refusal("'\(call.site)' does not say that it has failed over to point \(call.point)", .refused)
+        }
         let target = Target(point: call.point, without: call.without)
         for group in pairs where !group.entry.volumes.isEmpty {
             if let done = group.record.failedOver?.point {
@@ -460,7 +534,7 @@ package final class Coordination {
                 continue
             }
             if let number = group.record.coordination?.prepared?.number {
-                try await settle(group, number, forward: number <= call.committed)
+                try await settle(group, number, forward: number <= call.committed, "as '\(call.site)' says")
             }
             _ = try await intake.failover(group, point: point(of: group, target))
             home.note(group.entry.name, "'\(call.site)' leads the group to point \(call.point)")

@@ -196,7 +196,9 @@ package final class Intake {
         try await failover(try home.group(name), point: wanted)
     }
 
-    func failover(_ group: GroupState, point wanted: UInt64?) async throws -> FailoverReport {
+    func failover(
+        _ group: GroupState, point wanted: UInt64?, ifNewestIs newest: UInt64? = nil
+    ) async throws -> FailoverReport {
         let name = group.entry.name
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
@@ -207,6 +209,11 @@ package final class Intake {
                 return FailoverReport(point, discarded: 0, unsent: nil, now: realSeconds())
             }
             throw Refusal("group '\(name)' has failed over to point \(done.point) already")
+        }
+        if let newest,
+            group.record.coordination?.prepared != nil || group.record.newestReadable?.number ?? 0 != newest
+        {
+            throw OvertakenFailover()
         }
         let point: PointRecord
         do {
@@ -244,4 +251,9 @@ package final class Intake {
         await home.runCommand(group, .afterFailover, ["FARCOPY_POINT=\(point.number)"])
         return discarded
     }
+}
+
+/// A point that is newer than the one that was chosen has come meanwhile.
+struct OvertakenFailover: Error, CustomStringConvertible {
+    var description: String { "points are still being committed; try again" }
 }

@@ -114,7 +114,10 @@ class SeveralHosts(SiteTest):
 
     def next_point(self, above=0, seconds=20):
         """A point that all remotes have committed, newer than `above`."""
-        wait_for(lambda: self.common()[-1:] > [above], seconds, what=f"a point above {above}; hosts say {self.notices()}")
+        try:
+            wait_for(lambda: self.common()[-1:] > [above], seconds, what=f"a point above {above}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; hosts say {self.notices()}") from None
         return self.common()[-1]
 
     def notices(self):
@@ -183,6 +186,8 @@ class ClosedCuts(SeveralHosts):
 
         wait_for(lambda: len(set(map(str, listed()))) == 1, what="the same points at both remotes")
         self.assertEqual({state for _, state in listed()[0]}, {"committed"})
+        for host in ("east1", "east2"):
+            self.assertGreater(len(self.remotes["west1"].points(f"shop@{host}")), 0, "one host's part can be asked for by itself")
         for host in self.hosts.values():
             self.assertEqual(host.group()["state"], "mirroring")
         print(f"  {len(cuts)} cuts, {self.chain.acknowledged} writes, the longest took {self.chain.longest:.3f} s")
@@ -332,7 +337,7 @@ class Restarts(SeveralHosts):
         self.start_all()
         self.begin_chain()
         self.chain.expect_losses()
-        for _ in range(3 * REPEAT):
+        for _ in range(2 * REPEAT):
             words.delay = 0.1  # so that points spend most of their time half formed; the next one does now
             time.sleep(0.3 + 0.3 * random.random())
             before = self.common()[-1]

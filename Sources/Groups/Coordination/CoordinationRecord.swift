@@ -41,7 +41,7 @@ package struct CoordinationRecord: Codable, Sendable, Equatable {
         guard epoch >= previous.epoch, refusedThrough >= previous.refusedThrough else {
             throw IllegalCoordination("epoch \(previous.epoch) was heard, and would be forgotten")
         }
-        if let before = previous.coordinator { try (coordinator ?? CoordinatorRecord()).check(after: before) }
+        // The coordinator's is checked where it changes; with the roles it begins anew.
     }
 }
 

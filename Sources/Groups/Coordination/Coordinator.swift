@@ -102,13 +102,15 @@ package struct Coordinator: Sendable {
     /// A process before this one may have asked remotes about the point.
     private var isTakenUp = false
     private var leavingOut: [Int] = []
+    /// The epoch of a process that somebody has heard of since.
+    package private(set) var supersededBy: UInt64?
     /// The file may hold another record than this: whatever is said next waits for the save.
     package private(set) var isUnsaved = false
 
     /// - Parameter record: as the last process left it.
     package init(_ settings: Settings, record: CoordinatorRecord) {
         self.settings = settings
-        self.record = record
+        self.record = record.counted(by: settings.hostNames)
     }
 
     /// A new process takes up.
@@ -153,6 +155,28 @@ package struct Coordinator: Sendable {
         }
     }
 
+    /// Whom it waits for, and for what, in words; nil while it does for nobody.
+    package var waitsFor: String? {
+        func hosts(_ round: Round) -> String { round.waiting.map { settings.hostNames[$0] }.joined(separator: ", ") }
+        func remotes(_ round: Round) -> String {
+            round.waiting.map { settings.remoteNames[$0] }.joined(separator: ", ")
+        }
+        return switch state {
+        case .idle, .stopped: nil
+        case .makingReady(let number, let round): "point \(number) waits until \(hosts(round)) can form it"
+        case .holding(let number, let round, _): "point \(number) waits until \(hosts(round)) has formed it"
+        case .running(let number, let round, _): "point \(number) waits until \(hosts(round)) has let go"
+        case .draining(let number, let round): "point \(number) waits until \(hosts(round)) has sent it"
+        case .preparing(let number, let round): "point \(number) waits until \(remotes(round)) has prepared it"
+        case .committing(let number, let round, _): "point \(number) waits until \(remotes(round)) has committed it"
+        case .ending(let number, let round): "point \(number) waits until \(hosts(round)) knows that it is committed"
+        case .givingUp(let number, let atHosts, let atRemotes, _):
+            "point \(number) waits until "
+                + [hosts(atHosts), remotes(atRemotes)].filter { !$0.isEmpty }.joined(separator: ", ")
+                + " has given it up"
+        }
+    }
+
     // MARK: Events
 
     package mutating func handle(_ event: Event, now: UInt64) -> Turn<Action> {
@@ -168,6 +192,7 @@ package struct Coordinator: Sendable {
         case .host(let host, let answer):
             guard answer.epoch == record.epoch else { return Turn() }
             if case .superseded(let epoch) = answer.body {
+                supersededBy = max(supersededBy ?? 0, epoch)
                 return stop("\(settings.hostNames[host]) follows a coordinator of epoch \(epoch)")
             }
             return place(answer.body.number, Self.place(of: answer.body, in: state), event) {
@@ -176,6 +201,7 @@ package struct Coordinator: Sendable {
         case .remote(let remote, let answer):
             guard answer.epoch == record.epoch else { return Turn() }
             if case .superseded(let epoch) = answer.body {
+                supersededBy = max(supersededBy ?? 0, epoch)
                 return stop("\(settings.remoteNames[remote]) follows a coordinator of epoch \(epoch)")
             }
             return place(answer.body.number, Self.place(of: answer.body, in: state), event) {
@@ -489,6 +515,7 @@ package struct Coordinator: Sendable {
     private mutating func become(_ next: CoordinatorRecord) {
         do { try next.check(after: record) } catch { invariant(false, "a coordinator's record has a legal successor") }
         record = next
+        if settings.hosts > 1 { record.names = settings.hostNames }
         isUnsaved = true
     }
 

@@ -29,8 +29,26 @@ package struct CoordinatorRecord: Equatable, Sendable, Codable {
     package internal(set) var absent: [Int]?
     /// Pairs that are behind `committed`, with the newest point that each has.
     package internal(set) var left: [Int: UInt64]?
+    /// What the pairs were called, in their order, when this was written; nil = there was one.
+    package internal(set) var names: [String]?
     package init(epoch: UInt64 = 0, lastNumber: UInt64 = 0, point: Point = .none, committed: UInt64 = 0) {
         (self.epoch, self.lastNumber, self.point, self.committed) = (epoch, lastNumber, point, committed)
+    }
+
+    /// The same for pairs of these names: they may be others, or in another order, after a change of the configuration. Who is new has no part
+    /// in the point at hand.
+    func counted(by present: [String]) -> CoordinatorRecord {
+        guard let names, names != present else { return self }
+        var record = self
+        record.names = present
+        let known = absent.map { Set($0.filter(names.indices.contains).map { names[$0] }) } ?? []
+        let absent = present.indices.filter { !names.contains(present[$0]) || known.contains(present[$0]) }
+        record.absent = absent.isEmpty ? nil : absent
+        let left = present.indices.compactMap { index in
+            names.firstIndex(of: present[index]).flatMap { self.left?[$0] }.map { (index, $0) }
+        }
+        record.left = left.isEmpty ? nil : Dictionary(uniqueKeysWithValues: left)
+        return record
     }
 
     /// - Throws: when this cannot come after `previous`.

@@ -174,7 +174,7 @@ package struct Participant: Sendable {
     }
 
     private mutating func carryOut(_ request: HostRequest, _ now: UInt64) -> Turn<Action> {
-        if request.number < record.number { return Turn() }
+        if request.number < record.number { return older(request) }
         if request.number > record.number { return begin(request) }
         if let turn = unhandled(Self.place(of: request, in: state), request) { return turn }
         switch (state, request) {
@@ -200,6 +200,12 @@ package struct Participant: Sendable {
         case (_, .giveUp(let number)): return giveUp(number)
         default: return contradiction(request)
         }
+    }
+
+    /// Nothing is left here of a point before the last: a coordinator that takes up long after may still have to hear it.
+    private func older(_ request: HostRequest) -> Turn<Action> {
+        if case .end(let number) = request { return answer(.ended(number)) }
+        return answer(.gaveUp(request.number))
     }
 
     /// Of a point that was not heard of before.
