@@ -108,7 +108,8 @@ extension Cycle {
     ) -> Turn<Action> {
         guard settings.part.isElected, epoch > 0 else { return Turn() }
         var own = record.takingUp(found)
-        own.epoch = epoch - 1
+        // Etcd may be another than the one before, and count anew.
+        own.epoch = max(epoch - 1, record.coordination?.epoch ?? 0, found?.epoch ?? 0)
         coordinator = Coordinator(settings.part.coordination, record: own)
         (coordinates, holdUp, pauses) = (true, nil, 0)
         let turn = coordinator.start(now: now)
@@ -415,7 +416,14 @@ extension Cycle {
         case .stopped(let reason):
             holdUp = reason
             // Its own record may be older than what others have heard: its disk was replaced, or another was named the master before.
-            if coordinator.supersededBy != nil, !settings.part.isElected { takeUpAt = now + Self.longestPause }
+            guard let epoch = coordinator.supersededBy, epoch < PointRecord.highestNumber else { return Turn() }
+            if settings.part.isElected {
+                // The next election goes above it.
+                record.hear(epoch)
+                coordinates = false
+            } else {
+                takeUpAt = now + Self.longestPause
+            }
             return Turn()
         case .contradiction(let words): return Turn([.contradicted(words)])
         }
@@ -494,9 +502,13 @@ extension GroupRecord {
 
     mutating func keep(_ record: ParticipantRecord) {
         lastNumber = max(lastNumber, record.number)
-        guard record.epoch > coordination?.epoch ?? 0 else { return }
+        hear(record.epoch)
+    }
+
+    mutating func hear(_ epoch: UInt64) {
+        guard epoch > coordination?.epoch ?? 0 else { return }
         var next = coordination ?? CoordinationRecord()
-        next.epoch = record.epoch
+        next.epoch = epoch
         coordination = next
     }
 }

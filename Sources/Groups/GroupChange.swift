@@ -257,6 +257,7 @@ extension GroupRecord {
     private mutating func yield(_ yielding: Yielding) {
         phase = .secondary(Phase.Secondary(yielded: yielding.point.number))
         coordination?.coordinator = nil
+        coordination?.inDoubt = nil
         peerSite = yielding.peer
         generations = yielding.generations
         lineage = yielding.lineage

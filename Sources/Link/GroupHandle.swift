@@ -52,7 +52,7 @@ package final class GroupHandle: Sendable {
         case ownSurvey(Survey, epoch: UInt64)
         case callEnded(host: Int?, remote: Int?, isReached: Bool)
         /// No point begins; answered when none is under way.
-        case quiet(Bool, @Sendable () -> Void)
+        case quiet(Bool, seconds: Double, @Sendable (Bool) -> Void)
         /// By election: this site forms points; or it does not any more.
         case coordinate(epoch: UInt64, CoordinatorRecord?, any CoordinatorStore)
         case stopCoordinating(String)
@@ -158,8 +158,17 @@ package final class GroupHandle: Sendable {
 
     package func stopCoordinating(_ reason: String) { mailbox.send(.stopCoordinating(reason)) }
 
-    /// No point of several hosts begins from here any more, and none is under way when this returns; or they begin again.
-    package func setQuiet(_ isQuiet: Bool) async { await until { .quiet(isQuiet, $0) } }
+    /// No point of several hosts begins from here any more; or they begin again.
+    ///
+    /// - Returns: false when one was still under way after so many seconds.
+    @discardableResult
+    package func setQuiet(_ isQuiet: Bool, seconds: Double = 0) async -> Bool {
+        await withCheckedContinuation { continuation in
+            if !ask(.quiet(isQuiet, seconds: seconds) { continuation.resume(returning: $0) }) {
+                continuation.resume(returning: true)
+            }
+        }
+    }
 
     /// The group's coordinator asks this host.
     ///

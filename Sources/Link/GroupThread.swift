@@ -37,7 +37,7 @@ final class GroupThread {
     private var questions: [Question] = []
     private var waiting: (words: String?, since: UInt64) = (nil, 0)
     private static let longWaitNanoseconds: UInt64 = 2_000_000_000
-    private var quietWaiters: [@Sendable () -> Void] = []
+    private var quietWaiters: [(until: UInt64, done: @Sendable (Bool) -> Void)] = []
     /// By election: where the coordinator's record is kept, and what is there.
     private var store: (any CoordinatorStore)?
     private var stored: CoordinatorRecord?
@@ -111,7 +111,7 @@ final class GroupThread {
             case .ownSurvey(let survey, let asker): replicator?.surveyed(survey, asker)
             case .coordinate(let epoch, let record, let store): coordinate(epoch, record, store)
             case .stopCoordinating(let reason): stopCoordinating(reason)
-            case .quiet(let isQuiet, let done): setQuiet(isQuiet, done)
+            case .quiet(let isQuiet, let seconds, let done): setQuiet(isQuiet, seconds, done)
             case .noPoint(let reason): refuseWaiters(reason)
             case .callEnded(let host, let remote, let isReached):
                 replicator?.callEnded(host: host, remote: remote, isReached: isReached)
@@ -269,9 +269,9 @@ final class GroupThread {
         stored = record
     }
 
-    private func setQuiet(_ isQuiet: Bool, _ done: @escaping @Sendable () -> Void) {
+    private func setQuiet(_ isQuiet: Bool, _ seconds: Double, _ done: @escaping @Sendable (Bool) -> Void) {
         group.setQuiet(isQuiet)
-        quietWaiters.append(done)
+        quietWaiters.append((monotonicNanoseconds() + UInt64(seconds * 1e9), done))
         handle(.tick)
     }
 
@@ -283,9 +283,10 @@ final class GroupThread {
     }
 
     private func tellQuiet() {
-        guard group.cycle?.isAtRest != false else { return }
-        for waiter in quietWaiters { waiter() }
-        quietWaiters = []
+        guard !quietWaiters.isEmpty else { return }
+        let (isAtRest, now) = (group.cycle?.isAtRest != false, monotonicNanoseconds())
+        for (until, done) in quietWaiters where isAtRest || now >= until { done(isAtRest) }
+        quietWaiters.removeAll { isAtRest || now >= $0.until }
     }
 
     private func survey(_ answer: @escaping @Sendable (Survey) -> Void) {

@@ -349,7 +349,11 @@ package final class Coordination {
     ) throws -> UInt64? {
         for (remote, reply) in stands {
             // A pair that was left out has gone to an older one.
-            guard let point = reply?.pairs.compactMap(\.failedOver).max() else { continue }
+            let over = (reply?.pairs ?? []).filter { pair in
+                guard let point = pair.failedOver else { return false }
+                return !isLeftOut(pair.pair, of: points(after: point, name))
+            }
+            guard let point = over.compactMap(\.failedOver).max() else { continue }
             guard wanted == nil || wanted == point else {
                 throw Refusal(
                     "group '\(name)': '\(remote)' has failed over to point \(point); point \(wanted!) here would not match it. "
@@ -358,6 +362,14 @@ package final class Coordination {
             return point
         }
         return wanted
+    }
+
+    private func points(after number: UInt64, _ name: String) -> [PointRecord] {
+        ((try? home.pairs(name)) ?? []).flatMap { $0.record.points }.filter { $0.number > number }
+    }
+
+    private func isLeftOut(_ pair: String, of points: [PointRecord]) -> Bool {
+        points.contains { $0.without?.contains(pair) == true }
     }
 
     /// Of every pair that has prepared a point, whether that counts.

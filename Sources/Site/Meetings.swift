@@ -20,7 +20,7 @@ final class Meetings {
     private var lastNumber: UInt64 = 0
     private static let firstWait = 60.0
     /// Hosts are shut out meanwhile.
-    private static let laterWait = 20.0
+    static let laterWait = 20.0
 
     nonisolated init() {}
 

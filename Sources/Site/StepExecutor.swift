@@ -69,7 +69,10 @@ final class StepExecutor {
         case .startMirroring: try await replication.startMirroring(group)
         case .formPoint(let seconds): return .point(try await operations.pointOf(group, seconds: seconds))
         case .meet(let place): try await meet(group, place)
-        case .quiet: await group.handle.setQuiet(true)
+        case .quiet:
+            guard await group.handle.setQuiet(true, seconds: Meetings.laterWait) else {
+                throw Refusal("group '\(group.entry.name)': a point is still under way; nothing has changed", .passing)
+            }
         case .holdCopies: try await holdCopies(group)
         case .countChanges: return .bytes(await peers.standing(group).changedBytes)
         case .askToPromote(let point): try await peers.promotePeer(group, point)

@@ -229,9 +229,11 @@ func participantPlaces() {
     for (event, expected) in own { walk(event, expected) { Participant.place(of: event, in: $0) } }
     for kind in Participant.State.Kind.allCases {
         var machine = participant(kind)
-        // An older point, and an older process.
+        // An older point, of which nothing is left, and an older process.
         let older = machine.handle(.request(Stamped(epoch: 1, .run(0))), now: 1)
-        #expect(older.isEmpty)
+        #expect(older.before + older.after == [.answer(Stamped(epoch: 1, .gaveUp(0)))])
+        let ended = machine.handle(.request(Stamped(epoch: 1, .end(0))), now: 1)
+        #expect(ended.before + ended.after == [.answer(Stamped(epoch: 1, .ended(0)))])
         let refusal = machine.handle(.request(Stamped(epoch: 0, .giveUp(1))), now: 1)
         #expect(refusal.before == [.answer(Stamped(epoch: 0, .superseded(by: 1)))])
         #expect(machine.state == participant(kind).state)

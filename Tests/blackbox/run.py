@@ -18,7 +18,7 @@ ON_DEVICES = (
     "test_protocol", "test_structured", "test_direct", "test_flashcopy", "test_flashcopy_service", "test_replication", "test_roles",
     "test_link", "test_operations", "test_closed_cut")
 LONGEST_FIRST = (
-    "test_power", "test_closed_cut", "test_full", "test_nth_call", "test_sequences", "test_link", "test_replication", "test_operations")
+    "test_power", "test_closed_cut", "test_several_hosts", "test_several_roles", "test_elections", "test_full", "test_nth_call", "test_sequences", "test_link", "test_replication", "test_operations")
 ALONE = ("test_allocations",)  # counts what happens in so many seconds
 here = os.path.dirname(os.path.abspath(__file__))
 kernel = os.path.join(os.path.dirname(here), "kernel")

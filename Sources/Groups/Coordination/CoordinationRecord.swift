@@ -68,7 +68,9 @@ extension GroupRecord {
     ///   it has joined later.
     package func twoPhase(after previous: UInt64? = nil) -> TwoPhaseRecord {
         // What an operator has chosen alone does not count as committed: the others must not rely on it.
-        let newest = points.last { $0.isBase != true && $0.number != coordination?.inDoubt }?.number
+        let newest = points.last { $0.number != coordination?.inDoubt }
+        // What this site was when it gave up the role of primary is no point of the others: it goes on from what all others have.
+        let committed = newest?.isBase == true ? previous ?? newest?.number : newest?.number
         let stand: TwoPhaseRecord.Stand =
             if role != .secondary {
                 .failedOver(at: failedOver?.point ?? 0, inDoubt: coordination?.inDoubt)
@@ -78,7 +80,7 @@ extension GroupRecord {
                 .open
             }
         return TwoPhaseRecord(
-            epoch: coordination?.epoch ?? 0, committed: newest ?? previous ?? 0, stand: stand,
+            epoch: coordination?.epoch ?? 0, committed: committed ?? previous ?? 0, stand: stand,
             refusedThrough: coordination?.refusedThrough ?? 0)
     }
 
