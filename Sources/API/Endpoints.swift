@@ -83,7 +83,7 @@ package enum Endpoints {
     package static let testify = Endpoint<TestimonyCall, TestimonyReply>(
         .post, "/v1/peer/groups/{group}/testimony", .peer)
     package static let meet = Endpoint<MeetCall, Done>(.post, "/v1/peer/groups/{group}/meet", .peer, seconds: 90)
-    package static let lead = Endpoint<LeadCall, Done>(.post, "/v1/peer/groups/{group}/lead", .peer, seconds: 300)
+    package static let lead = Endpoint<LeadCall, Done>(.post, "/v1/peer/groups/{group}/lead", .peer, seconds: 30)
 
     package static let all: [APICall] = [
         status.call, events.call, points.call, flashCopies.call, flashCopy.call, previewResync.call,

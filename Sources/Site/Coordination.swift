@@ -33,7 +33,9 @@ package final class Coordination {
     /// The pair that a coordinator at another site asks.
     private func host(_ name: String, _ pair: String, askedBy site: String) throws -> GroupState {
         let group = try self.pair(name, pair)
-        guard group.fellows.contains(site) else {
+        let several = group.entry.several
+        let isNamed = several?.hosts.isEmpty == false && several?.master != Configuration.SeveralEntry.etcd
+        guard isNamed ? several?.master == site : group.fellows.contains(site) else {
             throw Refusal(
                 "'\(site)' does not coordinate group '\(name)', as '\(home.configuration.site)' knows it", .refused)
         }
@@ -273,6 +275,7 @@ package final class Coordination {
             return try await intake.failover(name, point: wanted)
         }
         if alone { try checkAlone(name, pairs, wanted) }
+        let asked = wanted
         let others = alone ? [] : fellows(pairs)
         var (report, target) = (FailoverReport?.none, Target(point: 0, without: []))
         for attempt in 1... {
@@ -284,6 +287,8 @@ package final class Coordination {
             let wanted = agreed
             let seen = pairs.map { $0.record.newestReadable?.number ?? 0 }
             target = try self.target(name, pairs, wanted, stands)
+            if !alone { try checkOlder(name, target, asked: asked, stands) }
+            try checkAll(pairs, target)
             do {
                 for (group, newest) in zip(pairs, seen) {
                     report = try await failOver(group, target, ifNewestIs: wanted == nil ? newest : nil) ?? report
@@ -483,11 +488,42 @@ package final class Coordination {
         return common.filter { lack(of: $0, without, stands) == nil }.max() ?? newest
     }
 
+    /// One that the operator names may be older than what a remote that does not answer would go to by itself.
+    private func checkOlder(
+        _ name: String, _ target: Target, asked: UInt64?, _ stands: [String: TestimonyReply?]
+    ) throws {
+        guard let asked, let silent = stands.filter({ $0.value == nil }).keys.min() else { return }
+        throw Refusal(
+            "group '\(name)': '\(silent)' cannot be reached, and would go to its newest point by itself, not to point \(asked); bring it "
+                + "back, or `farcopy failover \(name) --alone \(asked)`", .passing)
+    }
+
+    /// Before the first of them fails over.
+    private func checkAll(_ pairs: [GroupState], _ target: Target) throws {
+        for group in pairs
+        where !group.entry.volumes.isEmpty && group.record.failedOver == nil && !isEmpty(group, target) {
+            do { _ = try group.record.failoverPoint(point(of: group, target)) } catch {
+                throw Refusal(
+                    "group '\(group.entry.group)' at '\(home.configuration.site)', volumes of '\(group.entry.peer)': \(error)"
+                )
+            }
+        }
+    }
+
+    /// Left out before its first copy was complete: there is nothing to fail over to.
+    private func isEmpty(_ group: GroupState, _ target: Target) -> Bool {
+        group.record.newestReadable == nil && target.without.contains(group.entry.several?.pair ?? "")
+    }
+
     /// - Parameter newest: nothing newer is there, or prepared, and from then on never is: so no other remote can commit it.
     private func failOver(
         _ group: GroupState, _ target: Target, ifNewestIs newest: UInt64?
     ) async throws -> FailoverReport? {
         guard !group.entry.volumes.isEmpty else { return nil }
+        guard group.record.failedOver != nil || !isEmpty(group, target) else {
+            home.note(group.entry.name, "has no recovery point, and stays as it is")
+            return nil
+        }
         return try await intake.failover(group, point: point(of: group, target), ifNewestIs: newest)
     }
 
@@ -508,7 +544,12 @@ package final class Coordination {
     private func lead(_ others: [String], _ name: String, _ target: Target, committed: UInt64) async -> [String] {
         var behind: [String] = []
         for remote in others {
-            guard let address = home.configuration.peers[remote]?.control else { continue }
+            guard let address = home.configuration.peers[remote]?.control else {
+                behind.append(
+                    "'\(remote)' was not led: there is no [peers.\(remote)]; `farcopy failover \(name)` there goes to point \(target.point) as well"
+                )
+                continue
+            }
             do {
                 let call = LeadCall(
                     site: home.configuration.site, point: target.point, committed: committed, without: target.without)

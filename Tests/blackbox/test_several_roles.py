@@ -86,7 +86,7 @@ class SeveralRoles(SeveralHosts):
         self.several(interval="manual")
         self.hosts["east3"].farcopy("suspend", "shop")
         for host in self.hosts.values():
-            wait_for(lambda: host.group()["reason"] == "suspended by the operator", what=f"{host.name} is suspended")
+            wait_for(lambda: host.group().get("reason") == "suspended by the operator", what=f"{host.name} is suspended")
         self.hosts["east2"].farcopy("resume", "shop")
         for host in self.hosts.values():
             wait_for(lambda: host.group()["state"] == "mirroring", what=f"{host.name} mirrors")

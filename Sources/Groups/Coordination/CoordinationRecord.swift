@@ -96,6 +96,8 @@ extension GroupRecord {
         case .open: next.prepared = nil
         case .failedOver(_, let inDoubt): (next.prepared, next.inDoubt) = (nil, inDoubt)
         }
+        // The coordinator has decided what an operator was in doubt about.
+        if hasCommitted, part.places != nil, next.inDoubt == part.record.committed { next.inDoubt = nil }
         coordination = next
         if hasCommitted, let plan = part.plan { commit(plan) }
     }
