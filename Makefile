@@ -44,7 +44,8 @@ test-simulation: ## Ten thousand seeds of each scenario, and every deliberate fa
 	$(RELEASE) --product simulate
 	.build/release/simulate SCENARIO=World COUNT=10000 STEPS=6500 & world=$$!; \
 	.build/release/simulate SCENARIO=CopyWorld COUNT=10000 STEPS=4000 && \
-	.build/release/simulate SCENARIO=Coordination COUNT=10000 STEPS=5000; others=$$?; wait $$world && exit $$others
+	.build/release/simulate SCENARIO=Coordination COUNT=10000 STEPS=5000 && \
+	.build/release/simulate SCENARIO=SeveralHosts COUNT=10000 STEPS=5000; others=$$?; wait $$world && exit $$others
 	$(FAULTY) --product simulate
 	.build-faults/release/simulate CATCH=all
 
@@ -53,7 +54,8 @@ test-simulation-long: ## Fifty thousand seeds of each scenario at 8,000 steps (h
 	$(RELEASE) --product simulate
 	.build/release/simulate SCENARIO=World FIRST=$(or $(FIRST),1000000) COUNT=50000 STEPS=8000 & world=$$!; \
 	.build/release/simulate SCENARIO=CopyWorld FIRST=$(or $(FIRST),1000000) COUNT=50000 STEPS=8000 && \
-	.build/release/simulate SCENARIO=Coordination FIRST=$(or $(FIRST),1000000) COUNT=50000 STEPS=8000; others=$$?; wait $$world && exit $$others
+	.build/release/simulate SCENARIO=Coordination FIRST=$(or $(FIRST),1000000) COUNT=50000 STEPS=8000 && \
+	.build/release/simulate SCENARIO=SeveralHosts FIRST=$(or $(FIRST),1000000) COUNT=50000 STEPS=8000; others=$$?; wait $$world && exit $$others
 
 test-blackbox: ## The built program through other people's clients
 	@scripts/bootstrap build test

@@ -127,6 +127,26 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     /// Remotes that do not answer count as if they had promised to refuse; or none is asked.
     case countSilenceAsPromise, failOverUnasked
 
+    // The same, as the production puts it together (SeveralHosts).
+    /// A host is told of its deadline late, and says that it ran although some acknowledgements had gone by themselves.
+    case countExpiredHold
+    /// A link is not closed when the point that is drained over it is given up, and the next point goes over it.
+    case keepClosedLink
+    /// A remote says that a point is prepared, and what it has got is not flushed; or without writing it down.
+    case prepareUnflushed, forgetPrepared
+    /// A remote promises, and does not write it down; commits on the coordinator's word what it has promised to refuse.
+    case promiseUnwritten, commitRefused
+    /// A remote in doubt takes the point for dropped; or does not write down who could be asked.
+    case failOverUnsettled, forgetPlaces
+    /// What was prepared, or committed, while a failover waited for its turn is passed over.
+    case failOverOvertaken
+    /// Files of a point are made after the decision.
+    case makeFilesLater
+    /// What answers another coordinator's question is said to the present one in its name.
+    case answerOtherEpochs
+    /// A coordinator begins a point although some host cannot form it.
+    case askBlindly
+
     /// The rule of the engine that is left out.
     var engine: EngineFaults {
         switch self {

@@ -13,6 +13,9 @@ extension DeliberateFault {
             .forgetDecision, .forgetNumber, .decideUnsaved, .saveOverNewer, .obeyOlderEpoch, .prepareUnsaved,
             .promiseUnsaved, .forgetPromise, .takeLateData, .countSilenceAsPromise, .failOverUnasked, .trustHeldPoint:
             Coordination.self
+        case .countExpiredHold, .keepClosedLink, .prepareUnflushed, .forgetPrepared, .promiseUnwritten, .commitRefused,
+            .failOverUnsettled, .failOverOvertaken, .forgetPlaces, .makeFilesLater, .answerOtherEpochs, .askBlindly:
+            SeveralHosts.self
         default: World.self
         }
     }

@@ -21,7 +21,7 @@ struct Simulate {
         var probed: DeliberateFault?
         var catches = false
         var hours: Double?
-        var scenarios: [any Scenario.Type] = [World.self, CopyWorld.self, Coordination.self]
+        var scenarios: [any Scenario.Type] = [World.self, CopyWorld.self, Coordination.self, SeveralHosts.self]
         for argument in CommandLine.arguments.dropFirst() {
             let parts = argument.split(separator: "=", maxSplits: 1).map(String.init)
             let value = parts.count == 2 ? parts[1] : ""
@@ -40,7 +40,9 @@ struct Simulate {
                 hours = value
             case "SCENARIO":
                 scenarios = scenarios.filter { "\($0)" == value }
-                if scenarios.isEmpty { misuse("no scenario '\(value)'; there are World, CopyWorld and Coordination") }
+                if scenarios.isEmpty {
+                    misuse("no scenario '\(value)'; there are World, CopyWorld, Coordination and SeveralHosts")
+                }
             case "WATCH": CopyWorld.watching = Int(number(argument, value))
             case "CATCH": catches = true
             case "PROBE": probed = DeliberateFault(rawValue: value)

@@ -50,6 +50,27 @@ func coordinationSeeds(seed: UInt64) throws {
     #expect(worlds[0].trace == worlds[1].trace && worlds[0].steps == worlds[1].steps)
 }
 
+@Test("points of several hosts as the production forms them go every way, and break no rule")
+func severalHosts() throws {
+    var happened: [String: Int] = [:]
+    for seed in UInt64(1)...300 {
+        let world = SeveralHosts(seed: seed)
+        try world.run(steps: 5_000, skipping: [])
+        happened.merge(world.happened) { $0 + $1 }
+    }
+    for what in [
+        "a failover succeeds", "a failover is refused", "a doubt is settled, forward", "a doubt is settled, back",
+        "a hold expires", "a remote testifies committed", "a remote testifies refuses(prepared: true)",
+    ] { #expect(happened[what] != nil, "\(what) never happens") }
+}
+
+@Test("seeds of several hosts that broke a rule break none any more", arguments: [UInt64(4), 13, 575, 3016])
+func severalHostsSeeds(seed: UInt64) throws {
+    let worlds = [SeveralHosts(seed: seed), SeveralHosts(seed: seed)]
+    for world in worlds { try world.run(steps: 5_000, skipping: []) }
+    #expect(worlds[0].trace == worlds[1].trace && worlds[0].steps == worlds[1].steps)
+}
+
 @Test("a deliberate fault is seen")
 func fault() {
     let caught = (UInt64(1)...20).contains { seed in
