@@ -35,7 +35,7 @@ package enum Endpoints {
     package static let failover = Endpoint<Nothing, FailoverReport>(
         .post, "/v1/groups/{group}/failover", .operator, seconds: 600, .point, .alone)
     package static let switchover = Endpoint<Nothing, StatusReport.PointReport>(
-        .post, "/v1/groups/{group}/switchover", .operator, seconds: 7 * day, .led)
+        .post, "/v1/groups/{group}/switchover", .operator, seconds: 7 * day, .led, .alone)
     package static let failback = Endpoint<Nothing, StatusReport.PointReport>(
         .post, "/v1/groups/{group}/failback", .operator, seconds: 365 * day, .led)
     package static let resync = Endpoint<Nothing, ResyncReport>(

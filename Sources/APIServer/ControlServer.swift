@@ -137,7 +137,9 @@ package struct ControlServer: Sendable {
         routes.serve(Endpoints.previewResync) { try await $0.site.roles.previewResync($0.name, discard: try loser($0)) }
         routes.serve(Endpoints.resync) { try await $0.site.roles.resync($0.name, discard: try loser($0)) }
         routes.serve(Endpoints.switchover) {
-            try await $0.site.roles.switchover($0.name, isLed: $0[.led] == "true")
+            $0[.alone] == "true"
+                ? try await $0.site.roles.switchoverAlone($0.name)
+                : try await $0.site.roles.switchover($0.name, isLed: $0[.led] == "true")
         }
         routes.serve(Endpoints.previewFailback) {
             try await $0.site.roles.previewFailback($0.name, isLed: $0[.led] == "true")

@@ -205,7 +205,7 @@ package struct Cycle {
         self.settings = settings
         pace = MovePace(limit: settings.window, checkpointBytes: settings.checkpointBytes)
         coordinator = Coordinator(settings.part.coordination, record: record.coordination(of: settings.part))
-        participant = Participant(settings.part.coordination, record: record.participation)
+        participant = Participant(settings.part.coordination, record: record.participation(of: settings.part))
         coordinates = settings.part.coordinatesFromTheStart
     }
 

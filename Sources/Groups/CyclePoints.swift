@@ -45,6 +45,13 @@ extension GroupRecord {
             point: participation.point == .held ? .formed : .undecided, committed: newest)
     }
 
+    /// An only host follows nobody's epochs, also if there were other hosts once.
+    func participation(of part: Cycle.Part) -> ParticipantRecord {
+        var record = participation
+        if !part.isOfSeveral { record.epoch = 0 }
+        return record
+    }
+
     var participation: ParticipantRecord {
         let epoch = coordination?.epoch ?? 0
         return switch primary?.point {

@@ -81,7 +81,7 @@ final class SeveralConversations {
             }
             guard process == host.life else { return }
             let all = all
-            host.inbox.append { [unowned self] in if !call.isCancelled { host.event(.surveyed(all), 0) } }
+            host.inbox.append { if !call.isCancelled { host.event(.surveyed(all), 0) } }
         }
     }
 

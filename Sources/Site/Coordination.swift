@@ -216,7 +216,7 @@ package final class Coordination {
 
     /// In the group's turnstile.
     private func runInside(_ input: RemotePart.Input, _ group: GroupState) async throws -> RemoteReply {
-        try await steps.run(RemotePart(input, keep: group.entry.keep), group)
+        try await steps.run(RemotePart(input, keep: group.entry.keep, session: group.session), group)
     }
 
     /// Decides about a point that is prepared here when whoever coordinates is gone for good: as a failover would, and goes on as a remote.

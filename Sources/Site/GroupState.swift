@@ -94,6 +94,9 @@ final class GroupState {
     /// Where the group's hosts elect who coordinates them.
     var election: Election?
 
+    /// By command, this pair changes its role without the group's others.
+    var actsAlone = false
+
     /// Hosts may write here.
     var servesHosts = false
     /// They may as soon as the record's file says nothing else.

@@ -53,7 +53,7 @@ package final class Replication {
 
     /// What this site, as primary, is to a group with several hosts.
     private func part(_ group: GroupState) throws -> Cycle.Part {
-        guard let several = group.entry.several else { return .alone }
+        guard let several = group.entry.several, !group.actsAlone else { return .alone }
         guard let pairs = group.pairNames, let index = pairs.firstIndex(of: several.pair) else {
             home.note(
                 group.entry.name,
@@ -78,7 +78,7 @@ package final class Replication {
 
     /// Where points are formed from another site, or another pair of this one: how that is asked for one.
     private func asksForPoint(_ group: GroupState) -> (@Sendable () async -> String?)? {
-        guard let several = group.entry.several, !coordinates(group, several) else { return nil }
+        guard let several = group.entry.several, !group.actsAlone, !coordinates(group, several) else { return nil }
         let (name, site) = (group.entry.group, home.configuration.site)
         let peers = home.configuration.peers
         if isElected(several) {
@@ -110,7 +110,7 @@ package final class Replication {
     }
 
     private func startElection(_ group: GroupState) throws {
-        guard let several = group.entry.several, isElected(several), group.pairNames != nil,
+        guard let several = group.entry.several, !group.actsAlone, isElected(several), group.pairNames != nil,
             let settings = home.configuration.coordination
         else { return }
         let client = try EtcdClient(settings.etcd)
@@ -130,7 +130,7 @@ package final class Replication {
     }
 
     private func others(_ group: GroupState) -> (any CoordinationClient)? {
-        guard let several = group.entry.several, isElected(several) || coordinates(group, several),
+        guard let several = group.entry.several, !group.actsAlone, isElected(several) || coordinates(group, several),
             let pairs = group.pairNames
         else {
             return nil

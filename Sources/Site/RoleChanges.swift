@@ -130,7 +130,7 @@ extension Roles {
             return try await steps.run(
                 HandOver(
                     seconds: Double(Limits.handOverSeconds),
-                    isOfSeveral: group.entry.several != nil && group.pairNames != nil),
+                    isOfSeveral: !group.actsAlone && group.entry.several != nil && group.pairNames != nil),
                 group)
         } catch let failure as HandOverFailure {
             throw refusal(failure, group)

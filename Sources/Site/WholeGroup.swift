@@ -57,6 +57,31 @@ extension Roles {
         return points.min { $0.id < $1.id }!
     }
 
+    /// One pair of several exchanges its roles, at a point of its own: after a switchover that a host's death has left half done.
+    package func switchoverAlone(_ name: String) async throws -> StatusReport.PointReport {
+        let pairs = try home.pairs(name)
+        let group = try pairs.count == 1 ? pairs[0] : home.group(name)
+        guard group.entry.several != nil else {
+            throw Refusal("group '\(name)' has one host: `farcopy switchover \(name)`", .misuse)
+        }
+        guard group.isMirroring, group.replicator != nil else { throw Refusal(home.notMirroring(group)) }
+        try await mirror(group, alone: true)
+        do {
+            let point = try await switchover(group.entry.name)
+            group.actsAlone = false
+            return point
+        } catch {
+            try? await mirror(group, alone: false)
+            throw error
+        }
+    }
+
+    private func mirror(_ group: GroupState, alone: Bool) async throws {
+        _ = try await steps.perform(.stopMirroring, group)
+        group.actsAlone = alone
+        _ = try await steps.perform(.startMirroring, group)
+    }
+
     package func failback(_ name: String, isLed: Bool) async throws -> StatusReport.PointReport {
         guard try isOfSeveral(name) else { return try await failback(name) }
         let points = try await everywhere(name, isLed: isLed) { [self] in

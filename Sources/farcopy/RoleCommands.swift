@@ -46,9 +46,10 @@ struct Switchover: AsyncParsableCommand {
         abstract: "At the primary: shut hosts out, send the last point, exchange the roles. Nothing is lost.")
     @OptionGroup var options: ControlOptions
     @Argument(help: "The group.") var group: String
+    @Flag(help: "Of several hosts: only this one, after a switchover that was left half done.") var alone = false
 
     func run() async throws {
-        let point = try await options.ask(Endpoints.switchover, group)
+        let point = try await options.ask(Endpoints.switchover, group, alone ? [.alone: "true"] : [:])
         if !options.json { Output.line("switched over at point \(point.id)") }
     }
 }

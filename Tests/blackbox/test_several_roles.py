@@ -59,6 +59,25 @@ class SeveralRoles(SeveralHosts):
         self.progress()
         self.settled()
 
+    def test_pairs_that_a_switchover_has_left_behind_follow_alone(self):
+        self.several()
+        self.begin_chain()
+        self.progress()
+        self.chain.stop()
+        # As if a host had died in the last step: one pair has not exchanged its roles with the others.
+        for host in ("east1", "east2"):
+            self.hosts[host].farcopy("switchover", "shop", "--alone")
+        self.assertEqual([site.group()["role"] for site in self.hosts.values()], ["secondary", "secondary", "primary"])
+        refused = self.hosts["east3"].farcopy("switchover", "shop", check=False)
+        self.assertEqual(refused.returncode, 1, refused.stdout)
+        self.hosts["east3"].farcopy("switchover", "shop", "--alone")
+        self.roles("secondary", "primary")
+        self.assertEqual(self.cut_at(self.at_remotes()), self.chain.acknowledged)
+        self.chain_at(self.at_remotes())
+        self.progress()
+        self.chain.stop()
+        self.remotes["west1"].farcopy("cycle", "shop", "--wait")
+
     def test_a_failback_after_a_failover_of_all(self):
         self.several()
         self.begin_chain()

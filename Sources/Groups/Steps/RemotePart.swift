@@ -28,15 +28,20 @@ package struct RemotePart: StepTable {
         /// The point is decided, and its files may be gone with a process.
         case surveys, makesFilesAgain(CommitPlan)
         case decides(CommitPlan?), takes(CommitPlan), drops(CommitPlan?)
+        case isSentAnew(RemoteReply)
     }
     var state = State.begins
     private let input: Input
     private let keep: Retention
+    private let session: UInt64?
     private var remote = TwoPhaseCommit(.several, index: 0, record: TwoPhaseRecord())
     /// What it wants done next.
     private var wanted: ArraySlice<TwoPhaseCommit.Action> = []
 
-    package init(_ input: Input, keep: Retention) { (self.input, self.keep) = (input, keep) }
+    /// - Parameter session: of the primary whose data this is; nil when none has been opened since the site started.
+    package init(_ input: Input, keep: Retention, session: UInt64? = nil) {
+        (self.input, self.keep, self.session) = (input, keep, session)
+    }
 
     package mutating func next(after answer: Answer, _ record: GroupRecord) -> Next<RemoteReply> {
         switch (state, answer) {
@@ -59,6 +64,7 @@ package struct RemotePart: StepTable {
         case (.decides(let plan), .done): return goOn(plan, record)
         case (.takes(let plan), .done): return goOn(plan, record)
         case (.drops(let plan), .done): return goOn(plan, record)
+        case (.isSentAnew(let reply), .done): return .done(reply)
         default: return .failed(UnexpectedAnswer(answer, state))
         }
     }
@@ -130,7 +136,8 @@ package struct RemotePart: StepTable {
                 if case .committed(let number) = answer.body {
                     reply.at = record.points.last { $0.number == number }?.committedAt ?? plan?.point.committedAt
                 }
-                return .done(reply)
+                guard reply.at != nil, plan != nil, record.untracked != nil, let session else { return .done(reply) }
+                return go(.isSentAnew(reply), .change(.sentAnew(session: session)))
             case .testify(_, _, let testimony): return .done(RemoteReply(testimony: testimony))
             case .contradiction(let words): return .failed(TakeoverRefusal(words))
             case .ask, .open, .failoverRefused: return .failed(UnexpectedAnswer(action, state))
