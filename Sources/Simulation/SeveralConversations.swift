@@ -116,6 +116,9 @@ final class SeveralConversations {
         } done: { [unowned self] (answer: Stamped<HostAnswer>?) in
             guard !call.isCancelled else { return }
             if let answer {
+                if case .superseded(let epoch) = answer.body, epoch <= message.request.epoch {
+                    world.fail("a coordinator hears that it is followed by itself, or one before it")
+                }
                 host.inbox.append { [unowned self] in host.event(.host(index, answer), 0) }
                 if case .ran = answer.body { return ask(index, message, waits: true, call) }
             }
