@@ -28,12 +28,17 @@ extension SeveralRemote {
     ///   - done: why it has not; nil = it has.
     func failOver(alone: UInt64?, attempt: Int = 1, done: @escaping (String?) -> Void) {
         let others = alone == nil ? fellows : []
+        // What the others say is of after that.
+        let newest = record.newestReadable?.number ?? 0
         ask(others, about: nil) { [unowned self] stands in
             // Where another has failed over, this one goes to the same point, and nobody is asked any more.
             let wanted = alone ?? stands.compactMap { $0?.failedOver }.first
             settleDoubt(others, chosen: wanted) { [unowned self] problem in
                 if let problem { return done(problem) }
-                let newest = record.newestReadable?.number ?? 0
+                guard newest == record.newestReadable?.number ?? 0 else {
+                    guard attempt < 20 else { return done(Self.overtaken) }
+                    return failOver(alone: alone, attempt: attempt + 1, done: done)
+                }
                 let point = wanted ?? record.failedOver?.point ?? newestEverywhere(newest, stands)
                 guard point > 0 else { return done("there is no recovery point yet") }
                 guard alone != nil || !lacks(point, stands) else { return done("another has no point \(point)") }

@@ -279,13 +279,18 @@ package final class Coordination {
         let others = alone ? [] : fellows(pairs)
         var (report, target) = (FailoverReport?.none, Target(point: 0, without: []))
         for attempt in 1... {
+            // What the others say is of after that: whoever has a newer point then, or takes part in it, says so.
+            let seen = pairs.map { $0.record.newestReadable?.number ?? 0 }
             let stands = await ask(others, name, about: nil)
             let agreed = try agree(name, wanted, stands)
             // An operator has chosen, here or at a remote that has failed over: what it is about is not asked any more.
             let chosen = alone || agreed != wanted ? agreed : nil
             try await settleDoubt(name, pairs, others, chosen: chosen)
             let wanted = agreed
-            let seen = pairs.map { $0.record.newestReadable?.number ?? 0 }
+            guard seen == pairs.map({ $0.record.newestReadable?.number ?? 0 }) else {
+                guard attempt < Self.failoverAttempts else { throw OvertakenFailover() }
+                continue
+            }
             target = try self.target(name, pairs, wanted, stands)
             if !alone { try checkOlder(name, target, asked: asked, stands) }
             try checkAll(pairs, target)

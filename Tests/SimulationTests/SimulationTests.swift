@@ -64,7 +64,7 @@ func severalHosts() throws {
     ] { #expect(happened[what] != nil, "\(what) never happens") }
 }
 
-@Test("seeds of several hosts that broke a rule break none any more", arguments: [UInt64(4), 13, 575, 3016])
+@Test("seeds of several hosts that broke a rule break none any more", arguments: [UInt64(4), 13, 575, 3016, 22_696])
 func severalHostsSeeds(seed: UInt64) throws {
     let worlds = [SeveralHosts(seed: seed), SeveralHosts(seed: seed)]
     for world in worlds { try world.run(steps: 5_000, skipping: []) }
