@@ -99,8 +99,7 @@ final class Holdings {
 
     /// For calls that only the site at the other end of the group may make.
     func group(_ name: String, askedBy siteID: String) throws -> GroupState {
-        let found = groups.values.filter { $0.entry.group == name }
-        let group = try found.first { $0.record.peerSite == siteID } ?? found.first ?? group(name)
+        let group = try pair(name, withID: siteID)
         guard group.record.peerSite == siteID else {
             throw Refusal("group '\(name)' at '\(configuration.site)' has another peer", .refused)
         }

@@ -168,7 +168,7 @@ package final class Intake {
     // MARK: Commit
 
     private func commit(_ name: String, _ request: CommitRequest) async throws -> CommitAnswer {
-        let group = try home.group(name, askedBy: request.siteID)
+        let group = try home.pair(name, withID: request.siteID)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         guard group.record.peerSite == request.siteID, group.session == request.session else {

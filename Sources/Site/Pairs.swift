@@ -74,6 +74,12 @@ extension Holdings {
         return group
     }
 
+    /// The pair with a site of that identity; another when there is none, which whoever asks must look at.
+    func pair(_ name: String, withID siteID: String) throws -> GroupState {
+        let found = groups.values.filter { $0.entry.group == name && !$0.entry.isPool }
+        return try found.first { $0.record.peerSite == siteID } ?? found.first ?? group(name)
+    }
+
     /// The pair that a volume is of.
     func pair(_ name: String, of volume: String) throws -> GroupState {
         try groups.values.first { $0.entry.group == name && $0.entry.volumes.contains(volume) } ?? group(name)

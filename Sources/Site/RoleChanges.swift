@@ -174,7 +174,7 @@ extension Roles {
 
     /// The primary hands over: this site takes its place, and mirrors to it as soon as it has given up its role.
     package func promote(_ name: String, _ request: PromoteRequest) async throws {
-        let group = try home.group(name, askedBy: request.siteID)
+        let group = try home.pair(name, withID: request.siteID)
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
         if let done = group.record.failedOver, done.joins == true, done.point == request.point { return }
