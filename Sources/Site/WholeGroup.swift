@@ -65,7 +65,10 @@ extension Roles {
             throw Refusal("group '\(name)' has one host: `farcopy switchover \(name)`", .misuse)
         }
         guard group.isMirroring, group.replicator != nil else { throw Refusal(home.notMirroring(group)) }
+        // A point under way that is coordinated here is ended first; one of another's is, as soon as that says so.
+        await group.handle.setQuiet(true, seconds: Meetings.laterWait)
         try await mirror(group, alone: true)
+        await home.wait(seconds: Meetings.laterWait) { group.replicator.map { $0.status.reason == nil } ?? true }
         do {
             let point = try await switchover(group.entry.name)
             group.actsAlone = false

@@ -529,6 +529,9 @@ class InDoubt(SeveralHosts):
         self.several()
         self.begin_chain()
         self.chain.expect_losses()
+        # A point with writes in it is there.
+        self.progress(50)
+        self.next_point(self.common()[-1] + 1)
         west2 = self.remotes["west2"]
         for _ in range(2):
             time.sleep(random.random() * 0.2)
