@@ -311,7 +311,7 @@ extension Cycle {
         let own = carryOut(participant.start(isHeld: record.held != nil), &record, now)
         guard coordinates else { return own }
         let turn = coordinator.start(now: now)
-        if !settings.part.isElected { record.keep(coordinator.record) }
+        record.keep(coordinator.record)
         return own + carryOut(turn, &record, now)
     }
 

@@ -88,6 +88,7 @@ package struct GroupRecord: Sendable, Equatable {
 
     /// The newest recovery point that can be read.
     package var newestReadable: PointRecord? { points.last { $0.isFailed != true } }
+    package var readablePoints: [PointRecord] { points.filter { $0.isFailed != true } }
 
     /// Whether a recovery point holds a volume.
     package func holds(_ point: PointRecord, _ volume: String) -> Bool {

@@ -81,7 +81,7 @@ extension GroupRecord {
         }
         guard let wanted else { return newest }
         guard let point = points.first(where: { $0.number == wanted && $0.isFailed != true }) else {
-            let known = points.filter { $0.isFailed != true }.map { String($0.number) }.joined(separator: ", ")
+            let known = readablePoints.map { String($0.number) }.joined(separator: ", ")
             throw TakeoverRefusal("the group has no point \(wanted); it has \(known)")
         }
         return point

@@ -62,7 +62,7 @@ package final class Coordination {
     /// A pair at another site waits for the others here.
     package func meet(_ name: String, _ call: MeetCall) async throws {
         let pairs = try home.pairs(name)
-        guard fellows(pairs).contains(call.site), let all = pairs[0].pairNames, (0...3).contains(call.place) else {
+        guard home.fellows(pairs).contains(call.site), let all = pairs[0].pairNames, (0...3).contains(call.place) else {
             throw Refusal(
                 "'\(call.site)' is no other site of group '\(name)' at '\(home.configuration.site)'", .refused)
         }
@@ -83,9 +83,7 @@ package final class Coordination {
         }
         guard !isLed else { return [] }
         var missed: [String] = []
-        for fellow in fellows(try home.pairs(name)) {
-            guard let address = home.configuration.peers[fellow]?.control else { continue }
-            let client = ControlClient(address: address)
+        for (fellow, client) in home.clients(home.fellows(try home.pairs(name))) {
             do {
                 if isSuspended {
                     _ = try await client.call(Endpoints.suspend, name, [.led: "true"])
@@ -103,17 +101,15 @@ package final class Coordination {
     /// A writable copy of one point, at all remotes.
     package func practice(_ name: String, point wanted: String?, isLed: Bool) async throws -> [FlashCopyReport] {
         let pairs = try home.pairs(name).filter { !$0.entry.volumes.isEmpty }
-        guard pairs.contains(where: { $0.entry.several != nil }) else {
+        guard try home.isOfSeveral(name) else {
             return try await practices.practice(name, point: wanted)
         }
-        let others = isLed ? [] : fellows(pairs)
+        let others = isLed ? [] : home.fellows(pairs)
         let point = try await practicePoint(name, pairs, wanted, others)
         var reports: [FlashCopyReport] = []
         do {
             for pair in pairs { reports += try await practices.practice(pair.entry.name, point: point) }
-            for other in others {
-                guard let address = home.configuration.peers[other]?.control else { continue }
-                let client = ControlClient(address: address)
+            for (other, client) in home.clients(others) {
                 do {
                     reports += try await client.call(Endpoints.practice, name, [.point: point, .led: "true"])
                 } catch {
@@ -149,15 +145,14 @@ package final class Coordination {
 
     package func endPractice(_ name: String, isLed: Bool) async throws {
         let pairs = try home.pairs(name).filter { !$0.entry.volumes.isEmpty }
-        guard pairs.contains(where: { $0.entry.several != nil }) else { return try await practices.endPractice(name) }
+        guard try home.isOfSeveral(name) else { return try await practices.endPractice(name) }
         var refusal: Refusal?
         for pair in pairs {
             do { try await practices.endPractice(pair.entry.name) } catch let error as Refusal { refusal = error }
         }
-        for other in isLed ? [] : fellows(pairs) {
-            guard let address = home.configuration.peers[other]?.control else { continue }
+        for (other, client) in home.clients(isLed ? [] : home.fellows(pairs)) {
             do {
-                _ = try await ControlClient(address: address).call(Endpoints.endPractice, name, [.led: "true"]) as Done
+                _ = try await client.call(Endpoints.endPractice, name, [.led: "true"]) as Done
             } catch {
                 refusal = Refusal("'\(other)': \(error)", (error as? Refusal)?.kind ?? .passing)
             }
@@ -211,12 +206,7 @@ package final class Coordination {
     private func run(_ input: RemotePart.Input, _ group: GroupState) async throws -> RemoteReply {
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
-        return try await runInside(input, group)
-    }
-
-    /// In the group's turnstile.
-    private func runInside(_ input: RemotePart.Input, _ group: GroupState) async throws -> RemoteReply {
-        try await steps.run(RemotePart(input, keep: group.entry.keep, session: group.session), group)
+        return try await steps.run(RemotePart(input, keep: group.entry.keep, session: group.session), group)
     }
 
     /// Decides about a point that is prepared here when whoever coordinates is gone for good: as a failover would, and goes on as a remote.
@@ -228,7 +218,7 @@ package final class Coordination {
             $0.record.coordination?.prepared?.number
         }
         guard let number = numbers.max() else { return nil }
-        try await settleDoubt(name, pairs, fellows(pairs), chosen: nil)
+        try await settleDoubt(name, pairs, home.fellows(pairs), chosen: nil)
         return "point \(number) is decided; `farcopy events \(name)` says how"
     }
 
@@ -236,7 +226,8 @@ package final class Coordination {
 
     package func testify(_ name: String, _ call: TestimonyCall) async throws -> TestimonyReply {
         let site = home.configuration.site
-        guard fellows(try home.pairs(name)).contains(call.site), call.number ?? 0 <= PointRecord.highestNumber else {
+        guard home.fellows(try home.pairs(name)).contains(call.site), call.number ?? 0 <= PointRecord.highestNumber
+        else {
             throw Refusal("'\(call.site)' is no other remote of group '\(name)' at '\(site)'", .refused)
         }
         var pairs: [TestimonyReply.Pair] = []
@@ -256,7 +247,7 @@ package final class Coordination {
             committed: group.record.points.last { $0.isBase != true }?.number ?? 0,
             prepared: group.record.coordination?.prepared?.number, failedOver: group.record.failedOver?.point,
             without: group.record.newestReadable?.without,
-            points: group.record.points.filter { $0.isFailed != true }.map(\.number))
+            points: group.record.readablePoints.map(\.number))
     }
 
     // MARK: Failover
@@ -268,7 +259,7 @@ package final class Coordination {
     ///   - alone: the others are not asked, and not led.
     package func failover(_ name: String, point wanted: UInt64?, alone: Bool) async throws -> FailoverReport {
         let pairs = try home.pairs(name)
-        guard pairs.contains(where: { $0.entry.several != nil }) else {
+        guard try home.isOfSeveral(name) else {
             guard !alone else {
                 throw Refusal("group '\(name)' has one remote: `farcopy failover \(name) --point N`", .misuse)
             }
@@ -276,7 +267,7 @@ package final class Coordination {
         }
         if alone { try checkAlone(name, pairs, wanted) }
         let asked = wanted
-        let others = alone ? [] : fellows(pairs)
+        let others = alone ? [] : home.fellows(pairs)
         var (report, target) = (FailoverReport?.none, Target(point: 0, without: []))
         for attempt in 1... {
             // What the others say is of after that: whoever has a newer point then, or takes part in it, says so.
@@ -321,11 +312,6 @@ package final class Coordination {
         }
     }
 
-    /// Without this site.
-    private func fellows(_ pairs: [GroupState]) -> [String] {
-        Set(pairs.flatMap(\.fellows)).subtracting([home.configuration.site]).sorted()
-    }
-
     private func newestCommitted(_ pairs: [GroupState]) -> UInt64 {
         pairs.compactMap { $0.record.points.last { $0.isBase != true }?.number }.max() ?? 0
     }
@@ -333,12 +319,10 @@ package final class Coordination {
     /// - Returns: what each remote that answers says; nil for one that does not.
     private func ask(_ remotes: [String], _ name: String, about number: UInt64?) async -> [String: TestimonyReply?] {
         let call = TestimonyCall(site: home.configuration.site, number: number)
-        let peers = home.configuration.peers
+        let clients = home.clients(remotes)
         return await withTaskGroup(of: (String, TestimonyReply?).self) { tasks in
-            for remote in remotes {
-                guard let address = peers[remote]?.control else { continue }
+            for (remote, client) in clients {
                 tasks.addTask {
-                    let client = ControlClient(address: address)
                     let reply: TestimonyReply? = try? await client.call(
                         Endpoints.testify, name, body: call, seconds: Self.testimonySeconds)
                     return (remote, reply)
@@ -488,7 +472,7 @@ package final class Coordination {
         guard let first = taking.first, first.record.failedOver == nil, lack(of: newest, without, stands) != nil else {
             return newest
         }
-        let readable = taking.map { Set($0.record.points.filter { $0.isFailed != true }.map(\.number)) }
+        let readable = taking.map { Set($0.record.readablePoints.map(\.number)) }
         let common = readable.dropFirst().reduce(readable[0]) { $0.intersection($1) }
         return common.filter { lack(of: $0, without, stands) == nil }.max() ?? newest
     }
@@ -535,7 +519,7 @@ package final class Coordination {
     /// One that was left out goes to its newest point.
     private func point(of group: GroupState, _ target: Target) -> UInt64 {
         let pair = group.entry.several?.pair ?? ""
-        let own = group.record.points.last { $0.isFailed != true && $0.number <= target.point }?.number
+        let own = group.record.readablePoints.last { $0.number <= target.point }?.number
         guard target.without.contains(pair), group.record.failedOver == nil, let own, own < target.point else {
             return group.record.failedOver.flatMap { target.without.contains(pair) ? $0.point : nil } ?? target.point
         }
@@ -571,7 +555,7 @@ package final class Coordination {
     /// Another remote has failed over, and leads this one to the same point.
     package func follow(_ name: String, _ call: LeadCall) async throws {
         let pairs = try home.pairs(name)
-        guard fellows(pairs).contains(call.site) else {
+        guard home.fellows(pairs).contains(call.site) else {
             throw Refusal(
                 "'\(call.site)' is no other remote of group '\(name)' at '\(home.configuration.site)'", .refused)
         }

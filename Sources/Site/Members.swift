@@ -38,13 +38,12 @@ final class Members {
     private func ask(_ name: String) async {
         guard let pairs = try? home.pairs(name) else { return }
         let sites = known(pairs)
-        let peers = home.configuration.peers
+        let clients = home.clients(sites.sorted())
         let found = await withTaskGroup(of: [StatusReport.MemberReport].self) { tasks in
-            for site in sites {
-                guard let address = peers[site]?.control else { continue }
+            for (site, client) in clients {
                 tasks.addTask {
                     do {
-                        let status: StatusReport = try await ControlClient(address: address).call(
+                        let status: StatusReport = try await client.call(
                             Endpoints.status, "", [.group: name], seconds: Self.seconds)
                         guard let group = status.groups[name] else {
                             return [.init(site: site, problem: "it has no group '\(name)'", at: realSeconds())]

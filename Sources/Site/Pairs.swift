@@ -47,6 +47,21 @@ extension Holdings {
         return found.isEmpty ? [try group(name)] : found
     }
 
+    /// Whether a group has several hosts or remotes.
+    func isOfSeveral(_ name: String) throws -> Bool { try pairs(name).contains { $0.entry.several != nil } }
+
+    /// Other sites that have what this one has of the group.
+    func fellows(_ pairs: [GroupState]) -> [String] {
+        Set(pairs.flatMap(\.fellows)).subtracting([configuration.site]).sorted()
+    }
+
+    /// How other sites are asked; those whose control API is not known are left out.
+    func clients(_ sites: [String]) -> [(site: String, client: ControlClient)] {
+        sites.compactMap { site in
+            configuration.peers[site]?.control.map { (site, ControlClient(address: $0)) }
+        }
+    }
+
     /// Of the pair with that name.
     func handle(_ name: String, _ pair: String) -> GroupHandle? {
         try? pairs(name).first { $0.entry.several?.pair == pair }?.handle

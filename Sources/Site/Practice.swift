@@ -34,7 +34,7 @@ package final class Practice {
             )
         }
         let point = wanted ?? String(newest.number)
-        let readable = group.record.points.filter { $0.isFailed != true }
+        let readable = group.record.readablePoints
         guard readable.contains(where: { String($0.number) == point }) else {
             let known = readable.map { String($0.number) }.joined(separator: ", ")
             throw Refusal("group '\(name)' has no point \(point); it has \(known)", .unknown)

@@ -338,8 +338,8 @@ final class StatusBoard: Sendable {
     }
 
     private func points(_ record: GroupRecord) -> [StatusReport.PointReport] {
-        let readable = record.points.filter { $0.isFailed != true }
-        var all = (readable + (record.role == .primary ? record.lastCommitted.map { [$0] } ?? [] : [])).map(\.report)
+        var all = (record.readablePoints + (record.role == .primary ? record.lastCommitted.map { [$0] } ?? [] : []))
+            .map(\.report)
         guard let coordination = record.coordination else { return all }
         for index in all.indices { all[index].state = .committed }
         if let point = coordination.prepared {

@@ -16,10 +16,7 @@ extension Roles {
         other: @escaping @Sendable (ControlClient) async throws -> Outcome
     ) async throws -> [Outcome] {
         let pairs = try home.pairs(name).filter { !$0.entry.volumes.isEmpty }
-        let fellows = isLed ? [] : Set(pairs.flatMap(\.fellows)).subtracting([home.configuration.site]).sorted()
-        let clients = fellows.compactMap { fellow in
-            home.configuration.peers[fellow]?.control.map { (fellow, ControlClient(address: $0)) }
-        }
+        let clients = home.clients(isLed ? [] : home.fellows(pairs))
         let names = pairs.map(\.entry.name)
         return try await withThrowingTaskGroup(of: Outcome.self) { tasks in
             for name in names { tasks.addTask { try await own(name) } }
@@ -43,12 +40,8 @@ extension Roles {
         }
     }
 
-    private func isOfSeveral(_ name: String) throws -> Bool {
-        try home.pairs(name).contains { $0.entry.several != nil }
-    }
-
     package func switchover(_ name: String, isLed: Bool) async throws -> StatusReport.PointReport {
-        guard try isOfSeveral(name) else { return try await switchover(name) }
+        guard try home.isOfSeveral(name) else { return try await switchover(name) }
         let points = try await everywhere(name, isLed: isLed) { [self] in
             try await switchover($0)
         } other: { client in
@@ -86,7 +79,7 @@ extension Roles {
     }
 
     package func failback(_ name: String, isLed: Bool) async throws -> StatusReport.PointReport {
-        guard try isOfSeveral(name) else { return try await failback(name) }
+        guard try home.isOfSeveral(name) else { return try await failback(name) }
         let points = try await everywhere(name, isLed: isLed) { [self] in
             try await failback($0)
         } other: { client in
@@ -96,7 +89,7 @@ extension Roles {
     }
 
     package func previewFailback(_ name: String, isLed: Bool) async throws -> ResyncReport {
-        guard try isOfSeveral(name) else { return try await previewFailback(name) }
+        guard try home.isOfSeveral(name) else { return try await previewFailback(name) }
         let reports = try await everywhere(name, isLed: isLed) { [self] in
             try await previewFailback($0)
         } other: { client in
