@@ -215,16 +215,12 @@ final class GroupThread {
     }
 
     func answered(_ answer: Stamped<HostAnswer>) {
-        let number = answer.body.number
-        for question in questions
-        where question.message.request.epoch == answer.epoch
-            && (number == nil || number == question.message.request.body.number)
-        {
-            question.answer(answer)
+        func isAnswered(_ question: Question) -> Bool {
+            let (request, number) = (question.message.request, answer.body.number)
+            return request.epoch == answer.epoch && (number == nil || number == request.body.number)
         }
-        questions.removeAll {
-            $0.message.request.epoch == answer.epoch && (number == nil || number == $0.message.request.body.number)
-        }
+        for question in questions where isAnswered(question) { question.answer(answer) }
+        questions.removeAll(where: isAnswered)
     }
 
     /// Who asks hears after a second that there is nothing new.
@@ -273,6 +269,7 @@ final class GroupThread {
         group.setQuiet(isQuiet)
         quietWaiters.append((monotonicNanoseconds() + UInt64(seconds * 1e9), done))
         handle(.tick)
+        tellQuiet()  // also when the thread ends, and nothing is published any more
     }
 
     /// Whom the coordinator here waits for, once that has taken long.

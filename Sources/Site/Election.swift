@@ -98,6 +98,7 @@ final class Election: Sendable {
         let running = task.withLock { $0 }
         running?.cancel()
         await running?.value
+        await client.shutdown()
     }
 
     private func run() async {
@@ -107,11 +108,11 @@ final class Election: Sendable {
                 let lease = try await client.grantLease(seconds: leaseSeconds)
                 do { try await hold(lease) } catch {
                     handle.stopCoordinating("\(error)")
-                    try? await client.revoke(lease)
+                    await letGo(lease)
                     throw error
                 }
                 handle.stopCoordinating("the site stops")
-                try? await client.revoke(lease)
+                await letGo(lease)
             } catch is CancellationError {
                 return
             } catch {
@@ -122,6 +123,12 @@ final class Election: Sendable {
             problem("no site is known to coordinate the group: \(last)")
             try? await Task.sleep(for: Self.pause)
         }
+    }
+
+    /// Also when the election is ended, which would cancel the call.
+    private func letGo(_ lease: Int64) async {
+        let client = client
+        await Task { try? await client.revoke(lease) }.value
     }
 
     /// Stands for election until it is won, and holds on to it.

@@ -90,7 +90,7 @@ class Proxy:
 
 
 class Elections(SeveralHosts):
-    def elect(self, endpoints=None, lines="", scheme="http", options=()):
+    def elect(self, endpoints=None, lines="", scheme="http", options=(), lease="2s"):
         """`endpoints`: of some hosts, in place of etcd's own."""
         self.several('master = "etcd"', start=False)
         self.etcd = Etcd(self.directory, scheme, options)
@@ -99,7 +99,7 @@ class Elections(SeveralHosts):
         for name, host in self.hosts.items():
             url = (endpoints or {}).get(name, lambda: self.etcd.url)()
             with open(host.config, "a") as file:
-                file.write(f'[coordination]\nendpoints = ["{url}"]\nlease = "2s"\n{lines}')
+                file.write(f'[coordination]\nendpoints = ["{url}"]\nlease = "{lease}"\n{lines}')
 
     def masters(self):
         """Every site that was elected, with the epoch, in the order of the epochs."""
@@ -124,6 +124,13 @@ class Elections(SeveralHosts):
         self.assertGreater(self.masters()[-1][0], epoch)
         self.assertNotEqual(self.masters()[-1][1], name, "who has the lease keeps it")
         self.chain.stop()
+
+    def test_a_master_that_stops_gives_its_lease_back(self):
+        self.elect(lease="60s")
+        self.start_all()
+        _, name = self.masters()[-1]
+        self.hosts[name].stop()
+        wait_for(lambda: self.masters()[-1][1] != name, 20, what="another host is elected, long before the lease is over")
 
     def test_without_etcd_points_stop_and_hosts_go_on(self):
         self.elect()
