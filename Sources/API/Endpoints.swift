@@ -14,7 +14,7 @@ package enum Endpoints {
     package static let flashCopy = Endpoint<Nothing, [FlashCopyReport]>(
         .get, "/v1/flashcopies/{name}", .anyone, .volumes)
     package static let previewResync = Endpoint<Nothing, ResyncReport>(
-        .get, "/v1/groups/{group}/resync", .operator, .discard)
+        .get, "/v1/groups/{group}/resync", .operator, .discard, .led)
     package static let previewFailback = Endpoint<Nothing, ResyncReport>(
         .get, "/v1/groups/{group}/failback", .operator, .led)
 
@@ -26,7 +26,7 @@ package enum Endpoints {
         .post, "/v1/groups/{group}/resume", .operator, .isolated, .fromImage, .led)
     package static let rate = Endpoint<Nothing, Done>(.post, "/v1/groups/{group}/rate", .operator, .bytes)
     package static let verify = Endpoint<Nothing, VerifyReport>(
-        .post, "/v1/groups/{group}/verify", .operator, seconds: 30 * day, .repair, .rate)
+        .post, "/v1/groups/{group}/verify", .operator, seconds: 30 * day, .repair, .rate, .led)
     package static let dropPoints = Endpoint<PointDropRequest, PointDropReport>(
         .post, "/v1/groups/{group}/points/drop", .operator, seconds: 600)
     package static let abort = Endpoint<Nothing, Done>(.post, "/v1/abort", .operator, seconds: 60, .operation)
@@ -39,7 +39,7 @@ package enum Endpoints {
     package static let failback = Endpoint<Nothing, StatusReport.PointReport>(
         .post, "/v1/groups/{group}/failback", .operator, seconds: 365 * day, .led)
     package static let resync = Endpoint<Nothing, ResyncReport>(
-        .post, "/v1/groups/{group}/resync", .operator, seconds: 7 * day, .discard)
+        .post, "/v1/groups/{group}/resync", .operator, seconds: 7 * day, .discard, .led)
     package static let practice = Endpoint<Nothing, [FlashCopyReport]>(
         .post, "/v1/groups/{group}/practice", .operator, seconds: 600, .point, .led)
     package static let endPractice = Endpoint<Nothing, Done>(

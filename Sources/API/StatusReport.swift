@@ -261,6 +261,8 @@ package struct VerifyReport: Codable, Sendable {
         package var volume: String
         package var offset: UInt64
         package var length: UInt64
+        /// Whose volume, of a group with several hosts.
+        package var site: String?
 
         package init(volume: String, offset: UInt64, length: UInt64) {
             self.volume = volume

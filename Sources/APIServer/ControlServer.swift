@@ -106,7 +106,8 @@ package struct ControlServer: Sendable {
         }
         routes.serve(Endpoints.verify) { asked in
             try await asked.site.verifications.verify(
-                asked.name, repair: asked[.repair] == "true", rate: asked[.rate].flatMap { UInt64($0) } ?? 0)
+                asked.name, repair: asked[.repair] == "true", rate: asked[.rate].flatMap { UInt64($0) } ?? 0,
+                isLed: asked[.led] == "true")
         }
         routes.serve(Endpoints.abort) { asked in
             let operation = asked[.operation] ?? ""
@@ -120,11 +121,11 @@ package struct ControlServer: Sendable {
     }
 
     private func addRoles(_ routes: inout Routes) {
-        @Sendable func loser(_ asked: Asked<Nothing>) throws -> String {
-            guard let loser = asked[.discard] else {
+        @Sendable func losers(_ asked: Asked<Nothing>) throws -> [String] {
+            guard let losers = asked[.discard]?.split(separator: ","), !losers.isEmpty else {
                 throw Refusal("say whose changes are discarded: discard=SITE", .misuse)
             }
-            return loser
+            return losers.map(String.init)
         }
         routes.serve(Endpoints.failover) { asked in
             let point = try asked[.point].map { text in
@@ -134,8 +135,12 @@ package struct ControlServer: Sendable {
             return try await asked.site.coordination.failover(
                 asked.name, point: point, alone: asked[.alone] == "true")
         }
-        routes.serve(Endpoints.previewResync) { try await $0.site.roles.previewResync($0.name, discard: try loser($0)) }
-        routes.serve(Endpoints.resync) { try await $0.site.roles.resync($0.name, discard: try loser($0)) }
+        routes.serve(Endpoints.previewResync) {
+            try await $0.site.roles.previewResync($0.name, discard: try losers($0), isLed: $0[.led] == "true")
+        }
+        routes.serve(Endpoints.resync) {
+            try await $0.site.roles.resync($0.name, discard: try losers($0), isLed: $0[.led] == "true")
+        }
         routes.serve(Endpoints.switchover) {
             $0[.alone] == "true"
                 ? try await $0.site.roles.switchoverAlone($0.name)

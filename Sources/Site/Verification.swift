@@ -5,12 +5,26 @@ import Ring
 import Volumes
 
 extension VerifyReport {
+    private static let longestList = 1000
+
+    /// Of all pairs together.
+    init(_ reports: [VerifyReport]) {
+        self.init(
+            point: reports.map(\.point).min() ?? 0, startedAt: reports.map(\.startedAt).min() ?? "",
+            finishedAt: reports.map(\.finishedAt).max() ?? "",
+            comparedBytes: reports.reduce(0) { $0 + $1.comparedBytes },
+            differingBytes: reports.reduce(0) { $0 + $1.differingBytes },
+            differenceCount: reports.reduce(0) { $0 + $1.differenceCount },
+            differences: Array(reports.flatMap(\.differences).prefix(Self.longestList)),
+            repairing: reports.contains(where: \.repairing))
+    }
+
     mutating func add(_ runs: [Range<UInt64>], _ volume: String) {
         for run in runs {
             let length = run.upperBound - run.lowerBound
             differingBytes += length
             differenceCount += 1
-            guard differences.count < 1000 else { continue }
+            guard differences.count < Self.longestList else { continue }
             differences.append(Difference(volume: volume, offset: run.lowerBound, length: length))
         }
     }

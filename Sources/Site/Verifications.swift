@@ -45,6 +45,20 @@ package final class Verifications {
         return result
     }
 
+    /// All pairs, each at a point of its own.
+    package func verify(_ name: String, repair: Bool, rate: UInt64, isLed: Bool) async throws -> VerifyReport {
+        guard try home.isOfSeveral(name) else { return try await verify(name, repair: repair, rate: rate) }
+        let reports = try await home.everywhere(name, isLed: isLed) { [self] in
+            var report = try await verify($0, repair: repair, rate: rate)
+            for index in report.differences.indices { report.differences[index].site = home.configuration.site }
+            return report
+        } other: { client in
+            try await client.call(
+                Endpoints.verify, name, [.repair: "\(repair)", .rate: String(rate), .led: "true"])
+        }
+        return VerifyReport(reports)
+    }
+
     private func verifiedGroup(_ name: String, _ request: PinRequest) throws -> GroupState {
         let group = try home.group(name, askedBy: request.siteID)
         guard request.name.hasPrefix(FlashCopies.verifyPrefix) else {

@@ -1,7 +1,8 @@
-// WholeGroup.swift: changes of roles of a group with several hosts: each pair changes its own, and all wait for each other where it matters
-// (`SiteAction.meet`).
+// WholeGroup.swift: what is done for all pairs of a group with several hosts. When they exchange roles, all wait for each other where it
+// matters (`SiteAction.meet`).
 //
 // Must be prevented:
+//   a pair's changes are discarded by a command that did not name the site, or before it is known that every name in it is one
 //   some of the hosts are shut out at their last point, and others write on after theirs: the last point is formed once all are shut out
 
 import API
@@ -9,14 +10,14 @@ import Base
 import FoundationEssentials
 import Groups
 
-extension Roles {
+extension Holdings {
     /// Does the same for every pair here and, unless another site has asked and does so itself, at all sites that have what this one has.
-    private func everywhere<Outcome: Sendable>(
+    func everywhere<Outcome: Sendable>(
         _ name: String, isLed: Bool, _ own: @escaping @Sendable (String) async throws -> Outcome,
         other: @escaping @Sendable (ControlClient) async throws -> Outcome
     ) async throws -> [Outcome] {
-        let pairs = try home.pairs(name).filter { !$0.entry.volumes.isEmpty }
-        let clients = home.clients(isLed ? [] : home.fellows(pairs))
+        let pairs = try pairs(name).filter { !$0.entry.volumes.isEmpty }
+        let clients = clients(isLed ? [] : fellows(pairs))
         let names = pairs.map(\.entry.name)
         return try await withThrowingTaskGroup(of: Outcome.self) { tasks in
             for name in names { tasks.addTask { try await own(name) } }
@@ -32,17 +33,19 @@ extension Roles {
                 for try await outcome in tasks { outcomes.append(outcome) }
             } catch {
                 // The others wait for who does not come.
-                for name in names { (try? home.group(name))?.operation?.abort() }
-                home.happened()
+                for name in names { (try? group(name))?.operation?.abort() }
+                happened()
                 throw error
             }
             return outcomes
         }
     }
+}
 
+extension Roles {
     package func switchover(_ name: String, isLed: Bool) async throws -> StatusReport.PointReport {
         guard try home.isOfSeveral(name) else { return try await switchover(name) }
-        let points = try await everywhere(name, isLed: isLed) { [self] in
+        let points = try await home.everywhere(name, isLed: isLed) { [self] in
             try await switchover($0)
         } other: { client in
             try await client.call(Endpoints.switchover, name, [.led: "true"])
@@ -80,7 +83,7 @@ extension Roles {
 
     package func failback(_ name: String, isLed: Bool) async throws -> StatusReport.PointReport {
         guard try home.isOfSeveral(name) else { return try await failback(name) }
-        let points = try await everywhere(name, isLed: isLed) { [self] in
+        let points = try await home.everywhere(name, isLed: isLed) { [self] in
             try await failback($0)
         } other: { client in
             try await client.call(Endpoints.failback, name, [.led: "true"])
@@ -90,13 +93,91 @@ extension Roles {
 
     package func previewFailback(_ name: String, isLed: Bool) async throws -> ResyncReport {
         guard try home.isOfSeveral(name) else { return try await previewFailback(name) }
-        let reports = try await everywhere(name, isLed: isLed) { [self] in
+        let reports = try await home.everywhere(name, isLed: isLed) { [self] in
             try await previewFailback($0)
         } other: { client in
             try await client.call(Endpoints.previewFailback, name, [.led: "true"])
         }
         return ResyncReport(reports)
     }
+
+    /// - Parameter losers: sites whose changes are discarded: of every pair that one of them is of.
+    package func resync(_ name: String, discard losers: [String], isLed: Bool) async throws -> ResyncReport {
+        guard try isOfAll(name, losers, isLed: isLed) else { return try await resync(name, discard: losers[0]) }
+        if let winner = try peerOfLoser(name, losers) {
+            return try await peers.callPeer(winner, Endpoints.resync, [.discard: list(losers)], seconds: 600)
+        }
+        if !isLed { _ = try await previewResync(name, discard: losers, isLed: false) }
+        let reports = try await home.everywhere(name, isLed: isLed) { [self] pair in
+            guard let loser = try await loser(pair, losers) else { return try await report(pair, losers) }
+            return try await resync(pair, discard: loser)
+        } other: { [self] client in
+            try await client.call(Endpoints.resync, name, [.discard: list(losers), .led: "true"])
+        }
+        return ResyncReport(reports)
+    }
+
+    /// What that would send and discard. Refused where a name is none of a site that stays, or becomes, a secondary.
+    package func previewResync(_ name: String, discard losers: [String], isLed: Bool) async throws -> ResyncReport {
+        guard try isOfAll(name, losers, isLed: isLed) else { return try await previewResync(name, discard: losers[0]) }
+        if let winner = try peerOfLoser(name, losers) {
+            return try await peers.callPeer(winner, Endpoints.previewResync, [.discard: list(losers)])
+        }
+        let reports = try await home.everywhere(name, isLed: isLed) { [self] pair in
+            guard let loser = try await loser(pair, losers) else { return try await report(pair, losers) }
+            return try await previewResync(pair, discard: loser)
+        } other: { [self] client in
+            try await client.call(Endpoints.previewResync, name, [.discard: list(losers), .led: "true"])
+        }
+        let all = ResyncReport(reports)
+        let found = all.to.split(separator: ", ").map(String.init)
+        if !isLed, let unknown = losers.first(where: { !found.contains($0) }) {
+            throw Refusal(
+                "group '\(name)' has no site '\(unknown)' on the other side of '\(home.configuration.site)'", .misuse)
+        }
+        return all
+    }
+
+    private func isOfAll(_ name: String, _ losers: [String], isLed: Bool) throws -> Bool {
+        guard losers.count > 1 || isLed else { return false }
+        guard try home.isOfSeveral(name) else {
+            throw Refusal("group '\(name)' has two sites; name the one whose changes are discarded", .misuse)
+        }
+        return true
+    }
+
+    /// The sites that keep their changes do it.
+    private func peerOfLoser(_ name: String, _ losers: [String]) throws -> GroupState? {
+        guard losers.contains(home.configuration.site) else { return nil }
+        let pairs = try home.pairs(name)
+        if let both = pairs.first(where: { losers.contains($0.entry.peer) }) {
+            throw Refusal(
+                "'\(both.entry.peer)' and '\(home.configuration.site)' mirror to each other in group '\(name)': one of them stays primary",
+                .misuse)
+        }
+        return pairs[0]
+    }
+
+    /// Who discards its changes in a pair; nil = nobody, or it is the secondary already.
+    private func loser(_ pair: String, _ losers: [String]) async throws -> String? {
+        let group = try home.group(pair)
+        guard losers.contains(group.entry.peer) else { return nil }
+        if group.isMirroring, group.record.conflict == nil, try await peers.peerStanding(group).role == .secondary {
+            return nil
+        }
+        return group.entry.peer
+    }
+
+    /// Of a pair in which nothing is to be done.
+    private func report(_ pair: String, _ losers: [String]) throws -> ResyncReport {
+        let peer = try home.group(pair).entry.peer
+        let isNamed = losers.contains(peer)
+        return ResyncReport(
+            from: isNamed ? home.configuration.site : "", to: isNamed ? peer : "", sentBytes: 0, discardedBytes: 0,
+            discardedGrains: 0)
+    }
+
+    nonisolated private func list(_ losers: [String]) -> String { losers.joined(separator: ",") }
 }
 
 extension ResyncReport {

@@ -185,7 +185,10 @@ struct Verify: AsyncParsableCommand {
             Output.line(
                 "point \(report.point): compared \(StatusText.bytes(report.comparedBytes)), "
                     + "\(StatusText.bytes(report.differingBytes)) differ")
-            for part in report.differences { Output.line("\(part.volume)\t\(part.offset)\t\(part.length)") }
+            for part in report.differences {
+                let site = part.site.map { "\($0): " } ?? ""
+                Output.line("\(site)\(part.volume)\t\(part.offset)\t\(part.length)")
+            }
         }
         if report.repairing {
             return options.json ? () : Output.line("what differs is sent again with the next point")

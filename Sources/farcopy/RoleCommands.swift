@@ -77,7 +77,10 @@ struct Resync: AsyncParsableCommand {
     )
     @OptionGroup var options: ControlOptions
     @Argument(help: "The group.") var group: String
-    @Option(help: "The site whose changes are discarded; they are kept there as a FlashCopy.") var discard: String
+    @Option(
+        help:
+            "The site whose changes are discarded, or, of several hosts or remotes, SITE,SITE,…; they are kept there as a FlashCopy."
+    ) var discard: String
     @Flag(help: "Only show what would be sent and discarded.") var preview = false
     @Flag(help: "Do not ask.") var yes = false
 

@@ -3,6 +3,7 @@
 The hosts, remotes and the chain are those of `test_several_hosts`."""
 
 import json
+import os
 
 import chains
 from sites import read_handle, wait_for
@@ -135,6 +136,69 @@ class SeveralRoles(SeveralHosts):
         wait_for(lambda: any("reached" in (member.get("problem") or "") for member in self.remotes["west1"].group()["members"]), 15,
                  what="west1, which does not know east3, hears that it is gone")
         wait_for(lambda: "'east3'" in (self.master.group().get("notice") or ""), 15, what="the master says who holds points up")
+
+    def test_a_comparison_of_the_group_is_one_of_every_pair(self):
+        self.several()
+        self.begin_chain()
+        self.next_point(3)
+        report = json.loads(self.hosts["east3"].farcopy("verify", "shop", "--json").stdout)
+        self.assertEqual((report["compared_bytes"], report["differing_bytes"]), (3 * 4 << 20, 0))
+        # Somebody writes to the secondaries' files behind their backs, where no host does.
+        self.chain.stop()
+        for host, place in (("east2", 8192), ("east3", 12288)):
+            with open(self.remotes[REMOTES[host]].image(f"v-{host}"), "r+b") as file:
+                file.seek((4 << 20) - place)
+                file.write(os.urandom(4096))
+        done = self.hosts["east1"].farcopy("verify", "shop", "--json", check=False)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        found = sorted((each["site"], each["volume"], each["offset"]) for each in json.loads(done.stdout)["differences"])
+        self.assertEqual(found, [("east2", "v-east2", (4 << 20) - 8192), ("east3", "v-east3", (4 << 20) - 12288)])
+        self.hosts["east2"].farcopy("verify", "shop", "--repair")
+        self.hosts["east2"].farcopy("cycle", "shop", "--wait")
+        self.assertEqual(json.loads(self.hosts["east1"].farcopy("verify", "shop", "--json").stdout)["differing_bytes"], 0)
+        # Nothing stays behind, and who cannot be asked is named.
+        for site in self.all.values():
+            self.assertEqual(json.loads(site.farcopy("flashcopy", "list", "--json").stdout), [], site.name)
+        self.hosts["east3"].kill()
+        refused = self.hosts["east1"].farcopy("verify", "shop", check=False)
+        self.assertEqual(refused.returncode, 1)
+        self.assertIn("east3", refused.stderr)
+
+    def test_a_resync_of_the_group_discards_what_is_named_and_nothing_else(self):
+        self.several()
+        self.begin_chain()
+        self.next_point(3)
+        self.chain.expect_losses()
+        for host in self.hosts.values():
+            host.kill()
+        self.chain.stop()
+        self.remotes["west2"].farcopy("failover", "shop")
+        last = self.failed_over()
+        for host in self.hosts.values():
+            host.start()
+        all = ",".join(REMOTES)
+        wrong = self.remotes["west1"].farcopy("resync", "shop", "--discard", f"{all},north", "--yes", check=False)
+        self.assertIn("'north'", wrong.stderr)
+        both = self.remotes["west1"].farcopy("resync", "shop", "--discard", "east1,west1", "--yes", check=False)
+        self.assertIn("mirror to each other", both.stderr)
+        self.assertEqual({site.group()["state"] for site in self.remotes.values()}, {"failed-over"}, "nothing was done")
+        # Of one site, as with one host.
+        self.remotes["west1"].farcopy("resync", "shop", "--discard", "east2", "--yes")
+        self.assertEqual(self.hosts["east1"].group()["role"], "primary")
+        # At any site, also one whose changes are discarded.
+        preview = json.loads(self.hosts["east3"].farcopy("resync", "shop", "--discard", all, "--preview", "--json").stdout)
+        self.assertEqual((preview["from"], preview["to"]), ("west1, west2", "east1, east2, east3"))
+        self.hosts["east1"].farcopy("resync", "shop", "--discard", all, "--yes")
+        self.roles("secondary", "primary")
+        self.assertEqual(self.cut_at(self.at_remotes()), last)
+        self.chain.acknowledged = last
+        self.chain_at(self.at_remotes())
+        self.progress()
+        self.remotes["west2"].farcopy("cycle", "shop", "--wait")
+        self.chain.stop()
+        self.remotes["west1"].farcopy("switchover", "shop")
+        self.roles("primary", "secondary")
+        self.assertEqual(self.cut_at(self.hosts), self.chain.acknowledged)
 
 
 class LostHosts(SeveralHosts):
