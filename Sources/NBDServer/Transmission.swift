@@ -36,7 +36,16 @@ extension Reactor {
         if connection.pointee.stall == .volume || connection.pointee.stall == .memory {
             _ = stalledConnections.tryAppend(slot)
         }
+        if connection.pointee.stall != .none { hurryCollisions(hosted, connection.pointee.stall) }
         if connection.pointee.disconnecting { endIfDrained(slot) }
+    }
+
+    /// Nobody counts how long a request waits that was not taken; so what takes its room does not wait for a remote.
+    private func hurryCollisions(_ hosted: HostedVolume, _ stall: Connection.Stall) {
+        guard stall == .memory else { return hosted.volume.hurryCollisions() }
+        for number in volumes.indices where volumes[number]?.volume.isWaitingToSend == true {
+            self.hosted(number).volume.hurryCollisions()
+        }
     }
 
     /// A client that has been kept waiting for so long may have given the connection up and gone on with another one; the

@@ -2,10 +2,12 @@
 //
 //   hold-image   the old image goes to memory, the write goes on; if there is no room, as send-first
 //   send-first   the write waits until the remote has the old image, which is sent ahead of the drain. After `longestWait`, or when nothing can
-//                be sent, as hold-image; if there is no room either, the point is given up
+//                be sent, as hold-image; if there is no room either, the point is given up. It goes on as soon as there is room in memory when
+//                other requests cannot be taken since it waits
 //
 // Must be prevented:
 //   a host waits longer than it may, for a remote, for memory, or for reads that cannot be made since waiting writes have every slot
+//   requests that nobody counts yet wait behind writes that do
 //   a write goes on before the old image is in memory or at the remote
 //   what was asked for on a link that was lost is not asked for again
 
@@ -56,6 +58,8 @@ struct Collisions: ~Copyable {
     var isWaiting: Bool { !waiters.isEmpty }
     /// Something that they wait for was sent.
     var isDue = false
+    /// Some wait though there may be room in memory.
+    var mayHurry = false
     struct Run: BitwiseCopyable {
         var first: Int
         var count: Int
@@ -80,7 +84,7 @@ struct Collisions: ~Copyable {
 extension Volume {
     /// Makes room for the old images of the first grains of a run; an empty part: there is none, and they must be sent first.
     func reserveImages(_ run: Range<Int>, for waiter: Int32?) -> Range<Int> {
-        let isOver = waiter.map { requests[Int($0)].waitIsOver } ?? false
+        let isOver = waiter.map { requests[Int($0)].waitIsOver || requests[Int($0)].isHurried } ?? false
         // What nobody waits for is no host's write: a restore goes on.
         guard waiter == nil || !collisions.rules.sendsFirst || !collisions.maySend || isOver else {
             return run.prefix(0)
@@ -110,6 +114,7 @@ extension Volume {
         let isAsked = isAskedFor(grains.lowerBound)
         (request.pointee.awaitedGrain, request.pointee.awaitedCount) = (grains.lowerBound, grains.count)
         collisions.waiters.append(waiter, in: requests)
+        if collisions.rules.sendsFirst, !request.pointee.isHurried { collisions.mayHurry = true }
         if !isAsked { ask(grains) }
     }
 
@@ -148,6 +153,20 @@ extension Volume {
         collisions.maySend = false
         if backgroundWork { backgroundDue = true }
         resumeAll(collisions.waiters.takeAll())
+    }
+
+    /// Some write waits for what is sent.
+    package var isWaitingToSend: Bool { collisions.isWaiting }
+
+    /// Other requests wait for the room of those that wait here: memory takes the images, as far as there is any.
+    package func hurryCollisions() {
+        guard collisions.mayHurry, collisions.isWaiting else { return }
+        collisions.mayHurry = false
+        review { request in
+            let isNew = !request.pointee.isHurried
+            request.pointee.isHurried = true
+            return isNew
+        }
     }
 
     /// The next run of grains that writes wait for, as far as it was not sent; at most `limit` grains.

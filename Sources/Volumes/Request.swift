@@ -54,9 +54,10 @@ package struct Request: BitwiseCopyable {
     /// The old images that it waits for, or waited for last, to be sent; none = it has not.
     var awaitedGrain = 0
     var awaitedCount = 0
-    /// Since when, in the driver's nanoseconds; 0 = that is not known yet. `waitIsOver`: for too long.
+    /// Since when, in the driver's nanoseconds; 0 = that is not known yet. `waitIsOver`: for too long. `isHurried`: others wait for its room.
     var waitsSince: UInt64 = 0
     var waitIsOver = false
+    var isHurried = false
     /// A flush has two parts while a restore is under way.
     var flushesLeft: Int8 = 0
 

@@ -177,6 +177,27 @@ func sentFirst() {
     #expect(bench.volume.nextUrgent(limit: 8) == 0..<1, "it was asked for on a link that was lost")
 }
 
+@Test("send-first: what waits goes to memory when other requests wait for its room; where there is no room it waits on")
+func hurried() {
+    let bench = Bench()
+    let memory = bench.imageMemory(2)
+    bench.formInMemory(memory, sendsFirst: true)
+    let waiting = (0..<4).map { bench.submit(.write, grain: $0) }
+    #expect(bench.pending().isEmpty)
+    bench.volume.hurryCollisions()
+    bench.answer(bench.pending())
+    bench.answer(bench.pending())
+    #expect(Set(bench.settle()) == Set(waiting[..<2]) && memory.bytesInUse == 8192)
+    bench.volume.hurryCollisions()
+    #expect(
+        bench.pending().isEmpty && bench.volume.heldPoint == 1,
+        "the others wait for what is sent, as if there were no memory")
+    #expect(bench.pointsData(0) == 1 && bench.pointsData(1) == 2)
+    while let run = bench.volume.nextUrgent(limit: 1) { bench.volume.clearOutOfSync(run, point: 1) }
+    #expect(Set(bench.settle()) == Set(waiting[2...]))
+    #expect(bench.volume.collisionFigures.pointsGivenUp == 0)
+}
+
 @Test("clients that wait leave requests for the drain, which they wait for")
 func requestsForTheDrain() {
     let bench = Bench()

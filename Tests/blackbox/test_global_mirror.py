@@ -284,3 +284,29 @@ class GlobalMirror(SiteTest):
         self.link.stall(False)
         east.farcopy("rate", "shop", "unlimited")
         self.alike(east, west)
+
+    def test_requests_do_not_wait_behind_writes_that_wait(self):
+        """With send-first over a stalled link, as many writes wait as there is room for; the next ones make them go to memory."""
+        east, west = self.linked({"orders": "16MiB"}, policy="send-first", wait="10s")
+        east.cycle()
+        handle = self.draining(east)
+        self.link.stall(True)
+        began = time.monotonic()
+        block = nbd.Buffer.from_bytearray(bytearray(b"2" * PAGE))
+        done = 0
+        cookies = [handle.aio_pwrite(block, page * PAGE) for page in range(1000, 1600)]
+        while done < 300 and time.monotonic() - began < 6:
+            handle.poll(100)
+            finished = [cookie for cookie in cookies if handle.aio_command_completed(cookie)]
+            done += len(finished)
+            cookies = [cookie for cookie in cookies if cookie not in finished]
+        self.assertGreaterEqual(done, 300)
+        self.assertEqual(east.group()["collisions"]["points_given_up"], 0)
+        self.link.stall(False)
+        east.farcopy("rate", "shop", "unlimited")
+        while cookies:
+            handle.poll(100)
+            cookies = [cookie for cookie in cookies if not handle.aio_command_completed(cookie)]
+        wait_for(lambda: west.points()[-1]["id"] == self.number, what="the commit")
+        self.assertEqual(west.read(f"orders@{self.number}")[:8 * MIB], b"1" * 8 * MIB, "the point has what was overwritten")
+        self.alike(east, west)
