@@ -43,8 +43,8 @@ package struct Cycle {
         case move(MoveEvent)
         case committed(at: Double)
         case commitRefused(String)
-        /// A volume could not hold the point, or its data could not be read.
-        case pointLost(String)
+        /// A volume could not hold the point of that number, or its data could not be read; nil = whichever is at hand is given up by command.
+        case pointLost(String, number: UInt64? = nil)
         case gaveUp
         case suspend
         case resume
@@ -278,7 +278,8 @@ package struct Cycle {
             // Nothing is under way, or it is being given up.
             case (.linkLost, .stopped), (.linkLost, .offline), (.linkLost, .givingUp): false
             case (.linkLost, _): true
-            case (.pointLost, _): hasPoint
+            case (.pointLost(_, let number), _):
+                hasPoint && number ?? participant.record.number == participant.record.number
             case (.sessionOpened, _), (.sessionFailed, _), (.allMarked, _), (.prepared, _), (.notReady, _),
                 (.formed, _), (.move, _), (.committed, _), (.commitRefused, _), (.surveyed, _):
                 false
@@ -306,10 +307,12 @@ package struct Cycle {
         case (.hostLost(let host), _): return lostHost(host, &record, now)
         case (.held(let time, let changed), _): return didHold(at: time, changed, &record, now)
         case (.letGo(let isIntact), _): return didLetGo(isIntact, &record, now)
-        case (.pointLost(let reason), _) where isOfSeveral: return lostPoint(reason, &record, now)
-        case (.pointLost(let reason), .offline), (.pointLost(let reason), .stopped):
+        case (.pointLost(let reason, _), _) where isOfSeveral: return lostPoint(reason, &record, now)
+        case (.pointLost(let reason, _), .offline), (.pointLost(let reason, _), .stopped):
             return tell(.giveUp(reason), &record, now)
-        case (.pointLost(let reason), _): return closeLink() + giveUp(.retry(reason), &record, now)
+        case (.pointLost(let reason, let number), _):
+            if number != nil { requested = true }  // whoever asked for it still waits
+            return closeLink() + giveUp(.retry(reason), &record, now)
         case (.allMarked, .marking(let peer)): return marked(peer, &record, now)
         case (.prepared(let changed), _): return prepared(changed, &record, now)
         case (.notReady, _) where isOfSeveral:

@@ -117,9 +117,9 @@ package final class GroupHandle: Sendable {
     /// Forms a point as soon as the one before is committed.
     package func request() { mailbox.send(.event(.request, epoch: 0)) }
 
-    /// A volume could not hold its point.
-    package func pointLost(_ reason: String) {
-        mailbox.send(.event(.pointLost(reason), epoch: 0))
+    /// A volume could not hold its point; without a number, whichever is at hand is given up by command.
+    package func pointLost(_ reason: String, number: UInt64? = nil) {
+        mailbox.send(.event(.pointLost(reason, number: number), epoch: 0))
     }
 
     /// Hosts wait for old images of a volume, by its index in the group.

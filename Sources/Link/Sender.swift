@@ -117,6 +117,8 @@ package final class Sender {
         var range: Range<Int>
     }
     private var slots: [Slot]
+    /// What is read.
+    private var point: UInt64 = 0
     private var outgoing: [Part] = []
     private var outgoingStart = 0
     private var memory: DrainMemory
@@ -172,8 +174,9 @@ package final class Sender {
 
     /// - Returns: an event if there is no memory.
     func read(_ slot: Int, _ index: Int, point: UInt64, epoch: UInt64) -> Cycle.Event? {
+        self.point = point
         guard let buffers = memory.beginRead(epoch: epoch) else {
-            return .pointLost("no memory for the drain's buffers")
+            return .pointLost("no memory for the drain's buffers", number: point)
         }
         let volume = configuration.volumes[index]
         let mailbox = mailbox
@@ -205,10 +208,11 @@ package final class Sender {
         case .nothing: return .move(.read(slot: slot, grains: nil, offset: 0, length: 0))
         case .gone:
             // Whoever ended the point has told; but that may be lost, or late.
-            return .pointLost("volume \(configuration.volumes[slots[slot].volume].name) does not hold it any more")
+            return .pointLost(
+                "volume \(configuration.volumes[slots[slot].volume].name) does not hold it any more", number: point)
         case .failed(let errno):
             let volume = configuration.volumes[slots[slot].volume].name
-            return .pointLost("read \(volume): \(String(cString: strerror(errno)))")
+            return .pointLost("read \(volume): \(String(cString: strerror(errno)))", number: point)
         }
     }
 

@@ -273,7 +273,10 @@ final class SimulatedVolume {
         data: [UInt8]? = nil, fua: Bool = false, ofClient: Bool = true, before: () -> Void = {},
         done: @escaping (Request) -> Void
     ) -> Bool {
-        guard let slot = volume.takeRequest(ofClient: ofClient) else { return false }
+        guard let slot = volume.takeRequest(ofClient: ofClient) else {
+            volume.hurryCollisions()
+            return false
+        }
         before()
         let request = volume.request(slot)
         request.pointee.operation = operation

@@ -497,9 +497,9 @@ final class SimulatedSite {
     private func carryOut(_ event: VolumeEvent, _ index: Int) {
         let process = life
         switch event {
-        case .pointGivenUp:
+        case .pointGivenUp(let number, _):
             world.tasks.append { [unowned self] in
-                if process == life { replicator.handle(.pointLost("a volume could not hold it")) }
+                if process == life { replicator.handle(.pointLost("a volume could not hold it", number: number)) }
             }
         case .imagesWanted:
             world.tasks.append { [unowned self] in
@@ -508,7 +508,10 @@ final class SimulatedSite {
         case .activityLogFailed: distrust(index)
         case .copyWithdrawn(let id): copies[index][id] = nil
         case .copyFailed(let id, _), .failureUnwritten(let id, _):
-            guard id < CopyTable.firstID else { return volumes[index].volume.failureIsWritten() }
+            guard id < CopyTable.firstID else {
+                if case .failureUnwritten = event { volumes[index].volume.failureIsWritten() }
+                return
+            }
             // The disk that is full has the record as well.
             if !world.isQuiet, world.random.chance(30) { fullUntil = world.steps + world.random.below(600) }
             _ = take(.pointFailed(UInt64(id), volume: "\(index)"))

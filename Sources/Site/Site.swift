@@ -238,7 +238,7 @@ package final class Site {
         case .pointGivenUp(let number, let errno):
             let reason = "volume \(name) could not hold point \(number): \(holdProblem(errno, group))"
             group?.lastGivenUp = reason
-            group?.replicator?.pointLost(reason)
+            group?.replicator?.pointLost(reason, number: number)
         case .imagesWanted:
             if let group, let index = home.members(group).firstIndex(where: { $0 === volume }) {
                 group.replicator?.imagesWanted(index)

@@ -393,7 +393,7 @@ struct GroupTranscript {
         case "flushed": return .move(.flushed)
         case "committed": return .committed(at: 6)
         case "declined": return .commitRefused(reason)
-        case "pointlost": return .pointLost(reason)
+        case "pointlost": return .pointLost(reason, number: line.number("number"))
         case "gaveup": return .gaveUp
         case "suspend": return .suspend
         case "resume": return .resume
