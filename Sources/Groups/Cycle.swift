@@ -289,6 +289,8 @@ package struct Cycle {
 
     package mutating func handle(_ event: Event, _ record: inout GroupRecord, now: UInt64) -> Turn<Action> {
         guard place(of: event) == .handled else { return Turn() }
+        // Often, and before the state is looked at: whoever holds that makes the mover's tables be copied.
+        if case .move(let event) = event { return move(event, &record, now) }
         switch (event, state) {
         case (.tick, _): return tick(&record, now)
         case (.suspend, _): return suspend(&record, now)
@@ -323,7 +325,6 @@ package struct Cycle {
             return Turn()
         case (.formed(let time, let intact, let changed), _):
             return didForm(at: time, isIntact: intact, changed, &record, now)
-        case (.move(let event), .atPoint(.moves(let mover))): return move(mover, event, &record, now)
         case (.committed(let time), _): return committed(at: time, &record, now)
         case (.commitRefused(let reason), _): return refused(reason, &record, now)
         case (.gaveUp, _): return gaveUp(&record, now)

@@ -129,13 +129,14 @@ extension Cycle {
     }
 
     mutating func startMove(_ volumes: [Int], _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
-        let mover = settings.mode.mover(MoveShape(volumes: volumes, window: settings.window, pace: pace))
-        return move(mover, .begin, &record, now)
+        state = .atPoint(.moves(settings.mode.mover(MoveShape(volumes: volumes, window: settings.window, pace: pace))))
+        return move(.begin, &record, now)
     }
 
-    mutating func move(
-        _ mover: consuming any Mover, _ event: MoveEvent, _ record: inout GroupRecord, _ now: UInt64
-    ) -> Turn<Action> {
+    mutating func move(_ event: MoveEvent, _ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        guard case .atPoint(.moves(var mover)) = state else {
+            invariantFailed("only what a state has a place for is handled", #fileID, #line)
+        }
         state = .atPoint(.none)  // so that there is one mover, and its tables are not copied
         mover.pace = pace
         let actions = Turn(mover.handle(event).map { Action.move($0) })
