@@ -57,15 +57,18 @@ package struct Drain: Mover {
     private mutating func want(_ volume: Int) -> [MoveAction] {
         wantMore(volume)
         // It may be on its way already.
+        var waits = false
         for slot in slots.indices {
             switch slots[slot] {
             case .reading(volume, _): slots[slot] = .reading(volume: volume, urgent: true)
-            case .sending(let run, _) where run.volume == volume: slots[slot] = .sending(run, urgent: true)
+            case .sending(let run, let urgent) where run.volume == volume:
+                slots[slot] = .sending(run, urgent: true)
+                waits = waits || !urgent
             default: break
             }
         }
         if acknowledged.contains(where: { $0.volume == volume }) { wantsFlush = true }
-        return advance()
+        return (waits ? [.hurry(volume: volume)] : []) + advance()
     }
 
     private mutating func didRead(

@@ -553,6 +553,7 @@ package final class Replicator {
             sender.send(
                 slot, offset, length, urgent: urgent, session: session, epoch: epoch,
                 isSeeded: group.record.primary?.fromImage == true)
+        case .hurry(let volume): sender.hurry(volume)
         case .flush(let volumes): flush(volumes)
         case .clear(let runs): clear(runs)
         }

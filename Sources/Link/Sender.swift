@@ -107,6 +107,8 @@ package final class Sender {
         var wire = 0
         /// It goes to stable storage at once.
         var fua = false
+        /// Hosts may wait for it.
+        var isHurried = false
         /// Bytes given to the link that are not answered.
         var onTheWay = 0
         var sending = Window.Sending()
@@ -127,6 +129,7 @@ package final class Sender {
     private var onTheWay = 0
     private(set) var flow: Window
     var bucket: TokenBucket
+    private var spread = Spread()
     var comparison: Comparison
     /// Bytes on the wire, and bytes that were alike, since the start.
     private(set) var bytesSent: UInt64 = 0
@@ -175,6 +178,7 @@ package final class Sender {
     /// - Returns: an event if there is no memory.
     func read(_ slot: Int, _ index: Int, point: UInt64, epoch: UInt64) -> Cycle.Event? {
         self.point = point
+        spread.sends(point: point, now: monotonicNanoseconds())
         guard let buffers = memory.beginRead(epoch: epoch) else {
             return .pointLost("no memory for the drain's buffers", number: point)
         }
@@ -306,8 +310,8 @@ package final class Sender {
     func pump(_ link: NBDLink) -> Bool {
         while outgoingStart < outgoing.count {
             let now = monotonicNanoseconds()
-            guard mayBeOnTheWay, bucket.mayPass(now: now) else { break }
             let part = outgoing[outgoingStart]
+            guard mayBeOnTheWay, bucket.mayPass(now: now), isAwaited(part) || spread.mayPass(now: now) else { break }
             outgoingStart += 1
             guard put(part, link, now) else { return false }
         }
@@ -332,6 +336,7 @@ package final class Sender {
         if link.completions.pending == 0 { lastProgress = now }
         let wire = slot.isZero ? 64 : part.range.count + 28
         bucket.pass(wire)
+        spread.pass(wire)
         bytesSent += UInt64(wire)
         onTheWay += wire
         slots[part.slot].onTheWay += wire
@@ -343,8 +348,22 @@ package final class Sender {
             contents(part.slot) + part.range.lowerBound, part.range.count, at: offset, fua: fua, completion)
     }
 
+    private func isAwaited(_ part: Part) -> Bool { slots[part.slot].fua || slots[part.slot].isHurried }
+
+    /// What waits of a volume goes ahead of the rest.
+    func hurry(_ volume: Int) {
+        let waiting = outgoing[outgoingStart...]
+        for part in waiting where slots[part.slot].volume == volume { slots[part.slot].isHurried = true }
+        outgoing = waiting.filter(isAwaited) + waiting.filter { !isAwaited($0) }
+        outgoingStart = 0
+    }
+
     /// Nanoseconds until more may go, or nil when nothing waits for that.
-    var wait: UInt64? { outgoingStart < outgoing.count && mayBeOnTheWay ? max(1, bucket.wait) : nil }
+    var wait: UInt64? {
+        guard outgoingStart < outgoing.count, mayBeOnTheWay else { return nil }
+        let spreads = isAwaited(outgoing[outgoingStart]) ? 0 : spread.wait(now: monotonicNanoseconds())
+        return max(1, bucket.wait, spreads)
+    }
 
     /// A write was acknowledged.
     ///

@@ -231,6 +231,7 @@ final class SeveralHost: SeveralSite {
             guard let point = record.held?.number else { return }
             read(slot, volume, point)
         case .send(let slot, let volume, _, _, _): send(slot, volume)
+        case .hurry: break
         case .flush(let volumes): flush(volumes)
         case .clear(let runs):
             guard let point = record.held?.number else { return }

@@ -225,6 +225,7 @@ final class SimulatedReplicator: PartOfSite {
             post(index) { [unowned self] volume in drainRead(slot, index, volume, point, sender) }
         // The data follows at once; see drainRead.
         case .send(let slot, _, _, _, let urgent): isFUA[slot] = urgent && world.random.chance(70)
+        case .hurry: break  // whatever waits arrives in any order
         case .flush(let volumes): flush(volumes, sender)
         case .clear(let runs):
             guard let point = record.held?.number else { return }

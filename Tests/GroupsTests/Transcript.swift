@@ -152,6 +152,7 @@ extension Cycle.Action {
         case .move(.read(let slot, let volume)): "read volume \(volume) into slot \(slot)"
         case .move(.send(let slot, _, let offset, let length, let urgent)):
             "send \(length) bytes at \(offset) from slot \(slot)\(urgent ? " at once" : "")"
+        case .move(.hurry(let volume)): "hurry volume \(volume)"
         case .move(.flush(let volumes)): "flush volume \(volumes.map(String.init).joined(separator: ", ")) at the peer"
         case .move(.clear(let runs)):
             "clear \(runs.map { "\($0.grains) of volume \($0.volume)" }.joined(separator: ", "))"

@@ -75,3 +75,39 @@ func differingBlocksBecomeRuns() {
     let joined = Sender.differing(digests([0, 10, 12, 30]), same, 64 * block, runs: 3)
     #expect(joined == [0..<block, 10 * block..<13 * block, 30 * block..<31 * block])
 }
+
+/// When the last of `bytes` passes, in milliseconds, in parts of 4 KiB, all of which are there from the start.
+private func spread(_ spread: inout Spread, point: UInt64, bytes: Int, from start: UInt64 = 1_000_000_000) -> Double {
+    var (now, left, longest) = (start, bytes, 0)
+    spread.sends(point: point, now: start)
+    while left > 0 {
+        var together = 0
+        while left > 0, spread.mayPass(now: now) {
+            spread.pass(4096)
+            together += 4096
+            left -= 4096
+        }
+        longest = max(longest, together)
+        now += left > 0 ? max(1_000_000, spread.wait(now: now)) : 0
+    }
+    #expect(longest <= bytes / 8 || bytes <= 64 << 10 || point == 1, "\(longest) of \(bytes) at once")
+    return Double(now - start) / 1e6
+}
+
+@Test(
+    "a point like the last one is sent over some milliseconds, little at once; a small one at once, a large one hardly later"
+)
+func pointsAreSpread() {
+    var spreading = Spread()
+    _ = spread(&spreading, point: 1, bytes: 2 << 20)
+    let alike = spread(&spreading, point: 2, bytes: 2 << 20)
+    #expect(alike > 20 && alike < 27, "\(alike)")
+    #expect(spread(&spreading, point: 3, bytes: 32 << 10) == 0)
+    // A hundred times as much as was expected, where ten seconds' worth would be 250 ms.
+    _ = spread(&spreading, point: 4, bytes: 1 << 20)
+    let large = spread(&spreading, point: 5, bytes: 100 << 20)
+    #expect(large < 130, "\(large)")
+    // The same point over a new link has waited already.
+    spreading.sends(point: 5, now: 10_000_000_000)
+    #expect(spreading.mayPass(now: 10_000_000_000))
+}

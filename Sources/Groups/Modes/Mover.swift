@@ -58,6 +58,8 @@ package enum MoveAction: Sendable, Equatable {
     case read(slot: Int, volume: Int)
     /// Send the slot's buffer; what is urgent ahead of what waits, and to stable storage at once.
     case send(slot: Int, volume: Int, offset: UInt64, length: Int, urgent: Bool = false)
+    /// What was to be sent of this volume and is not on its way goes ahead of what waits: hosts wait for some of it.
+    case hurry(volume: Int)
     /// Everything that these volumes have acknowledged.
     case flush(volumes: [Int])
     /// The remote has these on stable storage.
