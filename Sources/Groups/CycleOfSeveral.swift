@@ -34,9 +34,12 @@ package struct RemoteMessage: Codable, Equatable, Sendable {
     package var formedAt: Double?
     /// Pairs that have no part in the point, by their indices.
     package var absent: [Int]?
+    /// Where the host has sent it.
+    package var copy: CopyIdentity?
 
-    package init(_ request: Stamped<RemoteRequest>, formedAt: Double?, absent: [Int]? = nil) {
-        (self.request, self.formedAt, self.absent) = (request, formedAt, absent)
+    package init(_ request: Stamped<RemoteRequest>, formedAt: Double?, absent: [Int]? = nil, copy: CopyIdentity? = nil)
+    {
+        (self.request, self.formedAt, self.absent, self.copy) = (request, formedAt, absent, copy)
     }
 }
 
@@ -339,7 +342,9 @@ extension Cycle {
     private mutating func said(
         _ answer: Stamped<HostAnswer>, _ record: inout GroupRecord, _ now: UInt64
     ) -> Turn<Action> {
-        Turn([.answer(answer)]) + (coordinates ? tell(.host(ownIndex, answer), &record, now) : Turn())
+        var answer = answer
+        if case .drained(let number, _) = answer.body { answer.body = .drained(number, record.copyIdentity) }
+        return Turn([.answer(answer)]) + (coordinates ? tell(.host(ownIndex, answer), &record, now) : Turn())
     }
 
     mutating func performOfSeveral(
@@ -400,7 +405,8 @@ extension Cycle {
             return host == ownIndex ? asked(message, &record, now) : Turn([.askHost(host, message)])
         case .askRemote(let remote, let request):
             let message = RemoteMessage(
-                request, formedAt: record.held?.formedAt ?? formed.at, absent: coordinator.record.absent)
+                request, formedAt: record.held?.formedAt ?? formed.at, absent: coordinator.record.absent,
+                copy: coordinator.copies[remote])
             return Turn([.askRemote(remote, message)])
         case .committed:
             (holdUp, pauses) = (behind, 0)

@@ -27,7 +27,8 @@ extension GroupRecord {
     func takingUp(_ found: CoordinatorRecord?) -> CoordinatorRecord {
         let epoch = max(found?.epoch ?? 0, coordination?.epoch ?? 0)
         guard var found, found.lastNumber >= highestPoint else {
-            return CoordinatorRecord(epoch: epoch, lastNumber: highestPoint, committed: lastCommitted?.number ?? 0)
+            return CoordinatorRecord(
+                epoch: epoch, lastNumber: highestPoint, committed: lastCommitted?.number ?? 0, isGuessed: true)
         }
         found.epoch = epoch
         return found

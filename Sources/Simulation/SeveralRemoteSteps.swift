@@ -82,7 +82,8 @@ extension SeveralRemote {
         if fault == .commitRefused, case .commit(let number, _) = request.body {
             request.body = .commit(number, others: true)
         }
-        let input = RemotePart.Input.request(request, formedAt: message.formedAt ?? 0, places: places)
+        let input = RemotePart.Input.request(
+            request, formedAt: message.formedAt ?? 0, places: places, copy: message.copy)
         run(RemotePart(input, keep: world.mix.keep)) { [unowned self] result in
             switch result {
             case .success(let reply):

@@ -177,7 +177,7 @@ package final class Coordination {
         else { throw Refusal("point \(number) cannot be", .refused) }
         let input = RemotePart.Input.request(
             call.message.request, formedAt: call.message.formedAt ?? realSeconds(), places: call.places,
-            without: call.without)
+            without: call.without, copy: call.message.copy)
         do {
             return try await run(input, group)
         } catch let refusal as TakeoverRefusal {

@@ -132,7 +132,8 @@ func coordinatorPlaces() {
     ]
     let ofRemotes: [(RemoteAnswer, String)] = [
         (.checking(1), "lxxxxHllll"), (.prepared(1), "lxxxxHllll"), (.committed(1), "lxxxxxHlHl"),
-        (.refuses(1, ""), "lxxxxHHlll"),
+        (.refuses(1, ""), "lxxxxHHlll"), (.outOfOrder(1, newest: 0), "lxxxxHHlll"),
+        (.gone(1), "lxxxxxHlll"),
         (.dropped(1), "lxxxxxxxHl"), (.failedOver(at: 1), "lllllHHlHl"), (.superseded(by: 2), "HHHHHHHHHH"),
     ]
     func walk(_ event: Coordinator.Event, _ expected: String, _ place: (Coordinator.State) -> Place) {
@@ -249,7 +250,7 @@ func participantPlaces() {
 @Test("every request has its place in every state of a remote")
 func remotePlaces() {
     let requests: [(RemoteRequest, String)] = [
-        (.prepare(2, after: 1), "HHHHH"), (.commit(2, others: true), "xxHHH"), (.commit(2, others: false), "xxHHH"),
+        (.prepare(2, after: 1), "HHHHH"), (.commit(2, others: true), "HxHHH"), (.commit(2, others: false), "HxHHH"),
         (.drop(2), "HHHHH"),
     ]
     for (request, expected) in requests {
@@ -306,4 +307,106 @@ func epochs() {
     _ = host.start(isHeld: true)
     let ran = host.handle(.request(Stamped(epoch: 2, .run(2))), now: 1)
     #expect(ran.saves && ran.before.isEmpty && ran.after == [.answer(Stamped(epoch: 2, .ran(2)))])
+}
+
+/// Takes a coordinator through its next point until remotes are asked to prepare it.
+///
+/// - Returns: after which point each of them, by its index.
+private func prepares(_ machine: inout Coordinator) -> [Int: UInt64] {
+    let epoch = machine.record.epoch
+    func tell(_ event: Coordinator.Event) -> Turn<Coordinator.Action> {
+        let turn = machine.handle(event, now: 1)
+        machine.wasSaved()
+        return turn
+    }
+    _ = tell(.request)
+    let number = machine.record.lastNumber
+    var found: [Int: UInt64] = [:]
+    for answer in [HostAnswer.ready(number), .formed(number), .ran(number), .drained(number)] {
+        for host in 0..<2 {
+            let turn = tell(.host(host, Stamped(epoch: epoch, answer)))
+            for case .askRemote(let remote, let request) in turn.before + turn.after {
+                if case .prepare(_, let previous) = request.body { found[remote] = previous }
+            }
+        }
+    }
+    return found
+}
+
+/// A remote refuses the point at hand for what it has; all give the point up.
+private func refuse(_ machine: inout Coordinator, _ remote: Int, newest: UInt64) {
+    let (number, epoch) = (machine.record.lastNumber, machine.record.epoch)
+    _ = machine.handle(.remote(remote, Stamped(epoch: epoch, .outOfOrder(number, newest: newest))), now: 1)
+    machine.wasSaved()
+    for other in 0..<2 {
+        _ = machine.handle(.host(other, Stamped(epoch: epoch, .gaveUp(number))), now: 1)
+        _ = machine.handle(.remote(other, Stamped(epoch: epoch, .dropped(number))), now: 1)
+        machine.wasSaved()
+    }
+    #expect(machine.state == .idle)
+}
+
+@Test(
+    "a coordinator that does not know of the newest points of its remotes goes by what they say, an older one if it knows nothing for sure"
+)
+func newestPointsLearnt() throws {
+    for isGuessed in [false, true] {
+        let known = CoordinatorRecord(epoch: 1, lastNumber: 5, committed: 3, isGuessed: isGuessed)
+        var machine = Coordinator(settings, record: known)
+        _ = machine.start(now: 1)
+        machine.wasSaved()
+        #expect(prepares(&machine) == [0: 3, 1: 3])
+        refuse(&machine, 0, newest: 5)
+        #expect(prepares(&machine) == [0: 5, 1: 3])
+        refuse(&machine, 1, newest: 2)
+        #expect(prepares(&machine) == [0: 5, 1: isGuessed ? 2 : 3], "one that has lost points is not believed")
+        refuse(&machine, 1, newest: 100)
+        // The next process knows it as well; and nothing is guessed any more once all have committed a point.
+        machine = Coordinator(settings, record: machine.record)
+        _ = machine.start(now: 1)
+        machine.wasSaved()
+        #expect(prepares(&machine) == [0: 5, 1: isGuessed ? 2 : 3], "a point that was never counted cannot be")
+        let epoch = machine.record.epoch
+        let last = machine.record.lastNumber
+        for answer in [RemoteAnswer.prepared(last), .committed(last)] {
+            for remote in 0..<2 {
+                _ = machine.handle(.remote(remote, Stamped(epoch: epoch, answer)), now: 1)
+                machine.wasSaved()
+            }
+        }
+        for host in 0..<2 { _ = machine.handle(.host(host, Stamped(epoch: epoch, .ended(last))), now: 1) }
+        machine.wasSaved()
+        #expect(machine.record.isGuessed == nil && machine.record.left == nil && machine.record.committed == last)
+        #expect(prepares(&machine) == [0: last, 1: last])
+    }
+}
+
+@Test("a decided point counts for those who have it, when the copy of one that had prepared it is lost")
+func preparedCopyLost() throws {
+    for refuses in [false, true] {
+        var machine = coordinator(.committing)
+        func tell(_ remote: Int, _ answer: RemoteAnswer) -> [Coordinator.Action] {
+            let turn = machine.handle(.remote(remote, Stamped(epoch: 1, answer)), now: 1)
+            machine.wasSaved()
+            return turn.before + turn.after
+        }
+        // It is not prepared there, and never will be.
+        var empty = TwoPhaseCommit(settings, index: 1, record: TwoPhaseRecord(epoch: 1))
+        let said = empty.handle(.request(Stamped(epoch: 1, .commit(1, others: false))), now: 1)
+        #expect(said.after.contains(.answer(Stamped(epoch: 1, .gone(1)))) && empty.record.refusedThrough == 1)
+        if refuses {
+            _ = tell(0, .refuses(1, "promised"))
+            _ = tell(1, .gone(1))
+            #expect(machine.state.kind == .givingUp && machine.record.point == .undecided, "nobody has it")
+            continue
+        }
+        _ = tell(1, .gone(1))
+        #expect(machine.state.kind == .committing)
+        #expect(tell(0, .committed(1)).first == .committed(1))
+        _ = machine.handle(.host(0, Stamped(epoch: 1, .ended(1))), now: 1)
+        #expect(machine.state == .idle && machine.record.committed == 1 && machine.record.left == [1: 0])
+        machine.wasSaved()
+        _ = machine.handle(.request, now: 1)
+        #expect(machine.record.absent == nil, "it takes part in the next")
+    }
 }

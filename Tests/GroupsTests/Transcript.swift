@@ -238,7 +238,7 @@ struct GroupTranscript {
                         interval: interval, volumes: Int(line.number("volumes") ?? 1), window: 2, checkpointBytes: 100),
                     now: now),
                 line)
-        case "commit", "session", "failover", "yield", "join", "handover", "takeback", "verify":
+        case "commit", "prepare", "session", "failover", "yield", "join", "handover", "takeback", "verify":
             steps = operation(line)
             return goOn(.begin)
         case "ok":
@@ -303,6 +303,14 @@ struct GroupTranscript {
                     number: line.required("point"), after: line.number("after"), formedAt: 1, keep: Retention(last: 2),
                     session: line.number("session") ?? 1)
             ) { "point \($0.number)" }
+        case "prepare":
+            let request = RemoteRequest.prepare(line.required("point"), after: line.number("after") ?? 0)
+            let copy = CopyIdentity(lineage: line.fields["copy"])
+            return erased(
+                RemotePart(
+                    .request(Stamped(epoch: 1, request), formedAt: 1, places: nil, copy: copy), keep: Retention(last: 2)
+                )
+            ) { $0.answer.map { "\($0.body)" } ?? "nothing" }
         case "session":
             return erased(IntakeSession(site: "east", generations: ["one"], session: line.required("number"))) {
                 "\($0)"

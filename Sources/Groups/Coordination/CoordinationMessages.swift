@@ -1,7 +1,7 @@
 // CoordinationMessages.swift: what coordinator, hosts and remotes say to each other. Every message may be lost, late, or come twice.
 //
 // Must be prevented:
-//   an answer means one thing when it is sent and another when it arrives: `refuses`, `failed` and `gaveUp` are for good, and durable
+//   an answer means one thing when it is sent and another when it arrives: `refuses`, `outOfOrder`, `failed` and `gaveUp` are for good, and durable
 //     where somebody relies on that
 
 /// A message of a coordinator's process, or the answer to one.
@@ -42,8 +42,8 @@ package enum HostAnswer: Codable, Equatable, Sendable {
     case formed(UInt64)
     /// It let go because of `run`, or because all had formed at once; the point is held, also through a restart.
     case ran(UInt64)
-    /// All of the point is at its remote, flushed.
-    case drained(UInt64)
+    /// All of the point is at its remote, flushed, in this copy.
+    case drained(UInt64, CopyIdentity? = nil)
     /// It let go by itself, or the point was lost: it can never count.
     case failed(UInt64, String)
     /// Nothing is left of it here, and it is not formed again.
@@ -79,9 +79,40 @@ package enum RemoteAnswer: Codable, Equatable, Sendable {
     case committed(UInt64)
     /// For good: only that another remote has committed it changes that.
     case refuses(UInt64, String)
+    /// As `refuses`: the newest point that it has committed is another than was expected; 0 = none.
+    case outOfOrder(UInt64, newest: UInt64)
+    /// For good: it has not prepared the point that was decided; the copy that had is lost.
+    case gone(UInt64)
     case dropped(UInt64)
     case failedOver(at: UInt64)
     case superseded(by: UInt64)
+}
+
+/// Which copy of a host's volumes a remote has: another one, on another disk, lacks what was sent to it.
+package struct CopyIdentity: Codable, Equatable, Sendable {
+    var lineage: String?
+    var volumes: [String: String]?
+
+    package init(lineage: String?, volumes: [String: String]? = nil) {
+        (self.lineage, self.volumes) = (lineage, volumes)
+    }
+}
+
+extension GroupRecord {
+    /// At both ends of a pair the same, as long as the host sends to what the remote has.
+    var copyIdentity: CopyIdentity { CopyIdentity(lineage: lineage, volumes: volumeLineages) }
+
+    /// - Parameter copy: that a host has sent to.
+    func isCopy(_ copy: CopyIdentity) -> Bool {
+        copy.lineage == lineage && (volumeLineages ?? [:]).allSatisfy { copy.volumes?[$0.key] == $0.value }
+    }
+}
+
+/// Why a point was refused.
+func disorder(_ number: UInt64, newest: UInt64, expected: UInt64) -> String {
+    func words(_ point: UInt64) -> String { point == 0 ? "none" : String(point) }
+    return
+        "point \(number) is out of order: the newest at the remote is \(words(newest)), where \(words(expected)) is expected"
 }
 
 /// Of a remote, to another one that is in doubt about a point.

@@ -102,6 +102,8 @@ package struct Coordinator: Sendable {
     /// A process before this one may have asked remotes about the point.
     private var isTakenUp = false
     private var leavingOut: [Int] = []
+    /// Where the hosts have sent the point at hand, by pair.
+    private(set) var copies: [Int: CopyIdentity] = [:]
     /// The epoch of a process that somebody has heard of since.
     package private(set) var supersededBy: UInt64?
     /// The file may hold another record than this: whatever is said next waits for the save.
@@ -244,13 +246,17 @@ package struct Coordinator: Sendable {
         case (.running(let number, var round, var drained), .ran),
             (.running(let number, var round, var drained), .drained):
             round.answered(host)
-            if case .drained = answer, !drained.contains(host) { drained.append(host) }
+            if case .drained(_, let copy) = answer {
+                copies[host] = copy
+                if !drained.contains(host) { drained.append(host) }
+            }
             guard round.isComplete else { return wait(.running(number, round, drained: drained)) }
             return haveRun(number, drained, now)
         case (.draining(let number, var round), .ran):
             round.isAtIt(host)
             return wait(.draining(number, round))
-        case (.draining(let number, var round), .drained):
+        case (.draining(let number, var round), .drained(_, let copy)):
+            copies[host] = copy
             round.answered(host)
             guard round.isComplete else { return wait(.draining(number, round)) }
             return haveDrained(number, now)
@@ -280,18 +286,32 @@ package struct Coordinator: Sendable {
             return decide(number, now)
         case (.preparing(let number, _), .refuses(_, let reason)):
             return giveUp(number, "\(settings.remoteNames[remote]): \(reason)", atRemotes: true, now)
+        case (.preparing(let number, _), .outOfOrder(_, let newest)):
+            let expected = record.left?[remote] ?? record.committed
+            learn(newest, of: remote, expected: expected)
+            let reason = disorder(number, newest: newest, expected: expected)
+            return giveUp(number, "\(settings.remoteNames[remote]): \(reason)", atRemotes: true, now)
         case (.preparing(let number, _), .failedOver(let point)):
             return giveUp(number, failed(remote, point), atRemotes: true, stops: true, now)
         case (.committing(let number, var round, var votes), .committed):
             round.answered(remote)
             if !votes.committed.contains(remote) { votes.committed.append(remote) }
-            guard !round.isComplete else {
-                let end = State.ending(number, Round(hosts, now: now))
-                return Turn([.committed(number)]) + enter(end)
-            }
+            guard !round.isComplete else { return haveCommittedAll(number, now) }
             state = .committing(number, round, votes)
             // The first one makes the promises of others void.
             return votes.committed.count == 1 && !votes.refusing.isEmpty ? send() : Turn()
+        case (.committing(let number, var round, let votes), .gone):
+            // It counts for those who have it; this pair begins anew.
+            round.answered(remote)
+            leaveBehind(remote)
+            guard !votes.committed.isEmpty || votes.refusing.count < remotes.count else {
+                return giveUp(number, "\(settings.remoteNames[remote]) has lost it", atRemotes: true, now)
+            }
+            guard round.isComplete else { return enter(.committing(number, round, votes)) }
+            return haveCommittedAll(number, now)
+        case (.committing(let number, _, _), .outOfOrder(_, let newest)):
+            let reason = disorder(number, newest: newest, expected: record.committed)
+            return giveUp(number, "\(settings.remoteNames[remote]): \(reason)", atRemotes: true, now)
         case (.committing(let number, let round, var votes), .refuses(_, let reason)):
             if !votes.refusing.contains(remote) { votes.refusing.append(remote) }
             guard votes.refusing.count == remotes.count else { return wait(.committing(number, round, votes)) }
@@ -318,6 +338,26 @@ package struct Coordinator: Sendable {
         }
     }
 
+    /// A remote has another newest point than its coordinator knows of. Its host sends what has changed since a point that the host knows is
+    /// there, which may be the same or an older one: so the next point comes after what the remote says it has. An older one than is known is
+    /// believed only while nothing is known for sure.
+    private mutating func learn(_ newest: UInt64, of remote: Int, expected: UInt64) {
+        guard newest < record.lastNumber, newest > expected || record.isGuessed == true else { return }
+        record.left = (record.left ?? [:]).merging([remote: newest]) { $1 }
+        isUnsaved = true
+    }
+
+    private mutating func haveCommittedAll(_ number: UInt64, _ now: UInt64) -> Turn<Action> {
+        Turn([.committed(number)]) + enter(.ending(number, Round(hosts, now: now)))
+    }
+
+    /// A pair has no part in the point at hand any more.
+    private mutating func leaveBehind(_ pair: Int) {
+        record.left = (record.left ?? [:]).merging([pair: record.committed]) { old, _ in old }
+        record.absent = ((record.absent ?? []) + [pair]).sorted()
+        isUnsaved = true
+    }
+
     private func failed(_ remote: Int, _ point: UInt64) -> String {
         "\(settings.remoteNames[remote]) has failed over at point \(point)"
     }
@@ -329,6 +369,7 @@ package struct Coordinator: Sendable {
         next.lastNumber += 1
         next.point = .undecided
         next.absent = leavingOut.isEmpty ? nil : leavingOut
+        copies = [:]
         become(next)
         isTakenUp = false
         return enter(.makingReady(next.lastNumber, Round(hosts, now: now)))
@@ -359,7 +400,7 @@ package struct Coordinator: Sendable {
     /// Saved with the next point: until then a new process asks, and hears, the same once more.
     private mutating func settle(committed: UInt64) -> Turn<Action> {
         var next = record
-        if committed > record.committed { next.left = left(behind: record.committed) }
+        if committed > record.committed { (next.left, next.isGuessed) = (left(behind: record.committed), nil) }
         (next.point, next.committed, next.absent) = (.none, committed, nil)
         become(next)
         state = .idle

@@ -29,10 +29,16 @@ package struct CoordinatorRecord: Equatable, Sendable, Codable {
     package internal(set) var absent: [Int]?
     /// Pairs that are behind `committed`, with the newest point that each has.
     package internal(set) var left: [Int: UInt64]?
+    /// `committed` is what the coordinator's own host knows, since no record was found: remotes may have other points as their newest, and are
+    /// believed, until all have committed one from here.
+    package internal(set) var isGuessed: Bool?
     /// What the pairs were called, in their order, when this was written; nil = there was one.
     package internal(set) var names: [String]?
-    package init(epoch: UInt64 = 0, lastNumber: UInt64 = 0, point: Point = .none, committed: UInt64 = 0) {
+    package init(
+        epoch: UInt64 = 0, lastNumber: UInt64 = 0, point: Point = .none, committed: UInt64 = 0, isGuessed: Bool = false
+    ) {
         (self.epoch, self.lastNumber, self.point, self.committed) = (epoch, lastNumber, point, committed)
+        self.isGuessed = isGuessed ? true : nil
     }
 
     /// The same for pairs of these names: they may be others, or in another order, after a change of the configuration. Who is new has no part

@@ -50,7 +50,9 @@ extension Coordinator {
             case .checking: " l    x    x    x   x     H       l      l   l      l"
             case .prepared: " l    x    x    x   x     H       l      l   l      l"
             case .committed: "l    x    x    x   x     x       H      l   H      l"
-            case .refuses: "  l    x    x    x   x     H       H      l   l      l"
+            case .refuses, .outOfOrder:
+                "l    x    x    x   x     H       H      l   l      l"
+            case .gone: "     l    x    x    x   x     x       H      l   l      l"
             case .dropped: "  l    x    x    x   x     x       x      x   H      l"
             // About no point: it may answer what was asked long ago.
             case .failedOver: "l   l    l    l   l     H       H      l   H      l"
@@ -64,7 +66,7 @@ extension HostAnswer {
     /// The point that it is about.
     package var number: UInt64? {
         switch self {
-        case .ready(let number), .formed(let number), .ran(let number), .drained(let number), .failed(let number, _),
+        case .ready(let number), .formed(let number), .ran(let number), .drained(let number, _), .failed(let number, _),
             .gaveUp(let number), .ended(let number):
             number
         case .superseded: nil
@@ -77,7 +79,7 @@ extension RemoteAnswer {
     package var number: UInt64? {
         switch self {
         case .checking(let number), .prepared(let number), .committed(let number), .refuses(let number, _),
-            .dropped(let number):
+            .outOfOrder(let number, _), .gone(let number), .dropped(let number):
             number
         case .failedOver, .superseded: nil
         }

@@ -183,6 +183,10 @@ package struct TwoPhaseCommit: Sendable {
         switch (state, request) {
         case (.open, .prepare(_, let after)): return check(number, .prepare, after: after)
         case (.open, .commitAtOnce(_, let after)): return check(number, .commit, after: after)
+        case (.open, .commit):
+            if number <= record.refusedThrough { return answer(refusal(number)) }
+            // That it was prepared is durable: so it was in another copy.
+            return isOnly ? contradiction(request) : refuse(number, .gone(number))
         case (.checking, .prepare): return answer(.checking(number))
         case (.prepared, .prepare):
             return answer(number <= record.refusedThrough ? refusal(number) : .prepared(number))
@@ -207,17 +211,14 @@ package struct TwoPhaseCommit: Sendable {
         if number <= record.refusedThrough { return answer(refusal(number)) }
         guard isOnly == (purpose == .commit) else { return contradiction(purpose) }
         guard previous == record.committed else {
-            return refuse(
-                number,
-                "point \(number) is out of order: the newest here is \(Self.words(record.committed)), "
-                    + "where \(Self.words(previous)) is expected")
+            return refuse(number, .outOfOrder(number, newest: record.committed))
         }
         state = .checking(number, purpose)
         return Turn([.check(number)])
     }
 
     private mutating func didCheck(_ number: UInt64, _ purpose: Purpose, _ event: Event) -> Turn<Action> {
-        if case .checkFailed(_, let reason) = event { return refuse(number, reason) }
+        if case .checkFailed(_, let reason) = event { return refuse(number, .refuses(number, reason)) }
         state = .open  // if it cannot be saved, it is looked at anew
         switch purpose {
         case .prepare:
@@ -242,14 +243,12 @@ package struct TwoPhaseCommit: Sendable {
         }
     }
 
-    private static func words(_ point: UInt64) -> String { point == 0 ? "none" : String(point) }
-
     /// For good: a refusal may arrive long after it was said. Of the only remote, nobody relies on it: asked again it may commit the point, and
     /// says so when that is dropped.
-    private mutating func refuse(_ number: UInt64, _ reason: String) -> Turn<Action> {
+    private mutating func refuse(_ number: UInt64, _ answer: RemoteAnswer) -> Turn<Action> {
         state = .open
-        guard !isOnly else { return say([.dropFiles(number), answerAction(.refuses(number, reason))]) }
-        return change(to: .open, then: [.dropFiles(number), answerAction(.refuses(number, reason))]) {
+        guard !isOnly else { return say([.dropFiles(number), answerAction(answer)]) }
+        return change(to: .open, then: [.dropFiles(number), answerAction(answer)]) {
             $0.refusedThrough = max($0.refusedThrough, number)
         }
     }
@@ -387,7 +386,7 @@ extension TwoPhaseCommit {
             switch request {
             //                  open checking prepared asking failedOver
             case .prepare: "      H    H        H        H      H"
-            case .commit: "       x    x        H        H      H"
+            case .commit: "       H    x        H        H      H"
             case .commitAtOnce: " H    l        x        x      H"
             case .drop: "         H    H        H        H      H"
             }

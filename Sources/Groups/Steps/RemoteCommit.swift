@@ -91,13 +91,16 @@ package struct RemoteCommit: StepTable {
             // Asked again, since the answer was lost; but not about one of long ago.
             guard let point = plan?.point ?? record.hasCommitted(number) else {
                 return .failed(
-                    TakeoverRefusal("point \(number) is out of order: the newest here is \(remote.record.committed)"))
+                    TakeoverRefusal(
+                        "point \(number) is out of order: the newest at the remote is \(remote.record.committed)"))
             }
             guard let plan, record.untracked != nil else { return .done(point) }
             return go(.isSentAnew(plan), .change(.sentAnew(session: session)))
         case .refuses(_, let reason): return .failed(TakeoverRefusal(reason))
+        case .outOfOrder(_, let newest):
+            return .failed(TakeoverRefusal(disorder(number, newest: newest, expected: previous ?? 0)))
         case .failedOver: return .failed(TakeoverRefusal("the group has failed over"))
-        case .checking, .prepared, .dropped, .superseded: return .failed(UnexpectedAnswer(answer, state))
+        case .checking, .prepared, .gone, .dropped, .superseded: return .failed(UnexpectedAnswer(answer, state))
         }
     }
 }

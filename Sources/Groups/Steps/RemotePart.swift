@@ -5,6 +5,7 @@
 //   `prepared` is said before all of the point is on stable storage, and that it is so is written down
 //   a commit is half done after a crash: the record alone decides, files come before it and chains after
 //   a promise is said before it is kept
+//   a point is prepared in another copy than its host has sent it to
 
 /// What a remote has to say.
 package struct RemoteReply: Codable, Sendable, Equatable {
@@ -16,8 +17,11 @@ package struct RemoteReply: Codable, Sendable, Equatable {
 
 package struct RemotePart: StepTable {
     package enum Input: Sendable, Equatable {
-        /// `formedAt`: of the point, in seconds since 1970; `places`: all of the group's pairs; `without`: those that have no part in it.
-        case request(Stamped<RemoteRequest>, formedAt: Double, places: [PairPlace]?, without: [String]? = nil)
+        /// `formedAt`: of the point, in seconds since 1970; `places`: all of the group's pairs; `without`: those that have no part in it; `copy`:
+        /// where the host has sent it.
+        case request(
+            Stamped<RemoteRequest>, formedAt: Double, places: [PairPlace]?, without: [String]? = nil,
+            copy: CopyIdentity? = nil)
         /// Another remote, or this one before it asks others, wants to know of a point.
         case question(UInt64)
     }
@@ -51,7 +55,7 @@ package struct RemotePart: StepTable {
         case (.looks(let number), .survey(let survey)):
             do {
                 var plan = try record.planCommit(number, formedAt: formedAt, keep: keep, survey)
-                if case .request(_, _, _, let without) = input { plan.point.without = without }
+                if case .request(_, _, _, let without, _) = input { plan.point.without = without }
                 return go(.flushes(plan), .flushVolumes(survey.changed))
             } catch {
                 return carryOut(remote.handle(.checkFailed(number, error.description), now: 0), nil, record)
@@ -69,11 +73,16 @@ package struct RemotePart: StepTable {
         }
     }
 
-    private var formedAt: Double { if case .request(_, let time, _, _) = input { time } else { 0 } }
+    /// The host had sent all of the point before its remote lost that, perhaps.
+    private func isWhatWasSentTo(_ record: GroupRecord) -> Bool {
+        if case .request(_, _, _, _, let copy?) = input { record.isCopy(copy) } else { false }
+    }
+
+    private var formedAt: Double { if case .request(_, let time, _, _, _) = input { time } else { 0 } }
 
     private mutating func begin(_ record: GroupRecord) -> Next<RemoteReply> {
         switch input {
-        case .request(let request, _, _, _):
+        case .request(let request, _, _, _, _):
             guard record.role == .secondary else {
                 let point = record.failedOver?.point ?? 0
                 return .done(RemoteReply(answer: Stamped(epoch: request.epoch, .failedOver(at: point))))
@@ -101,7 +110,7 @@ package struct RemotePart: StepTable {
 
     private mutating func decide(_ plan: CommitPlan?) -> Next<RemoteReply> {
         var places: [PairPlace]?
-        if case .request(_, _, let all, _) = input { places = all }
+        if case .request(_, _, let all, _, _) = input { places = all }
         return go(
             .decides(plan), .change(.remotePart(RemotePartChange(record: remote.record, plan: plan, places: places))))
     }
@@ -126,7 +135,12 @@ package struct RemotePart: StepTable {
     private mutating func goOn(_ plan: CommitPlan?, _ record: GroupRecord) -> Next<RemoteReply> {
         while let action = wanted.popFirst() {
             switch action {
-            case .check(let number): return go(.looks(number), .survey)
+            case .check(let number):
+                guard isWhatWasSentTo(record) else {
+                    let reason = "this is another copy than the one that the point was sent to"
+                    return carryOut(remote.handle(.checkFailed(number, reason), now: 0), nil, record)
+                }
+                return go(.looks(number), .survey)
             case .take:
                 guard let plan else { return .failed(UnexpectedAnswer(action, state)) }
                 return go(.takes(plan), .takePoint(plan))
