@@ -111,7 +111,9 @@ extension Volume {
                 restore!.cursor = 0
                 continue
             }
-            let bound = min(count, first + jobGrains)
+            // No further than what is overwritten: what lies beside it would be preserved for nothing, and on a full disk cost the copy.
+            let limit = first..<min(count, first + jobGrains)
+            let bound = current.pending.firstClear(in: limit) ?? limit.upperBound
             guard requireRegions(first..<bound) else { return }
             restore!.cursor = bound
             let jobs = activeJobCount
