@@ -194,6 +194,8 @@ package struct Cycle {
     /// A link lost for longer than this ends the point that is held, so that its target stops growing.
     package static let heldLimit: UInt64 = 30_000_000_000
     private var lostAt: UInt64?
+    /// Several hosts: a point was committed since the peer was asked for a session, and its answer may not have it.
+    var committedMeanwhile = false
     /// Continuous cycles form at most one point in this time, and while nothing changes one in the longer time.
     package static let shortestCycle: UInt64 = 50_000_000
     /// A thread wakes a little late every time; the next point does not wait for that as well.
@@ -365,7 +367,12 @@ package struct Cycle {
             return Turn([.markAllChanged(record.lineage != peer.lineage ? nil : renewed)])
         }
         let found = learn(peer.committed, &record, now)
+        let mayBeOlder = committedMeanwhile
+        committedMeanwhile = false
         guard peer.committed?.number == record.lastCommitted?.number else {
+            if mayBeOlder {
+                return found + failed("the peer's answer is older than its last point", retry: true, &record, now)
+            }
             let theirs = peer.committed.map { String($0.number) } ?? "none"
             let ours = record.lastCommitted.map { String($0.number) } ?? "none"
             let next = Next.stop(

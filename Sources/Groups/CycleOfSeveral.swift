@@ -223,15 +223,18 @@ extension Cycle {
         return tell(.request(request), &record, now)
     }
 
-    /// Every remote has committed it.
+    /// Every remote has committed it. Who does not hold it any more is told by its own remote, at the next session: that may have another copy now,
+    /// without the point.
     private mutating func haveCommitted(_ number: UInt64, _ message: HostMessage, _ record: inout GroupRecord) {
-        guard number > record.lastCommitted?.number ?? 0, number <= record.lastNumber else { return }
-        var point = record.held?.number == number ? record.held! : PointRecord(number: number, formedAt: 0)
+        guard number > record.lastCommitted?.number ?? 0, var point = record.held, point.number == number else {
+            return
+        }
         point.formedAt = message.formedAt ?? point.formedAt
         point.committedAt = message.committedAt ?? point.committedAt
         guard point.isPlausible else { return }
         record.primary?.lastCommitted = point
         record.primary?.fromImage = false
+        if case .connecting = state { committedMeanwhile = true }
         (resyncing, attempt) = (false, 0)
     }
 

@@ -123,6 +123,11 @@ package final class SeveralHosts: Scenario {
             // Where it matters most, more often.
             let undecided = random.one(of: remotes.filter { $0.isUp && $0.record.coordination?.prepared != nil })
             if undecided != nil || random.chance(6) { askToFailOver(undecided ?? remotes[index]) }
+        case .loseDisk:
+            guard remotes.allSatisfy({ $0.saved.failedOver == nil }) else { break }
+            crash(remotes[index])
+            count("a remote loses its disk")
+            remotes[index].loseDisk()
         }
         clients.goOn(hosts)
     }
@@ -314,11 +319,8 @@ package final class SeveralHosts: Scenario {
         if remote.read(number) != points.image(number, remote.index) { fail("\(remote.name) commits a half point") }
         if !remote.isFlushed { fail("a point is committed that is not flushed") }
         if let problem = points.brokenCut(number, hosts) { fail(problem) }
-        for other in remotes where other !== remote {
-            let has = other.saved.points.last?.number ?? 0
-            if has < number, other.saved.coordination?.prepared?.number != number {
-                fail("\(remote.name) commits point \(number), which \(other.name) does not have")
-            }
+        for other in remotes where !other.has(number) {
+            fail("\(remote.name) commits point \(number), which \(other.name) does not have")
         }
     }
 
@@ -330,10 +332,8 @@ package final class SeveralHosts: Scenario {
                 fail("an acknowledgement is held past the deadline")
             }
             if let point = host.saved.lastCommitted?.number, !isApart {
-                for remote in remotes where remote.saved.points.last?.number ?? 0 < point {
-                    if remote.saved.coordination?.prepared?.number != point {
-                        fail("\(host.name) calls point \(point) committed, which \(remote.name) does not have")
-                    }
+                for remote in remotes where !remote.has(point) {
+                    fail("\(host.name) calls point \(point) committed, which \(remote.name) does not have")
                 }
             }
         }
@@ -428,6 +428,7 @@ package final class SeveralHosts: Scenario {
         for turn in 0..<80_000 {
             let isFailover = remotes.contains { $0.saved.failedOver != nil }
             if isFailover ? remotes.allSatisfy(hasFailedOver) : newest.min()! > before { return }
+            if isFailover, someCannotFollow { return }
             if turn % 200 == 0 {
                 if isFailover {
                     for remote in remotes where remote.saved.failedOver == nil && !remote.isLeading { failOver(remote) }
@@ -449,4 +450,10 @@ package final class SeveralHosts: Scenario {
     }
 
     private func hasFailedOver(_ remote: SeveralRemote) -> Bool { remote.saved.failedOver != nil }
+
+    /// What some have failed over to is lost with a disk: the others go there if the operator says so.
+    private var someCannotFollow: Bool {
+        let point = remotes.compactMap(\.saved.failedOver?.point).first ?? 0
+        return remotes.contains { $0.saved.failedOver == nil && point <= $0.lostThrough }
+    }
 }

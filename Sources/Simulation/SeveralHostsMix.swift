@@ -4,7 +4,7 @@ import Groups
 
 enum SeveralHappening: CaseIterable {
     case write, apply, acknowledge, reactor, thread, arrive, tick, request
-    case crash, restart, cut, loseLink, losePoint, busy, suspend, resume, nonsense, failOver
+    case crash, restart, cut, loseLink, losePoint, busy, suspend, resume, nonsense, failOver, loseDisk
     var weight: Int {
         switch self {
         case .write: 200
@@ -24,12 +24,14 @@ enum SeveralHappening: CaseIterable {
         case .resume: 40
         case .nonsense: 4
         case .failOver: 10
+        case .loseDisk: 1
         }
     }
     var varies: [Int] {
         switch self {
         case .crash, .cut, .loseLink, .losePoint, .busy, .suspend, .nonsense: [0, 1, 4]
         case .failOver: [0, 0, 1, 3]
+        case .loseDisk: [0, 0, 1]
         default: [1, 2]
         }
     }

@@ -27,6 +27,9 @@ final class SeveralRemote: SeveralSite {
     private var sessions: UInt64 = 0
     private var order: UInt64 = 0
 
+    /// Points up to this one were on a disk that is lost.
+    private(set) var lostThrough: UInt64 = 0
+
     /// It leads a failover.
     var isLeading = false
 
@@ -76,6 +79,21 @@ final class SeveralRemote: SeveralSite {
         }
         // What is there at the start is what stable storage holds.
         flushed = contents
+    }
+
+    /// Its process has ended; the next one finds an empty disk.
+    func loseDisk() {
+        lostThrough = world.hosts.map(\.saved.highestPoint).max()!
+        world.note("\(name) loses its disk, and what it had up to point \(lostThrough)")
+        exchange("\(name), anew after \(world.steps)")
+        contents = contents.map { $0.map { _ in -1 } }
+        (flushed, files) = (contents, [:])
+    }
+
+    /// It has the point, as far as the others must know.
+    func has(_ point: UInt64) -> Bool {
+        let newest = saved.points.last?.number ?? 0
+        return newest >= point || saved.coordination?.prepared?.number == point || point <= lostThrough
     }
 
     /// What it is at, in words.

@@ -394,6 +394,15 @@ func preparedCopyLost() throws {
         var empty = TwoPhaseCommit(settings, index: 1, record: TwoPhaseRecord(epoch: 1))
         let said = empty.handle(.request(Stamped(epoch: 1, .commit(1, others: false))), now: 1)
         #expect(said.after.contains(.answer(Stamped(epoch: 1, .gone(1)))) && empty.record.refusedThrough == 1)
+        empty.wasSaved()
+        // The answer was lost. As long as nobody has the point, it need not count.
+        let again = empty.handle(.request(Stamped(epoch: 1, .commit(1, others: false))), now: 1).before
+        let later = empty.handle(.request(Stamped(epoch: 1, .commit(1, others: true))), now: 1).before
+        #expect(
+            again.contains {
+                if case .answer(let answer) = $0 { answer.body.number == 1 && answer.body != .gone(1) } else { false }
+            })
+        #expect(later.contains(.answer(Stamped(epoch: 1, .gone(1)))))
         if refuses {
             _ = tell(0, .refuses(1, "promised"))
             _ = tell(1, .gone(1))

@@ -344,18 +344,16 @@ package struct Coordinator: Sendable {
     private mutating func learn(_ newest: UInt64, of remote: Int, expected: UInt64) {
         guard newest < record.lastNumber, newest > expected || record.isGuessed == true else { return }
         record.left = (record.left ?? [:]).merging([remote: newest]) { $1 }
-        isUnsaved = true
     }
 
     private mutating func haveCommittedAll(_ number: UInt64, _ now: UInt64) -> Turn<Action> {
         Turn([.committed(number)]) + enter(.ending(number, Round(hosts, now: now)))
     }
 
-    /// A pair has no part in the point at hand any more.
+    /// A pair has no part in the point at hand any more. Saved with what follows: until then a new process asks, and hears, the same.
     private mutating func leaveBehind(_ pair: Int) {
         record.left = (record.left ?? [:]).merging([pair: record.committed]) { old, _ in old }
         record.absent = ((record.absent ?? []) + [pair]).sorted()
-        isUnsaved = true
     }
 
     private func failed(_ remote: Int, _ point: UInt64) -> String {

@@ -183,10 +183,11 @@ package struct TwoPhaseCommit: Sendable {
         switch (state, request) {
         case (.open, .prepare(_, let after)): return check(number, .prepare, after: after)
         case (.open, .commitAtOnce(_, let after)): return check(number, .commit, after: after)
-        case (.open, .commit):
-            if number <= record.refusedThrough { return answer(refusal(number)) }
-            // That it was prepared is durable: so it was in another copy.
-            return isOnly ? contradiction(request) : refuse(number, .gone(number))
+        case (.open, .commit(_, let others)):
+            guard !isOnly else { return contradiction(request) }
+            guard number <= record.refusedThrough else { return refuse(number, .gone(number)) }
+            // That it was prepared is durable; so it was in another copy if it counts.
+            return answer(others ? .gone(number) : refusal(number))
         case (.checking, .prepare): return answer(.checking(number))
         case (.prepared, .prepare):
             return answer(number <= record.refusedThrough ? refusal(number) : .prepared(number))
