@@ -60,40 +60,13 @@ package struct RemoteCall: Codable, Sendable {
     }
 }
 
-/// A remote that fails over asks another.
+/// A remote that fails over asks another, which answers with `RemoteWord`.
 package struct TestimonyCall: Codable, Sendable {
     package var site: String
     /// The point that it is in doubt about, of which whoever has not committed it promises never to; nil = it is not in doubt.
     package var number: UInt64?
 
     package init(site: String, number: UInt64?) { (self.site, self.number) = (site, number) }
-}
-
-package struct TestimonyReply: Codable, Sendable {
-    package struct Pair: Codable, Sendable {
-        package var pair: String
-        package var testimony: Testimony?
-        /// The newest point that it has committed.
-        package var committed: UInt64
-        package var prepared: UInt64?
-        /// The point that it has failed over to.
-        package var failedOver: UInt64?
-        /// Pairs that have no part in its newest point.
-        package var without: [String]?
-        /// Points that it can fail over to.
-        package var points: [UInt64]
-
-        package init(
-            pair: String, testimony: Testimony?, committed: UInt64, prepared: UInt64?, failedOver: UInt64?,
-            without: [String]?, points: [UInt64]
-        ) {
-            (self.without, self.points) = (without, points)
-            (self.pair, self.testimony, self.committed) = (pair, testimony, committed)
-            (self.prepared, self.failedOver) = (prepared, failedOver)
-        }
-    }
-    package var pairs: [Pair]
-    package init(pairs: [Pair]) { self.pairs = pairs }
 }
 
 /// A pair that hands over waits for the others.

@@ -80,7 +80,7 @@ package enum Endpoints {
     package static let survey = Endpoint<SurveyCall, HostStanding>(.post, "/v1/peer/groups/{group}/survey", .peer)
     package static let askHost = Endpoint<HostCall, HostReply>(.post, "/v1/peer/groups/{group}/host", .peer)
     package static let askRemote = Endpoint<RemoteCall, RemoteReply>(.post, "/v1/peer/groups/{group}/remote", .peer)
-    package static let testify = Endpoint<TestimonyCall, TestimonyReply>(
+    package static let testify = Endpoint<TestimonyCall, RemoteWord>(
         .post, "/v1/peer/groups/{group}/testimony", .peer)
     package static let meet = Endpoint<MeetCall, Done>(.post, "/v1/peer/groups/{group}/meet", .peer, seconds: 90)
     package static let lead = Endpoint<LeadCall, Done>(.post, "/v1/peer/groups/{group}/lead", .peer, seconds: 30)

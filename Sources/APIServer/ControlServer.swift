@@ -82,7 +82,7 @@ package struct ControlServer: Sendable {
             return .asked(Done(done: "a point was asked for"))
         }
         routes.serve(Endpoints.suspend) { asked in
-            let missed = try await asked.site.coordination.setSuspended(
+            let missed = try await asked.site.everySite.setSuspended(
                 asked.name, true, isLed: asked[.led] == "true")
             return Done(done: said("suspended", missed))
         }
@@ -90,7 +90,7 @@ package struct ControlServer: Sendable {
             if asked[.isolated] == "true" {
                 try await asked.site.standings.resumeIsolated(asked.name)
             } else {
-                let missed = try await asked.site.coordination.setSuspended(
+                let missed = try await asked.site.everySite.setSuspended(
                     asked.name, false, fromImage: asked[.fromImage] == "true", isLed: asked[.led] == "true")
                 return Done(done: said("resumed", missed))
             }
@@ -112,7 +112,7 @@ package struct ControlServer: Sendable {
         routes.serve(Endpoints.abort) { asked in
             let operation = asked[.operation] ?? ""
             if operation.hasPrefix("cycle:"),
-                let done = try await asked.site.coordination.decidePrepared(String(operation.dropFirst("cycle:".count)))
+                let done = try await asked.site.failovers.decidePrepared(String(operation.dropFirst("cycle:".count)))
             {
                 return Done(done: done)
             }
@@ -132,7 +132,7 @@ package struct ControlServer: Sendable {
                 guard let number = UInt64(text) else { throw Refusal("'\(text)' is no point", .misuse) }
                 return number
             }
-            return try await asked.site.coordination.failover(
+            return try await asked.site.failovers.failover(
                 asked.name, point: point, alone: asked[.alone] == "true")
         }
         routes.serve(Endpoints.previewResync) {
@@ -153,10 +153,10 @@ package struct ControlServer: Sendable {
             try await $0.site.roles.failback($0.name, isLed: $0[.led] == "true")
         }
         routes.serve(Endpoints.practice) {
-            try await $0.site.coordination.practice($0.name, point: $0[.point], isLed: $0[.led] == "true")
+            try await $0.site.everySite.practice($0.name, point: $0[.point], isLed: $0[.led] == "true")
         }
         routes.serve(Endpoints.endPractice) { asked in
-            try await asked.site.coordination.endPractice(asked.name, isLed: asked[.led] == "true")
+            try await asked.site.everySite.endPractice(asked.name, isLed: asked[.led] == "true")
             return Done(done: "the practice copy is gone")
         }
     }
@@ -194,13 +194,13 @@ package struct ControlServer: Sendable {
         routes.serve(Endpoints.survey) { try await $0.site.coordination.survey($0.name, $0.body) }
         routes.serve(Endpoints.askHost) { try await $0.site.coordination.askHost($0.name, $0.body) }
         routes.serve(Endpoints.askRemote) { try await $0.site.coordination.askRemote($0.name, $0.body) }
-        routes.serve(Endpoints.testify) { try await $0.site.coordination.testify($0.name, $0.body) }
+        routes.serve(Endpoints.testify) { try await $0.site.failovers.testify($0.name, $0.body) }
         routes.serve(Endpoints.meet) { asked in
             try await asked.site.coordination.meet(asked.name, asked.body)
             return Done(done: "all are there")
         }
         routes.serve(Endpoints.lead) { asked in
-            try await asked.site.coordination.follow(asked.name, asked.body)
+            try await asked.site.failovers.follow(asked.name, asked.body)
             return Done(done: "failed over")
         }
         routes.serve(Endpoints.pin) { asked in

@@ -99,7 +99,8 @@ final class SeveralRemote: SeveralSite {
     /// What it is at, in words.
     var standing: String {
         let point = record.coordination?.prepared?.number ?? 0
-        return "newest \(newestCommitted), prepared \(point), \(isEntered ? "busy" : "at rest"), \(waiting.count) wait"
+        return
+            "newest \(record.newestCommitted), prepared \(point), \(isEntered ? "busy" : "at rest"), \(waiting.count) wait"
     }
 
     // MARK: One after the other

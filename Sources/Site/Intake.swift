@@ -210,11 +210,7 @@ package final class Intake {
             }
             throw Refusal("group '\(name)' has failed over to point \(done.point) already")
         }
-        if let newest,
-            group.record.coordination?.prepared != nil || group.record.newestReadable?.number ?? 0 != newest
-        {
-            throw OvertakenFailover()
-        }
+        if let newest, group.record.isOvertaken(since: newest) { throw OvertakenFailover() }
         let point: PointRecord
         do {
             point = try group.record.failoverPoint(wanted)
@@ -251,9 +247,4 @@ package final class Intake {
         await home.runCommand(group, .afterFailover, ["FARCOPY_POINT=\(point.number)"])
         return discarded
     }
-}
-
-/// A point that is newer than the one that was chosen has come meanwhile.
-struct OvertakenFailover: Error, CustomStringConvertible {
-    var description: String { "points are still being committed; try again" }
 }

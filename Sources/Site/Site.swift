@@ -35,6 +35,8 @@ package final class Site {
     package nonisolated let removal: PointRemoval
     package nonisolated let intake: Intake
     package nonisolated let coordination: Coordination
+    package nonisolated let everySite: EverySite
+    package nonisolated let failovers: FailoverOfSeveral
     package nonisolated let distrust: Distrust
     package nonisolated let standings: Standings
     package nonisolated let roles: Roles
@@ -80,7 +82,10 @@ package final class Site {
         let steps = StepExecutor(
             home, peers, operations, chains, restores, kept, executor, flashCopies, comparisons, replication)
         intake = Intake(home, peers, steps, removal)
-        coordination = Coordination(home, steps, intake, peers, replication, practice)
+        coordination = Coordination(home, steps, peers)
+        let otherRemotes = OtherRemotes(home, steps)
+        everySite = EverySite(home, replication, practice, otherRemotes)
+        failovers = FailoverOfSeveral(home, steps, intake, otherRemotes)
         standings = Standings(home, peers, distrust, replication)
         roles = Roles(home, peers, operations, steps, intake)
         verifications = Verifications(home, operations, steps, flashCopies)
