@@ -65,8 +65,14 @@ package struct TestimonyCall: Codable, Sendable {
     package var site: String
     /// The point that it is in doubt about, of which whoever has not committed it promises never to; nil = it is not in doubt.
     package var number: UInt64?
+    /// The failover that is under way at the site that asks.
+    package var underWay: FailoverFlag?
+    /// That one has ended.
+    package var hasEnded: Bool?
 
-    package init(site: String, number: UInt64?) { (self.site, self.number) = (site, number) }
+    package init(site: String, number: UInt64?, underWay: FailoverFlag?, hasEnded: Bool? = nil) {
+        (self.site, self.number, self.underWay, self.hasEnded) = (site, number, underWay, hasEnded)
+    }
 }
 
 /// A pair that hands over waits for the others.

@@ -140,6 +140,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     case failOverUnsettled, forgetPlaces
     /// What was prepared, or committed, while a failover waited for its turn is passed over.
     case failOverOvertaken
+    /// A failover is announced when the others have been asked.
+    case announceLate
     /// Files of a point are made after the decision.
     case makeFilesLater
     /// What answers another coordinator's question is said to the present one in its name.

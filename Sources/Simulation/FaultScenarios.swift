@@ -14,7 +14,8 @@ extension DeliberateFault {
             .promiseUnsaved, .forgetPromise, .takeLateData, .countSilenceAsPromise, .failOverUnasked, .trustHeldPoint:
             Coordination.self
         case .countExpiredHold, .keepClosedLink, .prepareUnflushed, .forgetPrepared, .promiseUnwritten, .commitRefused,
-            .failOverUnsettled, .failOverOvertaken, .forgetPlaces, .makeFilesLater, .answerOtherEpochs, .askBlindly:
+            .failOverUnsettled, .failOverOvertaken, .forgetPlaces, .announceLate,
+            .makeFilesLater, .answerOtherEpochs, .askBlindly:
             SeveralHosts.self
         default: World.self
         }

@@ -13,11 +13,12 @@ extension SeveralRemote {
     private var pairName: String { world.hosts[index].name }
 
     /// - Parameters:
-    ///   - alone: the others are not asked, and not led, and this is the point.
+    ///   - point: nil = the newest that counts.
+    ///   - alone: the others are not asked, and not led.
     ///   - done: why it has not; nil = it has.
-    func failOver(alone: UInt64?, done: @escaping (String?) -> Void) {
+    func failOver(point: UInt64?, alone: Bool, done: @escaping (String?) -> Void) {
         let order = GroupFailover.Order(
-            group: "all", site: name, point: alone, alone: alone != nil, others: fellows)
+            group: "all", site: name, point: point, alone: alone, others: fellows, id: world.random.next())
         carryOut(GroupFailover(order)) { (result: Result<GroupFailover.Outcome, any Error>) in
             if case .failure(let error) = result { done("\(error)") } else { done(nil) }
         }
@@ -53,11 +54,22 @@ extension SeveralRemote {
 
     private func perform(_ action: FailoverAction, _ done: @escaping (FailoverAnswer) -> Void) {
         switch action {
+        case .announce(let flag):
+            if fault == .announceLate { unannounced = flag } else { return done(announce(flag)) }
+            done(.done)
+        case .retract(let others):
+            retract(others)
+            done(.done)
         case .ask(let others, let number):
             if number != nil, fault == .failOverUnsettled {
-                return done(.heard(Dictionary(uniqueKeysWithValues: others.map { ($0, .says(RemoteWord(pairs: []))) })))
+                let nothing = Heard.says(RemoteWord(pairs: [], underWay: nil))
+                return done(.heard(Dictionary(uniqueKeysWithValues: others.map { ($0, nothing) })))
             }
-            ask(others, about: number) { done(.heard($0)) }
+            ask(others, about: number) { [unowned self] heard in
+                if let flag = unannounced { _ = announce(flag) }
+                unannounced = nil
+                done(.heard(heard))
+            }
         case .promise(_, let number):
             run(RemotePart(.question(number), keep: world.mix.keep)) { result in
                 switch result {
@@ -76,23 +88,47 @@ extension SeveralRemote {
 
     // MARK: What the others say
 
+    private func announce(_ flag: FailoverFlag) -> FailoverAnswer {
+        do throws(Refusal) {
+            try failovers.begin(flag, "all", at: name)
+            return .done
+        } catch {
+            return .failed(error)
+        }
+    }
+
+    private func retract(_ others: [String]) {
+        guard let ended = failovers.end() else { return }
+        for other in others.map(remote) {
+            world.call(self, other) { [unowned self] in
+                other.testify(nil, name, ended, hasEnded: true, $0)
+            } done: { (_: RemoteWord?) in
+            }
+        }
+    }
+
     private func ask(_ others: [String], about number: UInt64?, done: @escaping ([String: Heard]) -> Void) {
         guard !others.isEmpty else { return done([:]) }
         var found: [String: Heard] = [:]
         for name in others {
-            let other = remote(name)
-            world.call(self, other) {
-                other.testify(number, $0)
-            } done: { (word: RemoteWord?) in
-                found[name] = word.map { .says($0) } ?? .silent
+            let (other, flag) = (remote(name), failovers.own)
+            world.call(self, other) { [unowned self] in
+                other.testify(number, self.name, flag, $0)
+            } done: { [unowned self] (word: RemoteWord?) in
+                found[name] = word.map { .says($0) } ?? .silent(last: failovers.last(of: name, now: world.now))
                 if found.count == others.count { done(found) }
             }
         }
     }
 
-    private func testify(_ number: UInt64?, _ answer: @escaping (RemoteWord?) -> Void) {
+    private func testify(
+        _ number: UInt64?, _ asker: String, _ flag: FailoverFlag?, hasEnded: Bool = false,
+        _ answer: @escaping (RemoteWord?) -> Void
+    ) {
+        if let flag { failovers.heard(flag, of: asker, hasEnded: hasEnded, now: world.now) }
+        let underWay = failovers.own
         let say: (Testimony?) -> Void = { [unowned self] in
-            answer(RemoteWord(pairs: [RemoteStand(pairName, record, $0)]))
+            answer(RemoteWord(pairs: [RemoteStand(pairName, record, $0)], underWay: underWay))
         }
         guard let number, record.coordination != nil || record.role == .secondary else { return say(nil) }
         run(RemotePart(.question(number), keep: world.mix.keep)) { [unowned self] result in

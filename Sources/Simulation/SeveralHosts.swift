@@ -39,6 +39,7 @@ package final class SeveralHosts: Scenario {
     var points = SeveralPoints()
     /// An operator did not wait for the others: what remotes have counts for them alone.
     private(set) var isApart = false
+    private(set) var isForgotten = false
 
     package init(seed: UInt64, fault: DeliberateFault? = nil) {
         var generator = SeededGenerator(seed: seed ^ 0x5E7E)
@@ -241,6 +242,9 @@ package final class SeveralHosts: Scenario {
         return true
     }
 
+    /// A remote dies that knows of a failover to a point that somebody has named: it is known nowhere else, should that remote be out of reach.
+    func forgetsFailover() { isForgotten = true }
+
     func saveFails() -> Bool { !isQuiet && mix.failingSaves > 0 && random.below(mix.failingSaves) == 0 }
 
     private func crash(_ site: SeveralSite) {
@@ -288,20 +292,28 @@ package final class SeveralHosts: Scenario {
 
     private func askToFailOver(_ remote: SeveralRemote) {
         guard remote.isUp, !remote.isLeading else { return }
-        var alone: UInt64?
         if random.chance(mix.alone) {
-            alone = random.one(
-                of: [remote.record.points.last?.number, remote.record.coordination?.prepared?.number].compactMap { $0 })
+            let choices = [remote.record.points.last?.number, remote.record.coordination?.prepared?.number]
+            if let point = random.one(of: choices.compactMap { $0 }) {
+                return failOver(remote, to: point, alone: true)
+            }
         }
-        failOver(remote, alone: alone)
+        // Operators who do not know of each other may want different points at once.
+        for other in remotes where other === remote || random.chance(mix.naming) {
+            later { [unowned self] in
+                guard other.isUp, !other.isLeading else { return }
+                let isNamed = random.chance(mix.naming)
+                failOver(other, to: isNamed ? random.one(of: other.record.points.map(\.number)) : nil)
+            }
+        }
     }
 
-    private func failOver(_ remote: SeveralRemote, alone: UInt64? = nil) {
-        note("\(remote.name) is to fail over\(alone.map { " alone, to \($0)" } ?? "")")
-        if alone != nil { isApart = true }
+    private func failOver(_ remote: SeveralRemote, to point: UInt64? = nil, alone: Bool = false) {
+        note("\(remote.name) is to fail over\(alone ? " alone" : "")\(point.map { ", to \($0)" } ?? "")")
+        if alone { isApart = true }
         remote.isLeading = true
         let process = remote.life
-        remote.failOver(alone: alone) { [unowned self] problem in
+        remote.failOver(point: point, alone: alone) { [unowned self] problem in
             guard process == remote.life else { return }
             remote.isLeading = false
             count("a failover \(problem == nil ? "succeeds" : "is refused")")
@@ -340,7 +352,9 @@ package final class SeveralHosts: Scenario {
         let remote = remotes[steps % remotes.count]
         if remote.isUp, steps % 8 == 0 { checkPoints(remote) }
         let points = remotes.compactMap(\.saved.failedOver?.point)
-        if !isApart, points.contains(where: { $0 != points[0] }) { fail("remotes fail over to different points") }
+        if !isApart, points.contains(where: { $0 != points[0] }) {
+            if isForgotten { isApart = true } else { fail("remotes fail over to different points") }
+        }
     }
 
     private func checkDifferences(_ host: SeveralHost, _ remote: SeveralRemote) {

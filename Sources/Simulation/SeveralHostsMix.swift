@@ -52,6 +52,8 @@ struct SeveralHostsMix {
     let pausing: Int
     /// Of a hundred failovers so many are without the others.
     let alone: Int
+    /// To a point that is named.
+    let naming: Int
     /// Remotes know from their configuration who else there is.
     let knowsFellows: Bool
     /// The coordinator does not know the remotes of other hosts, and asks these.
@@ -70,6 +72,7 @@ struct SeveralHostsMix {
         dying = [0, 1500, 200][generator.below(3)]
         pausing = [1, 2, 6][generator.below(3)]
         alone = [0, 0, 0, 20][generator.below(4)]
+        naming = [0, 0, 30, 60][generator.below(4)]
         knowsFellows = generator.chance(50)
         asksThroughHosts = generator.chance(30)
         interval = [.continuous, .continuous, .every(80_000_000), .manual][generator.below(4)]

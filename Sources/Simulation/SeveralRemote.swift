@@ -32,6 +32,9 @@ final class SeveralRemote: SeveralSite {
 
     /// It leads a failover.
     var isLeading = false
+    var failovers = FailoversUnderWay()
+    /// By mistake, the one that is announced later.
+    var unannounced: FailoverFlag?
 
     init(_ world: SeveralHosts, _ index: Int) {
         self.index = index
@@ -69,6 +72,10 @@ final class SeveralRemote: SeveralSite {
         world.note("\(name) dies\(powerLoss ? ", with its power" : "")")
         world.figures.crashes += 1
         (session, writesUnderWay, isEntered, waiting, made, isLeading) = (0, 0, false, [], nil, false)
+        if world.remotes.contains(where: { failovers.last(of: $0.name, now: world.now) != nil }) {
+            world.forgetsFailover()
+        }
+        (failovers, unannounced) = (FailoversUnderWay(), nil)
         end()
         world.hosts[index].peerClosed()
         guard powerLoss else { return }

@@ -84,7 +84,7 @@ package final class EverySite {
     ) async throws -> String {
         if let wanted { return wanted }
         let stands = await remotes.ask(others, name, about: nil)
-        if let silent = stands.filter({ $0.value == .silent }).keys.min() {
+        if let silent = stands.filter({ $0.value.word == nil }).keys.min() {
             throw Refusal(
                 "group '\(name)': '\(silent)' cannot be reached, so that no point is known to be there as well",
                 .passing)

@@ -24,7 +24,8 @@ package final class FailoverOfSeveral {
     ///   - wanted: nil = the newest that counts.
     ///   - alone: the others are not asked, and not led.
     /// - Returns: what has become of this site's volumes, and which other remotes have not followed.
-    /// - Throws: `Refusal` when the point cannot be, or is in doubt, or others are somewhere else; `OvertakenFailover`.
+    /// - Throws: `Refusal` when the point cannot be, or is in doubt, or others are somewhere else, or about to go there;
+    ///   `OvertakenFailover`.
     package func failover(_ name: String, point wanted: UInt64?, alone: Bool) async throws -> FailoverReport {
         guard try home.isOfSeveral(name) else {
             guard !alone else {
@@ -34,7 +35,7 @@ package final class FailoverOfSeveral {
         }
         let order = GroupFailover.Order(
             group: name, site: home.configuration.site, point: wanted, alone: alone,
-            others: home.fellows(try home.pairs(name)))
+            others: home.fellows(try home.pairs(name)), id: UInt64.random(in: 1...UInt64.max))
         let done = try await run(GroupFailover(order), name)
         guard var report = done.report else {
             throw Refusal("group '\(name)' has no volumes at '\(home.configuration.site)' yet")
@@ -112,6 +113,8 @@ package final class FailoverOfSeveral {
         _ action: FailoverAction, _ name: String, _ pairs: [GroupState]
     ) async throws -> FailoverAnswer {
         switch action {
+        case .announce(let flag): try others.announce(flag, name)
+        case .retract(let remotes): await others.retract(name, remotes)
         case .ask(let remotes, let number): return .heard(await others.ask(remotes, name, about: number))
         case .promise(let pair, let number):
             return .testimony(try await steps.runPart(.question(number), pairs[pair]).testimony)

@@ -1,14 +1,18 @@
-// OtherRemotes.swift: what the remotes of a group say to each other, when one of them fails over, or wants to know what the others have.
+// OtherRemotes.swift: what the remotes of a group say to each other, when one of them fails over, or wants to know what the others have; and
+// which failovers are under way (`FailoversUnderWay`).
 
 import API
 import Base
 import Groups
+import Ring
 import SiteConfiguration
 
 @SiteThread
 final class OtherRemotes {
     private let home: Holdings
     private let steps: StepExecutor
+    /// Of each group.
+    private var failovers: [String: FailoversUnderWay] = [:]
     private static let seconds: Int64 = 5
 
     init(_ home: Holdings, _ steps: StepExecutor) { (self.home, self.steps) = (home, steps) }
@@ -17,21 +21,49 @@ final class OtherRemotes {
     ///
     /// - Parameter number: a point that is in doubt here; nil = none.
     func ask(_ remotes: [String], _ name: String, about number: UInt64?) async -> [String: Heard] {
-        let call = TestimonyCall(site: home.configuration.site, number: number)
+        let call = TestimonyCall(
+            site: home.configuration.site, number: number, underWay: failovers[name]?.own)
         let clients = home.clients(remotes)
-        return await withTaskGroup(of: (String, Heard).self) { tasks in
+        return await withTaskGroup(of: (String, RemoteWord?).self) { tasks in
             for (remote, client) in clients {
                 tasks.addTask {
                     let word: RemoteWord? = try? await client.call(
                         Endpoints.testify, name, body: call, seconds: Self.seconds)
-                    return (remote, word.map { .says($0) } ?? .silent)
+                    return (remote, word)
                 }
             }
-            var found: [String: Heard] = Dictionary(uniqueKeysWithValues: remotes.map { ($0, .silent) })
-            for await (remote, heard) in tasks { found[remote] = heard }
-            return found
+            var words: [String: RemoteWord] = [:]
+            for await (remote, word) in tasks { words[remote] = word }
+            return Dictionary(uniqueKeysWithValues: remotes.map { ($0, heard(words[$0], of: $0, name)) })
         }
     }
+
+    private func heard(_ word: RemoteWord?, of remote: String, _ name: String) -> Heard {
+        if let word { return .says(word) }
+        return .silent(last: failovers[name]?.last(of: remote, now: monotonicNanoseconds()))
+    }
+
+    // MARK: Failovers
+
+    /// Whoever asks, or is asked, from now on hears of it.
+    func announce(_ flag: FailoverFlag, _ name: String) throws {
+        try failovers[name, default: FailoversUnderWay()].begin(flag, name, at: home.configuration.site)
+    }
+
+    /// It has ended. Remotes that are not told forget it by themselves.
+    func retract(_ name: String, _ remotes: [String]) async {
+        guard let ended = failovers[name]?.end() else { return }
+        let call = TestimonyCall(site: home.configuration.site, number: nil, underWay: ended, hasEnded: true)
+        await withTaskGroup { tasks in
+            for (_, client) in home.clients(remotes) {
+                tasks.addTask {
+                    _ = try? await client.call(Endpoints.testify, name, body: call, seconds: Self.seconds) as RemoteWord
+                }
+            }
+        }
+    }
+
+    // MARK: Another remote
 
     /// Another remote asks. What it is in doubt about, and was not committed here, never will be.
     func testify(_ name: String, _ call: TestimonyCall) async throws -> RemoteWord {
@@ -40,6 +72,12 @@ final class OtherRemotes {
         else {
             throw Refusal("'\(call.site)' is no other remote of group '\(name)' at '\(site)'", .refused)
         }
+        if let flag = call.underWay {
+            failovers[name, default: FailoversUnderWay()].heard(
+                flag, of: call.site, hasEnded: call.hasEnded == true, now: monotonicNanoseconds())
+        }
+        // Before the pairs are looked at: one that ends meanwhile is seen there.
+        let underWay = failovers[name]?.own
         var pairs: [RemoteStand] = []
         for group in try home.pairs(name) {
             var testimony: Testimony?
@@ -48,7 +86,7 @@ final class OtherRemotes {
             }
             pairs.append(RemoteStand(group.pairName, group.record, testimony))
         }
-        return RemoteWord(pairs: pairs)
+        return RemoteWord(pairs: pairs, underWay: underWay)
     }
 }
 

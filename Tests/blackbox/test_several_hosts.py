@@ -283,6 +283,36 @@ class Kills(SeveralHosts):
                 self.assertLessEqual(last, self.chain.acknowledged + 1)
             self.put_away(*self.all.values())
 
+    def test_operators_want_different_points_at_once(self):
+        """Whoever is refused has changed nothing, and goes to the same point when asked again."""
+        for turn in range(4 * REPEAT):
+            faulthandler.dump_traceback_later(120, exit=True)
+            self.several()
+            self.begin_chain()
+            self.next_point(self.common()[-1] + 2)
+            self.chain.expect_losses()
+            west1, west2 = self.remotes["west1"], self.remotes["west2"]
+            older = self.common()[0]
+            ways = [(west1, ["--point", str(older)]), (west2, [] if turn % 2 else ["--point", str(older + 1)])]
+            commands = [
+                self.spawn(FARCOPY, "failover", "shop", *words, "--control", remote.control, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.PIPE, text=True)
+                for remote, words in ways]
+            with self.told(turn=turn):
+                codes, errors = [], []
+                for command in commands:
+                    errors.append(command.communicate(timeout=60)[1])
+                    codes.append(command.returncode)
+                self.assertNotEqual(codes, [0, 0] if not turn % 2 else None, errors)
+                for (remote, _), code, words in zip(ways, codes, errors):
+                    if code == 1:
+                        self.assertRegex(words, "nothing has changed|has failed over to point|is under way")
+                for remote in (west1, west2):
+                    remote.farcopy("failover", "shop")
+                self.failed_over()
+            self.chain.stop()
+            self.put_away(*self.all.values())
+
     def test_any_dies_and_comes_back(self):
         self.kill_and_fail_over(list(REMOTES) + ["west1", "west2"], comes_back=True)
 

@@ -18,7 +18,9 @@ struct FailoverOutlook: Sendable {
 
     // MARK: Where others are
 
-    /// The point that the operator wants, or the one that another remote has failed over to already.
+    /// The point that another remote has failed over to already; nil = none.
+    ///
+    /// - Throws: when the operator wants another one, or one that is under way somewhere does.
     func agreed() throws(Refusal) -> UInt64? {
         for remote in heard.keys.sorted() {
             // A pair that was left out has gone to an older one.
@@ -31,7 +33,11 @@ struct FailoverOutlook: Sendable {
                 "group '\(order.group)': '\(remote)' has failed over to point \(point); point \(wanted) here would not match it. "
                     + "`farcopy failover \(order.group) --alone \(wanted)` does it all the same")
         }
-        return order.point
+        for (remote, heard) in heard.sorted(by: { $0.key < $1.key }) {
+            guard let other = heard.underWay, other.point != order.point else { continue }
+            throw other.refusal(order.group, remote, order.flag, isSilent: heard.word == nil)
+        }
+        return nil
     }
 
     private func isLeftOut(_ pair: String, after point: UInt64) -> Bool {

@@ -15,6 +15,10 @@ package struct OwnPair: Sendable {
 
 /// A pair is named by its place among those of this site.
 package enum FailoverAction: Sendable, Equatable {
+    /// Whoever asks, or is asked, from now on hears of it. Fails when one is under way here that wants something else.
+    case announce(FailoverFlag)
+    /// It has ended; these are told, where they remember it.
+    case retract([String])
     /// Each of these remotes, at once, about a point that is in doubt here, or about none. Answered by `heard`.
     case ask([String], about: UInt64?)
     /// The pair's own testimony of a point, before others are asked: it promises to refuse what it has not committed. Answered by `testimony`.

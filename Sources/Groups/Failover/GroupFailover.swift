@@ -1,6 +1,6 @@
 // GroupFailover.swift: a failover of a group with several remotes, at one of them: all go to one point.
 //
-//   ask how the others stand → settle what is in doubt → take over, pair by pair → lead the others
+//   announce it → ask how the others stand → settle what is in doubt → take over, pair by pair → lead the others → retract it
 //
 // Must be prevented:
 //   remotes fail over to different points, unless an operator says so
@@ -17,11 +17,15 @@ package struct GroupFailover: FailoverSteps {
         package var alone: Bool
         /// The group's other remotes.
         package var others: [String]
+        /// At random.
+        package var id: UInt64
 
-        package init(group: String, site: String, point: UInt64?, alone: Bool, others: [String]) {
+        package init(group: String, site: String, point: UInt64?, alone: Bool, others: [String], id: UInt64) {
             (self.group, self.site, self.point, self.alone) = (group, site, point, alone)
-            self.others = alone ? [] : others
+            (self.others, self.id) = (alone ? [] : others, id)
         }
+
+        var flag: FailoverFlag { FailoverFlag(id: id, point: point) }
     }
 
     package struct Outcome: Sendable {
@@ -35,15 +39,17 @@ package struct GroupFailover: FailoverSteps {
         /// The newest point of each pair before the others were asked.
         var seen: [UInt64]
         var heard: [String: Heard]
-        var agreed: UInt64?
+        /// By an operator who is alone, or at a remote that has failed over: what it is about is not asked any more.
+        var chosen: UInt64?
     }
 
     private enum State {
-        case begins
+        case begins, announces
         case asks(seen: [UInt64])
         case settles(DoubtSettlement, Hearing)
         case takesOver(FailoverTarget, Hearing, pair: Int)
         case leads(FailoverTarget, committed: UInt64, left: ArraySlice<String>, behind: [(String, any Error)])
+        case retracts(Result<Outcome, any Error>)
     }
     private var state = State.begins
     private let order: Order
@@ -57,7 +63,14 @@ package struct GroupFailover: FailoverSteps {
             switch (state, answer) {
             case (.begins, .begin):
                 try FailoverOutlook(order: order, pairs: pairs, heard: [:]).checkAlone()
-                return ask(pairs)
+                // Nobody else is told of one that asks nobody.
+                if order.alone { return ask(pairs) }
+                state = .announces
+                return .perform(.announce(order.flag))
+            case (.announces, .done): return ask(pairs)
+            case (.announces, .failed(let error)): return .failed(error)
+            case (.retracts(.success(let outcome)), _): return .done(outcome)
+            case (.retracts(.failure(let error)), _): return .failed(error)
             case (.asks(let seen), .heard(let heard)): return try hear(heard, seen, pairs)
             case (.settles(let doubt, let hearing), _): return try settle(doubt, hearing, answer, pairs)
             case (.takesOver(let target, let hearing, let pair), .done):
@@ -67,12 +80,17 @@ package struct GroupFailover: FailoverSteps {
                 return lead(target, committed, left.dropFirst(), behind)
             case (.leads(let target, let committed, let left, let behind), .failed(let error)):
                 return lead(target, committed, left.dropFirst(), behind + [(left.first!, error)])
-            case (_, .failed(let error)): return .failed(error)
-            default: return .failed(UnexpectedAnswer(answer, state))
+            case (_, .failed(let error)): throw error
+            default: throw UnexpectedAnswer(answer, state)
             }
         } catch {
-            return .failed(error)
+            return end(.failure(error))
         }
+    }
+
+    private mutating func end(_ result: Result<Outcome, any Error>) -> Step<FailoverAction, Outcome> {
+        state = .retracts(result)
+        return order.alone ? next(after: .done, []) : .perform(.retract(order.others))
     }
 
     // MARK: How the others stand
@@ -95,10 +113,9 @@ package struct GroupFailover: FailoverSteps {
         _ heard: [String: Heard], _ seen: [UInt64], _ pairs: [OwnPair]
     ) throws -> Step<FailoverAction, Outcome> {
         let agreed = try FailoverOutlook(order: order, pairs: pairs, heard: heard).agreed()
-        // An operator has chosen, here or at a remote that has failed over: what it is about is not asked any more.
-        let chosen = order.alone || agreed != order.point ? agreed : nil
+        let chosen = order.alone ? order.point : agreed
         let doubt = DoubtSettlement(order.group, others: order.others, chosen: chosen)
-        return try settle(doubt, Hearing(seen: seen, heard: heard, agreed: agreed), .begin, pairs)
+        return try settle(doubt, Hearing(seen: seen, heard: heard, chosen: chosen), .begin, pairs)
     }
 
     private mutating func settle(
@@ -119,7 +136,7 @@ package struct GroupFailover: FailoverSteps {
     private mutating func choose(_ hearing: Hearing, _ pairs: [OwnPair]) throws -> Step<FailoverAction, Outcome> {
         guard hearing.seen == Self.newest(pairs) else { return try askAgain(pairs) }
         let outlook = FailoverOutlook(order: order, pairs: pairs, heard: hearing.heard)
-        let target = try outlook.target(hearing.agreed)
+        let target = try outlook.target(hearing.chosen ?? order.point)
         try outlook.checkOlder()
         try outlook.checkAll(target)
         return takeOver(target, hearing, from: 0, pairs)
@@ -135,14 +152,14 @@ package struct GroupFailover: FailoverSteps {
         guard pairs[pair].record.failedOver != nil || !target.leaves(pairs[pair]) else {
             return .perform(.leave(pair: pair))
         }
-        let newest = hearing.agreed == nil ? hearing.seen[pair] : nil
+        let newest = hearing.chosen == nil ? hearing.seen[pair] : nil
         return .perform(.takeOver(target.takeover(pair, pairs[pair], ifNewestIs: newest)))
     }
 
     private mutating func lead(
         _ target: FailoverTarget, _ committed: UInt64, _ left: ArraySlice<String>, _ behind: [(String, any Error)]
     ) -> Step<FailoverAction, Outcome> {
-        guard let next = left.first else { return .done(Outcome(target: target, behind: behind)) }
+        guard let next = left.first else { return end(.success(Outcome(target: target, behind: behind))) }
         state = .leads(target, committed: committed, left: left, behind: behind)
         return .perform(.lead(next, target, committed: committed))
     }

@@ -32,16 +32,25 @@ package struct RemoteStand: Codable, Sendable, Equatable {
 /// A remote's answer: of all that it has of the group.
 package struct RemoteWord: Codable, Sendable, Equatable {
     package var pairs: [RemoteStand]
-    package init(pairs: [RemoteStand]) { self.pairs = pairs }
+    /// A failover that was under way there before it has looked at the pairs.
+    package var underWay: FailoverFlag?
+
+    package init(pairs: [RemoteStand], underWay: FailoverFlag?) { (self.pairs, self.underWay) = (pairs, underWay) }
 }
 
 /// What has become of a question to another remote.
 package enum Heard: Sendable, Equatable {
     case says(RemoteWord)
-    /// It does not answer, or cannot be asked.
-    case silent
+    /// It does not answer, or cannot be asked. `last`: the failover that it has told of before.
+    case silent(last: FailoverFlag?)
 
     package var word: RemoteWord? { if case .says(let word) = self { word } else { nil } }
+    var underWay: FailoverFlag? {
+        switch self {
+        case .says(let word): word.underWay
+        case .silent(let last): last
+        }
+    }
 }
 
 extension GroupRecord {
