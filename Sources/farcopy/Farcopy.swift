@@ -1,4 +1,4 @@
-// Farcopy.swift: the command line. Exit codes: 0 done, 1 failed, 2 misuse; errors on stderr.
+// Farcopy.swift: the command line. Exit codes: 0 done, 1 failed, 2 misuse, 3 done here and not everywhere; errors on stderr.
 
 import API
 import ArgumentParser
@@ -35,6 +35,9 @@ struct Farcopy: AsyncParsableCommand {
             Output.fail(error.description)
         } catch let error as ConfigurationError {
             Output.fail(error.description)
+        } catch let code as ExitCode {
+            // All has been said.
+            Glibc.exit(code.rawValue)
         } catch {
             // Help and version are no misuse; whatever else the parser says is.
             if exitCode(for: error) == .success {

@@ -14,6 +14,9 @@ enum Output {
         }
     }
 
+    /// The exit code of a command that is done at this site, and not at all others that it is for.
+    static let notEverywhere: Int32 = 3
+
     static func line(_ text: String) { write(Array("\(text)\n".utf8)) }
 
     static func complain(_ text: String) { write(Array("farcopy: \(text)\n".utf8), to: 2) }

@@ -7,7 +7,9 @@ import Groups
 
 struct Failover: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "At the secondary: make a recovery point the read-write volumes of the group.")
+        abstract: "At the secondary: make a recovery point the read-write volumes of the group.",
+        discussion:
+            "Ends with 3 when it is done here, and another remote of the group has not followed: stderr names it.")
     @OptionGroup var options: ControlOptions
     @Argument(help: "The group.") var group: String
     @Option(help: "The recovery point; default: the newest.") var point: UInt64?
@@ -26,7 +28,11 @@ struct Failover: AsyncParsableCommand {
         if alone != nil { words[.alone] = "true" }
         let report = try await options.ask(Endpoints.failover, group, words)
         for remote in report.behind ?? [] { Output.write(Array("farcopy: \(remote)\n".utf8), to: 2) }
-        if options.json { return }
+        if !options.json { show(report) }
+        if report.behind?.isEmpty == false { throw ExitCode(Output.notEverywhere) }
+    }
+
+    private func show(_ report: FailoverReport) {
         Output.line("failed over to point \(report.id), formed \(report.formedAt)")
         var lost = "lost: what was written in the last \(StatusText.tenths(report.lostSeconds)) s"
         if let unsent = report.unsentBytes {

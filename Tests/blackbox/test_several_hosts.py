@@ -313,6 +313,21 @@ class Kills(SeveralHosts):
             self.chain.stop()
             self.put_away(*self.all.values())
 
+    def test_the_exit_code_says_that_a_remote_was_not_led(self):
+        self.several(interval="manual")
+        number = self.master.cycle()
+        wait_for(lambda: number in self.common(), what=f"point {number} at all remotes")
+        west1, west2 = self.remotes["west1"], self.remotes["west2"]
+        west2.kill()
+        done = west1.farcopy("failover", "shop", check=False)
+        self.assertEqual(done.returncode, 3, done)
+        self.assertIn("'west2' has not followed", done.stderr)
+        self.assertIn(f"failed over to point {number}", done.stdout)
+        self.assertEqual(west1.farcopy("failover", "shop", "--json", check=False).returncode, 3, "asked again")
+        west2.start()
+        self.assertIn(f"failed over to point {number}", west2.farcopy("failover", "shop").stdout)
+        self.assertEqual(west1.farcopy("failover", "shop").stderr, "")
+
     def test_any_dies_and_comes_back(self):
         self.kill_and_fail_over(list(REMOTES) + ["west1", "west2"], comes_back=True)
 
