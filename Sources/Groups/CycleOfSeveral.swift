@@ -322,7 +322,6 @@ extension Cycle {
     }
 
     mutating func goOnOfSeveral(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
-        attempt = 0
         switch participant.state.kind {
         case .idle:
             resyncing = resyncing && record.lastCommitted == nil

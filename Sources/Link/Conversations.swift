@@ -35,6 +35,11 @@ final class Conversations {
         var task: Task<Void, Never>
     }
     private var hosts: [Int: (question: HostRequest, call: Call)] = [:]
+    /// Why remotes have not answered what they were asked last.
+    private var problems: [Int: String] = [:]
+    var problem: String? {
+        problems.isEmpty ? nil : problems.sorted { $0.key < $1.key }.map(\.value).joined(separator: "; ")
+    }
     private var remotes: [Int: (question: RemoteRequest, call: Call)] = [:]
     private var surveys: Task<Void, Never>?
     /// Since when hosts have not been reached.
@@ -111,21 +116,24 @@ final class Conversations {
         }
         let (client, mailbox) = (client, mailbox)
         let task = Task {
-            if let (answer, at) = try? await client.ask(remote: remote, message), !Task.isCancelled {
+            var problem: String?
+            do {
+                let (answer, at) = try await client.ask(remote: remote, message)
+                guard !Task.isCancelled else { return }
                 mailbox.send(.event(.remote(remote, answer, at: at), epoch: 0))
-            }
+            } catch { problem = "\(error)" }
             guard !Task.isCancelled else { return }
-            mailbox.send(.callEnded(host: nil, remote: remote, isReached: true))
+            mailbox.send(.callEnded(host: nil, remote: remote, isReached: true, problem: problem))
         }
         remotes[remote] = (message.request.body, Call(since: now, task: task))
     }
 
     /// What is asked next is a call of its own.
-    func ended(host: Int?, remote: Int?, isReached: Bool) {
+    func ended(host: Int?, remote: Int?, isReached: Bool, problem: String?) {
         if let host {
             hosts[host] = nil
             noteReach(host, isReached)
         }
-        if let remote { remotes[remote] = nil }
+        if let remote { (remotes[remote], problems[remote]) = (nil, problem) }
     }
 }

@@ -113,8 +113,8 @@ final class GroupThread {
             case .stopCoordinating(let reason): stopCoordinating(reason)
             case .quiet(let isQuiet, let seconds, let done): setQuiet(isQuiet, seconds, done)
             case .noPoint(let reason): refuseWaiters(reason)
-            case .callEnded(let host, let remote, let isReached):
-                replicator?.callEnded(host: host, remote: remote, isReached: isReached)
+            case .callEnded(let host, let remote, let isReached, let problem):
+                replicator?.callEnded(host: host, remote: remote, isReached: isReached, problem: problem)
             case .marked(let asker): replicator?.marked(asker)
             case .released(let changed, let used, let asker): replicator?.released(changed, used, asker)
             }
@@ -276,7 +276,8 @@ final class GroupThread {
     private func longWait() -> String? {
         let (waitsFor, now) = (group.cycle?.waitsFor, monotonicNanoseconds())
         if waitsFor != waiting.words { waiting = (waitsFor, now) }
-        return now - waiting.since > Self.longWaitNanoseconds ? waitsFor : nil
+        guard let waitsFor, now - waiting.since > Self.longWaitNanoseconds else { return nil }
+        return waitsFor + (replicator?.remotesProblem.map { " (\($0))" } ?? "")
     }
 
     private func tellQuiet() {

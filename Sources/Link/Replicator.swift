@@ -346,9 +346,12 @@ package final class Replicator {
         Task { if let problem = await asks() { mailbox.send(.noPoint(problem)) } }
     }
 
-    func callEnded(host: Int?, remote: Int?, isReached: Bool) {
-        conversations?.ended(host: host, remote: remote, isReached: isReached)
+    func callEnded(host: Int?, remote: Int?, isReached: Bool, problem: String?) {
+        conversations?.ended(host: host, remote: remote, isReached: isReached, problem: problem)
     }
+
+    /// Why remotes that the coordinator here asks do not answer.
+    var remotesProblem: String? { conversations?.problem }
 
     private func surveyOwn() {
         let (mailbox, asker) = (group.mailbox, epoch)

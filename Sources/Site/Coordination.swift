@@ -74,9 +74,15 @@ package final class Coordination {
             call.message.request, formedAt: call.message.formedAt ?? realSeconds(), places: call.places,
             without: call.without, copy: call.message.copy)
         do {
-            return try await steps.runPart(input, group)
+            let reply = try await steps.runPart(input, group)
+            home.endAlert(group, .refused)
+            return reply
         } catch let refusal as TakeoverRefusal {
             throw Refusal("group '\(group.entry.name)': \(refusal)", .refused)
+        } catch {
+            // It is told here as well, where the reason lies.
+            home.alert(group, .refused, "point \(number) could not be \(call.message.request.body.wanted): \(error)")
+            throw error
         }
     }
 

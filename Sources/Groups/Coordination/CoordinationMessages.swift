@@ -69,6 +69,15 @@ package enum RemoteRequest: Codable, Equatable, Sendable {
         case .prepare(let number, _), .commit(let number, _), .commitAtOnce(let number, _), .drop(let number): number
         }
     }
+
+    /// What is to become of the point, in a word.
+    package var wanted: String {
+        switch self {
+        case .prepare: "prepared"
+        case .commit, .commitAtOnce: "committed"
+        case .drop: "dropped"
+        }
+    }
 }
 
 /// Of a remote, to the coordinator.
