@@ -234,7 +234,8 @@ extension GroupRecord {
                 point: takeover.point, at: takeover.at, restoring: takeover.volumes,
                 joins: takeover.joins ? true : nil))
         beginGeneration(takeover.generation)
-        // It is never committed here.
+        // It is never committed here, and others must not take that for their own word.
+        if let prepared = coordination?.prepared { coordination?.inDoubt = prepared.number }
         coordination?.prepared = nil
         coordination?.coordinator = nil
         if !takeover.leftOut.isEmpty { leftOut = takeover.leftOut }
@@ -300,7 +301,7 @@ extension GroupRecord {
     }
 
     /// Ends recovery points. They stay written down as long as some volume has files of them.
-    private mutating func retire(_ numbers: [UInt64]) {
+    mutating func retire(_ numbers: [UInt64]) {
         let ended = points.filter { numbers.contains($0.number) }
         points.removeAll { numbers.contains($0.number) }
         retired = (retired ?? []) + ended

@@ -142,18 +142,10 @@ extension SeveralRemote {
 
     private func settle(_ settlement: Settlement, _ done: @escaping (FailoverAnswer) -> Void) {
         let (number, forward) = (settlement.point, settlement.forward)
-        let unwritten = FailoverAnswer.failed(SimulationFailure("its record cannot be written"))
-        if settlement.reason == .chosen {
-            // Nobody relies on what an operator has chosen.
-            guard take(.remotePart(RemotePartChange(record: record.twoPhase(), plan: nil, inDoubt: number))) else {
-                return done(unwritten)
-            }
-        }
         world.count("a doubt is settled, \(forward ? "forward" : "back")")
         world.note("\(name) settles point \(number): \(forward ? "it counts" : "it is dropped")")
-        let epoch = record.coordination?.epoch ?? 0
-        let request: RemoteRequest = forward ? .commit(number, others: true) : .drop(number)
-        run(RemotePart(.request(Stamped(epoch: epoch, request), formedAt: 0, places: nil), keep: world.mix.keep)) {
+        let input = RemotePart.Input.decided(number, forward: forward, alone: settlement.reason == .chosen)
+        run(RemotePart(input, keep: world.mix.keep)) {
             if case .failure(let error) = $0 { done(.failed(error)) } else { done(.done) }
         }
     }

@@ -434,8 +434,8 @@ package final class SeveralHosts: Scenario {
     /// No faults any more: points are committed everywhere, or all remotes fail over.
     private func settle() throws(SimulationFailure) {
         endFaults()
-        // Whether the others find together again is the operator's affair.
-        guard !isApart else { return }
+        // Whether the others find together again is the operator's affair; while none has failed over points go on.
+        guard !isApart || remotes.allSatisfy({ $0.saved.failedOver == nil && !$0.isLeading }) else { return }
         for site in sites { start(site) }
         for host in hosts { tell(host, .resume) }
         let before = newest.max()!

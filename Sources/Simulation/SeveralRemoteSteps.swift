@@ -90,6 +90,7 @@ extension SeveralRemote {
                 if let said = reply.answer?.body { world.count("a remote says \(said)") }
                 answer(reply)
             case .failure(let refusal as TakeoverRefusal):
+                if refusal.description.contains("cannot come") { world.fail("\(name): \(refusal)") }
                 world.note("\(name): \(refusal)")
                 answer(nil)
             case .failure: answer(nil)

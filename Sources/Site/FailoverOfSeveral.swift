@@ -128,14 +128,8 @@ package final class FailoverOfSeveral {
 
     private func settle(_ settlement: Settlement, _ group: GroupState) async throws {
         let number = settlement.point
-        if settlement.reason == .chosen {
-            // Nobody relies on what an operator has chosen.
-            try await group.handle.change(
-                .remotePart(RemotePartChange(record: group.record.twoPhase(), plan: nil, inDoubt: number)))
-        }
-        let request: RemoteRequest = settlement.forward ? .commit(number, others: true) : .drop(number)
-        let epoch = group.record.coordination?.epoch ?? 0
-        _ = try await steps.runPart(.request(Stamped(epoch: epoch, request), formedAt: 0, places: nil), group)
+        _ = try await steps.runPart(
+            .decided(number, forward: settlement.forward, alone: settlement.reason == .chosen), group)
         home.note(
             group.entry.name,
             "point \(number) \(settlement.forward ? "counts" : "is dropped"): \(settlement.reason.words)")
@@ -144,7 +138,11 @@ package final class FailoverOfSeveral {
     private func takeOver(
         _ takeover: PairTakeover, _ group: GroupState, ledBy leader: String?
     ) async throws -> FailoverReport {
+        let prepared = group.record.coordination?.prepared?.number
         let report = try await intake.failover(group, point: takeover.point, ifNewestIs: takeover.ifNewestIs)
+        if let prepared, group.record.coordination?.inDoubt == prepared, prepared != takeover.point {
+            home.note(group.entry.name, "point \(prepared) is dropped: as was chosen")
+        }
         if let point = takeover.behind {
             home.note(
                 group.entry.name,

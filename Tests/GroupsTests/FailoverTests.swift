@@ -61,3 +61,41 @@ func rememberedFailovers() {
     here.heard(FailoverFlag(id: 3, point: nil), of: "west2", hasEnded: false, now: 6)
     #expect(here.last(of: "west2", now: 7) == nil, "one to the newest point waits for nobody")
 }
+
+/// What a remote answers, and what becomes of its record.
+private func run(_ input: RemotePart.Input, _ record: inout GroupRecord) throws -> RemoteReply {
+    var (part, answer) = (RemotePart(input, keep: Retention(last: 4)), Answer.begin)
+    while true {
+        switch part.next(after: answer, record) {
+        case .done(let reply): return reply
+        case .failed(let error): throw error
+        case .perform(.change(let change)):
+            try record.apply(change)
+            answer = .done
+        case .perform(.survey): answer = .survey(IntakeSurvey(writesUnderWay: 0, order: 4, changed: [], at: 0))
+        case .perform: answer = .done
+        }
+    }
+}
+
+@Test("a point that an operator has chosen alone is decided after all before the failover to it")
+func chosenAndThenDecided() throws {
+    var chosen = GroupRecord.first(.secondary, identity: "w")
+    let plan = CommitPlan(point: PointRecord(number: 4, formedAt: 0, committedAt: 0, order: 4), dropped: [])
+    let prepared = TwoPhaseRecord(epoch: 7, stand: .prepared(4))
+    try chosen.apply(.remotePart(RemotePartChange(record: prepared, plan: plan)))
+    _ = try run(.decided(4, forward: true, alone: true), &chosen)
+    #expect(chosen.points.map(\.number) == [4] && chosen.coordination?.inDoubt == 4 && chosen.newestCommitted == 0)
+
+    func asked(_ request: RemoteRequest) throws -> (RemoteAnswer?, GroupRecord) {
+        var record = chosen
+        let reply = try run(.request(Stamped(epoch: 7, request), formedAt: 0, places: []), &record)
+        return (reply.answer?.body, record)
+    }
+    let (repeated, same) = try asked(.prepare(4, after: 0))
+    #expect(repeated == .prepared(4) && same == chosen)
+    let (committed, counts) = try asked(.commit(4, others: false))
+    #expect(committed == .committed(4) && counts.coordination?.inDoubt == nil && counts.points.map(\.number) == [4])
+    let (dropped, gone) = try asked(.drop(4))
+    #expect(dropped == .dropped(4) && gone.coordination?.inDoubt == nil && gone.points.isEmpty)
+}

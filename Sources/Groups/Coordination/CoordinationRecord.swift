@@ -62,6 +62,21 @@ package struct RemotePartChange: Sendable, Equatable {
 }
 
 extension GroupRecord {
+    /// A point that an operator has chosen alone, before the failover to it: it is prepared, for all others.
+    private var doubtful: UInt64? {
+        guard role == .secondary, let number = coordination?.inDoubt else { return nil }
+        return points.contains { $0.number == number } ? number : nil
+    }
+
+    /// Everything of this point is here, and nobody has said whether it counts.
+    package var undecided: UInt64? { coordination?.prepared?.number ?? doubtful }
+
+    /// The newest point that was committed here, in the present direction; 0 = none.
+    package var newestCommitted: UInt64 {
+        let doubtful = doubtful
+        return points.last { $0.isBase != true && $0.number != doubtful }?.number ?? 0
+    }
+
     /// As `TwoPhaseCommit` knows it.
     ///
     /// - Parameter previous: what every remote has committed, by the coordinator; what a remote without points of this direction goes by, since
@@ -74,8 +89,8 @@ extension GroupRecord {
         let stand: TwoPhaseRecord.Stand =
             if role != .secondary {
                 .failedOver(at: failedOver?.point ?? 0, inDoubt: coordination?.inDoubt)
-            } else if let prepared = coordination?.prepared {
-                .prepared(prepared.number)
+            } else if let undecided {
+                .prepared(undecided)
             } else {
                 .open
             }
@@ -89,7 +104,10 @@ extension GroupRecord {
         next.epoch = part.record.epoch
         next.refusedThrough = part.record.refusedThrough
         if let places = part.places { next.places = places }
+        let doubtful = part.inDoubt == nil && part.record.stand == .open ? doubtful : nil
         if let number = part.inDoubt { next.inDoubt = number }
+        // Decided, it counts, or is no point of the group's.
+        if doubtful != nil { next.inDoubt = nil }
         let hasCommitted = part.plan.map { $0.point.number == part.record.committed } ?? false
         switch part.record.stand {
         case .prepared(let number): if let plan = part.plan, plan.point.number == number { next.prepared = plan.point }
@@ -99,6 +117,7 @@ extension GroupRecord {
         // The coordinator has decided what an operator was in doubt about.
         if hasCommitted, part.places != nil, next.inDoubt == part.record.committed { next.inDoubt = nil }
         coordination = next
+        if let doubtful, part.record.committed < doubtful { retire([doubtful]) }
         if hasCommitted, let plan = part.plan { commit(plan) }
     }
 }

@@ -46,8 +46,12 @@ package struct DoubtSettlement: FailoverSteps {
 
     private mutating func look(from first: Int, _ pairs: [OwnPair]) -> Step<FailoverAction, Void> {
         for pair in pairs.indices.dropFirst(first) {
-            guard let point = pairs[pair].record.coordination?.prepared?.number else { continue }
-            if let chosen { return settle(pair, point, forward: chosen == point, .chosen) }
+            guard let point = pairs[pair].record.undecided else { continue }
+            if let chosen {
+                // What is not chosen is passed over by the takeover itself: should that fail, nothing has changed.
+                guard chosen == point else { continue }
+                return settle(pair, point, forward: true, .chosen)
+            }
             // Its own promise comes first.
             state = .promises(Doubt(pair: pair, point: point), pairs.indices.filter { $0 != pair })
             return .perform(.promise(pair: pair, point))

@@ -95,6 +95,6 @@ package struct OvertakenFailover: Error, CustomStringConvertible {
 extension GroupRecord {
     /// A point is prepared, or was committed, since this was the newest.
     package func isOvertaken(since newest: UInt64) -> Bool {
-        coordination?.prepared != nil || newestReadable?.number ?? 0 != newest
+        undecided != nil || newestReadable?.number ?? 0 != newest
     }
 }

@@ -53,7 +53,7 @@ package struct FollowedFailover: FailoverSteps {
                 return .failed(
                     Refusal("group '\(group)' at '\(site)' has failed over to point \(done) already", .refused))
             }
-            guard let point = pair.record.coordination?.prepared?.number else { return takeOver(place, pair) }
+            guard let point = pair.record.undecided else { return takeOver(place, pair) }
             state = .settles(pair: place)
             return .perform(
                 .settle(

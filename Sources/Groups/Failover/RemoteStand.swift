@@ -19,7 +19,7 @@ package struct RemoteStand: Codable, Sendable, Equatable {
     package init(_ pair: String, _ record: GroupRecord, _ testimony: Testimony?) {
         (self.pair, self.testimony) = (pair, testimony)
         committed = record.newestCommitted
-        prepared = record.coordination?.prepared?.number
+        prepared = record.undecided
         failedOver = record.failedOver?.point
         without = record.newestReadable?.without
         points = record.readablePoints.map(\.number)
@@ -51,9 +51,4 @@ package enum Heard: Sendable, Equatable {
         case .silent(let last): last
         }
     }
-}
-
-extension GroupRecord {
-    /// The newest point that was committed here, in the present direction; 0 = none.
-    package var newestCommitted: UInt64 { points.last { $0.isBase != true }?.number ?? 0 }
 }

@@ -7,10 +7,12 @@
 
 package struct Failover: StepTable {
     enum State {
-        case begins, fences, marks, decides(bytes: UInt64), opens(bytes: UInt64), drops(any Error)
+        case begins, fences, marks, decides(bytes: UInt64), opens(bytes: UInt64), drops(any Error), ends(bytes: UInt64)
     }
     var state = State.begins
     private let takeover: Takeover
+    /// A point that was prepared, and that the operator does not go to.
+    private var passedOver: UInt64?
 
     package init(_ takeover: Takeover) { self.takeover = takeover }
 
@@ -18,6 +20,7 @@ package struct Failover: StepTable {
     package mutating func next(after answer: Answer, _ record: GroupRecord) -> Next<UInt64> {
         switch (state, answer) {
         case (.begins, .begin):
+            passedOver = record.coordination?.prepared?.number
             return go(.fences, .fence(next: 0))
         case (.fences, .done):
             return go(.marks, .markDifferences(from: takeover.point, takeover.volumes))
@@ -25,7 +28,10 @@ package struct Failover: StepTable {
             return go(.decides(bytes: bytes), .change(.failedOver(takeover)))
         case (.decides(let bytes), .done):
             return go(.opens(bytes: bytes), .open(at: takeover.point, takeover.volumes))
-        case (.opens(let bytes), .done): return .done(bytes)
+        case (.opens(let bytes), .done):
+            guard let passedOver else { return .done(bytes) }
+            return go(.ends(bytes: bytes), .dropPointFiles(passedOver))
+        case (.ends(let bytes), _): return .done(bytes)
         case (.marks, .failed(let error)), (.decides, .failed(let error)):
             // Nothing is restored. The files stay: should the record's file hold the failover, a start carries it out.
             return go(.drops(error), .dropDifferences(takeover.volumes))

@@ -24,6 +24,9 @@ package struct RemotePart: StepTable {
             copy: CopyIdentity? = nil)
         /// Another remote, or this one before it asks others, wants to know of a point.
         case question(UInt64)
+        /// This remote fails over, and knows whether the point counts; what was decided meanwhile holds. `alone`: an operator has said so, and nobody
+        /// relies on that.
+        case decided(UInt64, forward: Bool, alone: Bool)
     }
 
     enum State {
@@ -95,6 +98,12 @@ package struct RemotePart: StepTable {
                 return .done(RemoteReply(testimony: remote.record.testimony(of: number)))
             }
             return carryOut(remote.handle(.question(from: 1, number), now: 0), nil, record)
+        case .decided(let number, let forward, _):
+            guard record.role == .secondary, record.undecided == number else { return .done(RemoteReply()) }
+            remote = TwoPhaseCommit(.several, index: 0, record: record.twoPhase())
+            let request: RemoteRequest = forward ? .commit(number, others: true) : .drop(number)
+            return carryOut(
+                remote.handle(.request(Stamped(epoch: remote.record.epoch, request)), now: 0), nil, record)
         }
     }
 
@@ -104,15 +113,17 @@ package struct RemotePart: StepTable {
     ) -> Next<RemoteReply> {
         wanted = (turn.before + turn.after)[...]
         guard turn.saves else { return goOn(plan, record) }
-        let takes = wanted.contains { if case .take = $0 { true } else { false } }
+        // What an operator has chosen before has its files, and its place in the chains.
+        let isThere = record.hasCommitted(remote.record.committed) != nil
+        let takes = !isThere && wanted.contains { if case .take = $0 { true } else { false } }
         return takes ? go(.surveys, .survey) : decide(plan)
     }
 
     private mutating func decide(_ plan: CommitPlan?) -> Next<RemoteReply> {
-        var places: [PairPlace]?
-        if case .request(_, _, let all, _, _) = input { places = all }
-        return go(
-            .decides(plan), .change(.remotePart(RemotePartChange(record: remote.record, plan: plan, places: places))))
+        var change = RemotePartChange(record: remote.record, plan: plan)
+        if case .request(_, _, let all, _, _) = input { change.places = all }
+        if case .decided(let number, _, alone: true) = input { change.inDoubt = number }
+        return go(.decides(plan), .change(.remotePart(change)))
     }
 
     /// Nothing was let in since it was prepared, so it is what the volumes are; its place in the chains is the newest now.
@@ -142,7 +153,10 @@ package struct RemotePart: StepTable {
                 }
                 return go(.looks(number), .survey)
             case .take:
-                guard let plan else { return .failed(UnexpectedAnswer(action, state)) }
+                guard let plan else {
+                    if record.hasCommitted(remote.record.committed) != nil { continue }
+                    return .failed(UnexpectedAnswer(action, state))
+                }
                 return go(.takes(plan), .takePoint(plan))
             case .dropFiles(let number): return go(.drops(plan), .dropPointFiles(number))
             case .answer(let answer):
