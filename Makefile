@@ -32,6 +32,7 @@ test-long: test-simulation-long ## What takes longer: every suite on block devic
 		GROUP_LINES="mode = \"global-mirror\"\ncollision = \"$$rules\"" $(PYTHON) run.py test_closed_cut test_replication test_roles \
 		test_link test_points test_operations test_opposites test_half_done test_order test_power test_full) || exit 1; done
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 REPEAT=25 $(PYTHON) run.py test_several_hosts
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 REPEAT=5 $(PYTHON) run.py test_several_faults
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 LASTS=60 REPEAT=5 $(PYTHON) run.py test_contradiction
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 SWEEP=all $(PYTHON) run.py split test_nth_call
 
