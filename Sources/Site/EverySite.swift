@@ -84,9 +84,9 @@ package final class EverySite {
     ) async throws -> String {
         if let wanted { return wanted }
         let stands = await remotes.ask(others, name, about: nil)
-        if let silent = stands.filter({ $0.value.word == nil }).keys.min() {
+        if let (silent, word) = stands.filter({ $0.value.word == nil }).min(by: { $0.key < $1.key }) {
             throw Refusal(
-                "group '\(name)': '\(silent)' cannot be reached, so that no point is known to be there as well",
+                "group '\(name)': '\(silent)' does not say what it has (\(word.problem)), so that no point is known to be there as well",
                 .passing)
         }
         let here = pairs.map { $0.record.newestReadable?.number ?? 0 }

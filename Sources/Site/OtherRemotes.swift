@@ -24,23 +24,31 @@ final class OtherRemotes {
         let call = TestimonyCall(
             site: home.configuration.site, number: number, underWay: failovers[name]?.own)
         let clients = home.clients(remotes)
-        return await withTaskGroup(of: (String, RemoteWord?).self) { tasks in
+        return await withTaskGroup(of: (String, Result<RemoteWord, any Error>).self) { tasks in
             for (remote, client) in clients {
                 tasks.addTask {
-                    let word: RemoteWord? = try? await client.call(
-                        Endpoints.testify, name, body: call, seconds: Self.seconds)
-                    return (remote, word)
+                    do {
+                        let word: RemoteWord = try await client.call(
+                            Endpoints.testify, name, body: call, seconds: Self.seconds)
+                        return (remote, .success(word))
+                    } catch { return (remote, .failure(error)) }
                 }
             }
-            var words: [String: RemoteWord] = [:]
+            var words: [String: Result<RemoteWord, any Error>] = [:]
             for await (remote, word) in tasks { words[remote] = word }
             return Dictionary(uniqueKeysWithValues: remotes.map { ($0, heard(words[$0], of: $0, name)) })
         }
     }
 
-    private func heard(_ word: RemoteWord?, of remote: String, _ name: String) -> Heard {
-        if let word { return .says(word) }
-        return .silent(last: failovers[name]?.last(of: remote, now: monotonicNanoseconds()))
+    private func heard(_ word: Result<RemoteWord, any Error>?, of remote: String, _ name: String) -> Heard {
+        var why: String?
+        switch word {
+        case .success(let word): return .says(word)
+        case .failure(let refusal as Refusal): why = refusal.description
+        case .failure(let error): why = "it cannot be reached: \(error)"
+        case nil: break
+        }
+        return .silent(last: failovers[name]?.last(of: remote, now: monotonicNanoseconds()), why: why)
     }
 
     // MARK: Failovers

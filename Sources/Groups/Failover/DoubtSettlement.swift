@@ -77,7 +77,7 @@ package struct DoubtSettlement: FailoverSteps {
         if testimonies.contains(.committed) { return settle(doubt.pair, doubt.point, forward: true, .committed) }
         let silent = others.filter { heard[$0]?.word == nil }
         guard silent.isEmpty || testimonies.contains(.refuses(prepared: false)) else {
-            return .failed(refusal(doubt, silent, pairs))
+            return .failed(refusal(doubt, silent, heard, pairs))
         }
         return settle(doubt.pair, doubt.point, forward: false, .uncommitted)
     }
@@ -89,12 +89,15 @@ package struct DoubtSettlement: FailoverSteps {
         return .perform(.settle(Settlement(pair: pair, point: point, forward: forward, reason: reason)))
     }
 
-    private func refusal(_ doubt: Doubt, _ silent: [String], _ pairs: [OwnPair]) -> Refusal {
+    private func refusal(
+        _ doubt: Doubt, _ silent: [String], _ heard: [String: Heard], _ pairs: [OwnPair]
+    ) -> Refusal {
         let names = silent.map { "'\($0)'" }.joined(separator: ", ")
+        let reasons = silent.map { heard[$0]?.problem ?? "it was not asked" }.joined(separator: "; ")
         let committed = pairs.map(\.record.newestCommitted).max() ?? 0
         return Refusal(
-            "group '\(group)': point \(doubt.point) is in doubt: it is prepared here, and \(names), which may have committed it, cannot "
-                + "be reached. Bring \(names) back and try again; or choose: `farcopy failover \(group) --alone \(doubt.point)` takes "
+            "group '\(group)': point \(doubt.point) is in doubt: it is prepared here, and \(names), which may have committed it, does not "
+                + "say (\(reasons)). Bring \(names) back and try again; or choose: `farcopy failover \(group) --alone \(doubt.point)` takes "
                 + "it, `--alone \(committed)` drops it. If \(names) went the other way, what is there does not match what is here"
         )
     }

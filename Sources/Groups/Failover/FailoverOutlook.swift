@@ -94,9 +94,9 @@ struct FailoverOutlook: Sendable {
     /// One that the operator names may be older than what a remote that does not answer would go to by itself.
     func checkOlder() throws(Refusal) {
         guard !order.alone, let wanted = order.point else { return }
-        guard let silent = heard.filter({ $0.value.word == nil }).keys.min() else { return }
+        guard let (silent, word) = heard.filter({ $0.value.word == nil }).min(by: { $0.key < $1.key }) else { return }
         throw Refusal(
-            "group '\(order.group)': '\(silent)' cannot be reached, and would go to its newest point by itself, not to point \(wanted); bring it "
+            "group '\(order.group)': '\(silent)' does not say what it has (\(word.problem)), and would go to its newest point by itself, not to point \(wanted); bring it "
                 + "back, or `farcopy failover \(order.group) --alone \(wanted)`", .passing)
     }
 

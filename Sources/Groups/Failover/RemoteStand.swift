@@ -41,14 +41,19 @@ package struct RemoteWord: Codable, Sendable, Equatable {
 /// What has become of a question to another remote.
 package enum Heard: Sendable, Equatable {
     case says(RemoteWord)
-    /// It does not answer, or cannot be asked. `last`: the failover that it has told of before.
-    case silent(last: FailoverFlag?)
+    /// It does not answer, cannot be asked, or says why it cannot tell. `last`: the failover that it has told of before.
+    case silent(last: FailoverFlag?, why: String? = nil)
 
     package var word: RemoteWord? { if case .says(let word) = self { word } else { nil } }
     var underWay: FailoverFlag? {
         switch self {
         case .says(let word): word.underWay
-        case .silent(let last): last
+        case .silent(let last, _): last
         }
+    }
+    /// Of one that is silent.
+    package var problem: String {
+        if case .silent(_, let why?) = self { return why }
+        return "there is no [peers] entry for it"
     }
 }
