@@ -290,6 +290,8 @@ package struct Cycle {
     }
 
     package mutating func handle(_ event: Event, _ record: inout GroupRecord, now: UInt64) -> Turn<Action> {
+        // Who gives a point up by command wants no other in its place, also between two attempts.
+        if case .pointLost(_, nil) = event { requested = false }
         guard place(of: event) == .handled else { return Turn() }
         // Often, and before the state is looked at: whoever holds that makes the mover's tables be copied.
         if case .move(let event) = event { return move(event, &record, now) }

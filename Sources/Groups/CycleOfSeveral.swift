@@ -463,7 +463,7 @@ extension Cycle {
         guard let absent = coordinator.record.absent else { return nil }
         let all = settings.part.coordination.hostNames
         let names = absent.filter(all.indices.contains).map { all[$0] }.joined(separator: ", ")
-        return "points are formed without \(names), which is lost; the volumes there are behind"
+        return "the last point was formed without \(names), which is lost or begins anew; the volumes there are behind"
     }
 
     mutating func heard(

@@ -335,6 +335,8 @@ extension GroupRecord {
             points = []
             lineage = membership.lineage
         }
+        // A point that was prepared is not what the exchanged file holds.
+        if membership.foreign.keys.contains(where: { lineages[$0] != nil }) { coordination?.prepared = nil }
         lineages.merge(membership.foreign) { _, new in new }
         if let newest = points.last, !membership.foreign.isEmpty {
             joinedAfter = (joinedAfter ?? [:]).merging(membership.foreign.mapValues { _ in newest.number }) { _, new in

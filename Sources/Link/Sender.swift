@@ -269,7 +269,7 @@ package final class Sender {
         guard theirs.count == ours.count else {
             comparison.isUnavailable = true
             slots[slot].parts = 1
-            outgoing.append(Part(slot: slot, index: 0, range: 0..<length))
+            enqueue([Part(slot: slot, index: 0, range: 0..<length)])
             return nil
         }
         let runs = Self.differing(ours, theirs, length, runs: NBDLink.partsPerSlot)
@@ -278,7 +278,7 @@ package final class Sender {
         comparison.found(alike: spared, of: length)
         guard !runs.isEmpty else { return .move(.sent(slot: slot, wire: 0)) }
         slots[slot].parts = runs.count
-        for (index, run) in runs.enumerated() { outgoing.append(Part(slot: slot, index: index, range: run)) }
+        enqueue(runs.enumerated().map { Part(slot: slot, index: $0.offset, range: $0.element) })
         return nil
     }
 
@@ -350,10 +350,16 @@ package final class Sender {
 
     private func isAwaited(_ part: Part) -> Bool { slots[part.slot].fua || slots[part.slot].isHurried }
 
+    /// What has been compared.
+    private func enqueue(_ parts: [Part]) {
+        outgoing.insert(contentsOf: parts, at: parts.allSatisfy(isAwaited) ? outgoingStart : outgoing.count)
+    }
+
     /// What waits of a volume goes ahead of the rest.
     func hurry(_ volume: Int) {
         let waiting = outgoing[outgoingStart...]
-        for part in waiting where slots[part.slot].volume == volume { slots[part.slot].isHurried = true }
+        // Also what is being compared, and comes later.
+        for slot in slots.indices where slots[slot].volume == volume { slots[slot].isHurried = true }
         outgoing = waiting.filter(isAwaited) + waiting.filter { !isAwaited($0) }
         outgoingStart = 0
     }

@@ -166,8 +166,8 @@ final class SeveralRemote: SeveralSite {
         if let failover = record.failedOver {
             return .refused("it has failed over at \(failover.point)", passing: false)
         }
-        if let point = record.coordination?.prepared {
-            return .refused("point \(point.number) is prepared, and not decided", passing: true)
+        if let point = record.undecided {
+            return .refused("point \(point) is prepared, and not decided", passing: true)
         }
         return nil
     }

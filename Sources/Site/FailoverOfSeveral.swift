@@ -68,9 +68,7 @@ package final class FailoverOfSeveral {
     /// - Returns: nil where none is.
     package func decidePrepared(_ name: String) async throws -> String? {
         let pairs = try home.pairs(name)
-        let numbers = pairs.filter { $0.record.role == .secondary }.compactMap {
-            $0.record.coordination?.prepared?.number
-        }
+        let numbers = pairs.filter { $0.record.role == .secondary }.compactMap(\.record.undecided)
         guard let number = numbers.max() else { return nil }
         _ = try await run(DoubtSettlement(name, others: home.fellows(pairs)), name)
         return "point \(number) is decided; `farcopy events \(name)` says how"

@@ -92,9 +92,9 @@ package final class Intake {
 
     /// Data of the next point would be in it.
     private func refuseWhilePrepared(_ group: GroupState) throws {
-        guard let point = group.record.coordination?.prepared else { return }
+        guard let point = group.record.undecided else { return }
         throw Refusal(
-            "group '\(group.entry.name)' at '\(home.configuration.site)' has prepared point \(point.number), and it is not decided yet",
+            "group '\(group.entry.name)' at '\(home.configuration.site)' has prepared point \(point), and it is not decided yet",
             .passing)
     }
 

@@ -19,6 +19,7 @@ extension Holdings {
         let pairs = try pairs(name).filter { !$0.entry.volumes.isEmpty }
         let clients = clients(isLed ? [] : fellows(pairs))
         let names = pairs.map(\.entry.name)
+        let before = pairs.map(\.operation)
         return try await withThrowingTaskGroup(of: Outcome.self) { tasks in
             for name in names { tasks.addTask { try await own(name) } }
             for (fellow, client) in clients {
@@ -32,8 +33,8 @@ extension Holdings {
             do {
                 for try await outcome in tasks { outcomes.append(outcome) }
             } catch {
-                // The others wait for who does not come.
-                for name in names { (try? group(name))?.operation?.abort() }
+                // The others wait for who does not come; what was under way before is nobody's business here.
+                for (pair, earlier) in zip(pairs, before) where pair.operation !== earlier { pair.operation?.abort() }
                 happened()
                 throw error
             }
@@ -104,7 +105,7 @@ extension Roles {
     /// - Parameter losers: sites whose changes are discarded: of every pair that one of them is of.
     package func resync(_ name: String, discard losers: [String], isLed: Bool) async throws -> ResyncReport {
         guard try isOfAll(name, losers, isLed: isLed) else { return try await resync(name, discard: losers[0]) }
-        if let winner = try peerOfLoser(name, losers) {
+        if let winner = try peerOfLoser(name, losers, isLed: isLed) {
             return try await peers.callPeer(winner, Endpoints.resync, [.discard: list(losers)], seconds: 600)
         }
         if !isLed { _ = try await previewResync(name, discard: losers, isLed: false) }
@@ -120,7 +121,7 @@ extension Roles {
     /// What that would send and discard. Refused where a name is none of a site that stays, or becomes, a secondary.
     package func previewResync(_ name: String, discard losers: [String], isLed: Bool) async throws -> ResyncReport {
         guard try isOfAll(name, losers, isLed: isLed) else { return try await previewResync(name, discard: losers[0]) }
-        if let winner = try peerOfLoser(name, losers) {
+        if let winner = try peerOfLoser(name, losers, isLed: isLed) {
             return try await peers.callPeer(winner, Endpoints.previewResync, [.discard: list(losers)])
         }
         let reports = try await home.everywhere(name, isLed: isLed) { [self] pair in
@@ -146,9 +147,14 @@ extension Roles {
         return true
     }
 
-    /// The sites that keep their changes do it.
-    private func peerOfLoser(_ name: String, _ losers: [String]) throws -> GroupState? {
+    /// The sites that keep their changes do it: one of them is asked, once.
+    private func peerOfLoser(_ name: String, _ losers: [String], isLed: Bool) throws -> GroupState? {
         guard losers.contains(home.configuration.site) else { return nil }
+        guard !isLed else {
+            throw Refusal(
+                "of the sites that have the same of group '\(name)' all discard their changes, or none; '\(home.configuration.site)' is one of them",
+                .misuse)
+        }
         let pairs = try home.pairs(name)
         if let both = pairs.first(where: { losers.contains($0.entry.peer) }) {
             throw Refusal(

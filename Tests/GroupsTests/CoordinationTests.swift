@@ -419,3 +419,32 @@ func preparedCopyLost() throws {
         #expect(machine.record.absent == nil, "it takes part in the next")
     }
 }
+
+@Test("when every copy that had prepared a decided point is lost it is given up, by all, and another is formed")
+func allPreparedCopiesLost() {
+    var machine = coordinator(.committing)
+    for remote in [0, 1, 1] {
+        _ = machine.handle(.remote(remote, Stamped(epoch: 1, .gone(1))), now: 1)
+        machine.wasSaved()
+    }
+    #expect(machine.state.kind == .givingUp && machine.record.point == .undecided)
+    machine = Coordinator(settings, record: machine.record)
+    _ = machine.start(now: 1)
+    machine.wasSaved()
+    for pair in 0..<2 {
+        _ = machine.handle(.host(pair, Stamped(epoch: 2, .gaveUp(1))), now: 1)
+        _ = machine.handle(.remote(pair, Stamped(epoch: 2, .dropped(1))), now: 1)
+    }
+    #expect(machine.state == .idle)
+}
+
+@Test("what the other copy of a remote had promised does not take back what somebody may have committed")
+func promiseOfALostCopy() {
+    var machine = coordinator(.committing)
+    _ = machine.handle(.remote(1, Stamped(epoch: 1, .refuses(1, "promised"))), now: 1)
+    _ = machine.handle(.remote(1, Stamped(epoch: 1, .gone(1))), now: 1)
+    machine.wasSaved()
+    #expect(machine.state.kind == .committing && machine.record.point == .commit, "remote 0 has not answered")
+    _ = machine.handle(.remote(0, Stamped(epoch: 1, .committed(1))), now: 1)
+    #expect(machine.state.kind == .ending)
+}

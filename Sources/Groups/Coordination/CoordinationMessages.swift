@@ -113,7 +113,9 @@ extension GroupRecord {
 
     /// - Parameter copy: that a host has sent to.
     func isCopy(_ copy: CopyIdentity) -> Bool {
-        copy.lineage == lineage && (volumeLineages ?? [:]).allSatisfy { copy.volumes?[$0.key] == $0.value }
+        // What the session under way sends of an untracked volume is whole (`sentAnew`); the next one hears of its new lineage.
+        copy.lineage == lineage
+            && (volumeLineages ?? [:]).allSatisfy { copy.volumes?[$0.key] == $0.value || untracked?[$0.key] != nil }
     }
 }
 

@@ -300,13 +300,17 @@ package struct Coordinator: Sendable {
             state = .committing(number, round, votes)
             // The first one makes the promises of others void.
             return votes.committed.count == 1 && !votes.refusing.isEmpty ? send() : Turn()
-        case (.committing(let number, var round, let votes), .gone):
+        case (.committing(let number, var round, var votes), .gone):
+            guard remotes.contains(remote) else { return Turn() }
+            // What it said before, its other copy did.
+            votes.refusing.removeAll { $0 == remote }
+            guard !votes.committed.isEmpty || votes.refusing.count < remotes.count - 1 else {
+                return giveUp(
+                    number, "\(settings.remoteNames[remote]) has lost it, and nobody has it", atRemotes: true, now)
+            }
             // It counts for those who have it; this pair begins anew.
             round.answered(remote)
             leaveBehind(remote)
-            guard !votes.committed.isEmpty || votes.refusing.count < remotes.count else {
-                return giveUp(number, "\(settings.remoteNames[remote]) has lost it", atRemotes: true, now)
-            }
             guard round.isComplete else { return enter(.committing(number, round, votes)) }
             return haveCommittedAll(number, now)
         case (.committing(let number, _, _), .outOfOrder(_, let newest)):
@@ -398,7 +402,10 @@ package struct Coordinator: Sendable {
     /// Saved with the next point: until then a new process asks, and hears, the same once more.
     private mutating func settle(committed: UInt64) -> Turn<Action> {
         var next = record
-        if committed > record.committed { (next.left, next.isGuessed) = (left(behind: record.committed), nil) }
+        if committed > record.committed {
+            next.left = left(behind: record.committed)
+            if record.absent == nil { next.isGuessed = nil }
+        }
         (next.point, next.committed, next.absent) = (.none, committed, nil)
         become(next)
         state = .idle

@@ -54,6 +54,8 @@ package struct CoordinatorRecord: Equatable, Sendable, Codable {
             names.firstIndex(of: present[index]).flatMap { self.left?[$0] }.map { (index, $0) }
         }
         record.left = left.isEmpty ? nil : Dictionary(uniqueKeysWithValues: left)
+        // It may have been one of them before.
+        if !present.allSatisfy(names.contains) { record.isGuessed = true }
         return record
     }
 
