@@ -90,7 +90,7 @@ private func spread(_ spread: inout Spread, point: UInt64, bytes: Int, from star
         longest = max(longest, together)
         now += left > 0 ? max(1_000_000, spread.wait(now: now)) : 0
     }
-    #expect(longest <= bytes / 8 || bytes <= 64 << 10 || point == 1, "\(longest) of \(bytes) at once")
+    if point == 2 { #expect(longest <= bytes / 8, "\(longest) of \(bytes) at once") }
     return Double(now - start) / 1e6
 }
 
@@ -103,10 +103,10 @@ func pointsAreSpread() {
     let alike = spread(&spreading, point: 2, bytes: 2 << 20)
     #expect(alike > 20 && alike < 27, "\(alike)")
     #expect(spread(&spreading, point: 3, bytes: 32 << 10) == 0)
-    // A hundred times as much as was expected, where ten seconds' worth would be 250 ms.
+    // A hundred times as much as was expected.
     _ = spread(&spreading, point: 4, bytes: 1 << 20)
     let large = spread(&spreading, point: 5, bytes: 100 << 20)
-    #expect(large < 130, "\(large)")
+    #expect(large < 55, "\(large)")
     // The same point over a new link has waited already.
     spreading.sends(point: 5, now: 10_000_000_000)
     #expect(spreading.mayPass(now: 10_000_000_000))

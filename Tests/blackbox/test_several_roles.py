@@ -181,6 +181,8 @@ class SeveralRoles(SeveralHosts):
         self.assertIn("'north'", wrong.stderr)
         both = self.remotes["west1"].farcopy("resync", "shop", "--discard", "east1,west1", "--yes", check=False)
         self.assertIn("mirror to each other", both.stderr)
+        mixed = self.remotes["west1"].farcopy("resync", "shop", "--discard", "east1,west2", "--yes", check=False)
+        self.assertIn("all discard their changes, or none", mixed.stderr)
         self.assertEqual({site.group()["state"] for site in self.remotes.values()}, {"failed-over"}, "nothing was done")
         # Of one site, as with one host.
         self.remotes["west1"].farcopy("resync", "shop", "--discard", "east2", "--yes")
