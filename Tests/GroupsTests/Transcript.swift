@@ -305,7 +305,7 @@ struct GroupTranscript {
             ) { "point \($0.number)" }
         case "prepare":
             let request = RemoteRequest.prepare(line.required("point"), after: line.number("after") ?? 0)
-            let copy = CopyIdentity(lineage: line.fields["copy"])
+            let copy = CopyIdentity(lineage: line.fields["copy"], volumes: line.map("copies"))
             return erased(
                 RemotePart(
                     .request(Stamped(epoch: 1, request), formedAt: 1, places: nil, copy: copy), keep: Retention(last: 2)
