@@ -258,9 +258,7 @@ package struct TwoPhaseCommit: Sendable {
 
     private mutating func testify(_ remote: Int, _ number: UInt64) -> Turn<Action> {
         if number <= record.committed { return say([.testify(remote, number, .committed)]) }
-        // A copy that has never had a point does not know what the one before it had prepared.
-        let mayHave = record.inDoubt == number || record.committed == 0
-        let testimony = Action.testify(remote, number, .refuses(prepared: mayHave))
+        let testimony = Action.testify(remote, number, .refuses(prepared: record.inDoubt == number))
         if number <= record.refusedThrough { return say([testimony]) }
         if case .checking(number, _) = state {
             return change(to: .open, then: [.dropFiles(number), testimony]) { $0.refusedThrough = number }

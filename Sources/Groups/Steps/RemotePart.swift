@@ -166,6 +166,9 @@ package struct RemotePart: StepTable {
                 }
                 guard reply.at != nil, plan != nil, record.untracked != nil, let session else { return .done(reply) }
                 return go(.isSentAnew(reply), .change(.sentAnew(session: session)))
+            case .testify(_, _, .refuses(prepared: false)) where record.points.isEmpty:
+                // A copy without any point does not know what the one before it had prepared.
+                return .done(RemoteReply(testimony: .refuses(prepared: true)))
             case .testify(_, _, let testimony): return .done(RemoteReply(testimony: testimony))
             case .contradiction(let words): return .failed(TakeoverRefusal(words))
             case .ask, .open, .failoverRefused: return .failed(UnexpectedAnswer(action, state))
