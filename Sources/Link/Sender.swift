@@ -119,8 +119,6 @@ package final class Sender {
         var range: Range<Int>
     }
     private var slots: [Slot]
-    /// What is read.
-    private var point: UInt64 = 0
     private var outgoing: [Part] = []
     private var outgoingStart = 0
     private var memory: DrainMemory
@@ -177,7 +175,6 @@ package final class Sender {
 
     /// - Returns: an event if there is no memory.
     func read(_ slot: Int, _ index: Int, point: UInt64, epoch: UInt64) -> Cycle.Event? {
-        self.point = point
         spread.sends(point: point, now: monotonicNanoseconds())
         guard let buffers = memory.beginRead(epoch: epoch) else {
             return .pointLost("no memory for the drain's buffers", number: point)
@@ -213,10 +210,11 @@ package final class Sender {
         case .gone:
             // Whoever ended the point has told; but that may be lost, or late.
             return .pointLost(
-                "volume \(configuration.volumes[slots[slot].volume].name) does not hold it any more", number: point)
+                "volume \(configuration.volumes[slots[slot].volume].name) does not hold it any more",
+                number: spread.point)
         case .failed(let errno):
             let volume = configuration.volumes[slots[slot].volume].name
-            return .pointLost("read \(volume): \(String(cString: strerror(errno)))", number: point)
+            return .pointLost("read \(volume): \(String(cString: strerror(errno)))", number: spread.point)
         }
     }
 

@@ -14,7 +14,8 @@ package struct Spread {
     private static let atOnce = Double(64 << 10)
     private static let least = Double(256 << 10)
 
-    private var point: UInt64 = 0
+    /// What is sent.
+    package private(set) var point: UInt64 = 0
     private var begin: UInt64 = 0
     private var passed = 0.0
     private var expected = Spread.least
@@ -22,9 +23,9 @@ package struct Spread {
     package init() {}
 
     /// A point of this number is sent, from now on unless that has begun already.
-    package mutating func sends(point number: UInt64, now: UInt64) {
+    package mutating func sends(point number: UInt64, now: @autoclosure () -> UInt64) {
         guard number != point else { return }
-        (point, begin, expected, passed) = (number, now, max(Self.least, passed), 0)
+        (point, begin, expected, passed) = (number, now(), max(Self.least, passed), 0)
     }
 
     /// Whether something may pass now. It may be more than there is room for: the next one waits for that.

@@ -530,8 +530,7 @@ class Powered(Faults):
                 if turn % every == every - 1:
                     if random.random() < 0.5:
                         self.goes_on(self.common()[-1])
-                    last = self.fail_over()
-                    self.fail_back(last)
+                    self.fail_back(self.fail_over())
                 else:
                     self.goes_on(self.common()[-1])
                 self.calm()
@@ -768,8 +767,7 @@ class FailingCalls(Faults, OrderTest):
                     victim.start()
                 victim.recorder.fail("none", "")
                 self.chain.stop()
-                last = self.fail_over()
-                self.fail_back(last)
+                self.fail_back(self.fail_over())
                 self.settled()
             self.put_away(*self.all.values())
 
@@ -1020,8 +1018,7 @@ class ReplacedDisk(Faults):
         self.assertGreater(number, before)
         self.goes_on(self.common()[-1])
         self.settled()
-        last = self.fail_over()
-        self.fail_back(last)
+        self.fail_back(self.fail_over())
 
     @at_length
     def test_of_a_host_that_is_paired_anew(self):
@@ -1064,8 +1061,7 @@ class ReplacedDisk(Faults):
         self.goes_on(before)
         self.assert_hosts_went_on()
         self.settled()
-        last = self.fail_over()
-        self.fail_back(last)
+        self.fail_back(self.fail_over())
 
 
 class RandomKills(Faults):
@@ -1099,8 +1095,7 @@ class RandomKills(Faults):
                 if fails_over:
                     if dice.random() < 0.5:
                         time.sleep(dice.random())
-                    last = self.fail_over(dice.choice(WESTS))
-                    self.fail_back(last)
+                    self.fail_back(self.fail_over(dice.choice(WESTS)))
                 else:
                     self.goes_on(self.common()[-1])
                     self.check_points()

@@ -79,7 +79,8 @@ class SeveralRoles(SeveralHosts):
         self.chain.stop()
         self.remotes["west1"].farcopy("cycle", "shop", "--wait")
 
-    def test_a_failback_after_a_failover_of_all(self):
+    def failed_over_and_hosts_are_back(self):
+        """All hosts were lost, all remotes have failed over: returns the last write there."""
         self.several()
         self.begin_chain()
         self.next_point(3)
@@ -91,6 +92,10 @@ class SeveralRoles(SeveralHosts):
         last = self.failed_over()
         for host in self.hosts.values():
             host.start()
+        return last
+
+    def test_a_failback_after_a_failover_of_all(self):
+        last = self.failed_over_and_hosts_are_back()
         preview = json.loads(self.remotes["west1"].farcopy("failback", "shop", "--preview", "--json").stdout)
         self.assertEqual((preview["from"], preview["to"]), ("west1, west2", "east1, east2, east3"))
         self.remotes["west1"].farcopy("failback", "shop", "--yes")
@@ -165,17 +170,7 @@ class SeveralRoles(SeveralHosts):
         self.assertIn("east3", refused.stderr)
 
     def test_a_resync_of_the_group_discards_what_is_named_and_nothing_else(self):
-        self.several()
-        self.begin_chain()
-        self.next_point(3)
-        self.chain.expect_losses()
-        for host in self.hosts.values():
-            host.kill()
-        self.chain.stop()
-        self.remotes["west2"].farcopy("failover", "shop")
-        last = self.failed_over()
-        for host in self.hosts.values():
-            host.start()
+        last = self.failed_over_and_hosts_are_back()
         all = ",".join(REMOTES)
         wrong = self.remotes["west1"].farcopy("resync", "shop", "--discard", f"{all},north", "--yes", check=False)
         self.assertIn("'north'", wrong.stderr)
