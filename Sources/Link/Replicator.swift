@@ -485,9 +485,9 @@ package final class Replicator {
         holdTogether(volumes.map(\.place)) { reactor, index in
             let volume = volumes[index]
             reactor.formPoint(volume.number, point: number, in: volume.hold)
+            // In the same turn: a volume that loses the point before it lets go has nothing to send any more.
+            if reactor.hosted(volume.number).volume.outOfSyncGrains > 0 { changed.note(index) }
             alongside?(reactor, index)
-        } release: { reactor, index in
-            if reactor.hosted(volumes[index].number).volume.outOfSyncGrains > 0 { changed.note(index) }
         } done: { outcome in
             handle.noteHold(outcome.nanoseconds)
             mailbox.send(

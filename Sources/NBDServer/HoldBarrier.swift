@@ -31,11 +31,9 @@ package struct HoldOutcome: Sendable {
 ///
 /// - Parameters:
 ///   - take: of the volume of that index, on its reactor, whose acknowledgements are held.
-///   - release: the same, right before they go.
 ///   - done: is called by the last reactor, on its thread.
 package func holdTogether(
     _ volumes: [ServedVolume], take: @escaping @Sendable (Reactor, Int) -> Void,
-    release: @escaping @Sendable (Reactor, Int) -> Void = { _, _ in },
     done: @escaping @Sendable (HoldOutcome) -> Void
 ) {
     onEvery(volumes) { reactor, index in
@@ -47,7 +45,6 @@ package func holdTogether(
         let longest = LongestHold()
         onEvery(volumes, from: reactor) { reactor, index in
             longest.note(reactor.heldFor(volumes[index].number))
-            release(reactor, index)
             return reactor.releaseHold(volumes[index].number)
         } done: { _, isIntact in
             done(HoldOutcome(at: at, isIntact: isIntact, nanoseconds: longest.nanoseconds))

@@ -44,6 +44,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
     /// A failover is decided before it is on stable storage which grains must come back from the point.
     case failOverUnmarked
 
+    /// What a point has to send is counted when acknowledgements go, although a volume may have lost the point by then.
+    case countLate
     /// A point is formed while the volumes still have something of the one before.
     case formOverLast
     /// What a link that was closed has still brought counts.

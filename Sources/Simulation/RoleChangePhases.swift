@@ -20,7 +20,7 @@ extension World {
             try step(index, of: seed)
         }
         random = SeededGenerator(seed: ~seed)
-        if random.chance(33) { return try switchOver(steps: count / 4) }
+        if random.chance(fault?.showsWhere.contains(.rolesChange) == true ? 100 : 33) { return try switchOver(steps: count / 4) }
         let settles = random.chance(50)
         if settles { try settle() }
         if fault == nil || !settles {

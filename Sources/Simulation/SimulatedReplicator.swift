@@ -167,18 +167,29 @@ final class SimulatedReplicator: PartOfSite {
 
     private func prepare() {
         let sender = epoch
-        let clear: () -> Void = { [unowned self] in
-            guard sender == epoch else { return }
-            guard fault == .formOverLast || volumes.allSatisfy({ $0.volume.mayFormPoint }) else {
-                return handle(.notReady)
+        if fault == .prepareWithoutBarrier { clearPreserved(Array(volumes.indices)) }
+        var whole = true
+        everyVolume({ [unowned self] _, simulated in
+            if fault != .formOverLast, !simulated.volume.mayFormPoint { whole = false }
+        }) { [unowned self] in
+            guard whole else { return world.tasks.append { [unowned self] in event(.notReady, sender) } }
+            var used: [Int] = []
+            var changed = false
+            everyVolume({ index, simulated in
+                if simulated.volume.pointBitmapIsDirty { used.append(index) }
+                if simulated.volume.changedGrains > 0 { changed = true }
+            }) { [unowned self] in
+                world.tasks.append { [unowned self] in
+                    guard sender == epoch else { return }
+                    if fault != .prepareWithoutBarrier { clearPreserved(used) }
+                    handle(.prepared(changed: changed))
+                }
             }
-            for index in volumes.indices where volumes[index].volume.pointBitmapIsDirty {
-                preserved[index].bitmap(World.grains).clearAll()
-            }
-            handle(.prepared(changed: volumes.contains { $0.volume.changedGrains > 0 }))
         }
-        if fault == .prepareWithoutBarrier { return world.tasks.append(clear) }
-        everyVolume({ _, _ in }, then: { [unowned self] in world.tasks.append(clear) })
+    }
+
+    private func clearPreserved(_ used: [Int]) {
+        for index in used { preserved[index].bitmap(World.grains).clearAll() }
     }
 
     private func form(_ number: UInt64) {
@@ -186,17 +197,18 @@ final class SimulatedReplicator: PartOfSite {
         world.note("point \(number) forms")
         let early = fault == .releaseEarly
         site.comparisons.note(number)
+        var changed: [Int] = []
         everyVolume(
             { [unowned self] index, simulated in
                 simulated.volume.formPoint(number: number, in: place(index))
+                if fault != .countLate, simulated.volume.outOfSyncGrains > 0 { changed.append(index) }
                 if fault != .compareLater { site.comparisons.copy(index, simulated, at: number) }
                 if early { simulated.volume.releaseHold() }
             },
             then: { [unowned self] in
-                var changed: [Int] = []
                 everyVolume(
                     { [unowned self] index, simulated in
-                        if simulated.volume.outOfSyncGrains > 0 { changed.append(index) }
+                        if fault == .countLate, simulated.volume.outOfSyncGrains > 0 { changed.append(index) }
                         simulated.volume.releaseHold()
                         if fault == .compareLater { site.comparisons.copy(index, simulated, at: number) }
                     },
@@ -249,6 +261,7 @@ final class SimulatedReplicator: PartOfSite {
         let (offset, length) = (Int(range.lowerBound), Int(range.upperBound - range.lowerBound))
         let submitted = volume.submit(.read, view: .point, offset: offset, length: length, ofClient: false) {
             [unowned self] request in
+            guard volume.volume.heldPoint == point else { return }
             guard request.error == 0 else {
                 return world.tasks.append { [unowned self] in event(.pointLost("it cannot be read"), sender) }
             }
@@ -351,7 +364,7 @@ final class SimulatedReplicator: PartOfSite {
 
     private func commit(_ number: UInt64, _ previous: UInt64?) {
         let (sender, opened, peer) = (epoch, linkSession, peer)
-        world.tasks.append { [unowned self] in
+        let isLate = world.send { [unowned self] in
             let isIn = peer.session == opened || fault == .takeLateCommits
             guard isIn, !world.isPartitioned, !peer.executor.isBusy else { return loseLink() }
             if fault == .countUnheard { event(.committed(at: Double(world.now)), sender) }
@@ -370,5 +383,7 @@ final class SimulatedReplicator: PartOfSite {
                 }
             }
         }
+        // Nobody waits for an answer for so long.
+        if isLate { loseLink() }
     }
 }

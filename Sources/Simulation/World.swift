@@ -43,6 +43,18 @@ private enum Happening: CaseIterable {
     }
 }
 
+extension Rarities {
+    /// Of a weight, where it is not drawn.
+    fileprivate func factor(_ happening: Happening) -> Int? {
+        switch happening {
+        case .trouble where contains(.targetsFail): 5
+        case .primaryIO where contains(.preservesAreSlow): 1
+        case .secondaryIO where contains(.preservesAreSlow), .task where contains(.preservesAreSlow): 8
+        default: nil
+        }
+    }
+}
+
 package final class World: Scenario, ServesHosts {
     static let grain = SitesLayout.grain
     static let grains = SitesLayout.grains
@@ -81,6 +93,9 @@ package final class World: Scenario, ServesHosts {
     /// Nothing reaches the other site before this step.
     private var partitionedUntil = 0
     var isPartitioned: Bool { steps < partitionedUntil }
+    /// In some seeds of the link's last messages some come when it has long been closed.
+    private let linkIsSlow: Bool
+    private var late: [(step: Int, message: () -> Void)] = []
     /// Sites that lose power, or are killed, at a step: what the last process left is hardly used yet, or could not be saved.
     private var relapses: [(step: Int, site: SimulatedSite, powerLoss: Bool)] = []
 
@@ -97,15 +112,20 @@ package final class World: Scenario, ServesHosts {
 
     package init(seed: UInt64, fault: DeliberateFault? = nil) {
         var generator = SeededGenerator(seed: seed)
+        let often = fault?.showsWhere ?? []
         weights = Happening.allCases.map { happening in
             let factors = happening.isFault ? [0, 1, 2, 5] : [1, 2, 4, 8]
-            return happening.usualWeight * factors[generator.below(4)]
+            let drawn = factors[generator.below(4)]
+            return happening.usualWeight * (often.factor(happening) ?? drawn)
         }
         quietWeights = Happening.allCases.map { $0.isFault ? 0 : $0.usualWeight }
-        failingSaves = [0, 40, 12, 5][generator.below(4)]
-        retriesSaves = generator.chance(50)
+        let failingSaves = [0, 40, 12, 5][generator.below(4)]
+        self.failingSaves = often.contains(.savesFail) ? 5 : failingSaves
+        retriesSaves = generator.chance(50) && !often.contains(.savesFail)
+        linkIsSlow = seed % 4 == 3 || often.contains(.linkIsSlow)
         keep = Retention(last: [0, 1, 2, 4, 4, 4][generator.below(6)])
-        mode = Mode.allCases[generator.below(Mode.allCases.count)]
+        let mode = Mode.allCases[generator.below(Mode.allCases.count)]
+        self.mode = often.isDisjoint(with: [.targetsFail, .preservesAreSlow]) ? mode : .flashcopy
         collisions = CollisionRules(
             sendsFirst: generator.chance(50),
             longestWait: [10_000_000_000, 50_000_000_000, 200_000_000_000][generator.below(3)])
@@ -204,6 +224,7 @@ package final class World: Scenario, ServesHosts {
         now += UInt64(random.below(20_000_000))
         primary.replicator.tick()
         secondary.replicator.tick()
+        if let index = late.firstIndex(where: { steps >= $0.step }) { late.remove(at: index).message() }
         if faults, let index = relapses.firstIndex(where: { steps >= $0.step }) {
             let next = relapses.remove(at: index)
             next.site.restart(powerLoss: next.powerLoss)
@@ -269,6 +290,16 @@ package final class World: Scenario, ServesHosts {
 
     /// One of the things that are on their way.
     func arrive() { tasks.remove(at: random.below(tasks.count))() }
+
+    /// Leaves it on the link, where it may stay until others have been closed and opened.
+    func send(_ message: @escaping () -> Void) -> Bool {
+        guard linkIsSlow, !isQuiet, random.chance(30) else {
+            tasks.append(message)
+            return false
+        }
+        late.append((steps + random.below(random.chance(50) ? 300 : 3000), message))
+        return true
+    }
 
     /// A target that is full or fails, a sector that cannot be read: for a while.
     private func makeTrouble() {
