@@ -382,18 +382,27 @@ package final class Replicator {
 
     private func holdAndForm(_ number: UInt64) {
         let mailbox = group.mailbox
-        let volumes = configuration.volumes
-        let alongside = group.alongside(number)
         let changed = NotedVolumes()
         isHolding = true
         let asker = epoch
-        holdOn(volumes.map(\.place), nanoseconds: configuration.settings.part.maxHold) { reactor, index in
+        holdOn(
+            configuration.volumes.map(\.place), nanoseconds: configuration.settings.part.maxHold,
+            take: formPart(number, changed)
+        ) { at in
+            mailbox.send(.event(.held(at: at, changed: changed.all), epoch: asker))
+        }
+    }
+
+    /// What each volume does, and whether it has something to send, in one turn: it may lose the point before acknowledgements go, and has
+    /// nothing to send any more then.
+    private func formPart(_ number: UInt64, _ changed: NotedVolumes) -> @Sendable (Reactor, Int) -> Void {
+        let volumes = configuration.volumes
+        let alongside = group.alongside(number)
+        return { reactor, index in
             let volume = volumes[index]
             reactor.formPoint(volume.number, point: number, in: volume.hold)
-            alongside?(reactor, index)
             if reactor.hosted(volume.number).volume.outOfSyncGrains > 0 { changed.note(index) }
-        } done: { at in
-            mailbox.send(.event(.held(at: at, changed: changed.all), epoch: asker))
+            alongside?(reactor, index)
         }
     }
 
@@ -478,17 +487,9 @@ package final class Replicator {
     private func form(_ number: UInt64) {
         let mailbox = group.mailbox
         let asker = epoch
-        let volumes = configuration.volumes
         let handle = group.handle
-        let alongside = group.alongside(number)
         let changed = NotedVolumes()
-        holdTogether(volumes.map(\.place)) { reactor, index in
-            let volume = volumes[index]
-            reactor.formPoint(volume.number, point: number, in: volume.hold)
-            // In the same turn: a volume that loses the point before it lets go has nothing to send any more.
-            if reactor.hosted(volume.number).volume.outOfSyncGrains > 0 { changed.note(index) }
-            alongside?(reactor, index)
-        } done: { outcome in
+        holdTogether(configuration.volumes.map(\.place), take: formPart(number, changed)) { outcome in
             handle.noteHold(outcome.nanoseconds)
             mailbox.send(
                 .event(.formed(at: outcome.at, intact: outcome.isIntact, changed: changed.all), epoch: asker))

@@ -20,7 +20,7 @@ extension World {
             try step(index, of: seed)
         }
         random = SeededGenerator(seed: ~seed)
-        if random.chance(fault?.showsWhere.contains(.rolesChange) == true ? 100 : 33) { return try switchOver(steps: count / 4) }
+        if random.chance(33) || mustChangeRoles { return try switchOver(steps: count / 4) }
         let settles = random.chance(50)
         if settles { try settle() }
         if fault == nil || !settles {
@@ -28,6 +28,8 @@ extension World {
             try failBack(steps: count / 4)
         }
     }
+
+    var mustChangeRoles: Bool { fault?.showsWhere.contains(.rolesChange) == true }
 
     // MARK: Switchover
 
@@ -37,7 +39,8 @@ extension World {
         note("\(primary.name) hands over to \(secondary.name)")
         let (old, new) = (primary!, secondary!)
         var asked = false
-        let (calm, deadline) = (steps + random.below(12_000), steps + 400_000)
+        let calm = steps + (mustChangeRoles ? 40_000 : random.below(12_000))
+        let deadline = steps + 400_000
         while !new.record.isMirroring {
             if steps == calm { endTrouble() }
             try step(faults: steps < calm)

@@ -50,6 +50,10 @@ extension Rarities {
         case .trouble where contains(.targetsFail): 5
         case .primaryIO where contains(.preservesAreSlow): 1
         case .secondaryIO where contains(.preservesAreSlow), .task where contains(.preservesAreSlow): 8
+        case .killPrimary where contains(.rolesChange), .primaryPower where contains(.rolesChange),
+            .killSecondary where contains(.rolesChange), .secondaryPower where contains(.rolesChange),
+            .linkLoss where contains(.rolesChange):
+            0
         default: nil
         }
     }
@@ -156,7 +160,9 @@ package final class World: Scenario, ServesHosts {
     /// How many steps a disk that takes no record goes on with that. Somebody may restart the site because of it.
     func recordWasNotSaved(_ site: SimulatedSite) -> Int {
         guard failingSaves > 0 else { return 0 }
-        if random.chance(30), site === primary { relapses.append((steps + random.below(600), site, random.chance(50))) }
+        if random.chance(mustChangeRoles ? 80 : 30), site === primary {
+            relapses.append((steps + random.below(600), site, random.chance(50)))
+        }
         if random.chance(30), site === secondary, hostsAreServed {
             // The primary forgets which point it was, and sends another.
             relapses.append((steps + random.below(300), primary, true))
