@@ -20,31 +20,4 @@ extension DeliberateFault {
         default: World.self
         }
     }
-
-    /// What seeds of `World` have now and then, and every seed has that is to show this one.
-    var showsWhere: Rarities {
-        switch self {
-        case .admitUnsettled: [.savesFail, .rolesChange]
-        case .leaveUnsaid: .savesFail
-        case .prepareWithoutBarrier: .preservesAreSlow
-        case .takeLateCommits: .linkIsSlow
-        case .countLate: .targetsFail
-        default: []
-        }
-    }
-}
-
-struct Rarities: OptionSet {
-    let rawValue: Int
-
-    /// One save of a record in five fails, and is not tried again in time.
-    static let savesFail = Rarities(rawValue: 1)
-    /// Messages come when the link has long been closed.
-    static let linkIsSlow = Rarities(rawValue: 2)
-    /// Targets are full, or fail, and sectors cannot be read.
-    static let targetsFail = Rarities(rawValue: 4)
-    /// The run ends with a switchover.
-    static let rolesChange = Rarities(rawValue: 8)
-    /// The primary has targets, and its disks are slower than all else.
-    static let preservesAreSlow = Rarities(rawValue: 16)
 }

@@ -172,18 +172,22 @@ final class SimulatedReplicator: PartOfSite {
         everyVolume({ [unowned self] _, simulated in
             if fault != .formOverLast, !simulated.volume.mayFormPoint { whole = false }
         }) { [unowned self] in
-            guard whole else { return world.tasks.append { [unowned self] in event(.notReady, sender) } }
-            var used: [Int] = []
-            var changed = false
-            everyVolume({ index, simulated in
-                if simulated.volume.pointBitmapIsDirty { used.append(index) }
-                if simulated.volume.changedGrains > 0 { changed = true }
-            }) { [unowned self] in
-                world.tasks.append { [unowned self] in
-                    guard sender == epoch else { return }
-                    if fault != .prepareWithoutBarrier { clearPreserved(used) }
-                    handle(.prepared(changed: changed))
-                }
+            if whole { return takePreserved(sender) }
+            world.tasks.append { [unowned self] in event(.notReady, sender) }
+        }
+    }
+
+    private func takePreserved(_ sender: UInt64) {
+        var used: [Int] = []
+        var changed = false
+        everyVolume({ index, simulated in
+            if simulated.volume.pointBitmapIsDirty { used.append(index) }
+            if simulated.volume.changedGrains > 0 { changed = true }
+        }) { [unowned self] in
+            world.tasks.append { [unowned self] in
+                guard sender == epoch else { return }
+                if fault != .prepareWithoutBarrier { clearPreserved(used) }
+                handle(.prepared(changed: changed))
             }
         }
     }

@@ -44,17 +44,13 @@ private enum Happening: CaseIterable {
 }
 
 extension Rarities {
-    /// Of a weight, where it is not drawn.
-    fileprivate func factor(_ happening: Happening) -> Int? {
+    /// Of a weight that is not drawn.
+    fileprivate func factor(of happening: Happening) -> Int? {
         switch happening {
         case .trouble where contains(.targetsFail): 5
         case .primaryIO where contains(.preservesAreSlow): 1
         case .secondaryIO where contains(.preservesAreSlow), .task where contains(.preservesAreSlow): 8
-        case .killPrimary where contains(.rolesChange), .primaryPower where contains(.rolesChange),
-            .killSecondary where contains(.rolesChange), .secondaryPower where contains(.rolesChange),
-            .linkLoss where contains(.rolesChange):
-            0
-        default: nil
+        default: contains(.rolesChange) && happening.isFault ? 0 : nil
         }
     }
 }
@@ -97,7 +93,7 @@ package final class World: Scenario, ServesHosts {
     /// Nothing reaches the other site before this step.
     private var partitionedUntil = 0
     var isPartitioned: Bool { steps < partitionedUntil }
-    /// In some seeds of the link's last messages some come when it has long been closed.
+    /// In some seeds a commit may arrive when its link has long been closed.
     private let linkIsSlow: Bool
     private var late: [(step: Int, message: () -> Void)] = []
     /// Sites that lose power, or are killed, at a step: what the last process left is hardly used yet, or could not be saved.
@@ -120,12 +116,13 @@ package final class World: Scenario, ServesHosts {
         weights = Happening.allCases.map { happening in
             let factors = happening.isFault ? [0, 1, 2, 5] : [1, 2, 4, 8]
             let drawn = factors[generator.below(4)]
-            return happening.usualWeight * (often.factor(happening) ?? drawn)
+            return happening.usualWeight * (often.factor(of: happening) ?? drawn)
         }
         quietWeights = Happening.allCases.map { $0.isFault ? 0 : $0.usualWeight }
         let failingSaves = [0, 40, 12, 5][generator.below(4)]
         self.failingSaves = often.contains(.savesFail) ? 5 : failingSaves
         retriesSaves = generator.chance(50) && !often.contains(.savesFail)
+        // Not drawn, so that the other seeds stay what they were.
         linkIsSlow = seed % 4 == 3 || often.contains(.linkIsSlow)
         keep = Retention(last: [0, 1, 2, 4, 4, 4][generator.below(6)])
         let mode = Mode.allCases[generator.below(Mode.allCases.count)]
@@ -297,7 +294,9 @@ package final class World: Scenario, ServesHosts {
     /// One of the things that are on their way.
     func arrive() { tasks.remove(at: random.below(tasks.count))() }
 
-    /// Leaves it on the link, where it may stay until others have been closed and opened.
+    /// Leaves a message on the link.
+    ///
+    /// - Returns: whether it stays there for so long that others may have been closed and opened.
     func send(_ message: @escaping () -> Void) -> Bool {
         guard linkIsSlow, !isQuiet, random.chance(30) else {
             tasks.append(message)

@@ -311,24 +311,45 @@ func holdsTogether() async throws {
         ServedVolume(other.reactor, try await other.host(try other.file("c"), named: "c")),
     ]
     for isSlow in [false, true] {
-        let seen = Mutex<[String]>([])
+        let takes = Takes()
+        let look = Task {
+            while takes.seen.withLock({ $0.count }) < 2 { try await Task.sleep(for: .microseconds(100)) }
+            let held = await places[0].reactor.run { reactor in
+                places.prefix(2).map { reactor.hosted($0.number).volume.holding }
+            }
+            takes.others.withLock { $0 = held }
+        }
         let outcome = await withCheckedContinuation { continuation in
             holdTogether(places) { reactor, index in
                 if isSlow, index == 2 { usleep(UInt32(3000 * Limits.holdMilliseconds)) }
+                // The last one takes its part once somebody has looked at the others.
+                var looks = index == 2 ? 8 * Limits.holdMilliseconds : 0
+                while looks > 0, takes.others.withLock({ $0.isEmpty }) {
+                    usleep(100)
+                    looks -= 1
+                }
                 let isHeld = reactor.hosted(places[index].number).volume.holding
-                seen.withLock { $0.append("\(index) takes \(isHeld)") }
+                takes.seen.withLock { $0.append("\(index) takes \(isHeld)") }
             } done: {
                 continuation.resume(returning: $0)
             }
         }
-        #expect(outcome.isIntact == !isSlow)
-        #expect(seen.withLock { $0 }.sorted() == (0..<3).map { "\($0) takes true" })
+        try await look.value
+        #expect(outcome.isIntact == !isSlow, "each is held until it goes")
+        #expect(takes.others.withLock { $0 } == [true, true], "all have taken before one goes")
+        #expect(takes.seen.withLock { $0 }.sorted() == (0..<3).map { "\($0) takes true" })
         for place in places {
             #expect(await place.reactor.run { !$0.hosted(place.number).volume.holding })
         }
     }
     await one.end()
     await other.end()
+}
+
+private final class Takes: Sendable {
+    let seen = Mutex<[String]>([])
+    /// Whether the others are held when the last one takes its part.
+    let others = Mutex<[Bool]>([])
 }
 
 @Test("requests of a client that does not read its replies are bounded")
