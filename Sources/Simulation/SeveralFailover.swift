@@ -19,6 +19,7 @@ extension SeveralRemote {
     func failOver(point: UInt64?, alone: Bool, done: @escaping (String?) -> Void) {
         let order = GroupFailover.Order(
             group: "all", site: name, point: point, alone: alone, others: fellows, id: world.random.next())
+        lastHeard = [:]
         carryOut(GroupFailover(order)) { (result: Result<GroupFailover.Outcome, any Error>) in
             if case .failure(let error) = result { done("\(error)") } else { done(nil) }
         }
@@ -66,6 +67,7 @@ extension SeveralRemote {
                 return done(.heard(Dictionary(uniqueKeysWithValues: others.map { ($0, nothing) })))
             }
             ask(others, about: number) { [unowned self] heard in
+                if number == nil { lastHeard = heard }
                 if let flag = unannounced { _ = announce(flag) }
                 unannounced = nil
                 done(.heard(heard))
@@ -78,7 +80,9 @@ extension SeveralRemote {
                 }
             }
         case .settle(let settlement): settle(settlement, done)
-        case .takeOver(let takeover): takeOver(takeover, done)
+        case .takeOver(let takeover):
+            checkEverybodyHas(takeover.point)
+            takeOver(takeover, done)
         case .leave: done(.done)
         case .lead(let other, let target, let committed): lead(remote(other), target, committed, done)
         }
@@ -135,6 +139,17 @@ extension SeveralRemote {
             guard let testimony = try? result.get().testimony else { return answer(nil) }
             world.count("a remote testifies \(testimony)")
             say(testimony)
+        }
+    }
+
+    /// A failover of all goes to no point that somebody who answers has not.
+    private func checkEverybodyHas(_ point: UInt64) {
+        for (name, heard) in lastHeard {
+            guard case .says(let word) = heard else { continue }
+            for stand in word.pairs
+            where stand.failedOver != point && stand.prepared != point && !stand.points.contains(point) {
+                world.fail("\(self.name) leads all to point \(point), which \(name) has not")
+            }
         }
     }
 

@@ -35,6 +35,8 @@ final class SeveralRemote: SeveralSite {
     var failovers = FailoversUnderWay()
     /// By mistake, the one that is announced later.
     var unannounced: FailoverFlag?
+    /// What the others have said to its failover.
+    var lastHeard: [String: Heard] = [:]
 
     init(_ world: SeveralHosts, _ index: Int) {
         self.index = index

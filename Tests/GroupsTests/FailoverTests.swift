@@ -78,6 +78,53 @@ private func run(_ input: RemotePart.Input, _ record: inout GroupRecord) throws 
     }
 }
 
+/// A remote's record with these points.
+private func remote(_ points: [UInt64]) throws -> GroupRecord {
+    var record = GroupRecord.first(.secondary, identity: "w")
+    for point in points {
+        let plan = CommitPlan(
+            point: PointRecord(number: point, formedAt: 0, committedAt: 0, order: point), dropped: [])
+        let prepared = TwoPhaseRecord(epoch: 7, stand: .prepared(point))
+        try record.apply(.remotePart(RemotePartChange(record: prepared, plan: plan)))
+        let request = Stamped(epoch: 7, RemoteRequest.commit(point, others: false))
+        _ = try run(.request(request, formedAt: 0, places: []), &record)
+    }
+    return record
+}
+
+@Test("a group goes to a point that every remote has, and not to one that some lacks")
+func pointThatSomeLack() throws {
+    let pair = OwnPair("east1", isEmpty: false, try remote([3, 4]))
+    #expect(pair.record.points.map(\.number) == [3, 4])
+    // It has lost the files of point 4.
+    var stand = RemoteStand("east2", try remote([3]), nil)
+    stand.committed = 4
+    let heard = Heard.says(RemoteWord(pairs: [stand], underWay: nil))
+    func outcome(_ wanted: UInt64?) -> (FailoverAction?, String?) {
+        var failover = GroupFailover(order(wanted))
+        var step = failover.next(after: .begin, [pair])
+        for _ in 0..<8 {
+            switch step {
+            case .perform(.ask): step = failover.next(after: .heard(["west2": heard]), [pair])
+            case .perform(.takeOver(let takeover)): return (.takeOver(takeover), nil)
+            case .perform: step = failover.next(after: .done, [pair])
+            case .failed(let error): return (nil, "\(error)")
+            case .done: return (nil, nil)
+            }
+        }
+        return (nil, nil)
+    }
+    for wanted in [nil, 3] as [UInt64?] {
+        guard case .takeOver(let takeover) = outcome(wanted).0 else {
+            Issue.record("it does not go to point 3: \(outcome(wanted))")
+            continue
+        }
+        #expect(takeover.point == 3)
+    }
+    let words = try #require(outcome(4).1)
+    #expect(words.contains("'west2' has no point 4 of 'east2'; it has 3"), "\(words)")
+}
+
 @Test("a point that an operator has chosen alone is decided after all before the failover to it")
 func chosenAndThenDecided() throws {
     var chosen = GroupRecord.first(.secondary, identity: "w")
