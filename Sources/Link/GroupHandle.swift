@@ -44,6 +44,8 @@ package final class GroupHandle: Sendable {
         case released(changed: Bool, used: [Int], epoch: UInt64)
         /// The peer's checksums of what a slot holds.
         case compared(slot: Int, [UInt8], epoch: UInt64)
+        /// What an intermediate had taken when that was asked for is on stable storage.
+        case intermediateFlushed(epoch: UInt64)
         case setRate(UInt64)
         /// The group's coordinator, at another site, asks this host; nil when it has nothing to say yet.
         case asked(HostMessage, waits: Bool, @Sendable (Stamped<HostAnswer>?) -> Void)

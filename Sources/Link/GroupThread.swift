@@ -105,6 +105,7 @@ final class GroupThread {
             case .opened(let state, let exports, let asker): replicator?.opened(state, exports, asker)
             case .drained(let slot, let answer, let asker): replicator?.drained(slot, answer, asker)
             case .compared(let slot, let digests, let asker): replicator?.compared(slot, digests, asker)
+            case .intermediateFlushed(let asker): replicator?.intermediateFlushed(asker)
             case .setRate(let rate): replicator?.setRate(rate)
             case .asked(let message, let waits, let answer): asked(message, waits: waits, answer)
             case .surveyed(let answer): survey(answer)

@@ -43,12 +43,21 @@ package struct ReplicatedVolume: Sendable {
     package var place: ServedVolume { ServedVolume(reactor, number) }
 }
 
-/// A FlashCopy target, and which grains of the point are there: behind the file's header.
+/// A FlashCopy target, or an intermediate, and which grains of the point are there: behind the file's header.
 package struct HoldTarget: Sendable {
     package var file: OpenFile
     package var preserved: MappedFile
+    package var intermediate: Intermediate?
+    /// Puts what an intermediate has, and what its bitmaps say, on stable storage; nil for a target, from which nobody reads after power loss.
+    package var flush: (@Sendable () async throws -> Void)?
 
-    package init(file: OpenFile, preserved: MappedFile) { (self.file, self.preserved) = (file, preserved) }
+    package init(
+        file: OpenFile, preserved: MappedFile, intermediate: Intermediate? = nil,
+        flush: (@Sendable () async throws -> Void)? = nil
+    ) {
+        (self.file, self.preserved) = (file, preserved)
+        (self.intermediate, self.flush) = (intermediate, flush)
+    }
 
     package func bitmap(_ geometry: Geometry) -> Bitmap {
         Bitmap(memory: preserved.memory + BitmapHeader.byteCount, count: geometry.grainCount)
@@ -298,8 +307,7 @@ package final class Replicator {
                 }
             } else {
                 sender.noteProgress()
-                flushesLeft -= 1
-                if flushesLeft == 0 { group.handle(.move(.flushed)) }
+                flushEnded()
             }
         }
     }
@@ -447,6 +455,7 @@ package final class Replicator {
         for index in used {
             let volume = configuration.volumes[index]
             volume.target?.bitmap(volume.geometry).clearAll()
+            volume.target?.intermediate?.forgetCommitted()
         }
         group.handle(.prepared(changed: changed))
     }
@@ -515,7 +524,7 @@ package final class Replicator {
     /// After the record says that no point is held: nobody reads the targets any more.
     private func freeTargets() {
         guard group.record.held == nil, group.record.forming == nil else { return }
-        for volume in configuration.volumes {
+        for volume in configuration.volumes where volume.target?.intermediate == nil {
             // A failure costs space, not data; the next point writes over what is there.
             try? volume.target?.file.truncate(to: 0)
             try? volume.target?.file.truncate(to: volume.geometry.size)
@@ -563,15 +572,39 @@ package final class Replicator {
         }
     }
 
-    /// On every connection of these volumes: each covers what was acknowledged on it.
+    /// On every connection of these volumes: each covers what was acknowledged on it. Their intermediates are flushed as well.
     private func flush(_ volumes: [Int]) {
         guard let link else { return group.handle(.linkLost("the link is closed")) }
         flushesLeft = volumes.reduce(0) { $0 + link.connections[$1].count }
+        for volume in volumes { flushIntermediate(of: volume) }
         for volume in volumes {
             guard link.flush(volume, firstCompletion: window * NBDLink.partsPerSlot) else {
                 return group.handle(.linkLost("\(LinkConnection.failure("flush"))"))
             }
         }
+    }
+
+    private func flushIntermediate(of index: Int) {
+        let volume = configuration.volumes[index]
+        guard let flush = volume.target?.flush, let point = group.record.held?.number else { return }
+        flushesLeft += 1
+        let (mailbox, asker) = (group.mailbox, epoch)
+        Task {
+            do {
+                try await flush()
+                mailbox.send(.intermediateFlushed(epoch: asker))
+            } catch {
+                let words = "volume \(volume.name): its change volume could not be flushed: \(error)"
+                mailbox.send(.event(.pointLost(words, number: point), epoch: asker))
+            }
+        }
+    }
+
+    func intermediateFlushed(_ asker: UInt64) { if asker == epoch { flushEnded() } }
+
+    private func flushEnded() {
+        flushesLeft -= 1
+        if flushesLeft == 0 { group.handle(.move(.flushed)) }
     }
 
     private func clear(_ runs: [VolumeRun]) {

@@ -67,6 +67,14 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
 
     /// A volume has no files of a point although it has changed since the one before.
     case takeForUnchanged
+    /// Mode `change-volume`: what is sent is not in the intermediate; a grain of the next point is written there, and nothing says so.
+    case skipIntermediate, advanceUnmarked
+    /// Bits of OOS are cleared although the intermediate has what was sent in memory alone.
+    case clearUnmirrored
+    /// After power loss: an intermediate that was being filled counts; so do its marks; one that another primary's time has passed by counts.
+    case trustUnfilled, trustMarks, trustOldIntermediates
+    /// What fills an intermediate counts as the last committed point's.
+    case trustFilled
     /// Files that are missing are made anew.
     case trustMissing
     /// Files leave with their point, although newer points have none of the volume.
@@ -166,6 +174,8 @@ package enum DeliberateFault: String, CaseIterable, Sendable {
         case .discardUnsent: .discardUnsent
         case .overwriteUnsent: .overwriteUnsent
         case .giveOutTwice: .giveOutTwice
+        case .skipIntermediate: .skipIntermediate
+        case .advanceUnmarked: .advanceUnmarked
         default: []
         }
     }

@@ -65,7 +65,7 @@ final class SeveralHost: SeveralSite {
         (conversations, link, slots, isHolding, questions) = (nil, nil, [:], false, [])
         epoch += 1
         end()
-        let isOnDisk = world.mix.mode.hold == .target
+        let isOnDisk = world.mix.mode.hold != .memory
         for volume in volumes {
             world.clients.lost(volume, &world.random)
             volume.die(keepsPoint: isOnDisk && !powerLoss)

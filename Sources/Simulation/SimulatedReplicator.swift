@@ -59,6 +59,7 @@ final class SimulatedReplicator: PartOfSite {
     func lookAtTheTime() { wakeAt = site.group.wakeAt ?? .max }
 
     func beginMirroring() {
+        site.intermediates.use()
         events = []
         let turn = site.group.begin(
             Cycle.Settings(
@@ -193,7 +194,10 @@ final class SimulatedReplicator: PartOfSite {
     }
 
     private func clearPreserved(_ used: [Int]) {
-        for index in used { preserved[index].bitmap(World.grains).clearAll() }
+        for index in used {
+            preserved[index].bitmap(World.grains).clearAll()
+            site.intermediates.forgetCommitted(index)
+        }
     }
 
     private func form(_ number: UInt64) {
@@ -226,7 +230,7 @@ final class SimulatedReplicator: PartOfSite {
 
     private func place(_ index: Int) -> HoldPlace {
         switch world.mode.hold {
-        case .target: .target(targetFiles[index], preserved: preserved[index].bitmap(World.grains))
+        case .target, .intermediate: .target(targetFiles[index], preserved: preserved[index].bitmap(World.grains))
         case .memory: .memory(images, world.collisions, marks: imageMarks[index])
         }
     }
@@ -313,6 +317,15 @@ final class SimulatedReplicator: PartOfSite {
             return
         }
         var left = flushed.count
+        if world.mode.hold == .intermediate, fault != .clearUnmirrored {
+            left *= 2
+            for index in flushed {
+                flushIntermediate(index, sender) { [unowned self] in
+                    left -= 1
+                    if left == 0 { world.tasks.append { [unowned self] in event(.move(.flushed), sender) } }
+                }
+            }
+        }
         for index in flushed {
             world.tasks.append { [unowned self] in
                 flushOne(index, peer, opened) { [unowned self] in
@@ -320,6 +333,15 @@ final class SimulatedReplicator: PartOfSite {
                     if left == 0 { world.tasks.append { [unowned self] in event(.move(.flushed), sender) } }
                 }
             }
+        }
+    }
+
+    private func flushIntermediate(_ index: Int, _ sender: UInt64, done: @escaping () -> Void) {
+        let process = life
+        world.tasks.append { [unowned self] in
+            guard process == life, site.isUp else { return }
+            if site.intermediates.flush(index) { return done() }
+            event(.pointLost("its change volume cannot be flushed"), sender)
         }
     }
 

@@ -92,6 +92,7 @@ final class SimulatedSite {
     private(set) lazy var executor = SimulatedStepExecutor(self)
     private(set) lazy var replicator = SimulatedReplicator(self)
     private(set) lazy var comparisons = SimulatedComparisons(self)
+    private(set) lazy var intermediates = SimulatedIntermediates(self)
 
     var record: GroupRecord { group.record }
     /// As the record says.
@@ -183,7 +184,10 @@ final class SimulatedSite {
         group = Group(record: saved)
         if fault == .confirmPrimaryEarly { unconfirmed = [] }
         guard goesOn() else { return false }
-        let held = zip(recording, isTrusted).map { $1 ? $0.roles.pointee.heldPoint : nil }
+        let isHeld = isTrusted.enumerated().map { index, isTrusted in
+            isTrusted && (world.mode.hold != .intermediate || intermediates.isValid(index, isTrusted: true))
+        }
+        let held = zip(recording, isHeld).map { $1 ? $0.roles.pointee.heldPoint : nil }
         if record.mustGiveUpPoint(heldBy: held, world.mode), fault != .takeUpImages, !take(.pointGivenUp) {
             return false
         }
@@ -217,7 +221,7 @@ final class SimulatedSite {
         case .resume(let link):
             addPoint(UInt64(link.id), to: simulated, index, resume: true, failed: link.resumption == .servesOlder)
             if link.resumption == .leaves { simulated.volume.withdrawCopy(link.id) }
-        case .takeRole(let role): take(role, index)
+        case .takeRole(let role): take(role, index, isTrusted)
         case .resumeRestore(let id): startRestore(index, simulated, from: UInt64(id))
         case .loseFailover: world.fail("the point that was failed over to is lost")
         case .confirm:
@@ -258,7 +262,7 @@ final class SimulatedSite {
         return true
     }
 
-    private func take(_ role: RoleStart, _ index: Int) {
+    private func take(_ role: RoleStart, _ index: Int, _ isTrusted: Bool) {
         let simulated = volumes[index]
         let engine = simulated.volume
         let isPrimary = role.role == .primary
@@ -269,6 +273,11 @@ final class SimulatedSite {
         engine.recording = isPrimary
         if isPrimary { startLog(index, simulated, marksRegions: role.marksRegions) }
         if role.marksAll { engine.markAllChanged() }
+        if isPrimary, world.mode.hold == .intermediate {
+            intermediates.takeUp(index, target, isTrusted: isTrusted)
+        } else {
+            intermediates.forget()
+        }
         if let held = role.held {
             engine.resumePoint(
                 number: held, targetFile: target, preserved: preserved[index].bitmap(World.grains))
@@ -306,6 +315,24 @@ final class SimulatedSite {
         volumes.indices.allSatisfy { index in
             carriers(index).allSatisfy { volumes[index].volume.copy(CopyID($0)) != nil }
         }
+    }
+
+    /// What a point holds of a volume, at whatever moment; nil if its files have failed.
+    func contents(ofPoint point: UInt64, _ index: Int) -> [UInt8]? {
+        guard let first = record.carrier(of: point, "\(index)"), volumes[index].volume.copy(CopyID(first)) != nil else {
+            return nil
+        }
+        let chain = copies[index].keys.sorted().filter { $0 >= CopyID(first) && $0 < CopyTable.firstID }
+        guard chain.allSatisfy({ volumes[index].volume.copy($0)?.state == .active }) else { return nil }
+        var contents = files[index].cached
+        for grain in 0..<World.grains {
+            guard let id = chain.first(where: { copies[index][$0]!.1.bitmap(World.grains).contains(grain) }) else {
+                continue
+            }
+            let range = grain * World.grain..<(grain + 1) * World.grain
+            contents.replaceSubrange(range, with: copies[index][id]!.0.cached[range])
+        }
+        return contents
     }
 
     /// What carries no point that is kept leaves, once the record's file does not name it any more.
@@ -446,7 +473,7 @@ final class SimulatedSite {
         logs + targets + copies.flatMap { copies in copies.keys.sorted().map { copies[$0]!.0 } }
     }
     private var stateBitmaps: [SimulatedBitmap] {
-        preserved + recording.flatMap(\.parts) + restores
+        preserved + recording.flatMap(\.parts) + restores + intermediates.bitmaps
             + copies.flatMap { copies in copies.keys.sorted().map { copies[$0]!.1 } }
     }
 
@@ -517,6 +544,7 @@ final class SimulatedSite {
             _ = take(.pointFailed(UInt64(id), volume: "\(index)"))
             if case .failureUnwritten = event { volumes[index].volume.failureIsWritten() }
             settleChains()
+        case .intermediateFilled: intermediates.wasFilled(index)
         case .restoreFinished: _ = take(.restored(volume: "\(index)"))
         default: break
         }

@@ -251,8 +251,12 @@ package final class World: Scenario, ServesHosts {
             partitionedUntil = steps + random.below(800)
             primary.replicator.loseLink()
         case .trouble: makeTrouble()
-        case .read: readPoint()
-        case .verify: primary.comparisons.verify()
+        case .read:
+            readPoint()
+            primary.intermediates.check()
+        case .verify:
+            primary.comparisons.verify()
+            primary.intermediates.check()
         case .sweep:
             for volume in primary.volumes {
                 volume.volume.sweepActivity()
@@ -388,6 +392,8 @@ package final class World: Scenario, ServesHosts {
         let last = secondary.points.last!
         while !secondary.chainsAreWhole { try step(faults: false) }
         try compareSites(last)
+        primary.intermediates.check()
+        if let failure { throw failure }
     }
 
     private var stuckState: String {

@@ -14,11 +14,12 @@ import Volumes
 @SiteThread
 package final class Replication {
     private let home: Holdings
+    private let changeVolumes: ChangeVolumes
     /// The peer refuses this site; perhaps it has taken over.
     var whenRefused: @Sendable (String) async -> Void = { _ in }
 
-    init(_ home: Holdings) {
-        self.home = home
+    init(_ home: Holdings, _ changeVolumes: ChangeVolumes) {
+        (self.home, self.changeVolumes) = (home, changeVolumes)
     }
 
     func startReplication(_ group: GroupState) async throws {
@@ -151,6 +152,7 @@ package final class Replication {
         let (place, target) =
             switch group.entry.mode.hold {
             case .target: try await holdInTarget(volume)
+            case .intermediate: try await holdInIntermediate(volume, group)
             case .memory:
                 (
                     HoldPlace.memory(
@@ -171,6 +173,36 @@ package final class Replication {
         }
         let target = HoldTarget(file: hold.target, preserved: hold.bitmap.mapping)
         return (.target(volume.pointTargetFile, preserved: target.bitmap(volume.geometry)), target)
+    }
+
+    private func holdInIntermediate(_ volume: VolumeState, _ group: GroupState) async throws -> (HoldPlace, HoldTarget?)
+    {
+        let hold = try await volume.openChangeVolume(generation: group.record.generations.first ?? "")
+        let (name, number, bitmap) = (volume.name, volume.number, hold.bitmap)
+        if volume.pointTargetFile < 0 {
+            volume.pointTargetFile = await volume.reactor.run { $0.hosted(number).addFile(hold.target) }
+        }
+        let file = volume.pointTargetFile
+        let intermediate = bitmap.intermediate(in: file)
+        await volume.reactor.run { reactor in
+            let engine = reactor.hosted(number).volume
+            if engine.intermediate == nil { engine.useIntermediate(intermediate, trusted: true) }
+            if hold.isNew { engine.distrustIntermediate() }
+        }
+        let target = HoldTarget(
+            file: hold.target, preserved: bitmap.mapping, intermediate: intermediate,
+            flush: { [disks = home.disks, changeVolumes] in
+                do {
+                    try await disks.run {
+                        try hold.target.synchronize()
+                        try bitmap.synchronize()
+                    }
+                } catch {
+                    await changeVolumes.flushFailed(name, error)
+                    throw error
+                }
+            })
+        return (.target(file, preserved: target.bitmap(volume.geometry)), target)
     }
 
     /// The memory for old images of the group.

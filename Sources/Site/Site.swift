@@ -31,6 +31,7 @@ package final class Site {
     package nonisolated let flashCopies: FlashCopies
     package nonisolated let practice: Practice
     package nonisolated let checksums: Checksums
+    private let changeVolumes: ChangeVolumes
     package nonisolated let replication: Replication
     package nonisolated let removal: PointRemoval
     package nonisolated let intake: Intake
@@ -71,7 +72,8 @@ package final class Site {
         let restores = Restores(home)
         let storage = CopyStorage(home, chains)
         kept = KeptPoints(home, chains)
-        replication = Replication(home)
+        changeVolumes = ChangeVolumes(home)
+        replication = Replication(home, changeVolumes)
         executor = CopyExecutor(home, chains, storage, restores, VolumeStarts(home, chains, restores), kept)
         flashCopies = FlashCopies(home, chains, executor, Hooks(home))
         practice = Practice(home, flashCopies)
@@ -130,7 +132,7 @@ package final class Site {
             let volume = try VolumeState(
                 entry, state: home.state, disks: home.disks, reactor: reactors[index % count], bootID: home.bootID,
                 role: record?.role, servedAs: group?.servedAs, hasPoints: record?.points.isEmpty == false,
-                holdsInTarget: group?.entry.mode.hold == .target, force: force)
+                hold: group?.entry.mode.hold, generation: record?.generations.first ?? "", force: force)
             home.volumes[entry.name] = volume
             home.board.volumes.withLock { $0.append(volume.board) }
             for finding in volume.findings {
@@ -261,6 +263,8 @@ package final class Site {
                     + "before may be lost, and every flush of its clients fails until the site is restarted")
         case .writeRefused(let copy, let errno):
             if let group { intake.writeRefused(volume, group, copy, errno) }
+        case .intermediateFilled: await changeVolumes.filled(volume)
+        case .intermediateFailed(let errno): changeVolumes.failed(volume, errno)
         case .restoreFinished:
             if let group, group.record.failedOver?.restoring.contains(name) == true {
                 try? await group.handle.change(.restored(volume: name))

@@ -76,7 +76,9 @@ final class VolumeStarts {
         volume.carriers = group?.record.carriers(of: [volume.name])[volume.name] ?? []
         let serves = role.role != .secondary && home.hostsMayWrite(to: volume, group)
         let isPrimary = role.role == .primary
-        let hold = isPrimary && group?.entry.mode.hold == .target ? try volume.openPointHold() : nil
+        let hold = isPrimary ? volume.pointHold : nil
+        let usesIntermediate = isPrimary && group?.entry.mode.hold == .intermediate
+        let isTrusted = volume.changeVolumeIsTrusted
         let regions = role.marksRegions ? volume.activeRegions : nil
         if isPrimary { try await chains.startActivityLog(volume) }
         volume.pointTargetFile = await volume.reactor.run { reactor in
@@ -87,6 +89,9 @@ final class VolumeStarts {
             hosted.volume.recording = isPrimary
             if role.marksAll { hosted.volume.markAllChanged() }
             if let regions { hosted.volume.recoverChanges(regions: regions.bitmap) }
+            if usesIntermediate, let hold {
+                hosted.volume.useIntermediate(hold.bitmap.intermediate(in: targetFile), trusted: isTrusted)
+            }
             if let hold, let held = role.held {
                 hosted.volume.resumePoint(number: held, targetFile: targetFile, preserved: hold.bitmap.bitmap())
             } else if isPrimary {

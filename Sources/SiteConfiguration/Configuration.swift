@@ -22,6 +22,8 @@ package struct Configuration: Sendable {
         /// Bytes; nil = as large as the file or device is.
         package var size: UInt64?
         package var grain: Int?
+        /// The first intermediate in mode `change-volume`; nil = a sparse file in the state directory.
+        package var changeVolume: String?
         package var cache: Cache
         package var readOnly: Bool
         package var access: AccessList
@@ -207,6 +209,14 @@ package struct Configuration: Sendable {
             if let other = paths.updateValue(volume.name, forKey: volume.path) {
                 throw reader.error(
                     volume.line, "volumes '\(other)' and '\(volume.name)' have the same path")
+            }
+        }
+        for volume in volumes {
+            guard let path = volume.changeVolume else { continue }
+            if let other = paths.updateValue(volume.name, forKey: path) {
+                throw reader.error(
+                    reader.line("volumes.\(volume.name)", "change_volume"),
+                    "volumes.\(volume.name).change_volume is a path of volume '\(other)' already")
             }
         }
         for group in groups {

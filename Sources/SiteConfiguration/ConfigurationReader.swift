@@ -156,7 +156,9 @@ struct ConfigurationReader {
             let entry = try self.table(table, "volumes", name)
             try check(
                 entry, section,
-                known: ["path", "size", "grain", "cache", "read_only", "allow_clients", "allow_addresses"]
+                known: [
+                    "path", "size", "grain", "change_volume", "cache", "read_only", "allow_clients", "allow_addresses",
+                ]
                     + Self.hookKeys)
             let size = try entry["size"].map { _ in try self.size(entry, section, "size") }
             let grain = try entry["grain"].map { _ in try self.size(entry, section, "grain") }
@@ -169,6 +171,7 @@ struct ConfigurationReader {
             return Configuration.VolumeEntry(
                 name: name, path: try absolutePath(entry, section, "path"), size: size,
                 grain: grain.map { Int($0) },
+                changeVolume: try entry["change_volume"].map { _ in try absolutePath(entry, section, "change_volume") },
                 cache: try choice(entry, section, "cache", among: [.writeback, .none]) ?? .writeback,
                 readOnly: try flag(entry, section, "read_only") ?? false,
                 access: try access(entry, section), hooks: try hooks(entry, section), line: line(section, nil))

@@ -10,6 +10,7 @@
 //       Both change while the file is in use.
 //       144: 1 once a flush of the volume's own file has failed (64)
 //   152 all: 1 once a flush of this file has failed, until one succeeds (64)
+//   128 change: 1 while all that `advanced` says was committed (64)
 //   128 copies: 1 once the copy has taken over the target of the one that it refreshes (64); 136: 1 once it has failed (64)
 // The bitmaps begin at 4096.
 //
@@ -18,11 +19,12 @@
 import Base
 
 package struct BitmapHeader: Sendable, Equatable {
-    package enum Kind: UInt32, Sendable { case recording = 1, point, copy, restore, activityLog }
+    package enum Kind: UInt32, Sendable { case recording = 1, point, copy, restore, activityLog, change }
 
     package static let byteCount = 4096
     package static let rolesOffset = 128
     package static let takenOffset = 128
+    package static let committedOffset = 128
     package static let failedOffset = 136
     package static let sourceLostOffset = 144
     package static let flushFailedOffset = 152

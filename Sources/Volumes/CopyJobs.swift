@@ -14,7 +14,7 @@
 import Base
 
 struct CopyJob: BitwiseCopyable {
-    enum Purpose: UInt8, BitwiseCopyable { case preserve, fill, restore }
+    enum Purpose: UInt8, BitwiseCopyable { case preserve, fill, restore, mirror }
 
     var purpose = Purpose.preserve
     var generation: UInt16 = 0
@@ -340,6 +340,7 @@ extension Volume {
         case .restore:
             guard let found = resolve(.volume, job.grains) else { return false }
             return found == (job.readFile, job.grains.upperBound)
+        case .mirror: return true
         }
     }
 
@@ -366,10 +367,18 @@ extension Volume {
             issueJob(slot, .write, Self.source)
             return
         }
+        if job.pointee.purpose == .mirror { return writeMirror(slot) }
         // A copy that was taken anew meanwhile may have the grains: a host write did not wait, and may have overtaken the
         // read, but the older copy finds them there.
         if job.pointee.targetCopy >= 0, !stillReads(slot) { drop(job) }
+        // The point may have ended while its old content was read; nobody needs it then.
+        if job.pointee.targetPoint != heldPoint ?? 0 { job.pointee.targetPoint = 0 }
+        if job.pointee.targetPoint != 0 { advance(job.pointee.grains) }
         if job.pointee.isHole {
+            if job.pointee.targetPoint != 0 {
+                job.pointee.writesLeft = 1
+                return issueJob(slot, .zero, job.pointee.pointFile)
+            }
             guard job.pointee.targetCopy >= 0 else { return endJob(slot) }
             // An untouched target reads as zeroes already.
             if job.pointee.targetIsZero { return moved(slot) }
@@ -377,8 +386,6 @@ extension Volume {
             issueJob(slot, .zero, job.pointee.copyFile)
             return
         }
-        // The point may have ended while its old content was read; nobody needs it then.
-        if job.pointee.targetPoint != heldPoint ?? 0 { job.pointee.targetPoint = 0 }
         let writesPoint = job.pointee.targetPoint != 0 && job.pointee.pointFile != Self.memory
         job.pointee.writesLeft = (writesPoint ? 1 : 0) + (job.pointee.targetCopy >= 0 ? 1 : 0)
         guard job.pointee.writesLeft > 0 else { return job.pointee.targetPoint != 0 ? moved(slot) : endJob(slot) }
@@ -391,6 +398,10 @@ extension Volume {
         let job = jobs[Int(slot)]
         if job.purpose == .restore {
             if job.copyError == 0 { markRestored(job.grains) }
+            return
+        }
+        if job.purpose == .mirror {
+            if job.copyError == 0 { wasMirrored(job.grains) }
             return
         }
         if job.targetPoint != 0, job.pointError == 0, let hold, hold.number == job.targetPoint {
@@ -408,6 +419,7 @@ extension Volume {
 
     private func take(_ job: CopyJob, in hold: Hold) {
         hold.took(job.grains)
+        if hold.file == intermediate?.file { wasMirrored(job.grains) }
         pointBitmapIsDirty = true
         collisionFigures.heldGrains += UInt64(job.grainCount)
     }
@@ -445,7 +457,7 @@ extension Volume {
         chain[index].preservedCount -= chain[index].preserved.clear(job.grains)
     }
 
-    private func endJob(_ slot: Int32) {
+    func endJob(_ slot: Int32) {
         let job = jobs[Int(slot)]
         var waiters = job.waiters
         removeJob(slot)
@@ -494,6 +506,9 @@ extension Volume {
             restore!.stalled = true
             emit(.restoreFailed(grain: job.firstGrain, errno: copyError))
             return copyError
+        case .mirror:
+            if copyError != 0 { mirrorFailed(copyError) }
+            return 0
         }
     }
 

@@ -30,6 +30,10 @@ package struct EngineFaults: OptionSet, Sendable {
     package static let overwriteUnsent = EngineFaults(rawValue: 1 << 10)
     /// What was given out ahead of its turn is given out again in its turn.
     package static let giveOutTwice = EngineFaults(rawValue: 1 << 11)
+    /// What is sent of a point was not copied to the intermediate.
+    package static let skipIntermediate = EngineFaults(rawValue: 1 << 12)
+    /// A grain of the next point is written to the intermediate, and nothing says so.
+    package static let advanceUnmarked = EngineFaults(rawValue: 1 << 13)
 }
 
 extension EngineFaults {

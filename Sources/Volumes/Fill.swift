@@ -27,6 +27,7 @@ extension Volume {
         advanceRestore()
         advanceLeaving()
         advanceFills()
+        advanceMirror()
         if backgroundAllowance == 0 { backgroundDue = true }
         backgroundAllowance = 0
     }

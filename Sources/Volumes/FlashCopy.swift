@@ -249,7 +249,7 @@ extension Volume {
         preserveIndex = chainCount - 1
         while preserveIndex >= 0, chain[preserveIndex].state != .active { preserveIndex -= 1 }
         refreshingCount = 0
-        backgroundWork = restore != nil
+        backgroundWork = restore != nil || lacksGrains
         fillsWithRate = false
         for index in 0..<chainCount {
             if chain[index].state == .refreshing { refreshingCount += 1 }

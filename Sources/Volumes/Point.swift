@@ -29,6 +29,7 @@ extension Volume {
         case .target(let file, let preserved):
             pointBitmapIsDirty = false
             hold = Hold(point: number, file: file, preserved: preserved)
+            beginAdvancing()
         case .memory:
             prepareHold(place)
             hold = Hold(point: number, file: Self.memory, preserved: images!.preserved)
@@ -66,7 +67,7 @@ extension Volume {
 
     /// Whether the point's data of the whole run lies on the source and nothing on its way there may change it.
     package func pointLiesOnSource(_ grains: Range<Int>) -> Bool {
-        guard let hold, unsettledCount == 0 else { return false }
+        guard let hold, unsettledCount == 0, hold.file != intermediate?.file else { return false }
         let (file, end) = hold.location(of: grains)
         return file == Self.source && end == grains.upperBound
     }
@@ -86,6 +87,7 @@ extension Volume {
     package func endPoint(number: UInt64) {
         guard heldPoint == number else { return }
         invariant(leg.outOfSyncCount == 0, "a point ends when all of it was sent")
+        endAdvancing()
         endHold()
     }
 
@@ -158,7 +160,11 @@ extension Volume {
     /// Whether what hosts write is recorded for a remote.
     package var recording: Bool {
         get { leg.isRecording }
-        set { leg.isRecording = newValue }
+        set {
+            leg.isRecording = newValue
+            // What comes from a primary is in no intermediate here.
+            if !newValue { intermediate = nil }
+        }
     }
     package var changeRecording: Bitmap { leg.changeRecording }
     package var outOfSync: Bitmap { leg.outOfSync }

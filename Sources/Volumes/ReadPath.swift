@@ -10,7 +10,10 @@ extension Volume {
     /// Brings a read as far as it can go just now: one run of grains that lies in one file at a time.
     func advanceRead(_ slot: Int32) {
         let request = requests + Int(slot)
-        if request.pointee.view == .point, hold?.isInMemory == true { copyImages(request) }
+        if request.pointee.view == .point {
+            if hold?.isInMemory == true { copyImages(request) }
+            if awaitsCopies(slot) { return }
+        }
         guard request.pointee.cursor < request.pointee.end else {
             finish(slot)
             return

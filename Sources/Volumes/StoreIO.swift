@@ -76,6 +76,10 @@ package enum VolumeEvent: Sendable, Equatable {
     case sourceLost(errno: Int32)
     /// A secondary did not take a write or flush of its primary: the source failed, or the copy that old content was to go to.
     case writeRefused(copy: CopyID?, errno: Int32)
+    /// The intermediate lacks nothing any more.
+    case intermediateFilled
+    /// The intermediate does not take what it lacks.
+    case intermediateFailed(errno: Int32)
     /// Every grain of a restore is back on the source.
     case restoreFinished
     /// A restore cannot go on: this grain could not be read or written.

@@ -66,6 +66,8 @@ package final class Volume {
     package internal(set) var hold: Hold?
     /// The bitmap of the next point must be cleared first: the last one has set bits there, or nobody knows.
     package internal(set) var pointBitmapIsDirty = true
+    /// Mode `change-volume`.
+    package internal(set) var intermediate: Intermediate?
     /// Of a point that is held in memory.
     var images: HeldImages?
     var collisions = Collisions()

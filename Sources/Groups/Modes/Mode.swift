@@ -6,12 +6,14 @@
 package enum Mode: String, Codable, Sendable, CaseIterable {
     case flashcopy
     case globalMirror = "global-mirror"
+    case changeVolume = "change-volume"
 
     /// Where the old content of a point goes when hosts overwrite it.
     package var hold: HoldKind {
         switch self {
         case .flashcopy: FlashCopyMode.hold
         case .globalMirror: GlobalMirrorMode.hold
+        case .changeVolume: ChangeVolumeMode.hold
         }
     }
 
@@ -20,6 +22,7 @@ package enum Mode: String, Codable, Sendable, CaseIterable {
         switch self {
         case .flashcopy: FlashCopyMode.leg
         case .globalMirror: GlobalMirrorMode.leg
+        case .changeVolume: ChangeVolumeMode.leg
         }
     }
 
@@ -28,6 +31,7 @@ package enum Mode: String, Codable, Sendable, CaseIterable {
         switch self {
         case .flashcopy: FlashCopyMode.afterCrash
         case .globalMirror: GlobalMirrorMode.afterCrash
+        case .changeVolume: ChangeVolumeMode.afterCrash
         }
     }
 
@@ -36,10 +40,11 @@ package enum Mode: String, Codable, Sendable, CaseIterable {
         switch self {
         case .flashcopy: FlashCopyMode.mover(shape)
         case .globalMirror: GlobalMirrorMode.mover(shape)
+        case .changeVolume: ChangeVolumeMode.mover(shape)
         }
     }
 }
 
-package enum HoldKind: Sendable { case target, memory }
+package enum HoldKind: Sendable { case target, memory, intermediate }
 package enum LegKind: Sendable { case drained }
 package enum Recovery: Sendable { case movesOn, givesUp }

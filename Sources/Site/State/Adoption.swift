@@ -33,6 +33,8 @@ package enum Adoption {
                 "the volume's file was exchanged or changed, and adopted at \(timestamp(realSeconds()))"
             unlink("\(state.volume(name))/copies/\(record.copies[index].id).bitmap")
         }
+        // The intermediate of mode `change-volume` is as it was: what could be restored from it, can be.
+        record.changeVolume?.adoptedIn = record.clean == nil ? record.bootID : ChangeVolumeRecord.anyBoot
         record.file = nil
         record.clean = nil
         record.bootID = ""

@@ -20,10 +20,10 @@ final class BitmapFile: Sendable {
     /// storage, so that it never says less than the one before it did; and it has all the storage that it will need: a mapping that
     /// finds no room ends the process (SIGBUS).
     ///
-    /// - Parameter filled: a new one has every bit of its first bitmap set.
+    /// - Parameter filled: which bitmaps of a new one have every bit set.
     /// - Throws: `DamagedMetadata` when it is missing, cut short or has no valid header; `Refusal` when it belongs to
     ///   something else or is of a newer version, since then nothing may be touched.
-    init(path: String, header: BitmapHeader, create: Bool = false, filled: Bool = false) throws {
+    init(path: String, header: BitmapHeader, create: Bool = false, filled: [Int] = []) throws {
         self.header = header
         if create {
             try Self.make(path, header, filled)
@@ -34,15 +34,15 @@ final class BitmapFile: Sendable {
             path: path, byteCount: header.fileBytes, create: false, markOffset: BitmapHeader.flushFailedOffset)
     }
 
-    private static func make(_ path: String, _ header: BitmapHeader, _ filled: Bool) throws {
+    private static func make(_ path: String, _ header: BitmapHeader, _ filled: [Int]) throws {
         let new = "\(path).new"
         unlink(new)
         do {
             let mapping = try MappedFile(path: new, byteCount: header.fileBytes, create: true)
             let bytes = header.encoded
             mapping.memory.copyMemory(from: bytes, byteCount: bytes.count)
-            if filled {
-                Bitmap(memory: mapping.memory + header.offset(ofBitmap: 0), count: grainCount(header)).setAll()
+            for index in filled {
+                Bitmap(memory: mapping.memory + header.offset(ofBitmap: index), count: grainCount(header)).setAll()
             }
             try mapping.synchronize()
             guard rename(new, path) == 0 else { throw SystemError("rename \(new)") }

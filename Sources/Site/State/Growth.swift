@@ -20,7 +20,7 @@ enum Growth {
     static func carryOut(_ directory: String, _ record: inout VolumeRecord, to geometry: Geometry, trusted: Bool) throws
     {
         let identity = identityWords(record.id)
-        var paths = ["recording.bitmap", "point.bitmap", "restore.bitmap"]
+        var paths = ["recording.bitmap", "point.bitmap", "restore.bitmap", ChangeVolume.bitmapName]
         let copies = try FileManager.default.contentsOfDirectory(atPath: "\(directory)/copies")
         paths += copies.filter { $0.hasSuffix(".bitmap") }.map { "copies/\($0)" }
         for name in paths where try exists("\(directory)/\(name)") {

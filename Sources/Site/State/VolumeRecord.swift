@@ -51,6 +51,8 @@ struct VolumeRecord: VersionedRecord {
     /// See `CopyTable`, as are `copies` and `nextCopy`.
     var restoring: CopyTable.Restoring?
     var restoredAt: Double?
+    /// Of a primary's volume, in mode `change-volume`.
+    var changeVolume: ChangeVolumeRecord?
     /// The activity log could not be written: after power loss it says nothing.
     var logIsBroken = false
 

@@ -69,8 +69,10 @@ final class VolumeState {
     private let kept: KeptRecord<VolumeRecord>
     var record: VolumeRecord { kept.value }
     let recording: BitmapFile
-    /// Takes the old content of a point, and says which grains it has; nil until the volume is a primary's.
+    /// Takes the old content of a point, and says which grains it has; nil until the volume is a primary's, and if that is memory.
     private(set) var pointHold: (target: OpenFile, bitmap: BitmapFile)?
+    /// Whether the bitmaps of the intermediate are as the last process left them.
+    private(set) var changeVolumeIsTrusted = false
     var pointTargetFile: StoreFile = -1
     /// For a point that is held in memory (`HoldPlace.memory`).
     private var madeImageMarks: PoolMemory?
@@ -139,10 +141,12 @@ final class VolumeState {
     ///   - role: in its group; nil = it is in none.
     ///   - servedAs: what the record says of a volume of that group.
     ///   - hasPoints: the group has recovery points of it.
-    ///   - holdsInTarget: a point's old content goes to a target.
+    ///   - hold: where a point's old content goes.
+    ///   - generation: the group's newest.
     init(
         _ entry: Configuration.VolumeEntry, state: StateDirectory, disks: DiskThreads, reactor: ReactorHandle,
-        bootID: String, role: Role?, servedAs: String?, hasPoints: Bool, holdsInTarget: Bool, force: Bool
+        bootID: String, role: Role?, servedAs: String?, hasPoints: Bool, hold: HoldKind?, generation: String,
+        force: Bool
     ) throws {
         self.entry = entry
         self.reactor = reactor
@@ -214,7 +218,7 @@ final class VolumeState {
             } catch let damage as DamagedMetadata {
                 findings.append("\(damage); what it said is lost, and the worst is assumed")
                 try beforeReplacing(header.kind)
-                let filled = header.kind == .recording
+                let filled = header.kind == .recording ? [0] : []
                 return (try BitmapFile(path: path, header: header, create: true, filled: filled), false)
             }
         }
@@ -228,20 +232,44 @@ final class VolumeState {
             case .activityLog:
                 record.logIsBroken = true
                 try recordFile.save(record)
-            case .recording, .copy, .restore: break
+            case .recording, .copy, .restore, .change: break
             }
         }
         (recording, recordingIsWhole) = try open("recording.bitmap", header(.recording, 2))
         held = recording
         if role == .secondary || role == .primary && !isNew, found?.servedAs != servedAs {
-            try Self.makeGroupFiles(directory, holdsInTarget ? size : nil, header)
+            try Self.makeGroupFiles(directory, hold == .target ? size : nil, header)
         }
-        if role == .primary, holdsInTarget {
+        // A point that another mode held is in no bitmap of this one's.
+        if role == .primary, (record.changeVolume != nil) != (hold == .intermediate) { pointIsWhole = false }
+        switch role == .primary ? hold : nil {
+        case .target:
             let (bitmap, isWhole) = try open("point.bitmap", header(.point))
-            pointIsWhole = isWhole
+            pointIsWhole = pointIsWhole && isWhole
             pointHold = (try Self.openPointTarget(directory, size), bitmap)
-            bitmap.mapping.file.rest()
+        case .intermediate:
+            let change = ChangeVolume(entry.changeVolume, directory: directory, identity: identity, geometry)
+            let file = try change.openFile()
+            changeVolumeIsTrusted =
+                isTrusted || [bootID, ChangeVolumeRecord.anyBoot].contains(record.changeVolume?.adoptedIn)
+            if try change.isSame(
+                file, as: record.changeVolume, generation: generation, stoppedInOrder: checksums != nil),
+                changeVolumeIsTrusted || record.changeVolume?.isFilled == true,
+                case let (bitmap, isWhole) = try open(ChangeVolume.bitmapName, change.header), isWhole
+            {
+                pointHold = (file, bitmap)
+            } else {
+                try beforeReplacing(.point)
+                pointIsWhole = false
+                pointHold = (file, try BitmapFile.makeChangeBitmap(change.bitmapPath, change.header))
+                try synchronizeDirectory(directory)
+                record.changeVolume = try change.record(file, generation: generation)
+                changeVolumeIsTrusted = true
+                try recordFile.save(record)
+            }
+        case .memory, nil: break
         }
+        pointHold?.bitmap.mapping.file.rest()
         if role == .primary || record.copies.contains(where: \.isFilled) {
             activityLog = try open("activity.log", header(.activityLog)).0
         }
@@ -293,6 +321,27 @@ final class VolumeState {
         return hold
     }
 
+    /// The same in mode `change-volume`. What was not used as this generation's lacks everything.
+    ///
+    /// - Returns: whether that is so.
+    func openChangeVolume(
+        generation: String, isolation: isolated (any Actor)? = #isolation
+    ) async throws -> (target: OpenFile, bitmap: BitmapFile, isNew: Bool) {
+        let change = ChangeVolume(entry.changeVolume, directory: directory, identity: identity, geometry)
+        if let pointHold, record.changeVolume?.generation == generation {
+            return (pointHold.target, pointHold.bitmap, false)
+        }
+        let file = try pointHold?.target ?? change.openFile()
+        let bitmap = try pointHold?.bitmap ?? BitmapFile.makeChangeBitmap(change.bitmapPath, change.header)
+        try synchronizeDirectory(directory)
+        bitmap.mapping.file.rest()
+        pointHold = (file, bitmap)
+        changeVolumeIsTrusted = true
+        let fresh = try change.record(file, generation: generation)
+        try await amend { $0.changeVolume = fresh }
+        return (file, bitmap, true)
+    }
+
     /// Made when the volume first needs them, and kept.
     func imageMarks() throws -> PoolMemory {
         if let madeImageMarks { return madeImageMarks }
@@ -334,7 +383,8 @@ final class VolumeState {
 
     private static func storage(_ record: VolumeRecord, _ directory: String, _ source: OpenFile) -> [String: String] {
         var found = [source.path: StorageInstance.text(of: source)]
-        for path in [directory] + record.copies.compactMap(\.target) {
+        let operators = record.copies.compactMap(\.target) + [record.changeVolume?.path].compactMap { $0 }
+        for path in [directory] + operators {
             guard let file = try? OpenFile(path: path, flags: O_RDONLY) else { continue }
             found[path] = StorageInstance.text(of: file)
         }
@@ -361,6 +411,7 @@ final class VolumeState {
         roles.pointee.sourceLost = 0
         try recording.synchronize()
         for files in copies.values { try files.bitmap.synchronize() }
+        if usesChangeVolume { try pointHold?.bitmap.synchronize() }
         // What the log says is in memory, and may not be on disk.
         var logIsWhole = true
         if record.logIsBroken, let activityLog {
@@ -369,6 +420,7 @@ final class VolumeState {
         }
         let storage = Self.storage(record, directory, source)
         let file = try source.identity()
+        let usesChangeVolume = usesChangeVolume
         try await kept.amend { record in
             record.clean = nil
             record.bootID = bootID
@@ -376,6 +428,7 @@ final class VolumeState {
             record.file = file
             record.servedAs = servedAs
             record.logIsBroken = !logIsWhole
+            if usesChangeVolume { record.changeVolume?.adoptedIn = nil } else { record.changeVolume = nil }
             for index in record.copies.indices { record.copies[index].completeBytes = nil }
         }
         isConfirmed = true
@@ -661,9 +714,13 @@ final class VolumeState {
 
     // MARK: Stopping
 
+    private var usesChangeVolume: Bool { pointHold?.bitmap.header.kind == .change }
+
     private var bitmaps: [(name: String, file: BitmapFile)] {
         var all = [("recording.bitmap", recording)]
-        if let pointHold { all.append(("point.bitmap", pointHold.bitmap)) }
+        if let pointHold {
+            all.append((usesChangeVolume ? ChangeVolume.bitmapName : "point.bitmap", pointHold.bitmap))
+        }
         if let restoreBitmap { all.append(("restore.bitmap", restoreBitmap)) }
         return all + copies.map { ("copies/\($0.key).bitmap", $0.value.bitmap) }
     }
@@ -679,7 +736,11 @@ final class VolumeState {
             try file.synchronize()
             mark.checksums[name] = try file.checksum()
         }
-        try await amend { $0.clean = mark }
+        let changedAt = usesChangeVolume ? try pointHold?.target.modifiedAt() : nil
+        try await amend { record in
+            record.clean = mark
+            record.changeVolume?.modifiedAt = changedAt
+        }
     }
 
     var setup: VolumeSetup {
