@@ -27,6 +27,8 @@ package enum Endpoints {
     package static let rate = Endpoint<Nothing, Done>(.post, "/v1/groups/{group}/rate", .operator, .bytes)
     package static let verify = Endpoint<Nothing, VerifyReport>(
         .post, "/v1/groups/{group}/verify", .operator, seconds: 30 * day, .repair, .rate, .led)
+    package static let restore = Endpoint<LocalRestoreRequest, LocalRestoreReport>(
+        .post, "/v1/groups/{group}/restore", .operator, seconds: 7 * day)
     package static let dropPoints = Endpoint<PointDropRequest, PointDropReport>(
         .post, "/v1/groups/{group}/points/drop", .operator, seconds: 600)
     package static let abort = Endpoint<Nothing, Done>(.post, "/v1/abort", .operator, seconds: 60, .operation)
@@ -88,7 +90,7 @@ package enum Endpoints {
     package static let all: [APICall] = [
         status.call, events.call, points.call, flashCopies.call, flashCopy.call, previewResync.call,
         previewFailback.call,
-        cycle.call, suspend.call, resume.call, rate.call, verify.call, dropPoints.call, abort.call,
+        cycle.call, suspend.call, resume.call, rate.call, verify.call, restore.call, dropPoints.call, abort.call,
         failover.call, switchover.call, failback.call, resync.call, practice.call, endPractice.call,
         createFlashCopy.call, setFlashCopy.call, cloneFlashCopy.call, refreshFlashCopy.call, restoreFlashCopy.call,
         withdrawFlashCopy.call,

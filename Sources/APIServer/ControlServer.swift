@@ -109,6 +109,7 @@ package struct ControlServer: Sendable {
                 asked.name, repair: asked[.repair] == "true", rate: asked[.rate].flatMap { UInt64($0) } ?? 0,
                 isLed: asked[.led] == "true")
         }
+        routes.serve(Endpoints.restore) { try await $0.site.localRestores.restore($0.name, $0.body) }
         routes.serve(Endpoints.abort) { asked in
             let operation = asked[.operation] ?? ""
             if operation.hasPrefix("cycle:"),

@@ -157,6 +157,13 @@ final class LinkConnection {
     /// The peer takes writes that are on stable storage when they are answered.
     var takesFUA: Bool { nbd_can_fua(handle) == 1 }
 
+    func read(
+        _ buffer: UnsafeMutableRawPointer, _ length: Int, at offset: UInt64,
+        _ completion: UnsafeMutablePointer<LinkCompletion>
+    ) -> Bool {
+        nbd_aio_pread(handle, buffer, length, offset, callback(completion), 0) >= 0
+    }
+
     func write(
         _ buffer: UnsafeRawPointer, _ length: Int, at offset: UInt64, fua: Bool,
         _ completion: UnsafeMutablePointer<LinkCompletion>

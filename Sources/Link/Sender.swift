@@ -212,6 +212,10 @@ package final class Sender {
             return .pointLost(
                 "volume \(configuration.volumes[slots[slot].volume].name) does not hold it any more",
                 number: spread.point)
+        case .lost(let errno):
+            let volume = configuration.volumes[slots[slot].volume].name
+            return .pointLost(
+                "volume \(volume) could not hold it: \(String(cString: strerror(errno)))", number: spread.point)
         case .failed(let errno):
             let volume = configuration.volumes[slots[slot].volume].name
             return .pointLost("read \(volume): \(String(cString: strerror(errno)))", number: spread.point)

@@ -85,8 +85,8 @@ package final class Reactor {
     var waitingDrains: [DrainRead] = []
     /// Some of them can start in the next turn.
     var drainsDue = false
-    var ranges: [RangeRead?] = []
-    var deferredRanges: [RangeRead] = []
+    var ranges: [RangeRequest?] = []
+    var deferredRanges: [RangeRequest] = []
     private var quiesces: [Quiesce] = []
     private var listeners: [OpenFile] = []
     /// Listeners that rest because a client could not be accepted, and until when.

@@ -25,7 +25,26 @@ package struct ReactorHandle: Sendable {
         await withCheckedContinuation { continuation in
             leave(
                 .range(
-                    RangeRead(volume: volume, view: view, offset: offset, length: length, buffer: buffer) {
+                    RangeRequest(
+                        volume: volume, operation: .read, view: view, offset: offset, length: length, buffer: buffer
+                    ) {
+                        continuation.resume(returning: $0)
+                    }))
+        }
+    }
+
+    /// Writes a range of a volume, as for a host.
+    ///
+    /// - Returns: 0, or a positive errno.
+    package func write(
+        _ volume: VolumeNumber, offset: UInt64, length: Int, from buffer: PoolMemory
+    ) async -> Int32 {
+        await withCheckedContinuation { continuation in
+            leave(
+                .range(
+                    RangeRequest(
+                        volume: volume, operation: .write, view: .volume, offset: offset, length: length, buffer: buffer
+                    ) {
                         continuation.resume(returning: $0)
                     }))
         }
@@ -38,7 +57,7 @@ package struct ReactorHandle: Sendable {
         await withCheckedContinuation { continuation in
             leave(
                 .range(
-                    RangeRead(volume: volume, view: .volume, offset: 0, length: 0, buffer: nil) {
+                    RangeRequest(volume: volume, operation: .flush, view: .volume, offset: 0, length: 0, buffer: nil) {
                         continuation.resume(returning: $0)
                     }))
         }
@@ -63,7 +82,7 @@ enum ReactorMessage: Sendable {
     case perform(@Sendable (Reactor) -> Void)
     case adopt(Handoff)
     case drain(DrainRead)
-    case range(RangeRead)
+    case range(RangeRequest)
     case stop(@Sendable () -> Void)
 }
 
@@ -78,13 +97,14 @@ struct Handoff: Sendable {
     var unread: [UInt8]
 }
 
-/// A read, or a flush, for the control plane.
-struct RangeRead: Sendable {
+/// A read, a write or a flush for the control plane.
+struct RangeRequest: Sendable {
     var volume: VolumeNumber
+    var operation: Request.Operation
     var view: View
     var offset: UInt64
     var length: Int
-    /// Filled with the data; the reader's until the answer. Nil: nothing is read, the volume is flushed.
+    /// Filled with the data, or has it; the reactor's until the answer. A flush has none.
     var buffer: PoolMemory?
     var answer: @Sendable (Int32) -> Void
 }
@@ -110,6 +130,8 @@ package struct DrainRead: Sendable {
         case nothing
         /// The point is no longer held.
         case gone
+        /// The volume could not hold it.
+        case lost(errno: Int32)
         case failed(errno: Int32)
     }
 

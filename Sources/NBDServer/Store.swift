@@ -280,7 +280,7 @@ extension Reactor {
         let hosted = hosted(drain.volume)
         let volume = hosted.volume
         guard volume.heldPoint == drain.point else {
-            drain.answer(.gone)
+            drain.answer(gone(drain.point, volume))
             return true
         }
         guard let slot = volume.takeRequest(ofClient: false) else { return false }
@@ -325,6 +325,10 @@ extension Reactor {
         return true
     }
 
+    private func gone(_ point: UInt64, _ volume: Volume) -> DrainRead.Answer {
+        volume.lostPoint.number == point ? .lost(errno: volume.lostPoint.errno) : .gone
+    }
+
     /// The longest hole that is answered at once.
     private static let holeBytes = 1 << 30
 
@@ -333,12 +337,21 @@ extension Reactor {
     private func hole(at grains: Range<Int>, _ hosted: HostedVolume) -> Range<Int>? {
         let volume = hosted.volume
         guard volume.pointLiesOnSource(grains) else { return nil }
-        let range = volume.geometry.byteRange(grains)
-        let data = lseek(
-            hosted.slots[Int(Volume.source)].descriptor, off_t(range.lowerBound), SEEK_DATA)
+        guard var zeroes = hole(grains, of: Volume.source, hosted) else { return nil }
+        if let intermediate = volume.takingIntermediate {
+            guard let both = hole(zeroes, of: intermediate, hosted), volume.tookHole(both) else { return nil }
+            zeroes = both
+        }
+        return zeroes
+    }
+
+    private func hole(_ grains: Range<Int>, of file: StoreFile, _ hosted: HostedVolume) -> Range<Int>? {
+        let geometry = hosted.volume.geometry
+        let range = geometry.byteRange(grains)
+        let data = lseek(hosted.slots[Int(file)].descriptor, off_t(range.lowerBound), SEEK_DATA)
         guard data >= 0 || errno == ENXIO else { return nil }
         let end = data < 0 ? range.upperBound : min(range.upperBound, UInt64(data))
-        let lastGrain = end == range.upperBound ? grains.upperBound : Int(end >> volume.geometry.grainShift)
+        let lastGrain = end == range.upperBound ? grains.upperBound : Int(end >> geometry.grainShift)
         return lastGrain > grains.lowerBound ? grains.lowerBound..<lastGrain : nil
     }
 
@@ -348,9 +361,9 @@ extension Reactor {
         for range in ranges { startRange(range) }
     }
 
-    // MARK: Reading for the control plane
+    // MARK: For the control plane
 
-    func startRange(_ range: RangeRead) {
+    func startRange(_ range: RangeRequest) {
         let volume = hosted(range.volume).volume
         guard range.offset <= volume.geometry.size, UInt64(range.length) <= volume.geometry.size - range.offset,
             range.length <= range.buffer?.byteCount ?? 0
@@ -364,7 +377,7 @@ extension Reactor {
             return range.answer(ENOENT)
         }
         let request = volume.request(slot)
-        request.pointee.operation = range.buffer == nil ? .flush : .read
+        request.pointee.operation = range.operation
         request.pointee.view = range.view
         request.pointee.offset = range.offset
         request.pointee.length = UInt64(range.length)
@@ -393,7 +406,7 @@ extension Reactor {
         hosted.volume.releaseRequest(slot)
         resourcesFreed = true
         if hosted.volume.heldPoint != drain.point {
-            drain.answer(.gone)
+            drain.answer(gone(drain.point, hosted.volume))
         } else if request.error != 0 {
             drain.answer(.failed(errno: request.error))
         } else {

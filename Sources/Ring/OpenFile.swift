@@ -169,6 +169,19 @@ package final class OpenFile: Sendable {
 
     package func readAll() throws(SystemError) -> [UInt8] { try read(at: 0, count: Int(try size())) }
 
+    /// Fills `buffer`.
+    ///
+    /// - Throws: EIO when the file ends before.
+    package func readAll(_ buffer: UnsafeMutableRawPointer, _ count: Int, at offset: UInt64) throws(SystemError) {
+        var done = 0
+        while done < count {
+            let moved = pread(descriptor, buffer + done, count - done, off_t(offset) + off_t(done))
+            if moved < 0, errno == EINTR { continue }
+            guard moved > 0 else { throw SystemError("read \(path)", errno: moved == 0 ? EIO : errno) }
+            done += moved
+        }
+    }
+
     /// As much of the range as there is.
     package func read(at offset: Int, count: Int) throws(SystemError) -> [UInt8] {
         var bytes = [UInt8](repeating: 0, count: count)

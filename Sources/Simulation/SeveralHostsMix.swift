@@ -76,7 +76,7 @@ struct SeveralHostsMix {
         knowsFellows = generator.chance(50)
         asksThroughHosts = generator.chance(30)
         interval = [.continuous, .continuous, .every(80_000_000), .manual][generator.below(4)]
-        mode = Mode.allCases[generator.below(Mode.allCases.count)]
+        mode = [.flashcopy, .globalMirror][generator.below(2)]
         keep = Retention(last: [1, 2, 4][generator.below(3)])
     }
 }

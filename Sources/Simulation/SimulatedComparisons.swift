@@ -125,7 +125,9 @@ final class SimulatedComparisons: PartOfSite {
         read(id, of: index) { [unowned self] ours in
             peer.comparisons.read(pinned.carriers[index], of: index) { [unowned self] theirs in
                 guard let ours, let theirs else { return answered(.failed(Refusal("it cannot be read", .passing))) }
-                if !isSame(ours, theirs) {
+                // Nobody hears what comes when the copies have been let go of: hosts may have overwritten what they are read through.
+                let isHeard = comparison?.id == id && comparison?.isOver == false
+                if isHeard, !isSame(ours, theirs) {
                     world.fail("volume \(index) of point \(comparison?.point ?? 0) is not alike at both sites")
                 }
                 compare(index + 1, peer, lives, answered)
@@ -137,9 +139,14 @@ final class SimulatedComparisons: PartOfSite {
     private func read(_ id: CopyID, of index: Int, _ done: @escaping ([UInt8]?) -> Void) {
         let process = life
         guard site.isUp else { return }
-        let accepted = volumes[index].submit(.read, view: .copy(id), offset: 0, length: World.size) { request in
+        // As a reactor does: what the comparison waits for may be over, and the copy about to leave.
+        let volume = volumes[index]
+        guard volume.volume.retainCopy(id) else { return done(nil) }
+        let accepted = volume.submit(.read, view: .copy(id), offset: 0, length: World.size) { request in
+            volume.volume.releaseCopy(id)
             done(request.error == 0 ? Array(UnsafeRawBufferPointer(start: request.buffer, count: World.size)) : nil)
         }
+        if !accepted { volume.volume.releaseCopy(id) }
         if !accepted { world.tasks.append { [unowned self] in if process == life { read(id, of: index, done) } } }
     }
 

@@ -122,10 +122,11 @@ package final class World: Scenario, ServesHosts {
         let failingSaves = [0, 40, 12, 5][generator.below(4)]
         self.failingSaves = often.contains(.savesFail) ? 5 : failingSaves
         retriesSaves = generator.chance(50) && !often.contains(.savesFail)
-        // Not drawn, so that the other seeds stay what they were.
+        // This, and the third mode, are not drawn, so that the other seeds stay what they were.
         linkIsSlow = seed % 4 == 3 || often.contains(.linkIsSlow)
         keep = Retention(last: [0, 1, 2, 4, 4, 4][generator.below(6)])
-        let mode = Mode.allCases[generator.below(Mode.allCases.count)]
+        let drawn: Mode = [.flashcopy, .globalMirror][generator.below(2)]
+        let mode = seed % 3 == 2 ? .changeVolume : drawn
         self.mode = often.isDisjoint(with: [.targetsFail, .preservesAreSlow]) ? mode : .flashcopy
         collisions = CollisionRules(
             sendsFirst: generator.chance(50),

@@ -80,7 +80,7 @@ extension FlashCopies {
 
     // MARK: Hosts
 
-    private func hosts(_ members: [VolumeState]) async -> [(volume: String, clients: [Reactor.Host])] {
+    func hosts(_ members: [VolumeState]) async -> [(volume: String, clients: [Reactor.Host])] {
         var found: [(String, [Reactor.Host])] = []
         for volume in members {
             let number = volume.number
@@ -90,7 +90,7 @@ extension FlashCopies {
     }
 
     /// - Throws: with status 412 when clients have one of the volumes open for writing.
-    private func refuseUnder(_ hosts: [(volume: String, clients: [Reactor.Host])]) throws {
+    func refuseUnder(_ hosts: [(volume: String, clients: [Reactor.Host])]) throws {
         let words = hosts.compactMap { volume, clients -> String? in
             let writers = clients.filter(\.mayWrite)
             guard !writers.isEmpty else { return nil }
@@ -109,7 +109,7 @@ extension FlashCopies {
     }
 
     /// "before-restore-3": the first number that none of the volumes has a FlashCopy of.
-    private func unusedName(_ prefix: String, _ members: [VolumeState]) -> String {
+    func unusedName(_ prefix: String, _ members: [VolumeState]) -> String {
         var number = 1
         while members.contains(where: { $0.record.copies.contains { $0.name == "\(prefix)\(number)" } }) { number += 1 }
         return "\(prefix)\(number)"

@@ -41,6 +41,7 @@ package final class Site {
     package nonisolated let distrust: Distrust
     package nonisolated let standings: Standings
     package nonisolated let roles: Roles
+    package nonisolated let localRestores: LocalRestores
     package nonisolated let verifications: Verifications
     /// Devices that are in use elsewhere are served all the same.
     private let force: Bool
@@ -90,6 +91,7 @@ package final class Site {
         failovers = FailoverOfSeveral(home, steps, intake, otherRemotes)
         standings = Standings(home, peers, distrust, replication)
         roles = Roles(home, peers, operations, steps, intake)
+        localRestores = LocalRestores(home, operations, peers, restores, flashCopies, replication)
         verifications = Verifications(home, operations, steps, flashCopies)
         space = Space(home)
         watch = Watch(home, distrust, space, kept, removal, replication, verifications)
@@ -140,6 +142,8 @@ package final class Site {
             }
         }
         for group in home.groups.values {
+            let isRestored = home.members(group).allSatisfy { $0.record.restoringPoint == nil }
+            for volume in home.members(group) where !isRestored { volume.shutsHostsOut = true }
             try await takeUpMembership(group)
             try await distrust.distrust(group)
             try await distrust.giveUpUncertainPoint(group)
@@ -172,7 +176,9 @@ package final class Site {
     private func goOn(_ group: GroupState) async throws {
         await removal.applyRetention(group)
         if group.isolation != nil { Task { await standings.awaitPeer(group) } }
-        if group.isMirroring, group.isolation == nil { try await replication.startReplication(group) }
+        let isRestored = home.members(group).allSatisfy { $0.record.restoringPoint == nil }
+        if group.isMirroring, group.isolation == nil, isRestored { try await replication.startReplication(group) }
+        if !isRestored { Task { await localRestores.resume(group) } }
         if group.record.handingOver != nil { Task { await roles.finishHandover(group) } }
         if group.record.failedOver?.joins == true { Task { await roles.joinAfterPromotion(group) } }
         if group.record.isFailingBack { Task { await roles.resumeFailback(group) } }

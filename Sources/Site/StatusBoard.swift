@@ -65,7 +65,7 @@ struct GroupFacts: Sendable {
 
 /// A long command that is under way.
 final class Operation: Sendable {
-    enum Kind: String, Sendable { case resync, switchover, failback, verify }
+    enum Kind: String, Sendable { case resync, switchover, failback, verify, restore }
     let kind: Kind
     let startedAt = realSeconds()
     private let state = Mutex((step: "begins", isAborted: false))

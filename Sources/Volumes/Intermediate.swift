@@ -45,6 +45,11 @@ package struct Intermediate: BitwiseCopyable, @unchecked Sendable {
         if isVoid.pointee != 0 { advanced.clearAll() }
     }
 
+    /// There are such grains.
+    package var hasElsewhere: Bool {
+        lackingCount > 0 || isVoid.pointee == 0 && advanced.firstSet(in: 0..<advanced.count) != nil
+    }
+
     /// Grains whose content of the last committed point is elsewhere.
     ///
     /// - Parameter into: all clear.
@@ -155,6 +160,21 @@ extension Volume {
         var grain = bound.lowerBound + 1
         while grain < bound.upperBound, firstRequired(in: grain..<grain + 1) != nil { grain += 1 }
         return grain
+    }
+
+    /// The intermediate, while the point that is held takes all that it sends.
+    package var takingIntermediate: StoreFile? { holdTakesAll ? intermediate?.file : nil }
+
+    /// These grains of the point are a hole of the source and of the intermediate, which need not be copied.
+    ///
+    /// - Returns: false when something of them is on its way there.
+    package func tookHole(_ grains: Range<Int>) -> Bool {
+        guard activeJob(overlapping: grains) == nil else { return false }
+        advance(grains)
+        hold?.took(grains)
+        wasMirrored(grains)
+        pointBitmapIsDirty = true
+        return true
     }
 
     // MARK: What it takes

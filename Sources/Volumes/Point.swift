@@ -67,7 +67,7 @@ extension Volume {
 
     /// Whether the point's data of the whole run lies on the source and nothing on its way there may change it.
     package func pointLiesOnSource(_ grains: Range<Int>) -> Bool {
-        guard let hold, unsettledCount == 0, hold.file != intermediate?.file else { return false }
+        guard let hold, unsettledCount == 0 else { return false }
         let (file, end) = hold.location(of: grains)
         return file == Self.source && end == grains.upperBound
     }
@@ -105,7 +105,10 @@ extension Volume {
         guard let number = heldPoint else { return mergeOutOfSync() }
         // Before writes go on, so that none of them needs anything of it.
         mergeOutOfSync()
-        if errno != 0 { emit(.pointGivenUp(number: number, errno: errno)) }
+        if errno != 0 {
+            lostPoint = (number, errno)
+            emit(.pointGivenUp(number: number, errno: errno))
+        }
         endHold()
     }
 

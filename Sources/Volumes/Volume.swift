@@ -66,6 +66,8 @@ package final class Volume {
     package internal(set) var hold: Hold?
     /// The bitmap of the next point must be cleared first: the last one has set bits there, or nobody knows.
     package internal(set) var pointBitmapIsDirty = true
+    /// The last point that could not be held, and why: an errno.
+    package internal(set) var lostPoint: (number: UInt64, errno: Int32) = (0, 0)
     /// Mode `change-volume`.
     package internal(set) var intermediate: Intermediate?
     /// Of a point that is held in memory.

@@ -18,7 +18,7 @@ struct Farcopy: AsyncParsableCommand {
         subcommands: [
             Serve.self, Status.self, CycleCommand.self, Suspend.self, Resume.self, Points.self,
             Failover.self, Switchover.self, Failback.self, Resync.self, Abort.self,
-            Practice.self, Verify.self, Rate.self, Events.self, FlashCopyCommand.self,
+            Practice.self, Verify.self, RestoreGroup.self, Rate.self, Events.self, FlashCopyCommand.self,
             Attach.self, Detach.self,
             Inspect.self, Adopt.self,
         ])

@@ -128,11 +128,7 @@ struct FlashCopyCommand: AsyncParsableCommand {
             do {
                 reports = try await options.ask(Endpoints.restoreFlashCopy, body: request)
             } catch let refusal as Refusal where refusal.kind == .unconfirmed && isatty(0) == 1 {
-                Output.line(refusal.description)
-                Output.write(Array("disconnect them? [y/N] ".utf8))
-                guard let words = readLine(), ["y", "yes"].contains(words.lowercased()) else {
-                    throw Refusal("nothing was done")
-                }
+                try Output.confirm(refusal.description, "disconnect them?")
                 request.disconnect = true
                 reports = try await options.ask(Endpoints.restoreFlashCopy, body: request)
             }

@@ -199,6 +199,41 @@ struct Verify: AsyncParsableCommand {
     }
 }
 
+struct RestoreGroup: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "restore",
+        abstract:
+            "At the primary: make all volumes of a group the point again that was committed last, from their change volumes.",
+        discussion:
+            "For groups in mode change-volume, whose peer may be needed. What the volumes hold is kept as FlashCopy before-restore-N until it "
+            + "is withdrawn. Hosts must not have the volumes open for writing; with --yes they are disconnected.")
+    @OptionGroup var options: ControlOptions
+    @Argument(help: "The group.") var group: String
+    @Option(help: "What to restore from: change-volume.") var from: String
+    @Flag(help: "Disconnect hosts that have the volumes open; do not ask.") var yes = false
+    @Flag(help: "Do not keep what the volumes hold.") var discard = false
+
+    func run() async throws {
+        var request = LocalRestoreRequest(from: from)
+        (request.disconnect, request.discard) = (yes, discard)
+        let report: LocalRestoreReport
+        do {
+            report = try await options.ask(Endpoints.restore, group, body: request)
+        } catch let refusal as Refusal where refusal.kind == .unconfirmed && isatty(0) == 1 {
+            try Output.confirm(refusal.description, "disconnect them?")
+            request.disconnect = true
+            report = try await options.ask(Endpoints.restore, group, body: request)
+        }
+        guard !options.json else { return }
+        Output.line(
+            "restored to point \(report.point): \(StatusText.bytes(report.bytes)) written, \(StatusText.bytes(report.fetchedBytes)) of "
+                + "them from the peer; \(report.disconnected) connections ended"
+                + (report.keptAs.map {
+                    "; what the volumes held before is kept as FlashCopy \($0) until it is withdrawn"
+                } ?? ""))
+    }
+}
+
 /// `status` for people.
 enum StatusText {
     static func bytes(_ count: UInt64) -> String {

@@ -2,6 +2,7 @@
 
 import API
 import Glibc
+import Groups
 
 enum Output {
     static func write(_ bytes: [UInt8], to descriptor: Int32 = 1) {
@@ -20,6 +21,17 @@ enum Output {
     static func line(_ text: String) { write(Array("\(text)\n".utf8)) }
 
     static func complain(_ text: String) { write(Array("farcopy: \(text)\n".utf8), to: 2) }
+
+    /// Asks whoever sits there.
+    ///
+    /// - Throws: unless the answer is yes.
+    static func confirm(_ words: String, _ question: String) throws {
+        line(words)
+        write(Array("\(question) [y/N] ".utf8))
+        guard let answer = readLine(), ["y", "yes"].contains(answer.lowercased()) else {
+            throw Refusal("nothing was done")
+        }
+    }
 
     /// Ends the command as failed.
     static func fail(_ text: String) -> Never {

@@ -53,6 +53,8 @@ struct VolumeRecord: VersionedRecord {
     var restoredAt: Double?
     /// Of a primary's volume, in mode `change-volume`.
     var changeVolume: ChangeVolumeRecord?
+    /// The volume is being restored to this point from its change volume: neither hosts nor points may see it.
+    var restoringPoint: UInt64?
     /// The activity log could not be written: after power loss it says nothing.
     var logIsBroken = false
 

@@ -418,9 +418,11 @@ final class VolumeState {
             activityLog.mapping.flushFailed()
             logIsWhole = (try? activityLog.synchronize()) != nil
         }
-        let storage = Self.storage(record, directory, source)
-        let file = try source.identity()
         let usesChangeVolume = usesChangeVolume
+        var next = record
+        if usesChangeVolume { next.changeVolume?.adoptedIn = nil } else { next.changeVolume = nil }
+        let (changeVolume, storage) = (next.changeVolume, Self.storage(next, directory, source))
+        let file = try source.identity()
         try await kept.amend { record in
             record.clean = nil
             record.bootID = bootID
@@ -428,7 +430,7 @@ final class VolumeState {
             record.file = file
             record.servedAs = servedAs
             record.logIsBroken = !logIsWhole
-            if usesChangeVolume { record.changeVolume?.adoptedIn = nil } else { record.changeVolume = nil }
+            record.changeVolume = changeVolume
             for index in record.copies.indices { record.copies[index].completeBytes = nil }
         }
         isConfirmed = true

@@ -1,0 +1,298 @@
+// LocalRestores.swift: `farcopy restore GROUP --from change-volume`: the volumes of a group become the point again that was committed last,
+// from their first intermediates, and from the peer in what the intermediates have of a newer point.
+//
+// What the volumes may hold otherwise than the point is in CR and OOS, or in what the intermediate has otherwise; it is written as a host
+// writes, so FlashCopies keep what they need and the changes are recorded: mirroring goes on with these alone.
+//
+// Must be prevented:
+//   a host, or a point, sees a volume that is half restored: what is begun is written down before, and a start goes on with it
+//   volumes of a group are restored to different points
+//   what an intermediate has of a newer point is taken for the committed one's
+
+import API
+import Base
+import Glibc
+import Groups
+import Link
+import NBDServer
+import Ring
+import Volumes
+
+/// Restores of groups from their change volumes.
+@SiteThread
+package final class LocalRestores {
+    private let home: Holdings
+    private let operations: Operations
+    private let peers: Peers
+    private let restores: Restores
+    private let flashCopies: FlashCopies
+    private let replication: Replication
+
+    init(
+        _ home: Holdings, _ operations: Operations, _ peers: Peers, _ restores: Restores, _ flashCopies: FlashCopies,
+        _ replication: Replication
+    ) {
+        (self.home, self.operations, self.peers) = (home, operations, peers)
+        (self.restores, self.flashCopies, self.replication) = (restores, flashCopies, replication)
+    }
+
+    private static let workers = 4
+
+    // MARK: By command
+
+    package func restore(_ name: String, _ request: LocalRestoreRequest) async throws -> LocalRestoreReport {
+        guard request.from == LocalRestoreRequest.changeVolume else {
+            throw Refusal(
+                "'\(request.from)' is nothing to restore from; say \(LocalRestoreRequest.changeVolume)", .misuse)
+        }
+        let group = try home.group(name)
+        try check(group)
+        var report: LocalRestoreReport?
+        try await operations.operate(group, .restore) {
+            await enterTogether(home.copyTurnstile, [group.turnstile])
+            defer {
+                home.copyTurnstile.leave()
+                group.turnstile.leave()
+            }
+            try check(group)
+            report = try await restore(group, request)
+        }
+        return report!
+    }
+
+    private func check(_ group: GroupState) throws {
+        let name = group.entry.name
+        guard group.record.role == .primary, group.record.isMirroring else { throw Refusal(home.notMirroring(group)) }
+        guard group.entry.mode.hold == .intermediate else {
+            throw Refusal(
+                "group '\(name)' is in mode '\(group.entry.mode.rawValue)': its volumes have no change volumes")
+        }
+        for volume in home.members(group) { try home.checkNotRestoring(volume) }
+        _ = try lastPoint(group)
+    }
+
+    private func lastPoint(_ group: GroupState) throws -> UInt64 {
+        guard let point = group.record.lastCommitted?.number else {
+            throw Refusal("group '\(group.entry.name)' has no point that is committed: there is nothing to restore")
+        }
+        return point
+    }
+
+    private func restore(_ group: GroupState, _ request: LocalRestoreRequest) async throws -> LocalRestoreReport {
+        let members = home.members(group)
+        let hosts = await flashCopies.hosts(members)
+        if request.disconnect != true { try flashCopies.refuseUnder(hosts) }
+        await replication.stopReplication(group)
+        var kept: String?
+        let point: UInt64
+        do {
+            try await giveUpPoint(group)
+            point = try await pointOf(group, needsPeer: await lacksAnything(members))
+            if request.discard != true { kept = try await keep(members) }
+            for volume in members { await restores.shutOut(volume) }
+            for volume in members { try await volume.amend { $0.restoringPoint = point } }
+        } catch {
+            for volume in members where volume.record.restoringPoint != nil {
+                volume.acknowledge { $0.restoringPoint = nil }
+                try? await volume.settle()
+            }
+            for volume in members { await restores.letHostsIn(volume) }
+            try await replication.startMirroring(group)
+            throw error
+        }
+        let (bytes, fetched) = try await carryOut(group, point)
+        let report = LocalRestoreReport(
+            group: group.entry.name, point: point, bytes: bytes, fetchedBytes: fetched, keptAs: kept,
+            disconnected: hosts.reduce(0) { $0 + $1.clients.count })
+        home.note(
+            group.entry.name,
+            "restored to point \(point) from the change volumes: \(bytes) bytes, \(fetched) of them from '\(group.entry.peer)'"
+                + (kept.map { "; what the volumes held before is kept as FlashCopy '\($0)' until it is withdrawn" }
+                    ?? ""))
+        return report
+    }
+
+    /// CR alone says what the peer lacks.
+    private func giveUpPoint(_ group: GroupState) async throws {
+        await home.onEngines(group) { $0.giveUpPoint() }
+        if group.record.held != nil || group.record.forming != nil { try await group.handle.change(.pointGivenUp) }
+    }
+
+    private func lacksAnything(_ members: [VolumeState]) async -> Bool {
+        for volume in members {
+            let number = volume.number
+            if await volume.reactor.run({ $0.hosted(number).volume.intermediate?.hasElsewhere ?? true }) { return true }
+        }
+        return false
+    }
+
+    /// The point that was committed last. Where the peer is needed it may have committed one more than this site has heard of; of
+    /// that the intermediates have the same as of the one before, but in what is elsewhere.
+    private func pointOf(_ group: GroupState, needsPeer: Bool) async throws -> UInt64 {
+        let own = try lastPoint(group)
+        guard needsPeer else { return own }
+        let points: [StatusReport.PointReport]
+        do { points = try await peers.callPeer(group, Endpoints.points, seconds: 10) } catch let refusal as Refusal {
+            throw Refusal(
+                "group '\(group.entry.name)': the change volumes have a part of a newer point already, and '\(group.entry.peer)', which has "
+                    + "all of point \(own), says: \(refusal)", .passing)
+        }
+        guard let newest = points.map(\.id).max(), newest >= own else {
+            throw Refusal(
+                "group '\(group.entry.name)': '\(group.entry.peer)' has no point \(own) any more; its newest is "
+                    + (points.map(\.id).max().map(String.init) ?? "none"))
+        }
+        return newest
+    }
+
+    private func keep(_ members: [VolumeState]) async throws -> String {
+        let name = flashCopies.unusedName("before-restore-", members)
+        try home.descriptors.require(2 * members.count)
+        try await flashCopies.take(FlashCopyRequest(name: name, volumes: members.map(\.name)), members)
+        return name
+    }
+
+    // MARK: After a restart
+
+    /// A restore had begun when the last process ended: it goes on until it is done.
+    func resume(_ group: GroupState) async {
+        guard let point = home.members(group).compactMap(\.record.restoringPoint).max() else { return }
+        home.note(group.entry.name, "the restore to point \(point) goes on; hosts are shut out until it is done")
+        while !home.isStopping {
+            do {
+                try await operations.operate(group, .restore) {
+                    try await giveUpPoint(group)
+                    _ = try await carryOut(group, point)
+                }
+                return home.note(group.entry.name, "restored to point \(point)")
+            } catch {
+                home.note(group.entry.name, "the restore to point \(point) is tried again: \(error)")
+            }
+            await home.wait(seconds: 5) { false }
+        }
+    }
+
+    // MARK: Carrying it out
+
+    private func carryOut(_ group: GroupState, _ point: UInt64) async throws -> (bytes: UInt64, fetched: UInt64) {
+        group.operation?.step = "brings back point \(point); hosts are shut out"
+        var total: (bytes: UInt64, fetched: UInt64) = (0, 0)
+        for volume in home.members(group) {
+            let done = try await restore(volume, group, point)
+            total.bytes += done.bytes
+            total.fetched += done.fetched
+        }
+        try await VolumeState.flushSources(home.members(group))
+        // Most of what is marked is alike again: it is compared, not sent.
+        try await group.handle.change(.seeded)
+        for volume in home.members(group) { try await volume.amend { $0.restoringPoint = nil } }
+        for volume in home.members(group) { await restores.letHostsIn(volume) }
+        try await replication.startMirroring(group)
+        return total
+    }
+
+    private func restore(
+        _ volume: VolumeState, _ group: GroupState, _ point: UInt64
+    ) async throws -> (bytes: UInt64, fetched: UInt64) {
+        guard let hold = volume.pointHold else { throw Refusal("volume '\(volume.name)' has no change volume") }
+        let runs = try await RestoreRuns(volume)
+        let peer = try remoteExport(volume, group, point)
+        return try await withThrowingTaskGroup(of: (UInt64, UInt64).self) { tasks in
+            for _ in 0..<Self.workers { tasks.addTask { try await self.copy(runs, hold.target, peer) } }
+            var total: (bytes: UInt64, fetched: UInt64) = (0, 0)
+            for try await (bytes, fetched) in tasks { total = (total.bytes + bytes, total.fetched + fetched) }
+            return total
+        }
+    }
+
+    /// Connects to what the peer has of the point.
+    private func remoteExport(
+        _ volume: VolumeState, _ group: GroupState, _ point: UInt64
+    ) throws -> @Sendable () throws -> RemoteExport {
+        guard let peer = home.configuration.peers[group.entry.peer] else {
+            throw Refusal("there is no [peers.\(group.entry.peer)]")
+        }
+        let tls = LinkTLS(policy: peer.tls, files: home.configuration.nbd.files, user: peer.tlsUser)
+        let (address, export, size) = (peer.nbd, "\(volume.name)@\(point)", volume.geometry.size)
+        return {
+            let remote = try RemoteExport(address: address, tls: tls, export: export)
+            guard remote.size >= Int64(size) else {
+                throw Refusal("export '\(export)' at \(address) has \(remote.size) bytes and the volume \(size)")
+            }
+            return remote
+        }
+    }
+
+    /// Copies runs until none is left, or some other has failed.
+    private func copy(
+        _ runs: RestoreRuns, _ file: OpenFile, _ connect: @escaping @Sendable () throws -> RemoteExport
+    ) async throws -> (UInt64, UInt64) {
+        let buffer = try PoolMemory(byteCount: RestoreRuns.bytes)
+        let disks = home.disks
+        var remote: RemoteExport?
+        var total: (UInt64, UInt64) = (0, 0)
+        while !home.isStopping, !Task.isCancelled, let run = runs.take() {
+            let range = runs.geometry.byteRange(run.grains)
+            let (offset, length) = (range.lowerBound, Int(range.upperBound - range.lowerBound))
+            if run.isElsewhere {
+                let known = remote
+                remote = try await disks.run {
+                    let remote = try known ?? connect()
+                    try remote.read(buffer.memory, length, at: offset)
+                    return remote
+                }
+                total.1 += UInt64(length)
+            } else {
+                try await disks.run { try file.readAll(buffer.memory, length, at: offset) }
+            }
+            let errno = await runs.reactor.write(runs.number, offset: offset, length: length, from: buffer)
+            guard errno == 0 else { throw SystemError("write \(runs.path)", errno: errno) }
+            total.0 += UInt64(length)
+        }
+        guard !home.isStopping else { throw Refusal("site '\(home.configuration.site)' stops", .passing) }
+        return total
+    }
+}
+
+/// What is to be written to one volume, in runs that lie in one place.
+@SiteThread
+private final class RestoreRuns {
+    nonisolated static let bytes = max(1 << 20, Limits.maximumGrain)
+    let reactor: ReactorHandle
+    let number: VolumeNumber
+    let geometry: Geometry
+    let path: String
+    private let memory: PoolMemory
+    /// Grains in which the volume may differ from the point; and those of them that the intermediate has otherwise as well.
+    private let grains: Bitmap
+    private let elsewhere: Bitmap
+    private var next = 0
+
+    init(_ volume: VolumeState) async throws {
+        (reactor, number, geometry, path) = (volume.reactor, volume.number, volume.geometry, volume.source.path)
+        let (count, bytes) = (geometry.grainCount, Bitmap.byteCount(bits: geometry.grainCount))
+        let memory = try PoolMemory(byteCount: 2 * bytes)
+        let number = number
+        await reactor.run { reactor in
+            let engine = reactor.hosted(number).volume
+            let all = Bitmap(memory: memory.memory, count: count)
+            let elsewhere = Bitmap(memory: memory.memory + bytes, count: count)
+            engine.intermediate?.addElsewhere(into: elsewhere)
+            all.formUnion(engine.changeRecording)
+            all.formUnion(elsewhere)
+        }
+        self.memory = memory
+        grains = Bitmap(memory: memory.memory, count: count)
+        elsewhere = Bitmap(memory: memory.memory + bytes, count: count)
+    }
+
+    func take() -> (grains: Range<Int>, isElsewhere: Bool)? {
+        guard let first = grains.firstSet(in: min(next, grains.count)..<grains.count) else { return nil }
+        let bound = first..<min(grains.count, first + Self.bytes / geometry.grain)
+        var end = grains.firstClear(in: bound) ?? bound.upperBound
+        let isElsewhere = elsewhere.contains(first)
+        end = (isElsewhere ? elsewhere.firstClear(in: first..<end) : elsewhere.firstSet(in: first..<end)) ?? end
+        next = end
+        return (first..<end, isElsewhere)
+    }
+}
