@@ -52,6 +52,14 @@ package enum ValidatedRequest: Sendable {
     case blockStatus(reqOne: Bool)
     case flush
     case disconnect
+
+    /// It may change what the export holds.
+    package var modifies: Bool {
+        switch self {
+        case .write, .writeZeroes, .trim: true
+        case .read, .cache, .blockStatus, .flush, .disconnect: false
+        }
+    }
 }
 
 /// The facts of a session that validation needs.

@@ -11,6 +11,8 @@ package final class HostedVolume {
     package let volume: Volume
     /// Number of the intake session whose connections may write (role secondary); 0 = none.
     package var intakeSession: UInt64 = 0
+    /// What the intake has is a point that is prepared, or is being looked at for that: nothing is written there before it is decided.
+    package var intakeIsClosed = false
     /// Whether hosts may write (role primary, or after failover).
     package var writable = false
     /// The reactor drives it in this turn.

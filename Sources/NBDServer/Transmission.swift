@@ -110,6 +110,12 @@ extension Reactor {
             refuse(slot, taken, header, error, hosted)
             return true
         case .success(let command):
+            if hosted.intakeIsClosed, connection.pointee.intakeSession != 0, command.modifies {
+                connection.pointee.inputStart += limits.style.requestByteCount
+                connection.pointee.requestsInFlight += 1
+                refuse(slot, taken, header, .shutdown, hosted)
+                return true
+            }
             return start(slot, taken, command, header, hosted)
         }
     }

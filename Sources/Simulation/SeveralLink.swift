@@ -90,7 +90,9 @@ extension SeveralHost {
         guard let link, let (grain, content) = slots[slot] else { return handle(.linkLost("the link is closed")) }
         let (remote, session) = (remote, link.state.session)
         world.later { [unowned self] in
-            guard remote.isUp, remote.session == session, world.reaches(self, remote) else { return breaks(link) }
+            guard remote.isUp, remote.session == session, remote.letsDataIn, world.reaches(self, remote) else {
+                return breaks(link)
+            }
             remote.write(volume, grain, content) { [unowned self] in
                 bring(link) { [unowned self] in acknowledged(slot) }
             }

@@ -202,6 +202,9 @@ final class SeveralRemote: SeveralSite {
     }
 
     /// It has arrived; it is done a little later.
+    /// What is prepared is what the volumes are when it is committed.
+    var letsDataIn: Bool { record.undecided == nil }
+
     func write(_ volume: Int, _ grain: Int, _ content: Int, done: @escaping () -> Void) {
         writesUnderWay += 1
         let process = life

@@ -110,6 +110,28 @@ extension StepExecutor {
     func runPart(_ input: RemotePart.Input, _ group: GroupState) async throws -> RemoteReply {
         await group.turnstile.enter()
         defer { group.turnstile.leave() }
-        return try await run(RemotePart(input, keep: group.entry.keep, session: group.session), group)
+        // What is prepared is what the volumes are when it is committed. A host that has given it up, of which a coordinator without a record
+        // wants the next, must not write that over it; nor may the record's file, if it cannot be saved, say that it is prepared.
+        if case .request(let request, _, _, _, _) = input, case .prepare = request.body {
+            await setIntake(closed: true, group)
+        }
+        do {
+            let reply = try await run(RemotePart(input, keep: group.entry.keep, session: group.session), group)
+            await openIntake(group)
+            return reply
+        } catch {
+            await openIntake(group)
+            throw error
+        }
+    }
+
+    private func openIntake(_ group: GroupState) async {
+        guard group.intakeIsClosed, group.record.undecided == nil, !group.isUnsaved else { return }
+        await setIntake(closed: false, group)
+    }
+
+    private func setIntake(closed: Bool, _ group: GroupState) async {
+        group.intakeIsClosed = closed
+        _ = await home.ask(home.members(group)) { hosted, _ in hosted.intakeIsClosed = closed }
     }
 }

@@ -101,6 +101,8 @@ final class GroupState {
     var servesHosts = false
     /// They may as soon as the record's file says nothing else.
     var isAdmitting = false
+    /// As a remote: nothing is let in at the intake just now.
+    var intakeIsClosed = false
     /// Bytes that clients had written when the group failed over to this site; nil after a restart.
     var writtenAtFailover: UInt64?
     var isRetiring = false

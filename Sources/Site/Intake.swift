@@ -94,7 +94,8 @@ package final class Intake {
     private func refuseWhilePrepared(_ group: GroupState) throws {
         guard let point = group.record.undecided else { return }
         throw Refusal(
-            "group '\(group.entry.name)' at '\(home.configuration.site)' has prepared point \(point), and it is not decided yet",
+            "group '\(group.entry.name)' at '\(home.configuration.site)' has prepared point \(point), and it is not decided yet; should "
+                + "its coordinator have lost its record, `farcopy abort cycle:\(group.entry.group)` at '\(home.configuration.site)' decides it",
             .passing)
     }
 

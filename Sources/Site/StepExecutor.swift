@@ -12,7 +12,7 @@ import Volumes
 /// Carries out operations on groups.
 @SiteThread
 final class StepExecutor {
-    private let home: Holdings
+    let home: Holdings
     private let peers: Peers
     private let operations: Operations
     private let chains: Chains
@@ -112,6 +112,7 @@ final class StepExecutor {
         await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
             reactor.perform { reactor in
                 reactor.hosted(number).intakeSession = next
+                reactor.hosted(number).intakeIsClosed = false
                 reactor.disconnect(number, .intake) { continuation.resume() }
             }
         }
