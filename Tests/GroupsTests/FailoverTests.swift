@@ -125,6 +125,44 @@ func pointThatSomeLack() throws {
     #expect(words.contains("'west2' has no point 4 of 'east2'; it has 3"), "\(words)")
 }
 
+@Test("a pair that has no part in a point does not say that nobody has committed it")
+func testimonyOfWhoIsLeftOut() throws {
+    var prepared = try remote([3])
+    var plan = CommitPlan(point: PointRecord(number: 4, formedAt: 0, committedAt: 0, order: 4), dropped: [])
+    plan.point.without = ["east2"]
+    let stand = TwoPhaseRecord(epoch: 7, stand: .prepared(4))
+    try prepared.apply(.remotePart(RemotePartChange(record: stand, plan: plan)))
+    let pairs = [
+        OwnPair("east1", isEmpty: false, prepared), OwnPair("east2", isEmpty: false, try remote([3])),
+        OwnPair("east3", isEmpty: false, try remote([3])),
+    ]
+    /// What is decided when these have said that they never had the point, and the other remote is silent.
+    func outcome(_ testimonies: [Int: Testimony]) -> Step<FailoverAction, Void> {
+        var settlement = DoubtSettlement("shop", others: ["west2"])
+        var step = settlement.next(after: .begin, pairs)
+        for _ in 0..<8 {
+            switch step {
+            case .perform(.promise(let pair, _)):
+                step = settlement.next(after: .testimony(testimonies[pair] ?? .refuses(prepared: true)), pairs)
+            case .perform(.ask): step = settlement.next(after: .heard(["west2": .silent(last: nil)]), pairs)
+            default: return step
+            }
+        }
+        return step
+    }
+    let never = Testimony.refuses(prepared: false)
+    guard case .failed(let error) = outcome([1: never]) else {
+        Issue.record("it decides by the word of who was left out")
+        return
+    }
+    #expect("\(error)".contains("in doubt") && "\(error)".contains("'west2'"), "\(error)")
+    guard case .perform(.settle(let settlement)) = outcome([1: never, 2: never]) else {
+        Issue.record("who takes part, and never had it, knows that nobody has committed it")
+        return
+    }
+    #expect(settlement.point == 4 && !settlement.forward)
+}
+
 @Test("a point that an operator has chosen alone is decided after all before the failover to it")
 func chosenAndThenDecided() throws {
     var chosen = GroupRecord.first(.secondary, identity: "w")

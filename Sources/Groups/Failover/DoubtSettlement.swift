@@ -7,14 +7,22 @@ package struct DoubtSettlement: FailoverSteps {
     private struct Doubt {
         var pair: Int
         var point: UInt64
+        /// Pairs that have no part in it; and all of the group's, as the coordinator has said, if it has.
+        var without: [String] = []
+        var places: [String] = []
         var testimonies: [Testimony] = []
+
+        /// What a pair says that takes no part in the point says nothing about who has committed it.
+        func counts(_ pair: String) -> Bool {
+            !without.contains(pair) && (places.isEmpty || places.contains(pair))
+        }
     }
 
     private enum State {
         /// Pairs before this one are settled.
         case looks(from: Int)
         /// The doubt's own pair promises first, then these do.
-        case promises(Doubt, [Int])
+        case promises(Doubt, asked: Int?, [Int])
         case asks(Doubt)
         case settles(pair: Int)
     }
@@ -34,9 +42,9 @@ package struct DoubtSettlement: FailoverSteps {
         switch (state, answer) {
         case (_, .failed(let error)): return .failed(error)
         case (.looks(let first), .begin): return look(from: first, pairs)
-        case (.promises(var doubt, let left), .testimony(let testimony)):
+        case (.promises(var doubt, let asked, let left), .testimony(let testimony)):
             // What the pair itself says is that it does not know.
-            if left.count < pairs.count - 1, let testimony { doubt.testimonies.append(testimony) }
+            if let asked, doubt.counts(pairs[asked].name), let testimony { doubt.testimonies.append(testimony) }
             return promise(doubt, left)
         case (.asks(let doubt), .heard(let heard)): return decide(doubt, heard, pairs)
         case (.settles(let pair), .done): return look(from: pair + 1, pairs)
@@ -53,7 +61,12 @@ package struct DoubtSettlement: FailoverSteps {
                 return settle(pair, point, forward: true, .chosen)
             }
             // Its own promise comes first.
-            state = .promises(Doubt(pair: pair, point: point), pairs.indices.filter { $0 != pair })
+            let record = pairs[pair].record
+            let prepared = record.coordination?.prepared ?? record.points.first { $0.number == point }
+            let doubt = Doubt(
+                pair: pair, point: point, without: prepared?.without ?? [],
+                places: record.coordination?.places?.map(\.host) ?? [])
+            state = .promises(doubt, asked: nil, pairs.indices.filter { $0 != pair })
             return .perform(.promise(pair: pair, point))
         }
         return .done(())
@@ -64,7 +77,7 @@ package struct DoubtSettlement: FailoverSteps {
             state = .asks(doubt)
             return .perform(.ask(others, about: doubt.point))
         }
-        state = .promises(doubt, Array(left.dropFirst()))
+        state = .promises(doubt, asked: next, Array(left.dropFirst()))
         return .perform(.promise(pair: next, doubt.point))
     }
 
@@ -73,7 +86,8 @@ package struct DoubtSettlement: FailoverSteps {
         _ doubt: Doubt, _ heard: [String: Heard], _ pairs: [OwnPair]
     ) -> Step<FailoverAction, Void> {
         let testimonies =
-            doubt.testimonies + heard.values.flatMap { $0.word?.pairs ?? [] }.compactMap(\.testimony)
+            doubt.testimonies
+            + heard.values.flatMap { $0.word?.pairs ?? [] }.filter { doubt.counts($0.pair) }.compactMap(\.testimony)
         if testimonies.contains(.committed) { return settle(doubt.pair, doubt.point, forward: true, .committed) }
         let silent = others.filter { heard[$0]?.word == nil }
         guard silent.isEmpty || testimonies.contains(.refuses(prepared: false)) else {
