@@ -7,6 +7,7 @@
 import AsyncHTTPClient
 import FoundationEssentials
 import NIOCore
+import NIOHTTP1
 import NIOSSL
 
 /// Why etcd did not do what was asked.
@@ -14,7 +15,9 @@ package struct EtcdFailure: Error, CustomStringConvertible {
     package var description: String
     /// It has answered, and surely not done it; else it may have.
     package var isRefusal: Bool
-    init(_ description: String, isRefusal: Bool) { (self.description, self.isRefusal) = (description, isRefusal) }
+    package init(_ description: String, isRefusal: Bool) {
+        (self.description, self.isRefusal) = (description, isRefusal)
+    }
 }
 
 package struct EtcdSettings: Sendable, Equatable {
@@ -49,6 +52,7 @@ package actor EtcdClient {
         var configuration = HTTPClient.Configuration()
         configuration.connectionPool.retryConnectionEstablishment = false
         configuration.timeout.connect = .seconds(Self.seconds)
+        configuration.timeout.read = .seconds(Self.seconds)
         if settings.endpoints.contains(where: { $0.hasPrefix("https:") }) {
             configuration.tlsConfiguration = try Self.tls(settings)
         }
@@ -110,15 +114,32 @@ package actor EtcdClient {
         request.headers.add(name: "content-type", value: "application/json")
         if let token { request.headers.add(name: "authorization", value: token) }
         request.body = .bytes(ByteBuffer(bytes: [UInt8](try JSONEncoder().encode(body))))
-        let response = try await http.execute(request, timeout: .seconds(Self.seconds))
-        let bytes = [UInt8](buffer: try await response.body.collect(upTo: 1 << 20))
-        guard response.status == .ok else {
+        let (status, bytes) = try await answer(to: request, endpoint)
+        guard status == .ok else {
             let words = String(decoding: bytes.prefix(500), as: UTF8.self)
             // What is unavailable may be carried out all the same.
-            let isRefusal = (400..<500).contains(Int(response.status.code))
-            throw EtcdFailure("etcd at \(endpoint) answers \(response.status): \(words)", isRefusal: isRefusal)
+            let isRefusal = (400..<500).contains(Int(status.code))
+            throw EtcdFailure("etcd at \(endpoint) answers \(status): \(words)", isRefusal: isRefusal)
         }
         return try JSONDecoder().decode(Answer.self, from: Data(bytes))
+    }
+
+    /// The whole answer, its body as well, in a time that is bounded.
+    private nonisolated func answer(
+        to request: HTTPClientRequest, _ endpoint: String
+    ) async throws -> (HTTPResponseStatus, [UInt8]) {
+        try await withThrowingTaskGroup(of: (HTTPResponseStatus, [UInt8]).self) { tasks in
+            tasks.addTask { [http] in
+                let response = try await http.execute(request, timeout: .seconds(Self.seconds))
+                return (response.status, [UInt8](buffer: try await response.body.collect(upTo: 1 << 20)))
+            }
+            tasks.addTask {
+                try await Task.sleep(for: .seconds(2 * Self.seconds))
+                throw EtcdFailure("etcd at \(endpoint) has begun to answer, and not ended", isRefusal: false)
+            }
+            defer { tasks.cancelAll() }
+            return try await tasks.next()!
+        }
     }
 
     private func authenticate() async throws {

@@ -46,14 +46,14 @@ extension EtcdClient {
         let answer: TxnResponse = try await call(
             "/v3/kv/txn",
             TxnRequest(compare: [.created(key, at: 0)], success: [RequestOp(request_put: put)], failure: [range]))
-        if answer.succeeded == true, let revision = answer.header?.revision?.value {
+        if answer.succeeded == true, let revision = answer.header?.revision?.value, revision > 0 {
             return .elected(epoch: UInt64(revision))
         }
         guard let found = answer.responses?.first?.response_range?.kvs?.first else {
             throw EtcdFailure("etcd's answer makes no sense", isRefusal: false)
         }
         // The answer to an earlier try was lost.
-        if found.lease?.value == lease, let revision = found.create_revision?.value {
+        if found.lease?.value == lease, let revision = found.create_revision?.value, revision > 0 {
             return .elected(epoch: UInt64(revision))
         }
         return .another(String(decoding: found.value?.bytes ?? [], as: UTF8.self))

@@ -47,9 +47,14 @@ final class ElectedRecord: CoordinatorStore {
             box.value.withLock { $0 = result }
             done.signal()
         }
-        done.wait()
+        // Each call has its own limit (`EtcdClient`); nobody waits for ever, should that fail.
+        guard done.wait(timeout: .now() + .seconds(Self.longestWait)) == .success else {
+            throw EtcdFailure("etcd has not answered for \(Self.longestWait) s", isRefusal: false)
+        }
         return try box.value.withLock { $0! }.get()
     }
+
+    private static let longestWait = 30
 
     private final class Box<Value: Sendable>: Sendable {
         let value: Mutex<Result<Value, any Error>?>
@@ -150,6 +155,11 @@ final class Election: Sendable {
     private func coordinate(_ lease: Int64, _ epoch: UInt64) async throws {
         let found = try await client.read(keys.record)
         let record = try found.value.map { try JSONDecoder().decode(CoordinatorRecord.self, from: Data($0)) }
+        guard record?.isPlausible != false, epoch <= PointRecord.highestNumber else {
+            throw Refusal(
+                "what is in etcd under \(keys.record) is no coordinator's record: \(String(decoding: found.value ?? [], as: UTF8.self)); "
+                    + "remove that key to have the group's points go on from what its hosts know")
+        }
         note("this site coordinates the group, by etcd, in epoch \(epoch)")
         known.withLock { $0 = site }
         problem(nil)
