@@ -61,18 +61,28 @@ package final class EverySite {
         let others = isLed ? [] : home.fellows(pairs)
         let point = try await practicePoint(name, pairs, wanted, others)
         var reports: [FlashCopyReport] = []
+        // What this call has made, and may have made: what somebody practises with already is not its own.
+        var (own, begun): ([String], [ControlClient]) = ([], [])
         do {
-            for pair in pairs { reports += try await practices.practice(pair.entry.name, point: point) }
+            for pair in pairs {
+                reports += try await practices.practice(pair.entry.name, point: point)
+                own.append(pair.entry.name)
+            }
             for (other, client) in home.clients(others) {
                 do {
                     reports += try await client.call(Endpoints.practice, name, [.point: point, .led: "true"])
+                    begun.append(client)
                 } catch {
+                    if !(error is Refusal) { begun.append(client) }
                     throw Refusal("'\(other)': \(error)", (error as? Refusal)?.kind ?? .passing)
                 }
             }
         } catch {
             // One moment everywhere, or none.
-            try? await endPractice(name, isLed: isLed)
+            for pair in own { try? await practices.endPractice(pair) }
+            for client in begun {
+                _ = try? await client.call(Endpoints.endPractice, name, [.led: "true"]) as Done
+            }
             throw error
         }
         return reports
