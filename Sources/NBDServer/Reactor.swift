@@ -501,8 +501,9 @@ package final class Reactor {
             hosted.holdExpired = false
             hosted.heldSince = now
         }
+        // Of several who hold, whoever waits the shortest decides.
+        hosted.holdDeadline = min(hosted.holders > 0 ? hosted.holdDeadline : .max, now + nanoseconds)
         hosted.holders += 1
-        hosted.holdDeadline = now + nanoseconds
         hosted.volume.holdAcknowledgements()
     }
 
