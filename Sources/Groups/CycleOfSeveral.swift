@@ -53,6 +53,8 @@ package struct Survey: Codable, Equatable, Sendable {
     package var highest: UInt64
     /// Pairs whose hosts are lost, and without which points are formed, by their indices.
     package var absent: [Int]?
+    /// Its remote has failed over: the others must not go on without it, since they are to fail over to the same point.
+    package var isStale: Bool?
 
     package init(changed: Bool, problem: String?, highest: UInt64, absent: [Int]? = nil) {
         (self.changed, self.problem, self.highest, self.absent) = (changed, problem, highest, absent)
@@ -116,7 +118,17 @@ extension Cycle {
         coordinator = Coordinator(settings.part.coordination, record: own)
         (coordinates, holdUp, pauses) = (true, nil, 0)
         let turn = coordinator.start(now: now)
-        return carryOut(turn, &record, now) + goOnIfIdle(&record, now)
+        return carryOut(turn, &record, now) + giveUpUnnamed(&record, now) + goOnIfIdle(&record, now)
+    }
+
+    /// This host drains, or has drained, a point that the record which it has found does not name: nobody would ever end it.
+    private mutating func giveUpUnnamed(_ record: inout GroupRecord, _ now: UInt64) -> Turn<Action> {
+        let isNamed = coordinator.state != .idle && coordinator.record.lastNumber == participant.record.number
+        switch participant.state.kind {
+        case .draining where !isNamed, .drained where !isNamed:
+            return abandon("the coordinator's record does not name it", .carryOn, &record, now)
+        default: return Turn()
+        }
     }
 
     /// Another does, or nobody. Hosts let go by themselves.
@@ -146,6 +158,11 @@ extension Cycle {
         case .givingUp(let next): next.reason
         case .stopped(let reason), .offline(let reason, _): reason
         }
+    }
+
+    /// Its remote refuses it, perhaps since that has failed over.
+    package var isRefused: Bool {
+        if case .stopped(let reason) = state { reason != Self.suspended.reason } else { false }
     }
 
     /// At one that whoever asks how this host stands knows nothing of.

@@ -31,6 +31,7 @@ final class Conversations {
     private let client: any CoordinationClient
     private let mailbox: Mailbox<GroupHandle.Message>
     private struct Call {
+        /// It was begun, or something was heard in it.
         var since: UInt64
         var task: Task<Void, Never>
     }
@@ -85,6 +86,8 @@ final class Conversations {
         let now = monotonicNanoseconds()
         if let (question, call) = hosts[host] {
             if question == message.request.body, now - call.since < Self.patience { return }
+            // It is cancelled, and says nothing any more: who has been silent for so long is not reached.
+            if now - call.since >= Self.patience { noteReach(host, false) }
             call.task.cancel()
         }
         let (client, mailbox) = (client, mailbox)
@@ -99,6 +102,7 @@ final class Conversations {
                 guard let answer = reply else { break }
                 guard !Task.isCancelled else { return }
                 mailbox.send(.event(.host(host, answer), epoch: 0))
+                mailbox.send(.callAnswered(host: host))
                 guard case .ran = answer.body else { break }
                 waits = true
             }
@@ -126,6 +130,12 @@ final class Conversations {
             mailbox.send(.callEnded(host: nil, remote: remote, isReached: true, problem: problem))
         }
         remotes[remote] = (message.request.body, Call(since: now, task: task))
+    }
+
+    /// A host has said something in a call that goes on.
+    func answered(host: Int) {
+        hosts[host]?.call.since = monotonicNanoseconds()
+        noteReach(host, true)
     }
 
     /// What is asked next is a call of its own.

@@ -52,6 +52,7 @@ package final class GroupHandle: Sendable {
         case surveyed(@Sendable (Survey) -> Void)
         /// Of this host, for the coordinator here.
         case ownSurvey(Survey, epoch: UInt64)
+        case callAnswered(host: Int)
         case callEnded(host: Int?, remote: Int?, isReached: Bool, problem: String? = nil)
         /// No point begins; answered when none is under way.
         case quiet(Bool, seconds: Double, @Sendable (Bool) -> Void)

@@ -114,6 +114,7 @@ final class GroupThread {
             case .stopCoordinating(let reason): stopCoordinating(reason)
             case .quiet(let isQuiet, let seconds, let done): setQuiet(isQuiet, seconds, done)
             case .noPoint(let reason): refuseWaiters(reason)
+            case .callAnswered(let host): replicator?.callAnswered(host: host)
             case .callEnded(let host, let remote, let isReached, let problem):
                 replicator?.callEnded(host: host, remote: remote, isReached: isReached, problem: problem)
             case .marked(let asker): replicator?.marked(asker)
@@ -290,10 +291,18 @@ final class GroupThread {
 
     private func survey(_ answer: @escaping @Sendable (Survey) -> Void) {
         guard let replicator, let cycle = group.cycle else {
-            return answer(Survey(changed: false, problem: "it does not mirror", highest: group.record.highestPoint))
+            var survey = Survey(changed: false, problem: "it does not mirror", highest: group.record.highestPoint)
+            if group.record.conflict != nil {
+                (survey.problem, survey.isStale) = (
+                    "its remote has failed over, or hosts may have written at both", true
+                )
+            }
+            return answer(survey)
         }
         if let problem = cycle.problem {
-            return answer(Survey(changed: false, problem: problem, highest: group.record.highestPoint))
+            var survey = Survey(changed: false, problem: problem, highest: group.record.highestPoint)
+            if cycle.isRefused { survey.isStale = true }
+            return answer(survey)
         }
         // Its volumes are free once the next point's first message has come.
         if cycle.isAtPoint {

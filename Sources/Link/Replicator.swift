@@ -354,6 +354,8 @@ package final class Replicator {
         Task { if let problem = await asks() { mailbox.send(.noPoint(problem)) } }
     }
 
+    func callAnswered(host: Int) { conversations?.answered(host: host) }
+
     func callEnded(host: Int?, remote: Int?, isReached: Bool, problem: String?) {
         conversations?.ended(host: host, remote: remote, isReached: isReached, problem: problem)
     }

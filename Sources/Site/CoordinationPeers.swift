@@ -27,6 +27,7 @@ final class CoordinationPeers: CoordinationClient {
     private let lost = Mutex<[String: UInt64]>([:])
     private static let longestSilence: UInt64 = 2_000_000_000
     private let learned: @Sendable ([PairPlace]) async -> Void
+    private let recorded: @Sendable () -> [PairPlace]
     private static let surveySeconds: Int64 = 2
     private static let hostSeconds: Int64 = 5
 
@@ -35,12 +36,14 @@ final class CoordinationPeers: CoordinationClient {
     ///   - places: as they were said last.
     ///   - local: another pair of this site.
     ///   - learned: is told where the pairs are, once all have said so.
+    ///   - recorded: where they are by the record, which another coordinator may have told since.
     init(
         _ entry: Configuration.GroupEntry, pairs: [String], isForward: Bool, site: String,
         peers: [String: Configuration.PeerEntry], places: [PairPlace], goesOnWithoutLost: Bool,
         local: @escaping @Sendable (String) async -> GroupHandle?,
-        learned: @escaping @Sendable ([PairPlace]) async -> Void
+        learned: @escaping @Sendable ([PairPlace]) async -> Void, recorded: @escaping @Sendable () -> [PairPlace]
     ) {
+        self.recorded = recorded
         (group, self.pairs, self.isForward) = (entry.group, pairs, isForward)
         self.goesOnWithoutLost = goesOnWithoutLost
         (self.site, self.peers, self.local, self.learned) = (site, peers, local, learned)
@@ -76,7 +79,11 @@ final class CoordinationPeers: CoordinationClient {
             for await (pair, standing, problem) in tasks {
                 if let standing, isForward { remotes.withLock { $0[pair] = standing.peer } }
                 if let problem = problem ?? standing?.survey.problem {
-                    if isLost(pair) {
+                    // Which has heard from its remote, perhaps, that this has failed over: it is not lost, and others must not go on.
+                    if standing?.survey.isStale == true {
+                        _ = lost.withLock { $0.removeValue(forKey: pair) }
+                        problems.append("'\(pair)': \(problem)")
+                    } else if isLost(pair) {
                         all.absent = (all.absent ?? []) + [pairs.firstIndex(of: pair)!]
                     } else {
                         problems.append("'\(pair)': \(problem)")
@@ -122,6 +129,13 @@ final class CoordinationPeers: CoordinationClient {
         }
     }
 
+    private func takeRecorded() {
+        let recorded = recorded()
+        remotes.withLock { known in
+            for place in recorded where known[place.host] == nil { known[place.host] = place.remote }
+        }
+    }
+
     private var places: [PairPlace]? {
         let known = remotes.withLock { $0 }
         let places = pairs.compactMap { pair in known[pair].map { PairPlace(host: pair, remote: $0) } }
@@ -142,6 +156,7 @@ final class CoordinationPeers: CoordinationClient {
 
     func ask(remote: Int, _ message: RemoteMessage) async throws -> (answer: Stamped<RemoteAnswer>, at: Double?) {
         // Who takes up may have to ask remotes before it has asked any host.
+        if places == nil { takeRecorded() }
         if places == nil { _ = await survey() }
         guard let places else { throw Refusal("not every host has said yet which remote it mirrors to", .passing) }
         let pair = pairs[remote]

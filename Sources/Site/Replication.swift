@@ -145,7 +145,7 @@ package final class Replication {
             learned: { places in
                 guard handle.record.coordination?.places != places else { return }
                 try? await handle.change(.places(places))
-            })
+            }, recorded: { handle.record.coordination?.places ?? [] })
     }
 
     private func replicated(_ volume: VolumeState, _ group: GroupState) async throws -> ReplicatedVolume {
