@@ -17,6 +17,16 @@ struct Rarities: OptionSet {
 }
 
 extension DeliberateFault {
+    /// Mode `change-volume` has nothing to do with it.
+    var isOfOtherModes: Bool {
+        switch self {
+        case .skipIntermediate, .advanceUnmarked, .clearUnmirrored, .trustUnfilled, .trustMarks, .trustOldIntermediates,
+            .trustFilled:
+            false
+        default: true
+        }
+    }
+
     /// What every seed has that is to show it.
     var showsWhere: Rarities {
         switch self {

@@ -126,7 +126,7 @@ package final class World: Scenario, ServesHosts {
         linkIsSlow = seed % 4 == 3 || often.contains(.linkIsSlow)
         keep = Retention(last: [0, 1, 2, 4, 4, 4][generator.below(6)])
         let drawn: Mode = [.flashcopy, .globalMirror][generator.below(2)]
-        let mode = seed % 3 == 2 ? .changeVolume : drawn
+        let mode = seed % 3 == 2 && fault?.isOfOtherModes != true ? .changeVolume : drawn
         self.mode = often.isDisjoint(with: [.targetsFail, .preservesAreSlow]) ? mode : .flashcopy
         collisions = CollisionRules(
             sendsFirst: generator.chance(50),
