@@ -87,6 +87,19 @@ package struct MeetCall: Codable, Sendable {
     }
 }
 
+/// A resync of all pairs of a group begins, or has ended.
+package struct ResyncCall: Codable, Sendable {
+    package var site: String
+    package var id: UInt64
+    /// Sites whose changes are discarded.
+    package var losers: [String]
+    package var ends = false
+    /// The peers of the site's own pairs are to be told as well.
+    package var passesOn = true
+
+    package init(site: String, id: UInt64, losers: [String]) { (self.site, self.id, self.losers) = (site, id, losers) }
+}
+
 /// A remote that has failed over leads the others to the same point.
 package struct LeadCall: Codable, Sendable {
     package var site: String

@@ -84,6 +84,8 @@ package enum Endpoints {
     package static let askRemote = Endpoint<RemoteCall, RemoteReply>(.post, "/v1/peer/groups/{group}/remote", .peer)
     package static let testify = Endpoint<TestimonyCall, RemoteWord>(
         .post, "/v1/peer/groups/{group}/testimony", .peer)
+    package static let announceResync = Endpoint<ResyncCall, Done>(
+        .post, "/v1/peer/groups/{group}/resync", .peer, seconds: 30)
     package static let meet = Endpoint<MeetCall, Done>(.post, "/v1/peer/groups/{group}/meet", .peer, seconds: 90)
     package static let lead = Endpoint<LeadCall, Done>(.post, "/v1/peer/groups/{group}/lead", .peer, seconds: 30)
 
@@ -97,6 +99,6 @@ package enum Endpoints {
         standing.call, openSession.call, commit.call, checksums.call, yield.call, changes.call, promote.call,
         untracked.call,
         pin.call, unpin.call,
-        survey.call, askHost.call, askRemote.call, testify.call, meet.call, lead.call,
+        survey.call, askHost.call, askRemote.call, testify.call, announceResync.call, meet.call, lead.call,
     ]
 }

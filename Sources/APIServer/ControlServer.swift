@@ -200,6 +200,10 @@ package struct ControlServer: Sendable {
             try await asked.site.coordination.meet(asked.name, asked.body)
             return Done(done: "all are there")
         }
+        routes.serve(Endpoints.announceResync) { asked in
+            try await asked.site.roles.announced(asked.name, asked.body)
+            return Done(done: "noted")
+        }
         routes.serve(Endpoints.lead) { asked in
             try await asked.site.failovers.follow(asked.name, asked.body)
             return Done(done: "failed over")

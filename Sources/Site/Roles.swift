@@ -23,6 +23,7 @@ package final class Roles {
     let operations: Operations
     let steps: StepExecutor
     let intake: Intake
+    let resyncs = ResyncsUnderWay()
 
     init(_ home: Holdings, _ peers: Peers, _ operations: Operations, _ steps: StepExecutor, _ intake: Intake) {
         (self.home, self.peers, self.operations, self.steps, self.intake) = (home, peers, operations, steps, intake)
@@ -64,11 +65,14 @@ package final class Roles {
         return yieldAnswer(group, point)
     }
 
-    /// Of two sites that ask each other to give up the role, the one with the smaller identity goes on.
+    /// Of two sites that ask each other to give up the role, the one with the smaller identity goes on; of a group with several hosts the
+    /// configured one, so that all pairs end in one direction.
     private func refuseIfOpposite(_ group: GroupState, _ request: YieldRequest) throws {
         guard group.isJoining else { return }
         let name = group.entry.name
-        if home.siteRecord.id < request.siteID {
+        let goesOn =
+            group.entry.several.map { $0.pair == home.configuration.site } ?? (home.siteRecord.id < request.siteID)
+        if goesOn {
             throw Refusal(
                 "'\(home.configuration.site)' is resyncing group '\(name)' the other way round just now, and goes on; nothing of this "
                     + "command was done")

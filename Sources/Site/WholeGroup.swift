@@ -108,7 +108,12 @@ extension Roles {
         if let winner = try peerOfLoser(name, losers, isLed: isLed) {
             return try await peers.callPeer(winner, Endpoints.resync, [.discard: list(losers)], seconds: 600)
         }
-        if !isLed { _ = try await previewResync(name, discard: losers, isLed: false) }
+        guard !isLed else { return try await resyncPairs(name, losers, isLed: true) }
+        _ = try await previewResync(name, discard: losers, isLed: false)
+        return try await whileAnnounced(name, losers) { try await resyncPairs(name, losers, isLed: false) }
+    }
+
+    private func resyncPairs(_ name: String, _ losers: [String], isLed: Bool) async throws -> ResyncReport {
         let reports = try await home.everywhere(name, isLed: isLed) { [self] pair in
             guard let loser = try await loser(pair, losers) else { return try await report(pair, losers) }
             return try await resync(pair, discard: loser)
