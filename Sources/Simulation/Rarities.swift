@@ -14,6 +14,8 @@ struct Rarities: OptionSet {
     static let rolesChange = Rarities(rawValue: 8)
     /// The primary has targets, and its disks are slower than all else.
     static let preservesAreSlow = Rarities(rawValue: 16)
+    /// The secondary is killed, and loses power, again and again.
+    static let secondaryDies = Rarities(rawValue: 32)
 }
 
 extension DeliberateFault {
@@ -31,7 +33,8 @@ extension DeliberateFault {
     var showsWhere: Rarities {
         switch self {
         case .admitUnsettled: [.savesFail, .rolesChange]
-        case .leaveUnsaid: .savesFail
+        case .admitLate: [.savesFail, .rolesChange]
+        case .leaveUnsaid: [.savesFail, .targetsFail, .secondaryDies]
         case .prepareWithoutBarrier: .preservesAreSlow
         case .takeLateCommits: .linkIsSlow
         case .countLate: .targetsFail

@@ -48,6 +48,7 @@ extension Rarities {
     fileprivate func factor(of happening: Happening) -> Int? {
         switch happening {
         case .trouble where contains(.targetsFail): 5
+        case .killSecondary where contains(.secondaryDies), .secondaryPower where contains(.secondaryDies): 10
         case .primaryIO where contains(.preservesAreSlow): 1
         case .secondaryIO where contains(.preservesAreSlow), .task where contains(.preservesAreSlow): 8
         default: contains(.rolesChange) && happening.isFault ? 0 : nil
