@@ -31,6 +31,10 @@ test-long: test-simulation-long ## What takes longer: every suite on block devic
 	for rules in hold-image send-first; do (cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 \
 		GROUP_LINES="mode = \"global-mirror\"\ncollision = \"$$rules\"" $(PYTHON) run.py test_closed_cut test_replication test_roles \
 		test_link test_points test_operations test_opposites test_half_done test_order test_power test_full) || exit 1; done
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 GROUP_LINES='mode = "change-volume"' $(PYTHON) run.py test_closed_cut \
+		test_roles test_link test_points test_operations test_opposites test_half_done test_order test_power test_full
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 REPEAT=9 $(PYTHON) run.py test_change_volume
+	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 SEVERAL_MODE=change-volume $(PYTHON) run.py test_several_hosts
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 REPEAT=25 $(PYTHON) run.py test_several_hosts
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 REPEAT=5 $(PYTHON) run.py test_several_faults
 	cd Tests/blackbox && PYTHONDONTWRITEBYTECODE=1 LASTS=60 REPEAT=5 $(PYTHON) run.py test_contradiction

@@ -13,9 +13,12 @@ package struct StatusReport: Codable, Sendable {
         package var flashcopies: [CopyReport]
         /// Bytes that would be compared anew if the machine went down now; nil while nothing is logged.
         package var activeBytes: UInt64?
+        /// What is still to be copied to the volume's change volume; nil while it has none.
+        package var changeVolumeLacksBytes: UInt64?
         enum CodingKeys: String, CodingKey {
             case size, grain, exports, flashcopies
             case activeBytes = "active_bytes"
+            case changeVolumeLacksBytes = "change_volume_lacks_bytes"
             case restoringBytes = "restoring_bytes"
             case bytesRead = "bytes_read"
             case bytesWritten = "bytes_written"

@@ -157,7 +157,11 @@ package final class Distrust {
 
     /// A point that was held is given up when one volume does not say any more what of it is still to be sent.
     func giveUpUncertainPoint(_ group: GroupState) async throws {
-        guard group.record.mustGiveUpPoint(heldBy: home.members(group).map(\.heldPoint), group.entry.mode)
+        // A host of several does not know whether its remote has prepared the point, which then lets it send nothing more of it.
+        let isOfSeveral = group.entry.several != nil && group.record.held != nil
+        guard
+            isOfSeveral
+                || group.record.mustGiveUpPoint(heldBy: home.members(group).map(\.heldPoint), group.entry.mode)
         else { return }
         try await group.handle.change(.pointGivenUp)
     }

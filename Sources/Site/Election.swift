@@ -154,11 +154,13 @@ final class Election: Sendable {
 
     private func coordinate(_ lease: Int64, _ epoch: UInt64) async throws {
         let found = try await client.read(keys.record)
-        let record = try found.value.map { try JSONDecoder().decode(CoordinatorRecord.self, from: Data($0)) }
-        guard record?.isPlausible != false, epoch <= PointRecord.highestNumber else {
+        let record = found.value.flatMap { try? JSONDecoder().decode(CoordinatorRecord.self, from: Data($0)) }
+        guard found.value == nil || record?.isPlausible == true, epoch <= PointRecord.highestNumber else {
+            let words = String(decoding: (found.value ?? []).prefix(500), as: UTF8.self)
             throw Refusal(
-                "what is in etcd under \(keys.record) is no coordinator's record: \(String(decoding: found.value ?? [], as: UTF8.self)); "
-                    + "remove that key to have the group's points go on from what its hosts know")
+                "what is in etcd under \(keys.record) is no coordinator's record: \(words); remove that key to have the group's points go "
+                    + "on from what its hosts know, and have a remote that has prepared a point decide it with `farcopy abort cycle:GROUP`"
+            )
         }
         note("this site coordinates the group, by etcd, in epoch \(epoch)")
         known.withLock { $0 = site }

@@ -81,7 +81,7 @@ package final class FailoverOfSeveral {
 
     // MARK: Carrying it out
 
-    /// - Returns: also what the last takeover of a pair has come to.
+    /// - Returns: also what the takeovers have come to: of the pair that has gone to the newest point.
     private func run<Operation: FailoverSteps>(
         _ operation: Operation, _ name: String, ledBy leader: String? = nil
     ) async throws -> (outcome: Operation.Outcome, report: FailoverReport?) {
@@ -94,7 +94,8 @@ package final class FailoverOfSeveral {
             case .failed(let error): throw error
             case .perform(.takeOver(let takeover)):
                 do {
-                    report = try await takeOver(takeover, pairs[takeover.pair], ledBy: leader)
+                    let taken = try await takeOver(takeover, pairs[takeover.pair], ledBy: leader)
+                    if taken.id >= report?.id ?? 0 { report = taken }
                     answer = .done
                 } catch is OvertakenFailover {
                     answer = .overtaken

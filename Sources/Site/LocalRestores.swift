@@ -67,6 +67,10 @@ package final class LocalRestores {
             throw Refusal(
                 "group '\(name)' is in mode '\(group.entry.mode.rawValue)': its volumes have no change volumes")
         }
+        guard group.entry.several == nil else {
+            throw Refusal(
+                "group '\(name)' has several hosts: the point of this one alone would match none of the others'; fail over, or restore FlashCopies")
+        }
         for volume in home.members(group) { try home.checkNotRestoring(volume) }
         _ = try lastPoint(group)
     }

@@ -153,13 +153,15 @@ final class StatusBoard: Sendable {
             let grain = UInt64(volume.geometry.grain)
             pending[volume.name] = UInt64(figures.pending) * grain
             collided[volume.name] = (grain, figures.collisions)
-            report.volumes[volume.name] = StatusReport.VolumeReport(
+            var shown = StatusReport.VolumeReport(
                 size: volume.geometry.size, grain: volume.geometry.grain, exports: exports.names(of: volume.name),
                 restoringBytes: UInt64(figures.restoring) * grain, bytesRead: figures.read,
                 bytesWritten: figures.written,
                 flashcopies: volume.copies.withLock { $0 }.filter { $0.state != .creating }.map {
                     StatusReport.CopyReport(name: $0.name, state: $0.state.rawValue, reason: $0.reason)
                 }, activeBytes: figures.active)
+            shown.changeVolumeLacksBytes = figures.lacking.map { UInt64($0) * grain }
+            report.volumes[volume.name] = shown
         }
         for (name, pairs) in pairs(only) {
             report.groups[name] = StatusReport.GroupReport(
@@ -187,6 +189,7 @@ final class StatusBoard: Sendable {
         var pending = 0
         var restoring = 0
         var active: UInt64?
+        var lacking: Int?
         var read: UInt64 = 0
         var written: UInt64 = 0
         var collisions = CollisionFigures()
@@ -205,7 +208,8 @@ final class StatusBoard: Sendable {
                         board,
                         Figures(
                             pending: volume.changedGrains + volume.outOfSyncGrains, restoring: volume.restoringGrains,
-                            active: volume.activeBytes, read: hosted.bytesRead, written: hosted.bytesWritten,
+                            active: volume.activeBytes, lacking: volume.intermediate?.lackingCount,
+                            read: hosted.bytesRead, written: hosted.bytesWritten,
                             collisions: volume.collisionFigures)
                     )
                 }

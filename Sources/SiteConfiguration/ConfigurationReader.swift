@@ -299,8 +299,8 @@ struct ConfigurationReader {
             entry[$0] != nil
         }
         guard let first = keys.first else { return [group] }
-        guard group.mode == .globalMirror else {
-            throw fail(section, first, "is for groups with mode = \"global-mirror\"")
+        guard group.mode != .flashcopy else {
+            throw fail(section, first, "is for groups with mode = \"global-mirror\" or \"change-volume\"")
         }
         return group.role == .primary
             ? [try host(entry, group, section, site)] : try remote(entry, group, section, site)

@@ -28,7 +28,7 @@ package struct Intermediate: BitwiseCopyable, @unchecked Sendable {
     let lacking: Bitmap
     /// 1 = all that `advanced` says was committed.
     let isVoid: UnsafeMutablePointer<UInt64>
-    var lackingCount: Int
+    package internal(set) var lackingCount: Int
     /// No grain before this one is lacking and could be copied now.
     var cursor = 0
     /// It does not take what it lacks; it is not tried again before the site is restarted.

@@ -260,6 +260,9 @@ enum StatusText {
         for (name, volume) in report.volumes.sorted(by: { $0.key < $1.key }) {
             var line = "volume \(name): \(bytes(volume.size)), grain \(bytes(UInt64(volume.grain)))"
             if volume.restoringBytes > 0 { line += ", restoring \(bytes(volume.restoringBytes))" }
+            if let lacks = volume.changeVolumeLacksBytes, lacks > 0 {
+                line += ", its change volume lacks \(bytes(lacks))"
+            }
             lines.append(line)
             for copy in volume.flashcopies where copy.reason != nil {
                 lines.append("  FlashCopy \(copy.name): \(copy.state): \(copy.reason!)")

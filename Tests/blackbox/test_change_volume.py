@@ -35,7 +35,9 @@ class ChangeVolumeTest(SiteTest):
         return os.path.join(site.state, "volumes", volume, "change.volume")
 
     def filled(self, site):
-        wait_for(lambda: "has everything" in site.farcopy("events").stdout, what="an intermediate that lacks nothing")
+        wait_for(lambda: site.status()["volumes"][next(iter(site.status()["volumes"]))]["change_volume_lacks_bytes"] == 0,
+                 what="an intermediate that lacks nothing")
+        wait_for(lambda: "has everything" in site.farcopy("events").stdout, what="that being written down")
 
     def write(self, site, pages, byte=None, volume="orders"):
         handle = site.connect(volume)

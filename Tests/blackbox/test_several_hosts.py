@@ -8,6 +8,7 @@ Three hosts mirror to two remotes: east1, the master, and east2 to west1, east3 
 import contextlib
 import faulthandler
 import json
+import os
 import random
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from sites import FARCOPY, GROUP_LINES, REPEAT, SiteTest, read_handle, wait_for
 REMOTES = {"east1": "west1", "east2": "west1", "east3": "west2"}
 MASTER = "east1"
 SIZE = "4MiB"
+MODE = os.environ.get("SEVERAL_MODE", "global-mirror")
 
 
 def names(*all):
@@ -44,7 +46,7 @@ class SeveralHosts(SiteTest):
     def several(self, options="", interval="0s", start=True):
         """`options` are lines for the group at the hosts."""
         remotes = sorted(set(REMOTES.values()))
-        common = f'mode = "global-mirror"\nremotes = {names(*remotes)}\nkeep = 64\nisolation_timeout = "300ms"\n{GROUP_LINES}\n'
+        common = f'mode = "{MODE}"\nremotes = {names(*remotes)}\nkeep = 64\nisolation_timeout = "300ms"\n{GROUP_LINES}\n'
         self.hosts, self.remotes = {}, {}
         for remote in remotes:
             mine = [host for host in REMOTES if REMOTES[host] == remote]
@@ -795,11 +797,11 @@ class Configuration(SiteTest):
         many = json.dumps([f"east{number}" for number in range(1, 18)])
         other = {"mode": '"flashcopy"', "hosts": None, "remotes": None}
         self.group_errors("east1", self.HOST, peers, [
-            ({**other, "peers": '["west1"]'}, 'groups.shop.peers is for groups with mode = "global-mirror"'),
-            ({**other, "hosts": '["east1", "east2"]'}, 'groups.shop.hosts is for groups with mode = "global-mirror"'),
-            ({**other, "remotes": '["west1"]'}, 'groups.shop.remotes is for groups with mode = "global-mirror"'),
-            ({**other, "master": '"east1"'}, 'groups.shop.master is for groups with mode = "global-mirror"'),
-            ({**other, "max_coordination": '"50ms"'}, 'groups.shop.max_coordination is for groups with mode = "global-mirror"'),
+            ({**other, "peers": '["west1"]'}, 'groups.shop.peers is for groups with mode = "global-mirror" or "change-volume"'),
+            ({**other, "hosts": '["east1", "east2"]'}, 'groups.shop.hosts is for groups with mode = "global-mirror" or "change-volume"'),
+            ({**other, "remotes": '["west1"]'}, 'groups.shop.remotes is for groups with mode = "global-mirror" or "change-volume"'),
+            ({**other, "master": '"east1"'}, 'groups.shop.master is for groups with mode = "global-mirror" or "change-volume"'),
+            ({**other, "max_coordination": '"50ms"'}, 'groups.shop.max_coordination is for groups with mode = "global-mirror" or "change-volume"'),
             ({"peers": '["west1"]', "peer": None},
              "groups.shop.peers is for remotes; a host has one 'peer', the remote that its volumes go to"),
             ({"peers": '["west1"]'}, "groups.shop.peers is for remotes; a host has one 'peer', the remote that its volumes go to"),
@@ -841,7 +843,7 @@ class Configuration(SiteTest):
         peers = ["east1", "east2", "west2"]
         self.accepted("west1", self.REMOTE, peers)
         self.group_errors("west1", self.REMOTE, peers, [
-            ({"mode": '"flashcopy"', "remotes": None}, 'groups.shop.peers is for groups with mode = "global-mirror"'),
+            ({"mode": '"flashcopy"', "remotes": None}, 'groups.shop.peers is for groups with mode = "global-mirror" or "change-volume"'),
             ({"hosts": '["east1", "east2"]'}, "groups.shop.hosts is for hosts; this site's role is 'secondary'"),
             ({"master": '"east1"'}, "groups.shop.master is for hosts; this site's role is 'secondary'"),
             ({"max_coordination": '"50ms"'}, "groups.shop.max_coordination is for hosts; this site's role is 'secondary'"),
