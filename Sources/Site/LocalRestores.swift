@@ -69,7 +69,8 @@ package final class LocalRestores {
         }
         guard group.entry.several == nil else {
             throw Refusal(
-                "group '\(name)' has several hosts: the point of this one alone would match none of the others'; fail over, or restore FlashCopies")
+                "group '\(name)' has several hosts: the point of this one alone would match none of the others'; fail over, or restore FlashCopies"
+            )
         }
         for volume in home.members(group) { try home.checkNotRestoring(volume) }
         _ = try lastPoint(group)
