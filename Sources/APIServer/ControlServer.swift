@@ -117,6 +117,11 @@ package struct ControlServer: Sendable {
             {
                 return Done(done: done)
             }
+            if operation.hasPrefix("restore:"),
+                let done = try await asked.site.localRestores.abandon(String(operation.dropFirst("restore:".count)))
+            {
+                return Done(done: done)
+            }
             return Done(done: try await asked.site.roles.abort(operation))
         }
     }

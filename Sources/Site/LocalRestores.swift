@@ -37,6 +37,8 @@ package final class LocalRestores {
     }
 
     private static let workers = 4
+    /// Groups whose restore an operator does not wait for any more.
+    private var abandoned: Set<String> = []
 
     // MARK: By command
 
@@ -93,9 +95,11 @@ package final class LocalRestores {
         do {
             try await giveUpPoint(group)
             point = try await pointOf(group, needsPeer: await lacksAnything(members))
-            if request.discard != true { kept = try await keep(members) }
             for volume in members { await restores.shutOut(volume) }
+            if request.discard != true { kept = try await keep(members) }
             for volume in members { try await volume.amend { $0.restoringPoint = point } }
+            // Who reads it meanwhile would see half of it: it is exported no more.
+            for volume in members { await restores.shutOut(volume) }
         } catch {
             for volume in members where volume.record.restoringPoint != nil {
                 volume.acknowledge { $0.restoringPoint = nil }
@@ -105,7 +109,15 @@ package final class LocalRestores {
             try await replication.startMirroring(group)
             throw error
         }
-        let (bytes, fetched) = try await carryOut(group, point)
+        let bytes: UInt64
+        let fetched: UInt64
+        do { (bytes, fetched) = try await carryOut(group, point) } catch {
+            Task { await resume(group) }
+            throw Refusal(
+                "group '\(group.entry.name)': \(error). Hosts are shut out, and it is tried again until it is done; `farcopy abort "
+                    + "restore:\(group.entry.name)` lets them in at what is there, which is of two moments then"
+                    + (kept.map { "; FlashCopy '\($0)' has what was there before" } ?? ""), .passing)
+        }
         let report = LocalRestoreReport(
             group: group.entry.name, point: point, bytes: bytes, fetchedBytes: fetched, keptAs: kept,
             disconnected: hosts.reduce(0) { $0 + $1.clients.count })
@@ -163,7 +175,9 @@ package final class LocalRestores {
     func resume(_ group: GroupState) async {
         guard let point = home.members(group).compactMap(\.record.restoringPoint).max() else { return }
         home.note(group.entry.name, "the restore to point \(point) goes on; hosts are shut out until it is done")
+        let name = group.entry.name
         while !home.isStopping {
+            if abandoned.contains(name) { return await giveUp(group, point) }
             do {
                 try await operations.operate(group, .restore) {
                     try await giveUpPoint(group)
@@ -173,8 +187,34 @@ package final class LocalRestores {
             } catch {
                 home.note(group.entry.name, "the restore to point \(point) is tried again: \(error)")
             }
-            await home.wait(seconds: 5) { false }
+            await home.wait(seconds: 5) { [self] in abandoned.contains(name) }
         }
+    }
+
+    /// An operator lets hosts in although the volumes are of two moments. What was written is recorded, so the peer gets the same.
+    ///
+    /// - Returns: nil when the group is not being restored.
+    package func abandon(_ name: String) throws -> String? {
+        guard let group = home.groups[name],
+            home.members(group).contains(where: { $0.record.restoringPoint != nil })
+        else { return nil }
+        abandoned.insert(name)
+        home.happened()
+        return "restore:\(name) ends; its volumes are in part of the point, and in part as they were"
+    }
+
+    private func giveUp(_ group: GroupState, _ point: UInt64) async {
+        abandoned.remove(group.entry.name)
+        for volume in home.members(group) {
+            volume.acknowledge { $0.restoringPoint = nil }
+            try? await volume.settle()
+            await restores.letHostsIn(volume)
+        }
+        try? await replication.startMirroring(group)
+        home.note(
+            group.entry.name,
+            "the restore to point \(point) was given up by the operator; its volumes are in part of that point, and in part as they were"
+        )
     }
 
     // MARK: Carrying it out
@@ -200,10 +240,10 @@ package final class LocalRestores {
         _ volume: VolumeState, _ group: GroupState, _ point: UInt64
     ) async throws -> (bytes: UInt64, fetched: UInt64) {
         guard let hold = volume.pointHold else { throw Refusal("volume '\(volume.name)' has no change volume") }
-        let runs = try await RestoreRuns(volume)
+        let (name, runs) = (group.entry.name, try await RestoreRuns(volume))
         let peer = try remoteExport(volume, group, point)
         return try await withThrowingTaskGroup(of: (UInt64, UInt64).self) { tasks in
-            for _ in 0..<Self.workers { tasks.addTask { try await self.copy(runs, hold.target, peer) } }
+            for _ in 0..<Self.workers { tasks.addTask { try await self.copy(runs, name, hold.target, peer) } }
             var total: (bytes: UInt64, fetched: UInt64) = (0, 0)
             for try await (bytes, fetched) in tasks { total = (total.bytes + bytes, total.fetched + fetched) }
             return total
@@ -230,13 +270,13 @@ package final class LocalRestores {
 
     /// Copies runs until none is left, or some other has failed.
     private func copy(
-        _ runs: RestoreRuns, _ file: OpenFile, _ connect: @escaping @Sendable () throws -> RemoteExport
+        _ runs: RestoreRuns, _ group: String, _ file: OpenFile, _ connect: @escaping @Sendable () throws -> RemoteExport
     ) async throws -> (UInt64, UInt64) {
         let buffer = try PoolMemory(byteCount: RestoreRuns.bytes)
         let disks = home.disks
         var remote: RemoteExport?
         var total: (UInt64, UInt64) = (0, 0)
-        while !home.isStopping, !Task.isCancelled, let run = runs.take() {
+        while !home.isStopping, !Task.isCancelled, !abandoned.contains(group), let run = runs.take() {
             let range = runs.geometry.byteRange(run.grains)
             let (offset, length) = (range.lowerBound, Int(range.upperBound - range.lowerBound))
             if run.isElsewhere {
@@ -254,6 +294,7 @@ package final class LocalRestores {
             guard errno == 0 else { throw SystemError("write \(runs.path)", errno: errno) }
             total.0 += UInt64(length)
         }
+        guard !abandoned.contains(group) else { throw Refusal("it was given up by the operator") }
         guard !home.isStopping else { throw Refusal("site '\(home.configuration.site)' stops", .passing) }
         return total
     }

@@ -351,6 +351,27 @@ class LocalRestore(ChangeVolumeTest):
         self.assertEqual(west.read(f"orders@{number}"), point)
         self.assertLess(east.group()["point"]["bytes"], MIB, "differences alone")
 
+    @not_on_devices
+    def test_a_restore_that_cannot_end_is_given_up_by_command(self):
+        east, west = self.linked({"orders": "16MiB"})
+        self.write(east, range(2048), b"a")
+        self.alike(east, west)
+        self.write(east, range(1024), b"b")
+        before = east.read("orders")
+        os.truncate(self.path(east), 0)  # behind the site's back
+        done = self.restore(east, check=False)
+        self.assertEqual(done.returncode, 1)
+        for words in ("Hosts are shut out", "farcopy abort restore:shop", "before-restore-1"):
+            self.assertIn(words, done.stderr)
+        with self.assertRaises(AssertionError):
+            east.read("orders")
+        self.assertEqual(self.restore(east, check=False).returncode, 1)
+        self.assertIn("as they were", east.farcopy("abort", "restore:shop").stdout)
+        wait_for(lambda: "orders" in east.status()["volumes"]["orders"]["exports"], what="the export")
+        self.assertEqual(east.read("orders@before-restore-1"), before)
+        self.write(east, [9])
+        self.alike(east, west)
+
     def test_a_restore_goes_on_after_a_kill(self):
         east, west = self.linked({"orders": "256MiB"})
         handle = east.connect("orders")
