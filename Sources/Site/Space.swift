@@ -84,7 +84,8 @@ final class Space {
 
     private func candidates() -> [String] {
         home.volumes.values.sorted { $0.name < $1.name }.flatMap { volume in
-            [volume.source.path] + volume.record.copies.compactMap { $0.state == .lost ? nil : $0.target }
+            [volume.source.path, volume.record.changeVolume?.path].compactMap { $0 }
+                + volume.record.copies.compactMap { $0.state == .lost ? nil : $0.target }
         }
     }
 }

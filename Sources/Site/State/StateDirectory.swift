@@ -6,6 +6,7 @@
 //   volumes/NAME/recording.bitmap        CR and OOS, and which is which
 //   volumes/NAME/activity.log            regions that may have changed since the bitmaps were flushed
 //   volumes/NAME/point.target .bitmap    old content for the point being drained
+//   volumes/NAME/change.volume .bitmap   the first intermediate of mode change-volume
 //   volumes/NAME/restore.bitmap          grains still to be restored from a FlashCopy or recovery point
 //   volumes/NAME/copies/ID.target .bitmap
 //   groups/NAME/group.record
