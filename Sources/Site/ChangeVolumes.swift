@@ -33,7 +33,7 @@ final class ChangeVolumes {
                 home.group(ofVolume: volume.name)?.entry.name,
                 "volume \(volume.name): its change volume \(hold.target.path) has everything")
         } catch {
-            note(volume, "could not be flushed, and is copied anew after power loss: \(error)")
+            await flushFailed(volume.name, error)
         }
     }
 

@@ -139,7 +139,7 @@ final class Holdings {
 
     /// No role changes while data flows back into a volume.
     func refuseWhileRestoring(_ group: GroupState) throws {
-        for volume in members(group) where volume.restoreBitmap != nil || volume.record.restoringPoint != nil {
+        for volume in members(group) where volume.restoreBitmap != nil || volume.record.localRestore != nil {
             throw Refusal(
                 "volume '\(volume.name)' at '\(configuration.site)' is still being restored; wait until it holds all of its data",
                 .passing)
@@ -198,7 +198,7 @@ final class Holdings {
     /// Brings the directory of exports in line with what a volume has. Of recovery points `settlePoints` tells.
     func publish(_ volume: VolumeState, _ group: GroupState?) {
         let name = volume.name
-        if group?.record.leftOut?.contains(name) == true || volume.record.restoringPoint != nil {
+        if group?.record.leftOut?.contains(name) == true || volume.record.localRestore != nil {
             return exports.set(name, nil)
         }
         var own = ExportEntry(

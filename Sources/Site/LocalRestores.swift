@@ -74,44 +74,44 @@ package final class LocalRestores {
                 "group '\(name)' has several hosts: the point of this one alone would match none of the others'; fail over, or restore FlashCopies"
             )
         }
+        if let isolation = group.isolation { throw Refusal("group '\(name)': \(isolation)") }
         for volume in home.members(group) { try home.checkNotRestoring(volume) }
         _ = try lastPoint(group)
     }
 
     private func lastPoint(_ group: GroupState) throws -> UInt64 {
-        guard let point = group.record.lastCommitted?.number else {
-            throw Refusal("group '\(group.entry.name)' has no point that is committed: there is nothing to restore")
+        guard let point = group.record.lastCommitted, point.isBase != true else {
+            throw Refusal(
+                "group '\(group.entry.name)' has no point that was committed from here: there is nothing to restore")
         }
-        return point
+        return point.number
     }
 
     private func restore(_ group: GroupState, _ request: LocalRestoreRequest) async throws -> LocalRestoreReport {
         let members = home.members(group)
         let hosts = await flashCopies.hosts(members)
         if request.disconnect != true { try flashCopies.refuseUnder(hosts) }
+        abandoned.remove(group.entry.name)
         await replication.stopReplication(group)
         var kept: String?
         let point: UInt64
         do {
             try await giveUpPoint(group)
-            point = try await pointOf(group, needsPeer: await lacksAnything(members))
+            point = try await pointOf(group)
+            try await checkPeer(group, members, point)
             for volume in members { await restores.shutOut(volume) }
             if request.discard != true { kept = try await keep(members) }
-            for volume in members { try await volume.amend { $0.restoringPoint = point } }
+            let begun = LocalRestoreRecord(point: point, members: members.map(\.name).sorted())
+            for volume in members { try await volume.amend { $0.localRestore = begun } }
             // Who reads it meanwhile would see half of it: it is exported no more.
             for volume in members { await restores.shutOut(volume) }
         } catch {
-            for volume in members where volume.record.restoringPoint != nil {
-                volume.acknowledge { $0.restoringPoint = nil }
-                try? await volume.settle()
-            }
-            for volume in members { await restores.letHostsIn(volume) }
-            try await replication.startMirroring(group)
+            await withdraw(group)
             throw error
         }
         let bytes: UInt64
         let fetched: UInt64
-        do { (bytes, fetched) = try await carryOut(group, point) } catch {
+        do { (bytes, fetched) = try await carryOut(group) } catch {
             Task { await resume(group) }
             throw Refusal(
                 "group '\(group.entry.name)': \(error). Hosts are shut out, and it is tried again until it is done; `farcopy abort "
@@ -135,21 +135,46 @@ package final class LocalRestores {
         if group.record.held != nil || group.record.forming != nil { try await group.handle.change(.pointGivenUp) }
     }
 
-    private func lacksAnything(_ members: [VolumeState]) async -> Bool {
-        for volume in members {
-            let number = volume.number
-            if await volume.reactor.run({ $0.hosted(number).volume.intermediate?.hasElsewhere ?? true }) { return true }
+    private func lacksAnything(_ volume: VolumeState) async -> Bool {
+        let number = volume.number
+        return await volume.reactor.run { $0.hosted(number).volume.intermediate?.hasElsewhere ?? true }
+    }
+
+    private func lacking(_ members: [VolumeState]) async -> [VolumeState] {
+        var found: [VolumeState] = []
+        for volume in members where await lacksAnything(volume) { found.append(volume) }
+        return found
+    }
+
+    /// What the peer must give can be had, before anything is changed.
+    private func checkPeer(_ group: GroupState, _ members: [VolumeState], _ point: UInt64) async throws {
+        for volume in await lacking(members) {
+            let (connect, length) = (try remoteExport(volume, group, point), min(volume.geometry.size, 4096))
+            do {
+                try await home.disks.run {
+                    let buffer = try PoolMemory(byteCount: 4096)
+                    try connect().read(buffer.memory, Int(length), at: 0)
+                }
+            } catch {
+                throw Refusal(
+                    "group '\(group.entry.name)': the change volume of '\(volume.name)' has a part of a newer point already, and what it lacks of "
+                        + "point \(point) cannot be had: \(error)")
+            }
         }
-        return false
     }
 
     /// The point that was committed last. Where the peer is needed it may have committed one more than this site has heard of; of
     /// that the intermediates have the same as of the one before, but in what is elsewhere.
-    private func pointOf(_ group: GroupState, needsPeer: Bool) async throws -> UInt64 {
+    private func pointOf(_ group: GroupState) async throws -> UInt64 {
         let own = try lastPoint(group)
-        guard needsPeer else { return own }
+        guard await !lacking(home.members(group)).isEmpty else { return own }
         let points: [StatusReport.PointReport]
-        do { points = try await peers.callPeer(group, Endpoints.points, seconds: 10) } catch let refusal as Refusal {
+        do {
+            // A commit that is on its way has ended then.
+            _ = try await peers.openPeersSession(group)
+            points = try await peers.callPeer(group, Endpoints.points, seconds: 10)
+        } catch {
+            let refusal = error
             throw Refusal(
                 "group '\(group.entry.name)': the change volumes have a part of a newer point already, and '\(group.entry.peer)', which has "
                     + "all of point \(own), says: \(refusal)", .passing)
@@ -173,15 +198,16 @@ package final class LocalRestores {
 
     /// A restore had begun when the last process ended: it goes on until it is done.
     func resume(_ group: GroupState) async {
-        guard let point = home.members(group).compactMap(\.record.restoringPoint).max() else { return }
+        guard let point = home.members(group).compactMap(\.record.localRestore?.point).max() else { return }
         home.note(group.entry.name, "the restore to point \(point) goes on; hosts are shut out until it is done")
         let name = group.entry.name
         while !home.isStopping {
+            guard home.members(group).contains(where: { $0.record.localRestore != nil }) else { return }
             if abandoned.contains(name) { return await giveUp(group, point) }
             do {
                 try await operations.operate(group, .restore) {
                     try await giveUpPoint(group)
-                    _ = try await carryOut(group, point)
+                    _ = try await carryOut(group)
                 }
                 return home.note(group.entry.name, "restored to point \(point)")
             } catch {
@@ -196,7 +222,7 @@ package final class LocalRestores {
     /// - Returns: nil when the group is not being restored.
     package func abandon(_ name: String) throws -> String? {
         guard let group = home.groups[name],
-            home.members(group).contains(where: { $0.record.restoringPoint != nil })
+            home.members(group).contains(where: { $0.record.localRestore != nil })
         else { return nil }
         abandoned.insert(name)
         home.happened()
@@ -205,21 +231,72 @@ package final class LocalRestores {
 
     private func giveUp(_ group: GroupState, _ point: UInt64) async {
         abandoned.remove(group.entry.name)
-        for volume in home.members(group) {
-            volume.acknowledge { $0.restoringPoint = nil }
-            try? await volume.settle()
-            await restores.letHostsIn(volume)
-        }
-        try? await replication.startMirroring(group)
+        await withdraw(group)
         home.note(
             group.entry.name,
             "the restore to point \(point) was given up by the operator; its volumes are in part of that point, and in part as they were"
         )
     }
 
+    /// No restore is under way any more. Hosts are let in once no record's file says otherwise: a start would go on with it over what they write.
+    private func withdraw(_ group: GroupState) async {
+        let members = home.members(group)
+        for volume in members where volume.record.localRestore != nil || volume.isUnsaved {
+            volume.acknowledge { $0.localRestore = nil }
+        }
+        guard await areSettled(members) else {
+            home.note(group.entry.name, "hosts are shut out until it can be written down that no restore is under way")
+            Task {
+                while !home.isStopping {
+                    await home.wait(seconds: 1) { false }
+                    if await areSettled(members) { return await letIn(group, members) }
+                }
+            }
+            return
+        }
+        await letIn(group, members)
+    }
+
+    private func areSettled(_ members: [VolumeState]) async -> Bool {
+        var areSettled = true
+        for volume in members { do { try await volume.settle() } catch { areSettled = false } }
+        return areSettled
+    }
+
+    private func letIn(_ group: GroupState, _ members: [VolumeState]) async {
+        for volume in members { await restores.letHostsIn(volume) }
+        await mirror(group)
+    }
+
+    private func mirror(_ group: GroupState) async {
+        do { try await replication.startMirroring(group) } catch {
+            home.note(group.entry.name, "mirroring does not begin after a restore: \(error); restart the site")
+        }
+    }
+
+    /// At a start: what is under way can be gone on with.
+    ///
+    /// - Throws: when the configuration is another than it began with.
+    func checkUnderWay() throws {
+        for volume in home.volumes.values {
+            guard let begun = volume.record.localRestore else { continue }
+            let group = home.group(ofVolume: volume.name)
+            guard let group, group.entry.mode.hold == .intermediate,
+                home.members(group).map(\.name).sorted() == begun.members
+            else {
+                throw Refusal(
+                    "volume '\(volume.name)' is being restored to point \(begun.point) from its change volume, together with "
+                        + "\(begun.members.joined(separator: ", ")): have these in one group in mode \"change-volume\" until that is done, or was "
+                        + "ended with `farcopy abort restore:GROUP`")
+            }
+        }
+    }
+
     // MARK: Carrying it out
 
-    private func carryOut(_ group: GroupState, _ point: UInt64) async throws -> (bytes: UInt64, fetched: UInt64) {
+    private func carryOut(_ group: GroupState) async throws -> (bytes: UInt64, fetched: UInt64) {
+        // The peer may have dropped the point that this began with, for one that it has committed since; what it must give is fetched anew.
+        let point = try await pointOf(group)
         group.operation?.step = "brings back point \(point); hosts are shut out"
         var total: (bytes: UInt64, fetched: UInt64) = (0, 0)
         for volume in home.members(group) {
@@ -230,16 +307,19 @@ package final class LocalRestores {
         try await VolumeState.flushSources(home.members(group))
         // Most of what is marked is alike again: it is compared, not sent.
         try await group.handle.change(.seeded)
-        for volume in home.members(group) { try await volume.amend { $0.restoringPoint = nil } }
+        for volume in home.members(group) { try await volume.amend { $0.localRestore = nil } }
+        abandoned.remove(group.entry.name)
         for volume in home.members(group) { await restores.letHostsIn(volume) }
-        try await replication.startMirroring(group)
+        await mirror(group)
         return total
     }
 
     private func restore(
         _ volume: VolumeState, _ group: GroupState, _ point: UInt64
     ) async throws -> (bytes: UInt64, fetched: UInt64) {
-        guard let hold = volume.pointHold else { throw Refusal("volume '\(volume.name)' has no change volume") }
+        guard let hold = volume.pointHold, hold.bitmap.header.kind == .change else {
+            throw Refusal("volume '\(volume.name)' has no change volume")
+        }
         let (name, runs) = (group.entry.name, try await RestoreRuns(volume))
         let peer = try remoteExport(volume, group, point)
         return try await withThrowingTaskGroup(of: (UInt64, UInt64).self) { tasks in

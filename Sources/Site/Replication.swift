@@ -24,6 +24,8 @@ package final class Replication {
 
     func startReplication(_ group: GroupState) async throws {
         guard let peer = home.configuration.peers[group.entry.peer] else { return }
+        // Half of it would be a point. It begins when the restore is done.
+        guard home.members(group).allSatisfy({ $0.record.localRestore == nil }) else { return }
         try await alignPoint(group)
         let members = home.members(group)
         var volumes: [ReplicatedVolume] = []

@@ -141,8 +141,9 @@ package final class Site {
                 home.note(group?.entry.name, "volume \(entry.name): \(finding)")
             }
         }
+        try localRestores.checkUnderWay()
         for group in home.groups.values {
-            let isRestored = home.members(group).allSatisfy { $0.record.restoringPoint == nil }
+            let isRestored = home.members(group).allSatisfy { $0.record.localRestore == nil }
             for volume in home.members(group) where !isRestored { volume.shutsHostsOut = true }
             try await takeUpMembership(group)
             try await distrust.distrust(group)
@@ -176,7 +177,7 @@ package final class Site {
     private func goOn(_ group: GroupState) async throws {
         await removal.applyRetention(group)
         if group.isolation != nil { Task { await standings.awaitPeer(group) } }
-        let isRestored = home.members(group).allSatisfy { $0.record.restoringPoint == nil }
+        let isRestored = home.members(group).allSatisfy { $0.record.localRestore == nil }
         if group.isMirroring, group.isolation == nil, isRestored { try await replication.startReplication(group) }
         if !isRestored { Task { await localRestores.resume(group) } }
         if group.record.handingOver != nil { Task { await roles.finishHandover(group) } }

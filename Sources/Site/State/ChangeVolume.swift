@@ -43,6 +43,13 @@ extension BitmapFile {
             file: file, advanced: bitmap(Self.advanced), lacking: bitmap(Self.lacking), isVoid: word)
     }
 
+    /// Of a change volume: nothing is known of these grains there.
+    func distrust(grains: Range<Int>) {
+        bitmap(Self.advanced).set(grains)
+        bitmap(Self.lacking).set(grains)
+        (mapping.memory + BitmapHeader.committedOffset).storeBytes(of: 0, as: UInt64.self)
+    }
+
     /// Of a change volume: nothing is known of any grain there (`Volume.distrustIntermediate`).
     static func makeChangeBitmap(_ path: String, _ header: BitmapHeader) throws -> BitmapFile {
         try BitmapFile(path: path, header: header, create: true, filled: [advanced, lacking])
@@ -65,7 +72,9 @@ struct ChangeVolume {
     var bitmapPath: String { "\(directory)/\(Self.bitmapName)" }
 
     /// The file or device, as large as the volume; a file that is not there is made, sparse.
-    func openFile() throws -> OpenFile {
+    ///
+    /// - Returns: also whether it was shorter: then it is not what was used before.
+    func openFile() throws -> (file: OpenFile, wasShort: Bool) {
         let file: OpenFile
         do { file = try OpenFile.storage(path: path, waitMilliseconds: 2000) } catch {
             throw Refusal("change_volume: \(error)")
@@ -80,7 +89,7 @@ struct ChangeVolume {
             }
             try file.truncate(to: header.size)
         }
-        return file
+        return (file, size < header.size)
     }
 
     /// Whether what is written down is about this file as it is.

@@ -43,6 +43,7 @@ enum Growth {
             record.copies[index].isComplete = false
             if let path = record.copies[index].target { try growTarget(path, from: record.size, to: geometry.size) }
         }
+        record.changeVolume?.isFilled = false
         record.clean?.checksums = [:]
         record.size = geometry.size
     }
@@ -83,6 +84,9 @@ enum Growth {
                 from: old.mapping.memory + old.header.offset(ofBitmap: index), byteCount: Int(old.header.bitmapBytes))
         }
         if header.kind == .recording { markNewGrains(grown, from: record.size, geometry) }
+        if header.kind == .change {
+            grown.distrust(grains: Int(record.size >> geometry.grainShift)..<geometry.grainCount)
+        }
         try grown.synchronize()
         guard rename("\(path).grown", path) == 0 else { throw SystemError("rename \(path).grown") }
     }

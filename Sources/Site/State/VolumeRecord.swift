@@ -16,6 +16,13 @@ extension VersionedRecord {
     package static var oldestFormat: Int { currentFormat }
 }
 
+/// A restore of a group from its change volumes that is under way.
+struct LocalRestoreRecord: Codable, Sendable, Equatable {
+    var point: UInt64
+    /// The group's volumes, all of which take part.
+    var members: [String]
+}
+
 struct VolumeRecord: VersionedRecord {
     static let currentFormat = 2
 
@@ -54,7 +61,7 @@ struct VolumeRecord: VersionedRecord {
     /// Of a primary's volume, in mode `change-volume`.
     var changeVolume: ChangeVolumeRecord?
     /// The volume is being restored to this point from its change volume: neither hosts nor points may see it.
-    var restoringPoint: UInt64?
+    var localRestore: LocalRestoreRecord?
     /// The activity log could not be written: after power loss it says nothing.
     var logIsBroken = false
 

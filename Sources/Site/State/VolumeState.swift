@@ -187,6 +187,8 @@ final class VolumeState {
             try Self.refuseIfCopiesAreLost(entry, change, record, hasPoints)
             findings.append("\(change); every grain counts as changed")
             record.servedAs = VolumeRecord.anotherFile
+            // What it had still to send would be read from this one.
+            pointIsWhole = false
         }
         if record.size < size {
             if present < size {
@@ -249,11 +251,12 @@ final class VolumeState {
             pointHold = (try Self.openPointTarget(directory, size), bitmap)
         case .intermediate:
             let change = ChangeVolume(entry.changeVolume, directory: directory, identity: identity, geometry)
-            let file = try change.openFile()
+            let (file, wasShort) = try change.openFile()
             changeVolumeIsTrusted =
                 isTrusted || [bootID, ChangeVolumeRecord.anyBoot].contains(record.changeVolume?.adoptedIn)
-            if try change.isSame(
-                file, as: record.changeVolume, generation: generation, stoppedInOrder: checksums != nil),
+            if !wasShort,
+                try change.isSame(
+                    file, as: record.changeVolume, generation: generation, stoppedInOrder: checksums != nil),
                 changeVolumeIsTrusted || record.changeVolume?.isFilled == true,
                 case let (bitmap, isWhole) = try open(ChangeVolume.bitmapName, change.header), isWhole
             {
@@ -331,7 +334,7 @@ final class VolumeState {
         if let pointHold, record.changeVolume?.generation == generation {
             return (pointHold.target, pointHold.bitmap, false)
         }
-        let file = try pointHold?.target ?? change.openFile()
+        let file = try pointHold?.target ?? change.openFile().file
         let bitmap = try pointHold?.bitmap ?? BitmapFile.makeChangeBitmap(change.bitmapPath, change.header)
         try synchronizeDirectory(directory)
         bitmap.mapping.file.rest()
@@ -731,7 +734,13 @@ final class VolumeState {
     func finish(isolation: isolated (any Actor)? = #isolation) async throws {
         guard !recording.hasLostSource else { throw SystemError("flush \(source.path)", errno: EIO) }
         try source.synchronize()
-        try pointHold?.target.synchronize()
+        do { try pointHold?.target.synchronize() } catch {
+            // The next start, in the same boot, hears of no error.
+            distrustHold()
+            acknowledge { $0.changeVolume?.isFilled = false }
+            try? await settle()
+            throw error
+        }
         for files in copies.values { try files.target.openNow?.synchronize() }
         var mark = VolumeRecord.CleanMark(stoppedAt: realSeconds(), modifiedAt: try source.modifiedAt(), checksums: [:])
         for (name, file) in bitmaps {
@@ -743,6 +752,15 @@ final class VolumeState {
             record.clean = mark
             record.changeVolume?.modifiedAt = changedAt
         }
+    }
+
+    /// What takes a point's old content may have lost some.
+    private func distrustHold() {
+        (recording.mapping.memory + BitmapHeader.rolesOffset)
+            .assumingMemoryBound(to: RecordingRoles.self).pointee.heldPoint = 0
+        if usesChangeVolume { pointHold?.bitmap.distrust(grains: 0..<geometry.grainCount) }
+        try? recording.synchronize()
+        try? pointHold?.bitmap.synchronize()
     }
 
     var setup: VolumeSetup {
