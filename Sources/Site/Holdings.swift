@@ -198,9 +198,9 @@ final class Holdings {
     /// Brings the directory of exports in line with what a volume has. Of recovery points `settlePoints` tells.
     func publish(_ volume: VolumeState, _ group: GroupState?) {
         let name = volume.name
-        if group?.record.leftOut?.contains(name) == true || volume.record.localRestore != nil {
-            return exports.set(name, nil)
-        }
+        // Nobody sees one volume of a group as it was, and another as it is to be.
+        let isRestored = group.map { members($0).allSatisfy { $0.record.localRestore == nil } } ?? true
+        if group?.record.leftOut?.contains(name) == true || !isRestored { return exports.set(name, nil) }
         var own = ExportEntry(
             size: volume.geometry.size, kind: .volume,
             readOnly: volume.entry.readOnly || !hostsMayWrite(to: volume, group),
