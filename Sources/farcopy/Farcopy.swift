@@ -76,6 +76,16 @@ struct ControlOptions: ParsableArguments {
         return options
     }
 
+    /// Makes a call that hosts may have to be disconnected for; asks, if that was not said before and there is somebody to ask.
+    func disconnecting<Answer>(_ yes: Bool, _ call: (Bool) async throws -> Answer) async throws -> Answer {
+        do { return try await call(yes) } catch let refusal as Refusal
+            where refusal.kind == .unconfirmed && isatty(0) == 1
+        {
+            try Output.confirm(refusal.description, "disconnect them?")
+            return try await call(true)
+        }
+    }
+
     /// Calls the site, and shows the answer if JSON is wanted; what is no refusal in its words becomes one in ours.
     ///
     /// - Parameter name: what stands for the part in braces of the path.

@@ -122,15 +122,10 @@ struct FlashCopyCommand: AsyncParsableCommand {
         @Argument(help: "VOLUME… NAME") var words: [String]
 
         func run() async throws {
-            var request = try request(words)
-            request.disconnect = yes
-            let reports: [FlashCopyReport]
-            do {
-                reports = try await options.ask(Endpoints.restoreFlashCopy, body: request)
-            } catch let refusal as Refusal where refusal.kind == .unconfirmed && isatty(0) == 1 {
-                try Output.confirm(refusal.description, "disconnect them?")
-                request.disconnect = true
-                reports = try await options.ask(Endpoints.restoreFlashCopy, body: request)
+            let reports = try await options.disconnecting(yes) { disconnect in
+                var request = try request(words)
+                request.disconnect = disconnect
+                return try await options.ask(Endpoints.restoreFlashCopy, body: request)
             }
             for report in reports where !options.json {
                 Output.line(

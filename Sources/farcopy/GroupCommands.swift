@@ -95,11 +95,7 @@ struct Points: AsyncParsableCommand {
             guard isatty(0) == 1 else {
                 throw ValidationError("\(words)\nthere is nobody to ask; give --yes to drop them")
             }
-            Output.line(words)
-            Output.write(Array("drop them? [y/N] ".utf8))
-            guard let answer = readLine(), ["y", "yes"].contains(answer.lowercased()) else {
-                throw Refusal("nothing was done")
-            }
+            try Output.confirm(words, "drop them?")
         }
         request.preview = nil
         let report = try await options.ask(Endpoints.dropPoints, group, body: request)
@@ -214,15 +210,10 @@ struct RestoreGroup: AsyncParsableCommand {
     @Flag(help: "Do not keep what the volumes hold.") var discard = false
 
     func run() async throws {
-        var request = LocalRestoreRequest(from: from)
-        (request.disconnect, request.discard) = (yes, discard)
-        let report: LocalRestoreReport
-        do {
-            report = try await options.ask(Endpoints.restore, group, body: request)
-        } catch let refusal as Refusal where refusal.kind == .unconfirmed && isatty(0) == 1 {
-            try Output.confirm(refusal.description, "disconnect them?")
-            request.disconnect = true
-            report = try await options.ask(Endpoints.restore, group, body: request)
+        let report = try await options.disconnecting(yes) { disconnect in
+            var request = LocalRestoreRequest(from: from)
+            (request.disconnect, request.discard) = (disconnect, discard)
+            return try await options.ask(Endpoints.restore, group, body: request)
         }
         guard !options.json else { return }
         Output.line(

@@ -136,10 +136,6 @@ enum ResyncText {
         guard isatty(0) == 1 else {
             throw ValidationError("\(render(report))\nthere is nobody to ask; give --yes to discard it")
         }
-        Output.line(render(report))
-        Output.write(Array("discard it? [y/N] ".utf8))
-        guard let answer = readLine(), ["y", "yes"].contains(answer.lowercased()) else {
-            throw Refusal("nothing was done")
-        }
+        try Output.confirm(render(report), "discard it?")
     }
 }
