@@ -22,15 +22,7 @@ package struct ReactorHandle: Sendable {
     package func read(
         _ volume: VolumeNumber, _ view: View, offset: UInt64, length: Int, into buffer: PoolMemory
     ) async -> Int32 {
-        await withCheckedContinuation { continuation in
-            leave(
-                .range(
-                    RangeRequest(
-                        volume: volume, operation: .read, view: view, offset: offset, length: length, buffer: buffer
-                    ) {
-                        continuation.resume(returning: $0)
-                    }))
-        }
+        await range(volume, .read, view, offset: offset, length: length, buffer)
     }
 
     /// Writes a range of a volume, as for a host.
@@ -39,27 +31,25 @@ package struct ReactorHandle: Sendable {
     package func write(
         _ volume: VolumeNumber, offset: UInt64, length: Int, from buffer: PoolMemory
     ) async -> Int32 {
-        await withCheckedContinuation { continuation in
-            leave(
-                .range(
-                    RangeRequest(
-                        volume: volume, operation: .write, view: .volume, offset: offset, length: length, buffer: buffer
-                    ) {
-                        continuation.resume(returning: $0)
-                    }))
-        }
+        await range(volume, .write, .volume, offset: offset, length: length, buffer)
     }
 
     /// Flushes a volume's own file, as for a host.
     ///
     /// - Returns: 0, or a positive errno: of this flush, or of the first since the volume was opened that failed.
     package func flush(_ volume: VolumeNumber) async -> Int32 {
+        await range(volume, .flush, .volume, offset: 0, length: 0, nil)
+    }
+
+    private func range(
+        _ volume: VolumeNumber, _ operation: Request.Operation, _ view: View, offset: UInt64, length: Int,
+        _ buffer: PoolMemory?
+    ) async -> Int32 {
         await withCheckedContinuation { continuation in
-            leave(
-                .range(
-                    RangeRequest(volume: volume, operation: .flush, view: .volume, offset: 0, length: 0, buffer: nil) {
-                        continuation.resume(returning: $0)
-                    }))
+            let request = RangeRequest(
+                volume: volume, operation: operation, view: view, offset: offset, length: length, buffer: buffer
+            ) { continuation.resume(returning: $0) }
+            leave(.range(request))
         }
     }
 

@@ -84,10 +84,15 @@ extension Reactor {
             beginClosing(slot)
             return false
         }
-        let validated = header.validate(for: limits)
+        var validated = header.validate(for: limits)
         if case .success(.disconnect) = validated {
             connection.pointee.disconnecting = true
             return false
+        }
+        if hosted.intakeIsClosed, connection.pointee.intakeSession != 0, case .success(let command) = validated,
+            command.modifies
+        {
+            validated = .failure(.shutdown)
         }
         guard connection.pointee.requestsInFlight < Limits.requestsPerConnection else {
             connection.pointee.stall = .replies
@@ -110,12 +115,6 @@ extension Reactor {
             refuse(slot, taken, header, error, hosted)
             return true
         case .success(let command):
-            if hosted.intakeIsClosed, connection.pointee.intakeSession != 0, command.modifies {
-                connection.pointee.inputStart += limits.style.requestByteCount
-                connection.pointee.requestsInFlight += 1
-                refuse(slot, taken, header, .shutdown, hosted)
-                return true
-            }
             return start(slot, taken, command, header, hosted)
         }
     }

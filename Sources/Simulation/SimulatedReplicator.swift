@@ -316,23 +316,15 @@ final class SimulatedReplicator: PartOfSite {
             world.tasks.append { [unowned self] in event(.move(.flushed), sender) }
             return
         }
-        var left = flushed.count
-        if world.mode.hold == .intermediate, fault != .clearUnmirrored {
-            left *= 2
-            for index in flushed {
-                flushIntermediate(index, sender) { [unowned self] in
-                    left -= 1
-                    if left == 0 { world.tasks.append { [unowned self] in event(.move(.flushed), sender) } }
-                }
-            }
+        let flushesBoth = world.mode.hold == .intermediate && fault != .clearUnmirrored
+        var left = flushed.count * (flushesBoth ? 2 : 1)
+        let ended = { [unowned self] in
+            left -= 1
+            if left == 0 { world.tasks.append { [unowned self] in event(.move(.flushed), sender) } }
         }
+        for index in flushed where flushesBoth { flushIntermediate(index, sender, done: ended) }
         for index in flushed {
-            world.tasks.append { [unowned self] in
-                flushOne(index, peer, opened) { [unowned self] in
-                    left -= 1
-                    if left == 0 { world.tasks.append { [unowned self] in event(.move(.flushed), sender) } }
-                }
-            }
+            world.tasks.append { [unowned self] in flushOne(index, peer, opened, done: ended) }
         }
     }
 

@@ -157,13 +157,20 @@ extension Volume {
             if let unsent { ask(unsent) }
             return
         }
+        if lastJob < 0, !blockedByUnsettled, let unsent {
+            requests[Int(waiter)].state = .waiting
+            return sendFirst(unsent, for: waiter)
+        }
+        wait(waiter, forJob: lastJob, orUnsettled: blockedByUnsettled)
+    }
+
+    /// Lets a request plan anew when a job is done; without one, when what is in flight has ended, or there is room.
+    func wait(_ waiter: Int32, forJob job: Int32, orUnsettled isUnsettled: Bool) {
         requests[Int(waiter)].state = .waiting
-        if lastJob >= 0 {
-            jobs[Int(lastJob)].waiters.append(waiter, in: requests)
-        } else if blockedByUnsettled {
+        if job >= 0 {
+            jobs[Int(job)].waiters.append(waiter, in: requests)
+        } else if isUnsettled {
             settleWaiters.append(waiter, in: requests)
-        } else if let unsent {
-            sendFirst(unsent, for: waiter)
         } else {
             starvedWaiters.append(waiter, in: requests)
         }
@@ -405,7 +412,8 @@ extension Volume {
             return
         }
         if job.targetPoint != 0, job.pointError == 0, let hold, hold.number == job.targetPoint {
-            if hold.isInMemory { storeImages(job) } else { take(job, in: hold) }
+            if hold.isInMemory { storeImages(job) } else { took(job.grains, in: hold) }
+            collisionFigures.heldGrains += UInt64(job.grainCount)
         }
         if job.targetCopy >= 0, job.copyError == 0, let index = chainIndex(job.targetCopy) {
             chain[index].preservedCount += chain[index].preserved.set(job.grains)
@@ -417,11 +425,11 @@ extension Volume {
         }
     }
 
-    private func take(_ job: CopyJob, in hold: Hold) {
-        hold.took(job.grains)
-        if hold.file == intermediate?.file { wasMirrored(job.grains) }
+    /// The file that holds the point has these.
+    func took(_ grains: Range<Int>, in hold: Hold) {
+        hold.took(grains)
+        if hold.file == intermediate?.file { wasMirrored(grains) }
         pointBitmapIsDirty = true
-        collisionFigures.heldGrains += UInt64(job.grainCount)
     }
 
     /// What was sent while it was read is not needed any more.
@@ -429,7 +437,6 @@ extension Volume {
         for grain in job.grains where !outOfSync.contains(grain) { images!.release(grain) }
         let range = geometry.byteRange(job.grains)
         images!.store(job.grains, Int(range.upperBound - range.lowerBound), from: job.buffer!)
-        collisionFigures.heldGrains += UInt64(job.grainCount)
     }
 
     /// A flush of a file has failed, for whomever: what jobs wrote there and have not flushed yet may be gone, and the next flush would

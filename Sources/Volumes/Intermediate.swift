@@ -146,14 +146,7 @@ extension Volume {
             lastJob = job
             grain = jobs[Int(job)].grains.upperBound
         }
-        requests[Int(slot)].state = .waiting
-        if lastJob >= 0 {
-            jobs[Int(lastJob)].waiters.append(slot, in: requests)
-        } else if isUnsettled {
-            settleWaiters.append(slot, in: requests)
-        } else {
-            starvedWaiters.append(slot, in: requests)
-        }
+        wait(slot, forJob: lastJob, orUnsettled: isUnsettled)
     }
 
     private func requiredEnd(_ bound: Range<Int>) -> Int {
@@ -169,11 +162,9 @@ extension Volume {
     ///
     /// - Returns: false when something of them is on its way there.
     package func tookHole(_ grains: Range<Int>) -> Bool {
-        guard activeJob(overlapping: grains) == nil else { return false }
+        guard let hold, activeJob(overlapping: grains) == nil else { return false }
         advance(grains)
-        hold?.took(grains)
-        wasMirrored(grains)
-        pointBitmapIsDirty = true
+        took(grains, in: hold)
         return true
     }
 
