@@ -117,11 +117,6 @@ package struct ControlServer: Sendable {
             {
                 return Done(done: done)
             }
-            if operation.hasPrefix("restore:"),
-                let done = try await asked.site.localRestores.abandon(String(operation.dropFirst("restore:".count)))
-            {
-                return Done(done: done)
-            }
             return Done(done: try await asked.site.roles.abort(operation))
         }
     }
@@ -206,7 +201,7 @@ package struct ControlServer: Sendable {
             return Done(done: "all are there")
         }
         routes.serve(Endpoints.announceResync) { asked in
-            try await asked.site.roles.announced(asked.name, asked.body)
+            try await asked.site.resyncs.hear(asked.name, asked.body)
             return Done(done: "noted")
         }
         routes.serve(Endpoints.lead) { asked in

@@ -43,6 +43,16 @@ package struct RemoteMessage: Codable, Equatable, Sendable {
     }
 }
 
+extension CoordinatorRecord {
+    /// Whether a coordinator may have written this: it is kept where others may write as well.
+    package var isPlausible: Bool {
+        let (highest, pairs) = (PointRecord.highestNumber, 0..<Coordinator.Settings.members.upperBound)
+        return epoch <= highest && lastNumber <= highest && committed <= lastNumber
+            && (left ?? [:]).allSatisfy { pairs.contains($0.key) && $0.value <= lastNumber }
+            && (absent ?? []).allSatisfy(pairs.contains) && (names?.count ?? 0) <= pairs.upperBound
+    }
+}
+
 /// How the hosts of a group stand, before a point.
 package struct Survey: Codable, Equatable, Sendable {
     /// Some volume was written to since the last point.
@@ -56,8 +66,9 @@ package struct Survey: Codable, Equatable, Sendable {
     /// Its remote has failed over: the others must not go on without it, since they are to fail over to the same point.
     package var isStale: Bool?
 
-    package init(changed: Bool, problem: String?, highest: UInt64, absent: [Int]? = nil) {
+    package init(changed: Bool, problem: String?, highest: UInt64, absent: [Int]? = nil, isStale: Bool = false) {
         (self.changed, self.problem, self.highest, self.absent) = (changed, problem, highest, absent)
+        self.isStale = isStale ? true : nil
     }
 }
 

@@ -290,24 +290,18 @@ final class GroupThread {
     }
 
     private func survey(_ answer: @escaping @Sendable (Survey) -> Void) {
+        let highest = group.record.highestPoint
         guard let replicator, let cycle = group.cycle else {
-            var survey = Survey(changed: false, problem: "it does not mirror", highest: group.record.highestPoint)
-            if group.record.conflict != nil {
-                (survey.problem, survey.isStale) = (
-                    "its remote has failed over, or hosts may have written at both", true
-                )
-            }
-            return answer(survey)
+            let isStale = group.record.conflict != nil
+            let problem =
+                isStale ? "its remote has failed over, or hosts may have written at both" : "it does not mirror"
+            return answer(Survey(changed: false, problem: problem, highest: highest, isStale: isStale))
         }
         if let problem = cycle.problem {
-            var survey = Survey(changed: false, problem: problem, highest: group.record.highestPoint)
-            if cycle.isRefused { survey.isStale = true }
-            return answer(survey)
+            return answer(Survey(changed: false, problem: problem, highest: highest, isStale: cycle.isRefused))
         }
         // Its volumes are free once the next point's first message has come.
-        if cycle.isAtPoint {
-            return answer(Survey(changed: true, problem: nil, highest: group.record.highestPoint))
-        }
+        if cycle.isAtPoint { return answer(Survey(changed: true, problem: nil, highest: highest)) }
         replicator.survey(answer)
     }
 

@@ -22,10 +22,7 @@ final class ChangeVolumes {
     func filled(_ volume: VolumeState) async {
         guard let hold = volume.pointHold, let generation = volume.record.changeVolume?.generation else { return }
         do {
-            try await home.disks.run {
-                try hold.target.synchronize()
-                try hold.bitmap.synchronize()
-            }
+            try await home.disks.run { try hold.synchronize() }
             try await volume.amend { record in
                 if record.changeVolume?.generation == generation { record.changeVolume?.isFilled = true }
             }

@@ -33,13 +33,12 @@ final class CoordinationPeers: CoordinationClient {
 
     /// - Parameters:
     ///   - pairs: all of the group's, by name.
-    ///   - places: as they were said last.
     ///   - local: another pair of this site.
     ///   - learned: is told where the pairs are, once all have said so.
     ///   - recorded: where they are by the record, which another coordinator may have told since.
     init(
         _ entry: Configuration.GroupEntry, pairs: [String], isForward: Bool, site: String,
-        peers: [String: Configuration.PeerEntry], places: [PairPlace], goesOnWithoutLost: Bool,
+        peers: [String: Configuration.PeerEntry], goesOnWithoutLost: Bool,
         local: @escaping @Sendable (String) async -> GroupHandle?,
         learned: @escaping @Sendable ([PairPlace]) async -> Void, recorded: @escaping @Sendable () -> [PairPlace]
     ) {
@@ -48,9 +47,8 @@ final class CoordinationPeers: CoordinationClient {
         self.goesOnWithoutLost = goesOnWithoutLost
         (self.site, self.peers, self.local, self.learned) = (site, peers, local, learned)
         ownPair = entry.several?.pair ?? ""
-        var known = Dictionary(places.map { ($0.host, $0.remote) }, uniquingKeysWith: { first, _ in first })
-        known[ownPair] = isForward ? entry.peer : site
-        remotes = Mutex(known)
+        remotes = Mutex([ownPair: isForward ? entry.peer : site])
+        takeRecorded()
     }
 
     private func client(_ name: String) throws -> ControlClient {

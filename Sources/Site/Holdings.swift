@@ -137,6 +137,11 @@ final class Holdings {
             : "group '\(group.entry.name)' is not mirrored from '\(configuration.site)': \(board.shownState(group.board).1 ?? "")"
     }
 
+    /// From its change volumes.
+    func isBeingRestored(_ group: GroupState) -> Bool {
+        members(group).contains { $0.record.localRestore != nil }
+    }
+
     /// No role changes while data flows back into a volume.
     func refuseWhileRestoring(_ group: GroupState) throws {
         for volume in members(group) where volume.restoreBitmap != nil || volume.record.localRestore != nil {
@@ -198,9 +203,9 @@ final class Holdings {
     /// Brings the directory of exports in line with what a volume has. Of recovery points `settlePoints` tells.
     func publish(_ volume: VolumeState, _ group: GroupState?) {
         let name = volume.name
+        let isLeftOut = group?.record.leftOut?.contains(name) == true
         // Nobody sees one volume of a group as it was, and another as it is to be.
-        let isRestored = group.map { members($0).allSatisfy { $0.record.localRestore == nil } } ?? true
-        if group?.record.leftOut?.contains(name) == true || !isRestored { return exports.set(name, nil) }
+        if isLeftOut || group.map(isBeingRestored) == true { return exports.set(name, nil) }
         var own = ExportEntry(
             size: volume.geometry.size, kind: .volume,
             readOnly: volume.entry.readOnly || !hostsMayWrite(to: volume, group),

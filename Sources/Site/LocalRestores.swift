@@ -37,8 +37,6 @@ package final class LocalRestores {
     }
 
     private static let workers = 4
-    /// Groups whose restore an operator does not wait for any more.
-    private var abandoned: Set<String> = []
 
     // MARK: By command
 
@@ -50,14 +48,19 @@ package final class LocalRestores {
         let group = try home.group(name)
         try check(group)
         var report: LocalRestoreReport?
-        try await operations.operate(group, .restore) {
-            await enterTogether(home.copyTurnstile, [group.turnstile])
-            defer {
-                home.copyTurnstile.leave()
-                group.turnstile.leave()
+        do {
+            try await operations.operate(group, .restore) {
+                await enterTogether(home.copyTurnstile, [group.turnstile])
+                defer {
+                    home.copyTurnstile.leave()
+                    group.turnstile.leave()
+                }
+                try check(group)
+                report = try await restore(group, request)
             }
-            try check(group)
-            report = try await restore(group, request)
+        } catch {
+            if home.isBeingRestored(group) { Task { await resume(group) } }
+            throw error
         }
         return report!
     }
@@ -91,7 +94,6 @@ package final class LocalRestores {
         let members = home.members(group)
         let hosts = await flashCopies.hosts(members)
         if request.disconnect != true { try flashCopies.refuseUnder(hosts) }
-        abandoned.remove(group.entry.name)
         await replication.stopReplication(group)
         var kept: String?
         let point: UInt64
@@ -112,7 +114,7 @@ package final class LocalRestores {
         let bytes: UInt64
         let fetched: UInt64
         do { (bytes, fetched) = try await carryOut(group) } catch {
-            Task { await resume(group) }
+            if group.operation?.isAborted == true { throw await givenUp(group, point) }
             throw Refusal(
                 "group '\(group.entry.name)': \(error). Hosts are shut out, and it is tried again until it is done; `farcopy abort "
                     + "restore:\(group.entry.name)` lets them in at what is there, which is of two moments then"
@@ -174,10 +176,9 @@ package final class LocalRestores {
             _ = try await peers.openPeersSession(group)
             points = try await peers.callPeer(group, Endpoints.points, seconds: 10)
         } catch {
-            let refusal = error
             throw Refusal(
                 "group '\(group.entry.name)': the change volumes have a part of a newer point already, and '\(group.entry.peer)', which has "
-                    + "all of point \(own), says: \(refusal)", .passing)
+                    + "all of point \(own), says: \(error)", .passing)
         }
         guard let newest = points.map(\.id).max(), newest >= own else {
             throw Refusal(
@@ -196,46 +197,48 @@ package final class LocalRestores {
 
     // MARK: After a restart
 
-    /// A restore had begun when the last process ended: it goes on until it is done.
+    /// A restore had begun, in this process or the last one: it goes on until it is done, or an operator does not wait for it any more.
     func resume(_ group: GroupState) async {
-        guard let point = home.members(group).compactMap(\.record.localRestore?.point).max() else { return }
-        home.note(group.entry.name, "the restore to point \(point) goes on; hosts are shut out until it is done")
         let name = group.entry.name
-        while !home.isStopping {
-            guard home.members(group).contains(where: { $0.record.localRestore != nil }) else { return }
-            if abandoned.contains(name) { return await giveUp(group, point) }
+        while !home.isStopping, home.isBeingRestored(group) {
             do {
-                try await operations.operate(group, .restore) {
-                    try await giveUpPoint(group)
-                    _ = try await carryOut(group)
-                }
-                return home.note(group.entry.name, "restored to point \(point)")
+                try await operations.operate(group, .restore) { await goOn(group) }
             } catch {
-                home.note(group.entry.name, "the restore to point \(point) is tried again: \(error)")
+                home.note(name, "the restore waits: \(error)")  // for another command, which is refused
+                await home.wait(seconds: 1) { false }
             }
-            await home.wait(seconds: 5) { [self] in abandoned.contains(name) }
         }
     }
 
-    /// An operator lets hosts in although the volumes are of two moments. What was written is recorded, so the peer gets the same.
-    ///
-    /// - Returns: nil when the group is not being restored.
-    package func abandon(_ name: String) throws -> String? {
-        guard let group = home.groups[name],
-            home.members(group).contains(where: { $0.record.localRestore != nil })
-        else { return nil }
-        abandoned.insert(name)
-        home.happened()
-        return "restore:\(name) ends; its volumes are in part of the point, and in part as they were"
+    private func goOn(_ group: GroupState) async {
+        guard let operation = group.operation,
+            let point = home.members(group).compactMap(\.record.localRestore?.point).max()
+        else { return }
+        let name = group.entry.name
+        home.note(name, "the restore to point \(point) goes on; hosts are shut out until it is done")
+        while !home.isStopping {
+            do {
+                try await giveUpPoint(group)
+                _ = try await carryOut(group)
+                return home.note(name, "restored to point \(point)")
+            } catch {
+                guard !operation.isAborted else {
+                    _ = await givenUp(group, point)
+                    return
+                }
+                home.note(name, "the restore to point \(point) is tried again: \(error)")
+            }
+            await home.wait(seconds: 5) { operation.isAborted }
+        }
     }
 
-    private func giveUp(_ group: GroupState, _ point: UInt64) async {
-        abandoned.remove(group.entry.name)
+    /// An operator has hosts let in although the volumes are of two moments. What was written is recorded, so the peer gets the same.
+    private func givenUp(_ group: GroupState, _ point: UInt64) async -> Refusal {
         await withdraw(group)
-        home.note(
-            group.entry.name,
+        let words =
             "the restore to point \(point) was given up by the operator; its volumes are in part of that point, and in part as they were"
-        )
+        home.note(group.entry.name, words)
+        return Refusal("group '\(group.entry.name)': \(words)")
     }
 
     /// No restore is under way any more. Hosts are let in once no record's file says otherwise: a start would go on with it over what they write.
@@ -249,12 +252,12 @@ package final class LocalRestores {
             Task {
                 while !home.isStopping {
                     await home.wait(seconds: 1) { false }
-                    if await areSettled(members) { return await letIn(group, members) }
+                    if await areSettled(members) { return await letIn(group) }
                 }
             }
             return
         }
-        await letIn(group, members)
+        await letIn(group)
     }
 
     private func areSettled(_ members: [VolumeState]) async -> Bool {
@@ -263,12 +266,8 @@ package final class LocalRestores {
         return areSettled
     }
 
-    private func letIn(_ group: GroupState, _ members: [VolumeState]) async {
-        for volume in members { await restores.letHostsIn(volume) }
-        await mirror(group)
-    }
-
-    private func mirror(_ group: GroupState) async {
+    private func letIn(_ group: GroupState) async {
+        for volume in home.members(group) { await restores.letHostsIn(volume) }
         do { try await replication.startMirroring(group) } catch {
             home.note(group.entry.name, "mirroring does not begin after a restore: \(error); restart the site")
         }
@@ -308,22 +307,20 @@ package final class LocalRestores {
         // Most of what is marked is alike again: it is compared, not sent.
         try await group.handle.change(.seeded)
         for volume in home.members(group) { try await volume.amend { $0.localRestore = nil } }
-        abandoned.remove(group.entry.name)
-        for volume in home.members(group) { await restores.letHostsIn(volume) }
-        await mirror(group)
+        await letIn(group)
         return total
     }
 
     private func restore(
         _ volume: VolumeState, _ group: GroupState, _ point: UInt64
     ) async throws -> (bytes: UInt64, fetched: UInt64) {
-        guard let hold = volume.pointHold, hold.bitmap.header.kind == .change else {
+        guard let hold = volume.pointHold, hold.isIntermediate else {
             throw Refusal("volume '\(volume.name)' has no change volume")
         }
-        let (name, runs) = (group.entry.name, try await RestoreRuns(volume))
+        let (operation, runs) = (group.operation, try await RestoreRuns(volume))
         let peer = try remoteExport(volume, group, point)
         return try await withThrowingTaskGroup(of: (UInt64, UInt64).self) { tasks in
-            for _ in 0..<Self.workers { tasks.addTask { try await self.copy(runs, name, hold.target, peer) } }
+            for _ in 0..<Self.workers { tasks.addTask { try await self.copy(runs, operation, hold.target, peer) } }
             var total: (bytes: UInt64, fetched: UInt64) = (0, 0)
             for try await (bytes, fetched) in tasks { total = (total.bytes + bytes, total.fetched + fetched) }
             return total
@@ -350,16 +347,17 @@ package final class LocalRestores {
 
     /// Copies runs until none is left, or some other has failed.
     private func copy(
-        _ runs: RestoreRuns, _ group: String, _ file: OpenFile, _ connect: @escaping @Sendable () throws -> RemoteExport
+        _ runs: RestoreRuns, _ operation: Operation?, _ file: OpenFile,
+        _ connect: @escaping @Sendable () throws -> RemoteExport
     ) async throws -> (UInt64, UInt64) {
         let buffer = try PoolMemory(byteCount: RestoreRuns.bytes)
         let disks = home.disks
         var remote: RemoteExport?
         var total: (UInt64, UInt64) = (0, 0)
-        while !home.isStopping, !Task.isCancelled, !abandoned.contains(group), let run = runs.take() {
+        while !home.isStopping, !Task.isCancelled, operation?.isAborted != true, let run = runs.take() {
             let range = runs.geometry.byteRange(run.grains)
             let (offset, length) = (range.lowerBound, Int(range.upperBound - range.lowerBound))
-            if run.isElsewhere {
+            if run.isPeers {
                 let known = remote
                 remote = try await disks.run {
                     let remote = try known ?? connect()
@@ -374,7 +372,7 @@ package final class LocalRestores {
             guard errno == 0 else { throw SystemError("write \(runs.path)", errno: errno) }
             total.0 += UInt64(length)
         }
-        guard !abandoned.contains(group) else { throw Refusal("it was given up by the operator") }
+        guard operation?.isAborted != true else { throw Refusal("it was given up by the operator") }
         guard !home.isStopping else { throw Refusal("site '\(home.configuration.site)' stops", .passing) }
         return total
     }
@@ -389,9 +387,9 @@ private final class RestoreRuns {
     let geometry: Geometry
     let path: String
     private let memory: PoolMemory
-    /// Grains in which the volume may differ from the point; and those of them that the intermediate has otherwise as well.
+    /// Grains in which the volume may differ from the point; and those of them of which the peer alone has the point's content.
     private let grains: Bitmap
-    private let elsewhere: Bitmap
+    private let peers: Bitmap
     private var next = 0
 
     init(_ volume: VolumeState) async throws {
@@ -402,23 +400,23 @@ private final class RestoreRuns {
         await reactor.run { reactor in
             let engine = reactor.hosted(number).volume
             let all = Bitmap(memory: memory.memory, count: count)
-            let elsewhere = Bitmap(memory: memory.memory + bytes, count: count)
-            engine.intermediate?.addElsewhere(into: elsewhere)
+            let peers = Bitmap(memory: memory.memory + bytes, count: count)
+            engine.intermediate?.addElsewhere(into: peers)
             all.formUnion(engine.changeRecording)
-            all.formUnion(elsewhere)
+            all.formUnion(peers)
         }
         self.memory = memory
         grains = Bitmap(memory: memory.memory, count: count)
-        elsewhere = Bitmap(memory: memory.memory + bytes, count: count)
+        peers = Bitmap(memory: memory.memory + bytes, count: count)
     }
 
-    func take() -> (grains: Range<Int>, isElsewhere: Bool)? {
+    func take() -> (grains: Range<Int>, isPeers: Bool)? {
         guard let first = grains.firstSet(in: min(next, grains.count)..<grains.count) else { return nil }
         let bound = first..<min(grains.count, first + Self.bytes / geometry.grain)
         var end = grains.firstClear(in: bound) ?? bound.upperBound
-        let isElsewhere = elsewhere.contains(first)
-        end = (isElsewhere ? elsewhere.firstClear(in: first..<end) : elsewhere.firstSet(in: first..<end)) ?? end
+        let isPeers = peers.contains(first)
+        end = (isPeers ? peers.firstClear(in: first..<end) : peers.firstSet(in: first..<end)) ?? end
         next = end
-        return (first..<end, isElsewhere)
+        return (first..<end, isPeers)
     }
 }

@@ -25,7 +25,7 @@ package final class Replication {
     func startReplication(_ group: GroupState) async throws {
         guard let peer = home.configuration.peers[group.entry.peer] else { return }
         // Half of it would be a point. It begins when the restore is done.
-        guard home.members(group).allSatisfy({ $0.record.localRestore == nil }) else { return }
+        guard !home.isBeingRestored(group) else { return }
         try await alignPoint(group)
         let members = home.members(group)
         var volumes: [ReplicatedVolume] = []
@@ -141,7 +141,7 @@ package final class Replication {
         let (handle, name) = (group.handle, group.entry.group)
         return CoordinationPeers(
             group.entry, pairs: pairs, isForward: !several.hosts.isEmpty, site: home.configuration.site,
-            peers: home.configuration.peers, places: group.record.coordination?.places ?? [],
+            peers: home.configuration.peers,
             goesOnWithoutLost: several.goesOnWithoutLost,
             local: { [home] pair in await home.handle(name, pair) },
             learned: { places in
@@ -169,42 +169,39 @@ package final class Replication {
 
     private func holdInTarget(_ volume: VolumeState) async throws -> (HoldPlace, HoldTarget?) {
         let hold = try volume.openPointHold()
-        let number = volume.number
-        if volume.pointTargetFile < 0 {
-            volume.pointTargetFile = await volume.reactor.run { $0.hosted(number).addFile(hold.target) }
-        }
+        let file = await file(of: hold, volume)
         let target = HoldTarget(file: hold.target, preserved: hold.bitmap.mapping)
-        return (.target(volume.pointTargetFile, preserved: target.bitmap(volume.geometry)), target)
+        return (.target(file, preserved: target.bitmap(volume.geometry)), target)
     }
 
     private func holdInIntermediate(_ volume: VolumeState, _ group: GroupState) async throws -> (HoldPlace, HoldTarget?)
     {
-        let hold = try await volume.openChangeVolume(generation: group.record.generations.first ?? "")
-        let (name, number, bitmap) = (volume.name, volume.number, hold.bitmap)
-        if volume.pointTargetFile < 0 {
-            volume.pointTargetFile = await volume.reactor.run { $0.hosted(number).addFile(hold.target) }
-        }
-        let file = volume.pointTargetFile
-        let intermediate = bitmap.intermediate(in: file)
+        let (hold, isNew) = try await volume.openChangeVolume(generation: group.record.generations.first ?? "")
+        let (name, number, file) = (volume.name, volume.number, await file(of: hold, volume))
+        let intermediate = hold.bitmap.intermediate(in: file)
         await volume.reactor.run { reactor in
             let engine = reactor.hosted(number).volume
             if engine.intermediate == nil { engine.useIntermediate(intermediate, trusted: true) }
-            if hold.isNew { engine.distrustIntermediate() }
+            if isNew { engine.distrustIntermediate() }
         }
         let target = HoldTarget(
-            file: hold.target, preserved: bitmap.mapping, intermediate: intermediate,
+            file: hold.target, preserved: hold.bitmap.mapping, intermediate: intermediate,
             flush: { [disks = home.disks, changeVolumes] in
-                do {
-                    try await disks.run {
-                        try hold.target.synchronize()
-                        try bitmap.synchronize()
-                    }
-                } catch {
+                do { try await disks.run { try hold.synchronize() } } catch {
                     await changeVolumes.flushFailed(name, error)
                     throw error
                 }
             })
         return (.target(file, preserved: target.bitmap(volume.geometry)), target)
+    }
+
+    /// Its number in the block store, where it is from now on.
+    private func file(of hold: PointHold, _ volume: VolumeState) async -> StoreFile {
+        if volume.pointTargetFile < 0 {
+            let number = volume.number
+            volume.pointTargetFile = await volume.reactor.run { $0.hosted(number).addFile(hold.target) }
+        }
+        return volume.pointTargetFile
     }
 
     /// The memory for old images of the group.

@@ -11,34 +11,23 @@ import Ring
 
 /// Which sites discard their changes of a group, while a resync is under way.
 @SiteThread
-final class ResyncsUnderWay {
+package final class ResyncsUnderWay {
     private struct Announced {
         var id: UInt64
         var losers: Set<String>
         var until: UInt64
     }
+    private let home: Holdings
     private var announced: [String: Announced] = [:]
     /// Should whoever has announced it never say that it has ended.
     private static let longest: UInt64 = 600_000_000_000
 
-    nonisolated init() {}
-
-    func begin(_ group: String, _ call: ResyncCall, at site: String) throws {
-        let now = monotonicNanoseconds()
-        if let other = announced[group], other.until > now, other.id != call.id, other.losers != Set(call.losers) {
-            throw Refusal(
-                "group '\(group)' is being resynced at '\(site)' another way, with what \(other.losers.sorted().joined(separator: ", ")) "
-                    + "changed discarded; nothing of this command was done", .passing)
-        }
-        announced[group] = Announced(id: call.id, losers: Set(call.losers), until: now + Self.longest)
+    init(_ home: Holdings) {
+        self.home = home
     }
 
-    func end(_ group: String, _ id: UInt64) { if announced[group]?.id == id { announced[group] = nil } }
-}
-
-extension Roles {
     /// Another site announces a resync, or its end.
-    package func announced(_ name: String, _ call: ResyncCall) async throws {
+    package func hear(_ name: String, _ call: ResyncCall) async throws {
         let pairs = try home.pairs(name)
         guard home.fellows(pairs).contains(call.site) || pairs.contains(where: { $0.entry.peer == call.site }) else {
             throw Refusal(
@@ -47,17 +36,50 @@ extension Roles {
         guard call.losers.count <= Coordinator.Settings.members.upperBound else {
             throw Refusal("so many sites discard nothing in group '\(name)'", .misuse)
         }
-        try await announce(name, call, isLed: !call.passesOn)
+        try note(name, call)
+        if call.passesOn { try await tellPeers(name, call) }
     }
 
-    /// Tells this site, the peers of its pairs and, unless another does, the sites that have what this one has.
-    private func announce(_ name: String, _ call: ResyncCall, isLed: Bool) async throws {
-        if call.ends {
-            resyncs.end(name, call.id)
-        } else {
-            try resyncs.begin(name, call, at: home.configuration.site)
+    /// Does it while every site of the group knows of it.
+    func whileAnnounced<Outcome: Sendable>(
+        _ name: String, _ losers: [String], _ body: () async throws -> Outcome
+    ) async throws -> Outcome {
+        var call = ResyncCall(site: home.configuration.site, id: UInt64.random(in: 1...UInt64.max), losers: losers)
+        let fellows = home.clients(home.fellows(try home.pairs(name)))
+        let outcome: Result<Outcome, any Error>
+        do {
+            try note(name, call)
+            try await tellPeers(name, call)
+            for (site, client) in fellows { try await tell(site, client, name, call) }
+            outcome = .success(try await body())
+        } catch {
+            outcome = .failure(error)
         }
-        guard !isLed else { return }
+        // Whoever cannot be told forgets it in time.
+        call.ends = true
+        try? note(name, call)
+        try? await tellPeers(name, call)
+        for (site, client) in fellows { try? await tell(site, client, name, call) }
+        return try outcome.get()
+    }
+
+    private func note(_ group: String, _ call: ResyncCall) throws {
+        guard !call.ends else {
+            if announced[group]?.id == call.id { announced[group] = nil }
+            return
+        }
+        let (now, losers) = (monotonicNanoseconds(), Set(call.losers))
+        if let other = announced[group], other.until > now, other.id != call.id, other.losers != losers {
+            throw Refusal(
+                "group '\(group)' is being resynced at '\(home.configuration.site)' another way, with what "
+                    + "\(other.losers.sorted().joined(separator: ", ")) changed discarded; nothing of this command was done",
+                .passing)
+        }
+        announced[group] = Announced(id: call.id, losers: losers, until: now + Self.longest)
+    }
+
+    /// The peers of this site's own pairs, each once.
+    private func tellPeers(_ name: String, _ call: ResyncCall) async throws {
         var next = call
         (next.site, next.passesOn) = (home.configuration.site, false)
         let pairs = try home.pairs(name).filter { !$0.entry.volumes.isEmpty }
@@ -70,28 +92,5 @@ extension Roles {
         do { _ = try await client.call(Endpoints.announceResync, name, body: call) } catch {
             throw Refusal("'\(site)': \(error)", (error as? Refusal)?.kind ?? .passing)
         }
-    }
-
-    /// Does it while every site of the group knows of it.
-    func whileAnnounced<Outcome: Sendable>(
-        _ name: String, _ losers: [String], _ body: () async throws -> Outcome
-    ) async throws -> Outcome {
-        var call = ResyncCall(site: home.configuration.site, id: UInt64.random(in: 1...UInt64.max), losers: losers)
-        let fellows = home.clients(home.fellows(try home.pairs(name)))
-        func everywhere() async throws {
-            try await announce(name, call, isLed: false)
-            for (site, client) in fellows { try await tell(site, client, name, call) }
-        }
-        let outcome: Result<Outcome, any Error>
-        do {
-            try await everywhere()
-            outcome = .success(try await body())
-        } catch {
-            outcome = .failure(error)
-        }
-        call.ends = true
-        try? await announce(name, call, isLed: false)
-        for (site, client) in fellows { try? await tell(site, client, name, call) }
-        return try outcome.get()
     }
 }

@@ -291,14 +291,14 @@ extension Roles {
                 .misuse)
         }
         let (kind, name) = (parts[0], parts[1])
-        if kind == "restore" { return try await abandonRestore(name) }
+        if kind == "restore", home.groups[name]?.operation?.kind != .restore { return try await abandonRestore(name) }
         let pairs = try home.pairs(name)
         guard pairs.count == 1 else { return try await abort(kind, of: pairs) }
         let group = pairs[0]
         if let operation = group.operation, operation.kind.rawValue == kind {
             operation.abort()
             home.happened()
-            return "\(text) ends"
+            return "\(text) ends\(operation.kind.aftermath)"
         }
         switch kind {
         case "switchover" where group.record.handingOver != nil:

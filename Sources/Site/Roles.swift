@@ -23,10 +23,14 @@ package final class Roles {
     let operations: Operations
     let steps: StepExecutor
     let intake: Intake
-    let resyncs = ResyncsUnderWay()
+    let resyncs: ResyncsUnderWay
 
-    init(_ home: Holdings, _ peers: Peers, _ operations: Operations, _ steps: StepExecutor, _ intake: Intake) {
+    init(
+        _ home: Holdings, _ peers: Peers, _ operations: Operations, _ steps: StepExecutor, _ intake: Intake,
+        _ resyncs: ResyncsUnderWay
+    ) {
         (self.home, self.peers, self.operations, self.steps, self.intake) = (home, peers, operations, steps, intake)
+        self.resyncs = resyncs
     }
 
     // MARK: Giving up the role

@@ -40,6 +40,7 @@ package final class Site {
     package nonisolated let failovers: FailoverOfSeveral
     package nonisolated let distrust: Distrust
     package nonisolated let standings: Standings
+    package nonisolated let resyncs: ResyncsUnderWay
     package nonisolated let roles: Roles
     package nonisolated let localRestores: LocalRestores
     package nonisolated let verifications: Verifications
@@ -90,7 +91,8 @@ package final class Site {
         everySite = EverySite(home, replication, practice, otherRemotes)
         failovers = FailoverOfSeveral(home, steps, intake, otherRemotes)
         standings = Standings(home, peers, distrust, replication)
-        roles = Roles(home, peers, operations, steps, intake)
+        resyncs = ResyncsUnderWay(home)
+        roles = Roles(home, peers, operations, steps, intake, resyncs)
         localRestores = LocalRestores(home, operations, peers, restores, flashCopies, replication)
         verifications = Verifications(home, operations, steps, flashCopies)
         space = Space(home)
@@ -143,8 +145,7 @@ package final class Site {
         }
         try localRestores.checkUnderWay()
         for group in home.groups.values {
-            let isRestored = home.members(group).allSatisfy { $0.record.localRestore == nil }
-            for volume in home.members(group) where !isRestored { volume.shutsHostsOut = true }
+            if home.isBeingRestored(group) { for volume in home.members(group) { volume.shutsHostsOut = true } }
             try await takeUpMembership(group)
             try await distrust.distrust(group)
             try await distrust.giveUpUncertainPoint(group)
@@ -177,9 +178,8 @@ package final class Site {
     private func goOn(_ group: GroupState) async throws {
         await removal.applyRetention(group)
         if group.isolation != nil { Task { await standings.awaitPeer(group) } }
-        let isRestored = home.members(group).allSatisfy { $0.record.localRestore == nil }
-        if group.isMirroring, group.isolation == nil, isRestored { try await replication.startReplication(group) }
-        if !isRestored { Task { await localRestores.resume(group) } }
+        if group.isMirroring, group.isolation == nil { try await replication.startReplication(group) }
+        if home.isBeingRestored(group) { Task { await localRestores.resume(group) } }
         if group.record.handingOver != nil { Task { await roles.finishHandover(group) } }
         if group.record.failedOver?.joins == true { Task { await roles.joinAfterPromotion(group) } }
         if group.record.isFailingBack { Task { await roles.resumeFailback(group) } }

@@ -65,7 +65,14 @@ struct GroupFacts: Sendable {
 
 /// A long command that is under way.
 final class Operation: Sendable {
-    enum Kind: String, Sendable { case resync, switchover, failback, verify, restore }
+    enum Kind: String, Sendable {
+        case resync, switchover, failback, verify, restore
+
+        /// What an operator should know who has ended one.
+        var aftermath: String {
+            self == .restore ? "; its volumes are in part of the point, and in part as they were" : ""
+        }
+    }
     let kind: Kind
     let startedAt = realSeconds()
     private let state = Mutex((step: "begins", isAborted: false))

@@ -110,7 +110,7 @@ extension Roles {
         }
         guard !isLed else { return try await resyncPairs(name, losers, isLed: true) }
         _ = try await previewResync(name, discard: losers, isLed: false)
-        return try await whileAnnounced(name, losers) { try await resyncPairs(name, losers, isLed: false) }
+        return try await resyncs.whileAnnounced(name, losers) { try await resyncPairs(name, losers, isLed: false) }
     }
 
     private func resyncPairs(_ name: String, _ losers: [String], isLed: Bool) async throws -> ResyncReport {

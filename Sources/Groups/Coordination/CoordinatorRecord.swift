@@ -41,14 +41,6 @@ package struct CoordinatorRecord: Equatable, Sendable, Codable {
         self.isGuessed = isGuessed ? true : nil
     }
 
-    /// Whether a coordinator may have written this: it is kept where others may write as well.
-    package var isPlausible: Bool {
-        let (highest, pairs) = (PointRecord.highestNumber, 0..<Coordinator.Settings.members.upperBound)
-        return epoch <= highest && lastNumber <= highest && committed <= lastNumber
-            && (left ?? [:]).allSatisfy { pairs.contains($0.key) && $0.value <= lastNumber }
-            && (absent ?? []).allSatisfy(pairs.contains) && (names?.count ?? 0) <= pairs.upperBound
-    }
-
     /// The same for pairs of these names: they may be others, or in another order, after a change of the configuration. Who is new has no part
     /// in the point at hand.
     func counted(by present: [String]) -> CoordinatorRecord {

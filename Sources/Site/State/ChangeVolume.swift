@@ -52,7 +52,9 @@ extension BitmapFile {
 
     /// Of a change volume: nothing is known of any grain there (`Volume.distrustIntermediate`).
     static func makeChangeBitmap(_ path: String, _ header: BitmapHeader) throws -> BitmapFile {
-        try BitmapFile(path: path, header: header, create: true, filled: [advanced, lacking])
+        let file = try BitmapFile(path: path, header: header, create: true, filled: [advanced, lacking])
+        try synchronizeDirectory(parentDirectory(path))
+        return file
     }
 }
 
@@ -69,7 +71,10 @@ struct ChangeVolume {
         header = BitmapHeader(.change, volume: identity, geometry: geometry, bitmaps: BitmapFile.changeBitmaps)
     }
 
-    var bitmapPath: String { "\(directory)/\(Self.bitmapName)" }
+    /// A new one, in which nothing is known, on stable storage.
+    func makeBitmap() throws -> BitmapFile {
+        try BitmapFile.makeChangeBitmap("\(directory)/\(Self.bitmapName)", header)
+    }
 
     /// The file or device, as large as the volume; a file that is not there is made, sparse.
     ///

@@ -70,7 +70,7 @@ final class VolumeState {
     var record: VolumeRecord { kept.value }
     let recording: BitmapFile
     /// Takes the old content of a point, and says which grains it has; nil until the volume is a primary's, and if that is memory.
-    private(set) var pointHold: (target: OpenFile, bitmap: BitmapFile)?
+    private(set) var pointHold: PointHold?
     /// Whether the bitmaps of the intermediate are as the last process left them.
     private(set) var changeVolumeIsTrusted = false
     var pointTargetFile: StoreFile = -1
@@ -246,9 +246,9 @@ final class VolumeState {
         if role == .primary, (record.changeVolume != nil) != (hold == .intermediate) { pointIsWhole = false }
         switch role == .primary ? hold : nil {
         case .target:
-            let (bitmap, isWhole) = try open("point.bitmap", header(.point))
+            let (bitmap, isWhole) = try open(PointHold.targetBitmapName, header(.point))
             pointIsWhole = pointIsWhole && isWhole
-            pointHold = (try Self.openPointTarget(directory, size), bitmap)
+            pointHold = PointHold(target: try PointHold.openTarget(directory, size), bitmap: bitmap)
         case .intermediate:
             let change = ChangeVolume(entry.changeVolume, directory: directory, identity: identity, geometry)
             let (file, wasShort) = try change.openFile()
@@ -260,12 +260,11 @@ final class VolumeState {
                 changeVolumeIsTrusted || record.changeVolume?.isFilled == true,
                 case let (bitmap, isWhole) = try open(ChangeVolume.bitmapName, change.header), isWhole
             {
-                pointHold = (file, bitmap)
+                pointHold = PointHold(target: file, bitmap: bitmap)
             } else {
                 try beforeReplacing(.point)
                 pointIsWhole = false
-                pointHold = (file, try BitmapFile.makeChangeBitmap(change.bitmapPath, change.header))
-                try synchronizeDirectory(directory)
+                pointHold = PointHold(target: file, bitmap: try change.makeBitmap())
                 record.changeVolume = try change.record(file, generation: generation)
                 changeVolumeIsTrusted = true
                 try recordFile.save(record)
@@ -301,25 +300,21 @@ final class VolumeState {
         _ directory: String, _ targetSize: UInt64?, _ header: (BitmapHeader.Kind, Int) -> BitmapHeader
     ) throws {
         var kinds = [("activity.log", BitmapHeader.Kind.activityLog)]
-        if targetSize != nil { kinds.append(("point.bitmap", .point)) }
+        if targetSize != nil { kinds.append((PointHold.targetBitmapName, .point)) }
         for (name, kind) in kinds {
             guard try !exists("\(directory)/\(name)") else { continue }
             _ = try BitmapFile(path: "\(directory)/\(name)", header: header(kind, 1), create: true)
         }
-        if let targetSize { _ = try openPointTarget(directory, targetSize) }
-    }
-
-    private static func openPointTarget(_ directory: String, _ size: UInt64) throws -> OpenFile {
-        let target = try OpenFile(path: "\(directory)/point.target", flags: O_RDWR | O_CREAT)
-        if try target.size() != size { try target.truncate(to: size) }
-        return target
+        if let targetSize { _ = try PointHold.openTarget(directory, targetSize) }
     }
 
     /// What the volume needs as a primary's, on stable storage.
-    func openPointHold() throws -> (target: OpenFile, bitmap: BitmapFile) {
+    func openPointHold() throws -> PointHold {
         if let pointHold { return pointHold }
-        let hold = (try Self.openPointTarget(directory, geometry.size), try openLate("point.bitmap", .point))
-        hold.1.mapping.file.rest()
+        let hold = PointHold(
+            target: try PointHold.openTarget(directory, geometry.size),
+            bitmap: try openLate(PointHold.targetBitmapName, .point))
+        hold.bitmap.mapping.file.rest()
         pointHold = hold
         return hold
     }
@@ -329,20 +324,16 @@ final class VolumeState {
     /// - Returns: whether that is so.
     func openChangeVolume(
         generation: String, isolation: isolated (any Actor)? = #isolation
-    ) async throws -> (target: OpenFile, bitmap: BitmapFile, isNew: Bool) {
+    ) async throws -> (PointHold, isNew: Bool) {
+        if let pointHold, record.changeVolume?.generation == generation { return (pointHold, false) }
         let change = ChangeVolume(entry.changeVolume, directory: directory, identity: identity, geometry)
-        if let pointHold, record.changeVolume?.generation == generation {
-            return (pointHold.target, pointHold.bitmap, false)
-        }
-        let file = try pointHold?.target ?? change.openFile().file
-        let bitmap = try pointHold?.bitmap ?? BitmapFile.makeChangeBitmap(change.bitmapPath, change.header)
-        try synchronizeDirectory(directory)
-        bitmap.mapping.file.rest()
-        pointHold = (file, bitmap)
+        let hold = try pointHold ?? PointHold(target: change.openFile().file, bitmap: change.makeBitmap())
+        hold.bitmap.mapping.file.rest()
+        pointHold = hold
         changeVolumeIsTrusted = true
-        let fresh = try change.record(file, generation: generation)
+        let fresh = try change.record(hold.target, generation: generation)
         try await amend { $0.changeVolume = fresh }
-        return (file, bitmap, true)
+        return (hold, true)
     }
 
     /// Made when the volume first needs them, and kept.
@@ -719,13 +710,11 @@ final class VolumeState {
 
     // MARK: Stopping
 
-    private var usesChangeVolume: Bool { pointHold?.bitmap.header.kind == .change }
+    private var usesChangeVolume: Bool { pointHold?.isIntermediate == true }
 
     private var bitmaps: [(name: String, file: BitmapFile)] {
         var all = [("recording.bitmap", recording)]
-        if let pointHold {
-            all.append((usesChangeVolume ? ChangeVolume.bitmapName : "point.bitmap", pointHold.bitmap))
-        }
+        if let pointHold { all.append((pointHold.bitmapName, pointHold.bitmap)) }
         if let restoreBitmap { all.append(("restore.bitmap", restoreBitmap)) }
         return all + copies.map { ("copies/\($0.key).bitmap", $0.value.bitmap) }
     }
@@ -736,7 +725,7 @@ final class VolumeState {
         try source.synchronize()
         do { try pointHold?.target.synchronize() } catch {
             // The next start, in the same boot, hears of no error.
-            distrustHold()
+            pointHold?.distrust(heldBy: recording, geometry)
             acknowledge { $0.changeVolume?.isFilled = false }
             try? await settle()
             throw error
@@ -752,15 +741,6 @@ final class VolumeState {
             record.clean = mark
             record.changeVolume?.modifiedAt = changedAt
         }
-    }
-
-    /// What takes a point's old content may have lost some.
-    private func distrustHold() {
-        (recording.mapping.memory + BitmapHeader.rolesOffset)
-            .assumingMemoryBound(to: RecordingRoles.self).pointee.heldPoint = 0
-        if usesChangeVolume { pointHold?.bitmap.distrust(grains: 0..<geometry.grainCount) }
-        try? recording.synchronize()
-        try? pointHold?.bitmap.synchronize()
     }
 
     var setup: VolumeSetup {
