@@ -10,8 +10,11 @@ belongs there up to the chain's last step.
 
 import struct
 import threading
+import time
 
 import nbd
+
+from sites import read_handle
 
 SLOTS = 96
 SECTOR = 512
@@ -77,6 +80,20 @@ class Writers:
             assert not thread.is_alive(), "a writer hangs"
         self.threads = []
         assert self.errors == [], f"writers failed while the server was there: {self.errors}"
+
+
+def look(site, seconds, chains, size):
+    """Checks the newest recovery point at a site, over and over; returns how often."""
+    end, looked = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        number = site.points()[-1]["id"]
+        try:
+            handles = (site.connect(f"data@{number}"), site.connect(f"log@{number}"))
+        except nbd.Error:
+            continue  # retired meanwhile
+        check(*(read_handle(handle) for handle in handles), chains, size)
+        looked += 1
+    return looked
 
 
 def check(first, second, chains, size):

@@ -309,6 +309,15 @@ class SiteTest(unittest.TestCase):
         self.sites.append(site)
         return site.start() if start else site
 
+    def refused(self, site, *expected):
+        """The site does not start, and its log says all of this."""
+        site.start(wait=False)
+        self.assertEqual(site.process.wait(timeout=30), 1)
+        site.process.stdout.close()
+        site.process = None
+        for text in expected:
+            self.assertIn(text, site.tail())
+
     def put_away(self, *sites):
         """Ends sites so that others of the same name can take their place."""
         for site in sites:

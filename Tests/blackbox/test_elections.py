@@ -55,7 +55,9 @@ class Etcd:
 
 
 class Proxy:
-    """Passes connections on to a port, until it is cut."""
+    """Passes connections on to a port, until it is cut; new ones while it `takes` them."""
+
+    takes = True
 
     def __init__(self, port):
         self.port, self.ends, self.is_cut = port, [], False
@@ -67,10 +69,13 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self.listener.accept()
+                if not self.takes:
+                    near.close()
+                    continue
                 far = socket.create_connection(("127.0.0.1", self.port))
                 self.ends += [near, far]
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self.pump, args=(source, sink), daemon=True).start()
+                for way, source, sink in ((self.pump, near, far), (self.answer, far, near)):
+                    threading.Thread(target=way, args=(source, sink), daemon=True).start()
 
     @staticmethod
     def pump(source, sink):
@@ -80,6 +85,9 @@ class Proxy:
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def answer(self, source, sink):
+        self.pump(source, sink)
 
     def cut(self):
         with contextlib.suppress(OSError):

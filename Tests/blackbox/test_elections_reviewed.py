@@ -14,7 +14,7 @@ import time
 
 import test_elections
 import test_several_hosts
-from control import call
+import test_several_reviewed
 from sites import run, wait_for
 from test_several_hosts import REMOTES, SeveralHosts
 
@@ -24,28 +24,14 @@ RECORD = "farcopy/shop/record"
 class Gate(test_elections.Proxy):
     """Passes connections on while it is open."""
 
-    is_open = True
-
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self.listener.accept()
-                if not self.is_open:
-                    near.close()
-                    continue
-                far = socket.create_connection(("127.0.0.1", self.port))
-                self.ends += [near, far]
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self.pump, args=(source, sink), daemon=True).start()
-
     def close(self):
-        self.is_open = False
+        self.takes = False
         for end in self.ends:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
     def open(self):
-        self.is_open = True
+        self.takes = True
 
 
 class StallingProxy(test_elections.Proxy):
@@ -57,16 +43,7 @@ class StallingProxy(test_elections.Proxy):
         self.over = threading.Event()
         super().__init__(port)
 
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self.listener.accept()
-                far = socket.create_connection(("127.0.0.1", self.port))
-                self.ends += [near, far]
-                for way, source, sink in ((self.pump, near, far), (self.pump_answers, far, near)):
-                    threading.Thread(target=way, args=(source, sink), daemon=True).start()
-
-    def pump_answers(self, source, sink):
+    def answer(self, source, sink):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if self.stalls:
@@ -107,10 +84,7 @@ class GoesOn(Elected):
     def several(self, options="", **more):
         super().several(f'{options}\non_host_lost = "go-on"', **more)
 
-    def committed(self, remote):
-        status, points = call(self.remotes[remote], "GET", f"/v1/groups/{f'shop@{self.pair}' if remote == 'west1' else 'shop'}/points")
-        self.assertEqual(status, 200, points)
-        return {point["id"] for point in points if point["state"] == "committed"}
+    committed = test_several_reviewed.GoesOn.committed
 
     def points_go_on(self, remote, what, seconds=40):
         began, before = time.monotonic(), max(self.committed(remote))

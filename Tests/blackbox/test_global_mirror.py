@@ -79,15 +79,7 @@ class GlobalMirror(SiteTest):
         self.link.delay = delay
         writers = closedcut.Writers(lambda: (east.connect("data"), east.connect("log")), SIZE)
         writers.start()
-        end, looked = time.monotonic() + 6, 0
-        while time.monotonic() < end:
-            number = west.points()[-1]["id"]
-            try:
-                handles = (west.connect(f"data@{number}"), west.connect(f"log@{number}"))
-            except nbd.Error:
-                continue  # retired meanwhile
-            closedcut.check(*(read_handle(handle) for handle in handles), 6, SIZE)
-            looked += 1
+        looked = closedcut.look(west, 6, 6, SIZE)
         found = east.group()
         writers.stop()
         self.link.delay = 0

@@ -34,14 +34,6 @@ class Metadata(SiteTest):
         handle.pwrite(bytes(1 << 20), 1 << 20)
         return site, data + bytes(12 << 20)
 
-    def refused(self, site, *expected):
-        site.start(wait=False)
-        self.assertEqual(site.process.wait(timeout=30), 1)
-        site.process.stdout.close()
-        site.process = None
-        for text in expected:
-            self.assertIn(text, site.tail())
-
     def test_a_torn_record_falls_back_and_a_broken_one_is_refused(self):
         site, image = self.solo()
         site.stop()

@@ -22,24 +22,26 @@ GO_ON = 'on_host_lost = "go-on"'
 
 
 class GoesOn(SeveralHosts):
-    """Points go on without a host that is lost: those of west1 are the points of the pair of east1."""
+    """Points go on without a host that is lost: those of west1 are the points of the pair of `self.pair`."""
+
+    pair = "east1"
 
     def committed(self, remote):
-        status, points = call(self.remotes[remote], "GET", f"/v1/groups/{'shop@east1' if remote == 'west1' else 'shop'}/points")
+        status, points = call(self.remotes[remote], "GET", f"/v1/groups/{f'shop@{self.pair}' if remote == 'west1' else 'shop'}/points")
         self.assertEqual(status, 200, points)
         return {point["id"] for point in points if point["state"] == "committed"}
 
 
 class WithoutTheMastersDisk(SeveralHosts):
-    prepared = test_several_hosts.InDoubt.prepared
+    caught = test_several_hosts.InDoubt.caught
+    cut_off_after = test_several_hosts.InDoubt.cut_off_after
+
+    def prepared(self, remote="west2"):
+        return test_several_hosts.InDoubt.prepared(self, remote)
 
     def west1_has_committed(self):
         """The master's word to west2 takes a while: returns the point that west1 has committed, and west2 only prepared. The master is
         gone."""
-        def found():
-            number = self.prepared("west2")
-            return number if number and number in self.committed("west1") else None
-
         self.way = self.link()
         self.several(start=False)
         self.wire(self.way, self.master, self.remotes["west2"])
@@ -47,21 +49,11 @@ class WithoutTheMastersDisk(SeveralHosts):
         self.begin_chain()
         self.chain.expect_losses()
         self.next_point(self.common()[-1] + 1)
-        for _ in range(20):
-            self.way.delay = 0.3  # less than the time after which the master asks anew
-            until = time.monotonic() + 8
-            while time.monotonic() < until and not found():
-                pass
-            self.way.cut()
-            time.sleep(0.3)  # what the master has said before arrives
-            number = found()
-            if number:
-                self.master.kill()
-                return number
-            self.way.delay = 0
-            self.way.mend()
-            self.next_point(self.common()[-1])
-        raise AssertionError("west2 was never left with a point that it has prepared")
+        self.way.delay = 0.3  # less than the time after which the master asks anew
+        number = self.caught(lambda: self.cut_off_after(lambda: self.prepared() in self.committed("west1")), self.way.mend,
+                             lambda number: number in self.committed("west1"))
+        self.master.kill()
+        return number
 
     def test_a_point_that_is_decided_after_the_masters_disk_was_replaced_has_nothing_newer(self):
         """The master is paired anew while west2 has prepared a point that west1 has committed; meanwhile east3 writes on."""
@@ -99,23 +91,22 @@ class WithoutTheMastersDisk(SeveralHosts):
 class LeftOutHost(GoesOn):
     """East2 is lost, and its pair at west1 has no part in a point that west2 has committed, and west1 only prepared."""
 
+    caught = test_several_hosts.InDoubt.caught
+    cut_off_after = test_several_hosts.InDoubt.cut_off_after
+
     def prepared(self):
         _, points = call(self.remotes["west1"], "GET", "/v1/groups/shop@east1/points")
         return next((point["id"] for point in points if point["state"] in ("prepared", "in doubt")), None)
 
     def west2_has_committed(self):
         """Returns the point. All hosts are gone."""
-        def found():
-            number = self.prepared()
-            return number if number and number in self.committed("west2") else None
-
         def goes_on_without():
             notice = self.master.group().get("notice") or ""
             return "'east2'" in notice and "without" in notice
 
-        way = self.link()
+        self.way = self.link()
         self.several(GO_ON, start=False)
-        self.wire(way, self.master, self.remotes["west1"])
+        self.wire(self.way, self.master, self.remotes["west1"])
         self.start_all()
         self.begin_chain(("east1", "east3"))
         self.chain.expect_losses()
@@ -123,24 +114,14 @@ class LeftOutHost(GoesOn):
         self.hosts["east2"].kill()
         wait_for(goes_on_without, what="points without east2")
         self.next_point(self.common()[-1] + 1)
-        for _ in range(20):
-            way.delay = 0.3  # less than the time after which the master asks anew
-            until = time.monotonic() + 10
-            while time.monotonic() < until and not found():
-                pass
-            way.cut()
-            time.sleep(0.3)  # what the master has said before arrives
-            number = found()
-            if number:
-                for host in self.hosts.values():
-                    if host.process:
-                        host.kill()
-                self.chain.stop()
-                return number
-            way.delay = 0
-            way.mend()
-            self.next_point(self.common()[-1])
-        raise AssertionError("west1 was never left with a point that it has prepared")
+        self.way.delay = 0.3  # less than the time after which the master asks anew
+        number = self.caught(lambda: self.cut_off_after(lambda: self.prepared() in self.committed("west2")), self.way.mend,
+                             lambda number: number in self.committed("west2"))
+        for host in self.hosts.values():
+            if host.process:
+                host.kill()
+        self.chain.stop()
+        return number
 
     def refused_then_followed(self, number):
         """West2 does not answer, and then it does."""
@@ -157,7 +138,6 @@ class LeftOutHost(GoesOn):
                 self.assertEqual(done.stderr, "", "the other remote is there as well")
                 self.assertEqual((remote.group()["role"], remote.group()["state"]), ("primary", "failed-over"))
             self.assertEqual(json.loads(done.stdout)["id"], number)
-            # West1 reports the point of the pair that was left behind.
             self.assertIn(f"\tshop@east1\tfailed over to point {number}\n", west1.farcopy("events").stdout)
             self.assertGreater(chains.check(self.images(hosts=("east1", "east3"))), 0)
 
